@@ -1,0 +1,40 @@
+"""The implementations of disentangled attention, and the choice among them.
+
+A backend is a module that names its reasons not to serve a call (``why_not``) and computes it (``forward`` and
+``backward``, or ``attention`` where torch's autograd differentiates it). Backends know neither each other nor anything
+above them.
+"""
+
+from types import ModuleType
+
+from . import eager, reference
+from .inputs import AttentionInputs
+
+# In order of preference.
+BACKENDS: dict[str, ModuleType] = {"eager": eager, "reference": reference}
+
+
+def why_not(inputs: AttentionInputs) -> dict[str, list[str]]:
+    """For every backend, the reasons for which it cannot serve this call; an empty list where it can."""
+    return {name: backend.why_not(inputs) for name, backend in BACKENDS.items()}
+
+
+def choose(name: str | None, inputs: AttentionInputs) -> str:
+    """The backend to run: the one named, or the first without objection.
+
+    Raises:
+        ValueError: no backend of that name.
+        RuntimeError: the backend named, or every backend, has reasons not to serve this call; they are listed.
+    """
+    if name is None:
+        for candidate, backend in BACKENDS.items():
+            if not backend.why_not(inputs):
+                return candidate
+        reasons = "; ".join(f"{candidate}: {', '.join(why)}" for candidate, why in why_not(inputs).items())
+        raise RuntimeError(f"no backend can serve this call: {reasons}")
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {name!r}")
+    reasons = BACKENDS[name].why_not(inputs)
+    if reasons:
+        raise RuntimeError(f"backend {name!r} cannot serve this call: {', '.join(reasons)}")
+    return name

@@ -1,0 +1,279 @@
+"""The drop-in for Hugging Face DeBERTa v1, v2 and v3: ``patch`` and ``unpatch``.
+
+``patch`` gives the encoder and every attention module found in a model a ``forward`` of their own, on the instance:
+parameters, names, hooks, adapters around the projections, train/eval and state_dict stay as they are. What the fused
+path lacks runs the original ``forward`` of the encoder, with one warning a model and reason.
+
+transformers is recognised, never imported: whoever has a model to patch has imported it already.
+"""
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from . import backends
+from .functional import disentangled_attention
+from .relative_position import slot_table
+
+_MARK = "_deberta_fast"
+
+
+class _Patch:
+    """What the patched modules of one model share."""
+
+    def __init__(self, backend: str | None):
+        self.backend = backend
+        self.warned: set[str] = set()
+
+    def warn(self, reason: str) -> None:
+        if reason in self.warned or torch.compiler.is_compiling():
+            return
+        self.warned.add(reason)
+        warnings.warn(f"deberta_fast: running Hugging Face's own attention: {reason}", stacklevel=3)
+
+
+def patch(model: nn.Module, backend: str | None = None) -> nn.Module:
+    """Makes every Hugging Face DeBERTa inside ``model`` run fused attention, in place.
+
+    Args:
+        model: any module that is or contains a DeBERTa v1, v2 or v3 (or only its encoder or attention): task models,
+            wrappers such as GLiNER or sentence-transformers, models with LoRA adapters. transformers 4.48 or newer.
+        backend: a name of ``backends.BACKENDS`` that must then serve every call; None for the best one call by call.
+
+    Returns:
+        ``model``. Patching again replaces the backend.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: there is nothing to patch in it, or no backend of that name, or a ``forward`` that another tool put
+            on one of the modules would be lost.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if backend is not None and backend not in backends.BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(backends.BACKENDS)} or None, got {backend!r}")
+    unpatch(model)
+    found = [(module, forward) for module in model.modules() if (forward := _fused_forward(module)) is not None]
+    if not found:
+        raise ValueError(
+            f"nothing to patch in {type(model).__name__}: it contains no Hugging Face DeBERTa v1, v2 or v3 encoder or "
+            "attention module with its own forward"
+        )
+    for module, _ in found:
+        if _place(module) in vars(module) and not hasattr(module, "_hf_hook"):
+            raise ValueError(
+                f"the forward of a {type(module).__name__} was replaced by other code; undo that, or patch before it"
+            )
+    shared = _Patch(backend)
+    for module, forward in found:
+        place = _place(module)
+        setattr(module, _MARK, {place: vars(module)[place]} if place in vars(module) else {})
+        setattr(module, place, functools.partial(forward, module, shared))
+    return model
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Gives every patched module in ``model`` its own ``forward`` back; a model without any stays as it is."""
+    for module in model.modules():
+        if _MARK in vars(module):
+            delattr(module, _place(module))
+            vars(module).update(getattr(module, _MARK))
+            delattr(module, _MARK)
+    return model
+
+
+def _place(module: nn.Module) -> str:
+    """The attribute that is called: accelerate's hooks wrap ``forward`` and keep the wrapped one aside."""
+    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+
+
+def _fused_forward(module: nn.Module) -> Callable | None:
+    kind = type(module)
+    for base in kind.__mro__:
+        forward = _FUSED.get((base.__module__.removeprefix("transformers.models."), base.__name__))
+        if forward is not None:
+            # A subclass with a forward of its own computes something else.
+            return forward if kind.forward is base.forward else None
+    return None
+
+
+def _encoder(
+    encoder: nn.Module,
+    shared: _Patch,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor,
+    output_hidden_states: bool = True,
+    output_attentions: bool = False,
+    query_states: torch.Tensor | None = None,
+    relative_pos: torch.Tensor | None = None,
+    return_dict: bool = True,
+):
+    """DebertaEncoder and DebertaV2Encoder without the (B, 1, L, L) mask and the (L, L) relative positions."""
+    reason = None
+    if output_attentions:
+        reason = "output_attentions=True needs the probabilities, which the fused path never holds"
+    elif relative_pos is not None:
+        reason = "a custom relative_pos is not fused"
+    elif query_states is not None:
+        reason = "query_states handed to the encoder are not fused"
+    elif any(getattr(layer.attention.self, "talking_head", False) for layer in encoder.layer):
+        reason = "talking heads are not fused"
+    if reason is not None:
+        shared.warn(reason)
+        return type(encoder).forward(
+            encoder, hidden_states, attention_mask, output_hidden_states, output_attentions, query_states, relative_pos,
+            return_dict,
+        )  # fmt: skip
+
+    token_mask = attention_mask if attention_mask.dim() <= 2 else attention_mask.sum(-2) > 0
+    mask = attention_mask.bool()
+    rel_embeddings = encoder.get_rel_embedding()
+    conv = getattr(encoder, "conv", None)
+    states = (hidden_states,)
+    for index, layer in enumerate(encoder.layer):
+        call = layer
+        if encoder.gradient_checkpointing and encoder.training and not hasattr(layer, "gradient_checkpointing"):
+            call = functools.partial(encoder._gradient_checkpointing_func, layer.__call__)  # transformers < 4.53
+        # By position, not by name: reentrant checkpointing detaches positional tensors alone, and would walk the graph
+        # of the normalised table once a layer otherwise.
+        output = call(states[-1], mask, None, None, rel_embeddings, False)[0]
+        if index == 0 and conv is not None:
+            output = conv(hidden_states, output, token_mask)
+        states = (*states, output) if output_hidden_states else (output,)
+
+    output, states = states[-1], states if output_hidden_states else None
+    if not return_dict:
+        return tuple(x for x in (output, states) if x is not None)
+    return sys.modules[type(encoder).__module__].BaseModelOutput(last_hidden_state=output, hidden_states=states)
+
+
+def _attention_v2(
+    attention: nn.Module,
+    shared: _Patch,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor,
+    output_attentions: bool = False,
+    query_states: torch.Tensor | None = None,
+    relative_pos: torch.Tensor | None = None,
+    rel_embeddings: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, None]:
+    """DisentangledSelfAttention of v2 and v3; the mask may be (B, L), (B, L, L) or (B, 1, L, L)."""
+    reason = _attention_reason(output_attentions, relative_pos)
+    if reason is not None:
+        shared.warn(reason)
+        return type(attention).forward(
+            attention, hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
+        )
+    heads = attention.num_attention_heads
+    query = _split_heads(attention.query_proj(hidden_states if query_states is None else query_states), heads)
+    key = _split_heads(attention.key_proj(hidden_states), heads)
+    value = _split_heads(attention.value_proj(hidden_states), heads)
+    c2p, p2c = ("c2p" in attention.pos_att_type), ("p2c" in attention.pos_att_type)
+    positions = {}
+    if attention.relative_attention:
+        positions = dict(
+            position_buckets=attention.position_buckets, max_relative_positions=attention.max_relative_positions
+        )
+        table, positions["first_slot"] = _reachable_rows(
+            rel_embeddings[: 2 * attention.pos_ebd_size], query.shape[2], key.shape[2], **positions
+        )
+        table = attention.pos_dropout(table)
+        if c2p:
+            project = attention.key_proj if attention.share_att_key else attention.pos_key_proj
+            positions["pos_key"] = _split_table(project(table), heads)
+        if p2c:
+            project = attention.query_proj if attention.share_att_key else attention.pos_query_proj
+            positions["pos_query"] = _split_table(project(table), heads)
+    return _fused(attention, shared, query, key, value, attention_mask, 1 + c2p + p2c, positions)
+
+
+def _attention_v1(
+    attention: nn.Module,
+    shared: _Patch,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor,
+    output_attentions: bool = False,
+    query_states: torch.Tensor | None = None,
+    relative_pos: torch.Tensor | None = None,
+    rel_embeddings: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, None]:
+    """DisentangledSelfAttention of v1; masks as in v2."""
+    reason = _attention_reason(output_attentions, relative_pos)
+    if attention.talking_head:
+        reason = "talking heads are not fused"
+    elif query_states is not None:
+        reason = "query_states of DeBERTa v1 are not fused"
+    if reason is not None:
+        shared.warn(reason)
+        return type(attention).forward(
+            attention, hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
+        )
+    heads = attention.num_attention_heads
+    query, key, value = _split_heads(attention.in_proj(hidden_states), heads).chunk(3, dim=-1)
+    query = query + attention.q_bias.view(heads, 1, -1)
+    value = value + attention.v_bias.view(heads, 1, -1)
+    positions = {}
+    if attention.relative_attention and rel_embeddings is not None:
+        positions = dict(position_buckets=-1, max_relative_positions=attention.max_relative_positions)
+        table, positions["first_slot"] = _reachable_rows(rel_embeddings, query.shape[2], key.shape[2], **positions)
+        table = attention.pos_dropout(table)
+        if "c2p" in attention.pos_att_type:
+            positions["pos_key"] = _split_table(attention.pos_proj(table), heads)
+        if "p2c" in attention.pos_att_type:
+            positions["pos_query"] = _split_table(attention.pos_q_proj(table), heads)
+    return _fused(attention, shared, query, key, value, attention_mask, 1 + len(attention.pos_att_type), positions)
+
+
+_FUSED = {
+    ("deberta.modeling_deberta", "DebertaEncoder"): _encoder,
+    ("deberta.modeling_deberta", "DisentangledSelfAttention"): _attention_v1,
+    ("deberta_v2.modeling_deberta_v2", "DebertaV2Encoder"): _encoder,
+    ("deberta_v2.modeling_deberta_v2", "DisentangledSelfAttention"): _attention_v2,
+}
+
+
+def _attention_reason(output_attentions: bool, relative_pos: torch.Tensor | None) -> str | None:
+    if output_attentions:
+        return "output_attentions=True needs the probabilities, which the fused path never holds"
+    return "a custom relative_pos is not fused" if relative_pos is not None else None
+
+
+def _fused(attention, shared, query, key, value, mask, terms, positions) -> tuple[torch.Tensor, None]:
+    if mask is not None:
+        mask = mask.bool().unsqueeze(1) if mask.dim() == 3 else mask.bool()
+    context = disentangled_attention(
+        query,
+        key,
+        value,
+        attention_mask=mask,
+        # Hugging Face counts the terms of pos_att_type, also where relative_attention is off and none is there.
+        scale=(query.shape[-1] * terms) ** -0.5,
+        dropout_p=attention.dropout.p if attention.training else 0.0,
+        backend=shared.backend,
+        **positions,
+    )
+    return context.transpose(1, 2).flatten(2), None
+
+
+def _reachable_rows(
+    table: torch.Tensor, query_length: int, key_length: int, position_buckets: int, max_relative_positions: int
+) -> tuple[torch.Tensor, int]:
+    """The rows that these lengths can reach, and the first one's number: the others need no projection."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return table, 0  # one graph for every length
+    start, stop = slot_table(position_buckets, max_relative_positions).window(query_length, key_length)
+    return table[start:stop], start
+
+
+def _split_heads(projected: torch.Tensor, heads: int) -> torch.Tensor:
+    """(B, L, H D) to (B, H, L, D)."""
+    return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _split_table(projected: torch.Tensor, heads: int) -> torch.Tensor:
+    """(R, H D) to (H, R, D)."""
+    return projected.unflatten(-1, (heads, -1)).transpose(0, 1)

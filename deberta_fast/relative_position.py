@@ -1,0 +1,129 @@
+"""From the distance of two tokens to a row of the relative-position table.
+
+For a query at position i and a key at position j, DeBERTa reads row sigma(i - j) of a table of R = 2S rows:
+
+    sigma(delta) = clamp(bucket(delta) + S, 0, R - 1)                                        (4)
+
+S is ``position_buckets`` if positive, else ``max_relative_positions``. Without buckets, bucket is the identity (DeBERTa
+v1). With B buckets, m = B // 2 and M = ``max_relative_positions`` (v2 and v3), distances beyond m share rows:
+
+    bucket(delta) = delta                                                       where |delta| <= m
+                  = sign(delta) (ceil(log(|delta|/m) / log((M-1)/m) (m-1)) + m)  elsewhere     (5)
+
+sigma depends on i - j alone, never decreases, and is constant beyond some distance on either side, so a short table over
+distances holds all of it, whatever the sequence length. It is made once, in Python's float64: the same formula in a
+half-precision default dtype puts one distance in five into the wrong bucket.
+
+Hugging Face and Microsoft differ for delta <= -M with buckets: Hugging Face's formula goes on to row 0, Microsoft clamps
+the distance to M - 1 first and stays on row 1. ``far_negative`` ("hf" or "ms") chooses.
+
+Source: He et al., DeBERTa (arXiv 2006.03654), equation 3; He et al., DeBERTaV3 (2111.09543) for the released tables.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+
+FAR_NEGATIVE_RULES = ("hf", "ms")
+_LONGEST_TABLE = 1 << 20
+
+
+class SlotTable(NamedTuple):
+    """sigma over the distances [-N, N]; ``slots[delta + N]`` is the row of distance delta.
+
+    Attributes:
+        slots: 2N + 1 row numbers, never decreasing.
+        rows: R, the rows of the whole relative-position table.
+        far_past: every distance >= this (a key far before its query) reads row ``slots[-1]``.
+        far_future: every distance <= this (a negative number) reads row ``slots[0]``.
+    """
+
+    slots: tuple[int, ...]
+    rows: int
+    far_past: int
+    far_future: int
+
+    @property
+    def reach(self) -> int:
+        """N, the distance beyond which sigma is constant on both sides."""
+        return len(self.slots) // 2
+
+    def slot(self, distance: int) -> int:
+        """sigma(distance)."""
+        return self.slots[max(-self.reach, min(self.reach, distance)) + self.reach]
+
+    def window(self, query_length: int, key_length: int, query_offset: int = 0) -> tuple[int, int]:
+        """Half-open range of the rows that sequences of these lengths can reach.
+
+        A caller may project just these rows and pass their start as ``first_slot``.
+        """
+        return self.slot(query_offset - key_length + 1), self.slot(query_offset + query_length - 1) + 1
+
+
+def table_rows(position_buckets: int, max_relative_positions: int) -> int:
+    """R = 2S, the rows a relative-position table must have."""
+    return 2 * (position_buckets if position_buckets > 0 else max_relative_positions)
+
+
+@functools.lru_cache(maxsize=64)
+def slot_table(position_buckets: int, max_relative_positions: int, far_negative: str = "hf") -> SlotTable:
+    """sigma of equation 4 as a table.
+
+    Args:
+        position_buckets: B; 0 or less means no buckets.
+        max_relative_positions: M, at least 1, and with buckets at least B // 2 + 2.
+        far_negative: "hf" or "ms", see the module's text.
+
+    Raises:
+        ValueError: the numbers describe no table.
+    """
+    buckets, longest = position_buckets, max_relative_positions
+    if far_negative not in FAR_NEGATIVE_RULES:
+        raise ValueError(f"far_negative must be one of {FAR_NEGATIVE_RULES}, got {far_negative!r}")
+    if longest < 1:
+        raise ValueError(f"max_relative_positions must be at least 1, got {longest}")
+    if buckets > 0 and (buckets < 2 or longest - 1 <= buckets // 2):
+        raise ValueError(
+            "position_buckets must be at least 2 and max_relative_positions at least position_buckets // 2 + 2, "
+            f"got position_buckets={buckets}, max_relative_positions={longest}"
+        )
+    rows = table_rows(buckets, longest)
+
+    def sigma(distance: int) -> int:
+        if buckets > 0 and far_negative == "ms":
+            distance = max(1 - longest, min(longest - 1, distance))
+        bucketed = _bucket(distance, buckets // 2, longest) if buckets > 0 else distance
+        return max(0, min(rows - 1, bucketed + rows // 2))
+
+    far_past = _saturation(sigma, 1)
+    far_future = -_saturation(sigma, -1)
+    reach = max(far_past, -far_future)
+    return SlotTable(tuple(sigma(d) for d in range(-reach, reach + 1)), rows, far_past, far_future)
+
+
+def _bucket(distance: int, middle: int, longest: int) -> int:
+    """Equation 5."""
+    if abs(distance) <= middle:
+        return distance
+    share = math.log(abs(distance) / middle) / math.log((longest - 1) / middle)
+    return int(math.copysign(math.ceil(share * (middle - 1)) + middle, distance))
+
+
+def _saturation(sigma, sign: int) -> int:
+    """Smallest n >= 0 such that sigma(sign * d) is the same for all d >= n."""
+    limit = sigma(sign << 50)
+    if sigma(sign * _LONGEST_TABLE) != limit:
+        raise ValueError(f"this relative-position table still changes at distance {_LONGEST_TABLE}: no slot table made")
+    low, high = 0, _LONGEST_TABLE  # sigma never decreases, hence a bisection
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if sigma(sign * middle) == limit else (middle + 1, high)
+    return low
+
+
+def distance_slots(table: SlotTable, distances: torch.Tensor) -> torch.Tensor:
+    """sigma of an integer tensor of distances, int64, the same shape and device."""
+    slots = torch.tensor(table.slots, dtype=torch.int64, device=distances.device)
+    return slots[distances.clamp(-table.reach, table.reach) + table.reach]
