@@ -12,7 +12,7 @@ from . import backends
 from .backends.inputs import AttentionInputs
 from .dropout import new_seed
 from .ops import check_cu_seqlens
-from .relative_position import FAR_NEGATIVE_RULES, slot_table, table_rows
+from .relative_position import FAR_NEGATIVE_RULES
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -65,23 +65,28 @@ def disentangled_attention(
     """
     _check_heads(query, key, value, ndim=4, layout="(B, H, L, D)")
     query, key, value, pos_key, pos_query = _autocast(query, key, value, pos_key, pos_query)
-    window = (query.shape[2], key.shape[2], query_offset)
-    _check_positions(
-        query,
-        pos_key,
-        pos_query,
-        query.shape[1],
-        window,
-        position_buckets,
-        max_relative_positions,
-        far_negative,
-        first_slot,
-    )
-    mask = _broadcast_mask(attention_mask, query, key.shape[2])
     return _attend(
-        query, key, value, pos_key, pos_query, mask, None, position_buckets, max_relative_positions, far_negative,
-        first_slot, query_offset, query.shape[2], scale, dropout_p, return_lse, backend,
-    )  # fmt: skip
+        AttentionInputs(
+            query=query,
+            key=key,
+            value=value,
+            pos_key=pos_key,
+            pos_query=pos_query,
+            mask=_broadcast_mask(attention_mask, query, key.shape[2]),
+            cu_seqlens=None,
+            seed=None,
+            position_buckets=position_buckets,
+            max_relative_positions=max_relative_positions,
+            far_negative=far_negative,
+            first_slot=first_slot,
+            query_offset=query_offset,
+            max_seqlen=query.shape[2],
+            scale=_scale(scale, query, pos_key, pos_query),
+            dropout_p=dropout_p,
+        ),
+        return_lse,
+        backend,
+    )
 
 
 def disentangled_attention_varlen(
@@ -108,8 +113,8 @@ def disentangled_attention_varlen(
 
     Args:
         query, key, value: (T, H, D), all sequences one after the other.
-        cu_seqlens: int32 (n + 1,), on the same device: sequence s lies at rows cu_seqlens[s] to cu_seqlens[s + 1]. Rises
-            from 0 to T; empty sequences are allowed. On a GPU its values are checked by a device-side assertion.
+        cu_seqlens: int32 (n + 1,), on the same device: sequence s lies at rows cu_seqlens[s] to cu_seqlens[s + 1].
+            Rises from 0 to T; empty sequences are allowed. On a GPU a device-side assertion checks its values.
         max_seqlen: at least the longest sequence's length.
         attention_mask: bool (T,), False for keys that nobody attends to.
         The others: as in ``disentangled_attention``.
@@ -132,48 +137,45 @@ def disentangled_attention_varlen(
         )
     if max_seqlen < 0:
         raise ValueError(f"max_seqlen must not be negative, got {max_seqlen}")
-    query, key, value, pos_key, pos_query = _autocast(query, key, value, pos_key, pos_query)
-    window = (max_seqlen, max_seqlen, query_offset)
-    _check_positions(
-        query,
-        pos_key,
-        pos_query,
-        query.shape[1],
-        window,
-        position_buckets,
-        max_relative_positions,
-        far_negative,
-        first_slot,
-    )
-    # A dense call with one batch row; cu_seqlens says where the sequences lie in it.
-    query, key, value = (heads.transpose(0, 1).unsqueeze(0) for heads in (query, key, value))
     if attention_mask is not None and attention_mask.dim() != 1:
-        raise ValueError(f"attention_mask must be of shape (T,), got {tuple(attention_mask.shape)}")
-    mask = _broadcast_mask(None if attention_mask is None else attention_mask[None], query, key.shape[2])
+        raise ValueError(f"attention_mask must be of shape ({query.shape[0]},), got {tuple(attention_mask.shape)}")
+    query, key, value, pos_key, pos_query = _autocast(query, key, value, pos_key, pos_query)
+    # To a backend, a dense call with one batch row: cu_seqlens says where in it the sequences lie.
+    query, key, value = (heads.transpose(0, 1).unsqueeze(0) for heads in (query, key, value))
     result = _attend(
-        query, key, value, pos_key, pos_query, mask, cu_seqlens, position_buckets, max_relative_positions, far_negative,
-        first_slot, query_offset, max_seqlen, scale, dropout_p, return_lse, backend,
-    )  # fmt: skip
+        AttentionInputs(
+            query=query,
+            key=key,
+            value=value,
+            pos_key=pos_key,
+            pos_query=pos_query,
+            mask=None if attention_mask is None else _broadcast_mask(attention_mask[None], query, key.shape[2]),
+            cu_seqlens=cu_seqlens,
+            seed=None,
+            position_buckets=position_buckets,
+            max_relative_positions=max_relative_positions,
+            far_negative=far_negative,
+            first_slot=first_slot,
+            query_offset=query_offset,
+            max_seqlen=max_seqlen,
+            scale=_scale(scale, query, pos_key, pos_query),
+            dropout_p=dropout_p,
+        ),
+        return_lse,
+        backend,
+    )
     if return_lse:
         return result[0].squeeze(0).transpose(0, 1), result[1].squeeze(0)
     return result.squeeze(0).transpose(0, 1)
 
 
-def _attend(
-    query, key, value, pos_key, pos_query, mask, cu_seqlens, position_buckets, max_relative_positions, far_negative,
-    first_slot, query_offset, max_seqlen, scale, dropout_p, return_lse, backend,
-):  # fmt: skip
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if scale is None:
-        terms = 1 + (pos_key is not None) + (pos_query is not None)
-        scale = (query.shape[-1] * terms) ** -0.5
-    seed = new_seed(query.device) if dropout_p > 0 else None
-    inputs = AttentionInputs(
-        query, key, value, pos_key, pos_query, mask, cu_seqlens, seed, position_buckets, max_relative_positions,
-        far_negative, first_slot, query_offset, max_seqlen, float(scale), float(dropout_p),
-    )  # fmt: skip
+def _attend(inputs: AttentionInputs, return_lse: bool, backend: str | None):
+    _check_positions(inputs)
+    if not 0 <= inputs.dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {inputs.dropout_p}")
     name = backends.choose(backend, inputs)
+    if inputs.dropout_p > 0:
+        inputs = inputs._replace(seed=new_seed(inputs.query.device))
     if name == "reference":
         check_cu_seqlens(inputs)
         output, lse = backends.reference.attention(inputs)
@@ -236,30 +238,33 @@ def _autocast(*tensors):
     return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
-def _check_positions(
-    query, pos_key, pos_query, heads, window, position_buckets, max_relative_positions, far_negative, first_slot
-) -> None:
-    if far_negative not in FAR_NEGATIVE_RULES:
-        raise ValueError(f"far_negative must be one of {FAR_NEGATIVE_RULES}, got {far_negative!r}")
-    tables = [(name, x) for name, x in (("pos_key", pos_key), ("pos_query", pos_query)) if x is not None]
-    if not tables:
-        return
-    table = slot_table(position_buckets, max_relative_positions, far_negative)
-    rows = table_rows(position_buckets, max_relative_positions)
+def _scale(scale, query, pos_key, pos_query) -> float:
+    if scale is not None:
+        return float(scale)
+    return (query.shape[-1] * (1 + (pos_key is not None) + (pos_query is not None))) ** -0.5
+
+
+def _check_positions(inputs: AttentionInputs) -> None:
+    if inputs.far_negative not in FAR_NEGATIVE_RULES:
+        raise ValueError(f"far_negative must be one of {FAR_NEGATIVE_RULES}, got {inputs.far_negative!r}")
+    tables = [(name, x) for name in ("pos_key", "pos_query") if (x := getattr(inputs, name)) is not None]
+    query, key = inputs.query, inputs.key
     for name, x in tables:
         if x.device != query.device:
             raise ValueError(f"{name} must be on query's device, {query.device}, got {x.device}")
-        if x.dim() != 3 or x.shape[0] != heads or x.shape[2] != query.shape[-1]:
-            raise ValueError(f"{name} must be of shape ({heads}, R, {query.shape[-1]}), got {tuple(x.shape)}")
+        if x.dim() != 3 or x.shape[0] != query.shape[1] or x.shape[2] != query.shape[3]:
+            raise ValueError(f"{name} must be of shape ({query.shape[1]}, R, {query.shape[3]}), got {tuple(x.shape)}")
         if x.shape[1] != tables[0][1].shape[1]:
             raise ValueError(f"pos_query must have pos_key's rows, {tables[0][1].shape[1]}, got {x.shape[1]}")
-        if x.shape[1] == rows and first_slot == 0:
+        rows, first = inputs.table.rows, inputs.first_slot
+        if x.shape[1] == rows and first == 0:
             continue
-        start, stop = table.window(*window)
-        if first_slot < 0 or first_slot > start or not stop <= first_slot + x.shape[1] <= rows:
+        lengths = (query.shape[2], key.shape[2]) if inputs.cu_seqlens is None else (inputs.max_seqlen,) * 2
+        start, stop = inputs.table.window(*lengths, inputs.query_offset)
+        if not 0 <= first <= start or not stop <= first + x.shape[1] <= rows:
             raise ValueError(
                 f"{name} must have all {rows} rows of the table, or at least rows {start} to {stop} that these lengths "
-                f"reach, got rows {first_slot} to {first_slot + x.shape[1]}"
+                f"reach, got rows {first} to {first + x.shape[1]}"
             )
 
 

@@ -10,12 +10,12 @@ v1). With B buckets, m = B // 2 and M = ``max_relative_positions`` (v2 and v3), 
     bucket(delta) = delta                                                       where |delta| <= m
                   = sign(delta) (ceil(log(|delta|/m) / log((M-1)/m) (m-1)) + m)  elsewhere     (5)
 
-sigma depends on i - j alone, never decreases, and is constant beyond some distance on either side, so a short table over
-distances holds all of it, whatever the sequence length. It is made once, in Python's float64: the same formula in a
-half-precision default dtype puts one distance in five into the wrong bucket.
+sigma depends on i - j alone, never decreases, and is constant beyond some distance on either side, so a short table
+over distances holds all of it, whatever the sequence length. It is made once, in Python's float64: the same formula in
+a half-precision default dtype puts one distance in five into the wrong bucket.
 
-Hugging Face and Microsoft differ for delta <= -M with buckets: Hugging Face's formula goes on to row 0, Microsoft clamps
-the distance to M - 1 first and stays on row 1. ``far_negative`` ("hf" or "ms") chooses.
+Hugging Face and Microsoft differ for delta <= -M with buckets: Hugging Face's formula goes on to row 0, Microsoft
+clamps the distance to M - 1 first and stays on row 1. ``far_negative`` ("hf" or "ms") chooses.
 
 Source: He et al., DeBERTa (arXiv 2006.03654), equation 3; He et al., DeBERTaV3 (2111.09543) for the released tables.
 """
@@ -62,11 +62,6 @@ class SlotTable(NamedTuple):
         return self.slot(query_offset - key_length + 1), self.slot(query_offset + query_length - 1) + 1
 
 
-def table_rows(position_buckets: int, max_relative_positions: int) -> int:
-    """R = 2S, the rows a relative-position table must have."""
-    return 2 * (position_buckets if position_buckets > 0 else max_relative_positions)
-
-
 @functools.lru_cache(maxsize=64)
 def slot_table(position_buckets: int, max_relative_positions: int, far_negative: str = "hf") -> SlotTable:
     """sigma of equation 4 as a table.
@@ -89,7 +84,7 @@ def slot_table(position_buckets: int, max_relative_positions: int, far_negative:
             "position_buckets must be at least 2 and max_relative_positions at least position_buckets // 2 + 2, "
             f"got position_buckets={buckets}, max_relative_positions={longest}"
         )
-    rows = table_rows(buckets, longest)
+    rows = 2 * (buckets if buckets > 0 else longest)
 
     def sigma(distance: int) -> int:
         if buckets > 0 and far_negative == "ms":

@@ -1,7 +1,7 @@
 """Memory-efficient disentangled attention in pure PyTorch, forward and written-out backward, on any device.
 
-Queries are taken in blocks. For one block the keys fall into three segments: far before, near, far after. Scores are held
-in base 2 (C = s log2 e); e = j - p is the distance from the position p of a query to a key, and K^e = K^r[sigma(-e)]:
+Queries are taken in blocks. For one block the keys fall into three segments: far before, near, far after. Scores are
+held in base 2 (C = s log2 e); e = j - p is the distance from a query at position p to a key, and K^e = K^r[sigma(-e)]:
 
     near   Z = C q . k_j  +  skew(C q . K^e)  +  skew(k_j . C Q^e)^T                                      (6)
     far    Z = C (q + Q^r_r) . k_j  +  C q . K^r_r            sigma = r all over the segment              (7)
@@ -25,7 +25,7 @@ from .inputs import AttentionInputs
 
 BLOCK_ROWS = 128
 BLOCK_KEYS = 64  # keys that share one window of distances in the p2c product
-CHUNK_ELEMENTS_CPU = 1 << 20  # scores held at once: what a core's caches hold,
+CHUNK_ELEMENTS_CPU = 1 << 19  # scores held at once: what a core's caches hold,
 CHUNK_ELEMENTS = 1 << 25  # or what fills a GPU
 LOG2E = 1 / math.log(2)
 
@@ -122,22 +122,19 @@ class _DenseCall:
             self._expand_tables()
 
     def _expand_tables(self) -> None:
-        """K^e and C Q^e, (H, E, D): a row for each distance that a near segment can hold, padding included."""
+        """K^e and Q^e, (H, D, E): a column for each distance that a near segment can hold, padding included."""
         x, table = self.x, self.x.table
         slack = self.block_rows + self.block_keys
         first = max(1 - x.query_offset - self.query_length, -table.far_past - slack)
-        last = min(self.key_length - x.query_offset, slack - table.far_future) + 2 * self.block_keys
+        last = min(self.key_length - x.query_offset, slack - table.far_future) + self.block_keys
         self.first_distance = first
-        if x.pos_key is not None:
-            self.pos_key = x.pos_key.to(x.work_dtype)
-        if x.pos_query is not None:
-            self.pos_query = x.pos_query.to(x.work_dtype) * self.base
+        self.pos_key, self.pos_query = (None if t is None else t.to(x.work_dtype) for t in (x.pos_key, x.pos_query))
         rows = (x.pos_key if x.pos_key is not None else x.pos_query).shape[1]
         distances = -torch.arange(first, max(first, last), device=x.query.device)
         # The clamp serves padding alone: what the lengths can reach lies within the rows that were given.
         self.slots = (distance_slots(table, distances) - x.first_slot).clamp_(0, rows - 1)
         self.key_by_distance, self.query_by_distance = (
-            None if t is None else t[:, self.slots] for t in (self.pos_key, self.pos_query)
+            None if t is None else t.index_select(1, self.slots).mT.contiguous() for t in (self.pos_key, self.pos_query)
         )
 
     def forward(self, output: torch.Tensor, lse: torch.Tensor) -> None:
@@ -171,9 +168,10 @@ class _DenseCall:
         """Fills grad_heads (of query, key, value) and adds to grad_tables (of pos_key, pos_query)."""
         grad_query, grad_key, grad_value = grad_heads
         self.grad_key, grad_v = torch.zeros_like(self.key), torch.zeros_like(self.value)
-        self.grad_pos_key, self.grad_pos_query, self.grad_key_by_distance, self.grad_query_by_distance = (
-            None if t is None else torch.zeros_like(t)
-            for t in (self.pos_key, self.pos_query, self.key_by_distance, self.query_by_distance)
+        self.grad_pos_key, self.grad_pos_query = grad_tables
+        self.grad_key_by_distance, self.grad_query_by_distance = (
+            None if t is None else t.new_zeros(t.shape[0], t.shape[2] + self.block_keys, t.shape[1])
+            for t in (self.key_by_distance, self.query_by_distance)
         )
         for block in self._blocks():
             grad_out = self._load(block, grad_output)
@@ -198,13 +196,12 @@ class _DenseCall:
         grad_key.copy_(self.grad_key[:, :, : self.key_length].transpose(0, 1))
         grad_value.copy_(grad_v[:, :, : self.key_length].transpose(0, 1))
         near = (self.grad_key_by_distance, self.grad_query_by_distance)
-        far = (self.grad_pos_key, self.grad_pos_query)
-        for total, by_distance, by_slot, factor in zip(grad_tables, near, far, (1.0, self.base), strict=True):
+        for total, by_distance, factor in zip(grad_tables, near, (1.0, self.base), strict=True):
             if total is not None:
                 # The sum over the distances of a slot, as a product: atomic-free, so the same in every run.
-                rows = torch.arange(by_slot.shape[1], device=by_slot.device)
-                of_slot = (rows[:, None] == self.slots).to(by_slot.dtype)
-                total.add_(by_slot + of_slot @ by_distance, alpha=factor)
+                rows = torch.arange(total.shape[1], device=total.device)
+                of_slot = (rows[:, None] == self.slots).to(total.dtype)
+                total.add_(of_slot @ by_distance[:, : len(self.slots)], alpha=factor)
 
     def _blocks(self) -> Iterator[_Block]:
         x = self.x
@@ -272,14 +269,14 @@ class _DenseCall:
     def _far_query(self, block: _Block, segment: _Segment) -> torch.Tensor:
         if self.pos_query is None:
             return block.query
-        return block.query + self.pos_query[block.heads, None, segment.slot, None]
+        return block.query + self.base * self.pos_query[block.heads, None, segment.slot, None]
 
     def _grad_far_scores(self, block: _Block, segment: _Segment, grad_z: torch.Tensor) -> torch.Tensor:
         """The share of the query's gradient; adds the shares of the key's and the tables'."""
         self._of(self.grad_key, block, segment).add_(grad_z.mT @ self._far_query(block, segment))
         grad_q = grad_z @ self._of(self.key, block, segment)
         if self.pos_query is not None:
-            self.grad_pos_query[block.heads, segment.slot] += grad_q.sum((1, 2))
+            self.grad_pos_query[block.heads, segment.slot] += self.base * grad_q.sum((1, 2))
         if self.pos_key is not None:
             row_sum = grad_z.sum(-1, keepdim=True)
             self.grad_pos_key[block.heads, segment.slot] += (row_sum * block.query).sum((1, 2))
@@ -289,12 +286,12 @@ class _DenseCall:
     def _near_scores(self, block: _Block, segment: _Segment) -> torch.Tensor:
         z = block.query @ self._of(self.key, block, segment).mT
         if self.pos_key is not None:
-            c2p = block.query.flatten(1, 2) @ self._distances(self.key_by_distance, block, segment).mT
+            c2p = block.query.flatten(1, 2) @ self._distances(self.key_by_distance, block, segment)
             z += _skew(c2p.unflatten(1, block.query.shape[1:3]), z.shape[-1])
         if self.pos_query is not None:
-            p2c = self._key_blocks(block, segment) @ self._windows(block, segment).mT
+            p2c = self._key_blocks(block, segment) @ self._windows(block, segment)
             p2c = p2c.unflatten(2, (-1, self.block_keys))  # (h, blocks, b, keys of a block, distances)
-            z.unflatten(-1, (-1, self.block_keys)).add_(_skew(p2c, z.shape[2]).permute(0, 2, 4, 1, 3))
+            z.unflatten(-1, (-1, self.block_keys)).add_(_skew(p2c, z.shape[2]).permute(0, 2, 4, 1, 3), alpha=self.base)
         return z
 
     def _grad_near_scores(self, block: _Block, segment: _Segment, grad_z: torch.Tensor) -> torch.Tensor:
@@ -304,31 +301,31 @@ class _DenseCall:
         grad_k += grad_z.mT @ block.query
         rows, columns = grad_z.shape[2:]
         if self.pos_key is not None:
-            skewed = grad_z.new_zeros(*grad_z.shape[:3], rows + columns - 1)
+            skewed = grad_z.new_zeros(*grad_z.shape[:3], rows + columns)
             _skew(skewed, columns).copy_(grad_z)
             skewed = skewed.flatten(1, 2)
-            grad_q += (skewed @ self._distances(self.key_by_distance, block, segment)).view_as(grad_q)
-            self._distances(self.grad_key_by_distance, block, segment).add_(skewed.mT @ block.query.flatten(1, 2))
+            grad_q += (skewed @ self._distances(self.key_by_distance, block, segment).mT).view_as(grad_q)
+            grad = self._distances(self.grad_key_by_distance.mT, block, segment).mT
+            grad += skewed.mT @ block.query.flatten(1, 2)
         if self.pos_query is not None:
             blocks = grad_z.unflatten(-1, (-1, self.block_keys)).permute(0, 3, 1, 4, 2)
-            skewed = grad_z.new_zeros(*blocks.shape[:4], rows + self.block_keys - 1)
+            skewed = grad_z.new_zeros(*blocks.shape[:4], rows + self.block_keys)
             _skew(skewed, rows).copy_(blocks)
             skewed = skewed.flatten(2, 3)
-            grad_blocks = (skewed @ self._windows(block, segment)).unflatten(2, (-1, self.block_keys))
-            grad_k += grad_blocks.transpose(1, 2).flatten(2, 3)
+            grad_blocks = (skewed @ self._windows(block, segment).mT).unflatten(2, (-1, self.block_keys))
+            grad_k.add_(grad_blocks.transpose(1, 2).flatten(2, 3), alpha=self.base)
             self._add_windows(block, segment, skewed.mT @ self._key_blocks(block, segment))
         return grad_q
 
     def _distances(self, by_distance: torch.Tensor, block: _Block, segment: _Segment) -> torch.Tensor:
-        """The rows of all distances between block and segment, ascending: (h, rows + keys - 1, D)."""
+        """The columns of all distances between block and segment, ascending, and one more: (h, D, rows + keys)."""
         start = segment.start - block.last_position - self.first_distance
-        return by_distance[block.heads].narrow(1, start, block.query.shape[2] + segment.stop - segment.start - 1)
+        return by_distance[block.heads].narrow(2, start, block.query.shape[2] + segment.stop - segment.start)
 
     def _windows(self, block: _Block, segment: _Segment) -> torch.Tensor:
-        """Of these, the rows that each block of keys needs: (h, blocks, rows + block_keys - 1, D)."""
+        """Of these, the columns that each block of keys needs: (h, blocks, D, rows + block_keys)."""
         distances = self._distances(self.query_by_distance, block, segment)
-        size = block.query.shape[2] + self.block_keys - 1
-        return distances.unfold(1, size, self.block_keys).mT.contiguous()
+        return distances.unfold(2, block.query.shape[2] + self.block_keys, self.block_keys).transpose(1, 2).contiguous()
 
     def _add_windows(self, block: _Block, segment: _Segment, grad_windows: torch.Tensor) -> None:
         """The adjoint of ``_windows``: neighbouring windows overlap, their slices of one block's width do not."""

@@ -10,8 +10,8 @@ from ..relative_position import SlotTable, slot_table
 class AttentionInputs(NamedTuple):
     """The validated arguments of one attention call, in the order of the op's schema.
 
-    Dense: query (B, H, Lq, D), key and value (B, H, Lk, D). Packed: B = 1 and all sequences along the length, sequence s
-    at rows cu_seqlens[s] to cu_seqlens[s + 1]; no query sees a key of another sequence.
+    Dense: query (B, H, Lq, D), key and value (B, H, Lk, D). Packed: B = 1 and all sequences along the length, sequence
+    s at rows cu_seqlens[s] to cu_seqlens[s + 1]; no query sees a key of another sequence.
 
     pos_key and pos_query are (H, R', D), rows first_slot to first_slot + R' of the relative-position table, or None.
     mask is bool, four-dimensional, broadcastable to (B, H, Lq, Lk), True where a query may attend. The rest as in

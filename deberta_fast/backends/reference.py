@@ -4,8 +4,8 @@
     P_ij = softmax_j(A_ij)                                                                      (2)
     O_i  = sum_j P_ij v_j                                                                       (3)
 
-Source: He et al., DeBERTa (arXiv 2006.03654), equations 2 to 4. Everything is of size Lq x Lk a head: this is what other
-backends are judged by, what serves whoever wants the probabilities or talking heads, and nothing to train with.
+Source: He et al., DeBERTa (arXiv 2006.03654), equations 2 to 4. Everything is of size Lq x Lk a head: this is what
+other backends are judged by, what serves whoever wants the probabilities or talking heads, and nothing to train with.
 """
 
 import torch
