@@ -5,7 +5,7 @@ held in base 2 (C = s log2 e); e = j - p is the distance from a query at positio
 
     near   Z = C q . k_j  +  skew(C q . K^e)  +  skew(k_j . C Q^e)^T                                      (6)
     far    Z = C (q + Q^r_r) . k_j  +  C q . K^r_r            sigma = r all over the segment              (7)
-    P = 2^(Z - lse log2 e)     dZ = ln 2 P o (dP - Delta)     Delta = rowsum(dO o O) - dlse               (8)
+    P = 2^(Z - lse log2 e)     dZ = ln 2 P o (dP - Delta)     Delta = rowsum(P o dP) - dlse                (8)
 
 Rows of a block are taken last to first: then e grows along rows and along keys, and both skews are plain views of
 products with consecutive rows of the expanded tables (``_skew``): nothing is gathered, no slot is looked up. Backward
@@ -56,7 +56,7 @@ def backward(
         None if x is None else x.new_zeros(x.shape, dtype=inputs.work_dtype) for x in (inputs.pos_key, inputs.pos_query)
     ]
     for first_batch, x, rows in _dense_calls(inputs):
-        given = [t[:, :, rows] for t in (output, lse, grad_output, grad_lse)]
+        given = [t[:, :, rows] for t in (lse, grad_output, grad_lse)]
         _DenseCall(x, first_batch).backward(*given, [t[:, :, rows] for t in grad_heads], grad_tables)
     return *grad_heads, *(None if t is None else t.to(inputs.query.dtype) for t in grad_tables)
 
@@ -158,7 +158,6 @@ class _DenseCall:
 
     def backward(
         self,
-        output: torch.Tensor,
         lse: torch.Tensor,
         grad_output: torch.Tensor,
         grad_lse: torch.Tensor,
@@ -174,13 +173,13 @@ class _DenseCall:
             for t in (self.key_by_distance, self.query_by_distance)
         )
         for block in self._blocks():
-            grad_out = self._load(block, grad_output)
-            delta = (grad_out * self._load(block, output)).sum(-1, keepdim=True)
-            delta -= self._load(block, grad_lse[..., None])
+            grad_out, segments = self._load(block, grad_output), self._segments(block)
             lse_2 = self._load(block, lse[..., None]) * LOG2E
             lse_2.masked_fill_(lse_2 == -torch.inf, 0.0)  # rows that see nothing: 2^(-inf - 0) = 0
-            grad_q = torch.zeros_like(block.query)
-            for segment in self._segments(block):
+            # From P and dP, not from O and dO: what is rounded in dP then cancels in dZ, as it does in a softmax.
+            delta = -self._load(block, grad_lse[..., None])
+            ps, grad_ps = [], []
+            for segment in segments:
                 p = self._scores(block, segment).sub_(lse_2).exp2_()
                 grad_p = grad_out @ self._of(self.value, block, segment).mT
                 dropped = p
@@ -189,6 +188,11 @@ class _DenseCall:
                     grad_p *= kept
                     dropped = p * kept
                 self._of(grad_v, block, segment).add_(dropped.mT @ grad_out)
+                delta += (p * grad_p).sum(-1, keepdim=True)
+                ps.append(p)
+                grad_ps.append(grad_p)
+            grad_q = torch.zeros_like(block.query)
+            for segment, p, grad_p in zip(segments, ps, grad_ps, strict=True):
                 grad_z = grad_p.sub_(delta).mul_(p).mul_(1 / LOG2E)
                 grad_scores = self._grad_near_scores if segment.slot is None else self._grad_far_scores
                 grad_q += grad_scores(block, segment, grad_z)

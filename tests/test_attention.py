@@ -1,0 +1,159 @@
+"""Every backend against the reference: output, log-sum-exp and all gradients, in the situations of ``cases``."""
+
+import pytest
+import torch
+from cases import BY_NAME, CASES, DROPOUT_SEED, TENSORS, Case, as_dtype, forward_and_gradients, make_inputs
+from tolerance import assert_as_precise, hf_style_attention
+
+import deberta_fast
+from deberta_fast import backends
+from deberta_fast.backends import eager, reference
+
+BACKENDS = [name for name in backends.BACKENDS if name != "reference"]
+CPU_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def public(backend):
+    """The public function, called with the fields of AttentionInputs."""
+
+    def attention(inputs):
+        torch.manual_seed(DROPOUT_SEED)
+        return deberta_fast.disentangled_attention(
+            *(getattr(inputs, name) for name in TENSORS),
+            position_buckets=inputs.position_buckets,
+            max_relative_positions=inputs.max_relative_positions,
+            far_negative=inputs.far_negative,
+            attention_mask=inputs.mask,
+            scale=inputs.scale,
+            dropout_p=inputs.dropout_p,
+            query_offset=inputs.query_offset,
+            first_slot=inputs.first_slot,
+            return_lse=True,
+            backend=backend,
+        )
+
+    return attention
+
+
+def compare(attention, case: Case, dtype: torch.dtype) -> None:
+    """The rule of ``tolerance``; float64 has no yardstick below it and gets a plain bound."""
+    inputs = make_inputs(case, dtype)
+    exact = forward_and_gradients(reference.attention, as_dtype(inputs, torch.float64))
+    got = forward_and_gradients(attention, as_dtype(inputs, dtype))
+    assert got.keys() == exact.keys()
+    if dtype == torch.float64:
+        for name, x in got.items():
+            torch.testing.assert_close(x, exact[name], rtol=1e-11, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+        return
+    if case.key_length <= 1:
+        # A softmax over one score is exactly one in eager code and has exactly no gradient: nothing to measure by.
+        eps = torch.finfo(dtype).eps
+        for name, x in got.items():
+            torch.testing.assert_close(x.double(), exact[name], rtol=16 * eps, atol=16 * eps)
+        return
+    yardstick = forward_and_gradients(hf_style_attention, as_dtype(inputs, dtype))
+    yardstick["lse"] = yardstick["lse"].float()  # ours is float32, whatever the inputs
+    for name, x in got.items():
+        assert_as_precise(name, x.detach(), yardstick[name].detach(), exact[name].detach())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_float64_equals_reference(case, backend):
+    compare(public(backend), case, torch.float64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_float32_is_as_precise_as_eager(case, backend):
+    compare(public(backend), case, torch.float32)
+
+
+HALF_CASES = [
+    "one-token",
+    "ragged-L129-D64",
+    "far-L700",
+    "v3-table-L1100",
+    "holes-L200",
+    "pairwise-mask-L150",
+    "D80-L65",
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", HALF_CASES)
+def test_half_is_as_precise_as_eager(name, backend, dtype):
+    compare(public(backend), BY_NAME[name], dtype)
+
+
+@pytest.mark.parametrize("name", ["ragged-L129-D64", "holes-L200", "mask-per-head-L70"])
+def test_eager_in_many_chunks(name, monkeypatch):
+    """One head and one batch row at a time, in blocks that divide nothing evenly."""
+    monkeypatch.setattr(eager, "CHUNK_ELEMENTS_CPU", 1)
+    monkeypatch.setattr(eager, "BLOCK_ROWS", 20)
+    monkeypatch.setattr(eager, "BLOCK_KEYS", 48)
+    compare(public("eager"), BY_NAME[name], torch.float64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_see_nothing(backend):
+    """Zeros, a log-sum-exp of minus infinity, and no share in any gradient."""
+    inputs = as_dtype(make_inputs(BY_NAME["whole-row-padded-L140"], torch.float32), torch.float32)
+    output, lse = public(backend)(inputs)
+    assert (output[0] == 0).all() and (lse[0] == -torch.inf).all() and torch.isfinite(lse[1]).all()
+    grads = torch.autograd.grad(output.sum(), [inputs.query, inputs.key, inputs.value])
+    assert all((grad[0] == 0).all() and torch.isfinite(grad).all() for grad in grads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_runs_are_bit_equal(backend):
+    inputs = make_inputs(BY_NAME["holes-L200"], torch.float32)
+    first, second = (forward_and_gradients(public(backend), as_dtype(inputs, torch.float32)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision_survives_large_weights(backend):
+    """Unscaled products of these leave float16's range, though every score fits."""
+    inputs = make_inputs(Case("large", 70, 70, batch=1), torch.float16)
+    inputs = inputs._replace(query=inputs.query * 300, pos_key=inputs.pos_key * 60)
+    exact = forward_and_gradients(reference.attention, as_dtype(inputs, torch.float32))
+    assert not torch.isfinite(hf_style_attention(inputs)[0]).all()
+    got = forward_and_gradients(public(backend), as_dtype(inputs, torch.float16))
+    assert torch.isfinite(got["output"]).all()
+    torch.testing.assert_close(got["output"].float(), exact["output"], rtol=1e-3, atol=1e-3)
+
+
+def shifted_slot(inputs):
+    return inputs._replace(pos_key=inputs.pos_key.roll(1, 1))
+
+
+def swapped_tables(inputs):
+    return inputs._replace(pos_key=inputs.pos_query, pos_query=inputs.pos_key)
+
+
+def reversed_distance(inputs):
+    return inputs._replace(pos_key=inputs.pos_key.flip(1), pos_query=inputs.pos_query.flip(1))
+
+
+@pytest.mark.parametrize("dtype", CPU_DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("mutate", [shifted_slot, swapped_tables, reversed_distance])
+def test_a_wrong_table_is_caught(mutate, dtype):
+    with pytest.raises(AssertionError, match="error"):
+        compare(lambda inputs: public("eager")(mutate(inputs)), BY_NAME["ragged-L129-D64"], dtype)
+
+
+@pytest.mark.parametrize("mistake", [{"far_past": -1}, {"far_future": 1}], ids=["past", "future"])
+def test_a_far_segment_one_key_too_long_is_caught(mistake, monkeypatch):
+    """The narrowest mistake in the classification of keys: one pair a block of queries reads its neighbour's row."""
+    right = eager.AttentionInputs.table.fget
+
+    def wrong(inputs):
+        table = right(inputs)
+        return table._replace(**{name: getattr(table, name) + step for name, step in mistake.items()})
+
+    monkeypatch.setattr(eager.AttentionInputs, "table", property(wrong))
+    monkeypatch.setattr(eager, "BLOCK_KEYS", 1)  # a near segment is rounded up to whole blocks, which hides a key
+    with pytest.raises(AssertionError, match="error"):
+        compare(public("eager"), BY_NAME["far-L700"], torch.float32)
