@@ -12,7 +12,7 @@ from . import backends
 from .backends.inputs import AttentionInputs
 from .dropout import new_seed
 from .ops import check_cu_seqlens
-from .relative_position import FAR_NEGATIVE_RULES
+from .relative_position import FAR_NEGATIVE_RULES, table_rows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -178,7 +178,8 @@ def _attend(inputs: AttentionInputs, return_lse: bool, backend: str | None):
         inputs = inputs._replace(seed=new_seed(inputs.query.device))
     if name == "reference":
         check_cu_seqlens(inputs)
-        output, lse = backends.reference.attention(inputs)
+        with torch.autocast(inputs.query.device.type, enabled=False):
+            output, lse = backends.reference.attention(inputs)
     else:
         output, lse = _DisentangledAttention.apply(*inputs, name)
     return (output, lse) if return_lse else output
@@ -256,7 +257,7 @@ def _check_positions(inputs: AttentionInputs) -> None:
             raise ValueError(f"{name} must be of shape ({query.shape[1]}, R, {query.shape[3]}), got {tuple(x.shape)}")
         if x.shape[1] != tables[0][1].shape[1]:
             raise ValueError(f"pos_query must have pos_key's rows, {tables[0][1].shape[1]}, got {x.shape[1]}")
-        rows, first = inputs.table.rows, inputs.first_slot
+        rows, first = table_rows(inputs.position_buckets, inputs.max_relative_positions), inputs.first_slot
         if x.shape[1] == rows and first == 0:
             continue
         lengths = (query.shape[2], key.shape[2]) if inputs.cu_seqlens is None else (inputs.max_seqlen,) * 2

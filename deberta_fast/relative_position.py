@@ -62,6 +62,11 @@ class SlotTable(NamedTuple):
         return self.slot(query_offset - key_length + 1), self.slot(query_offset + query_length - 1) + 1
 
 
+def table_rows(position_buckets: int, max_relative_positions: int) -> int:
+    """R = 2S, the rows of a whole relative-position table."""
+    return 2 * (position_buckets if position_buckets > 0 else max_relative_positions)
+
+
 @functools.lru_cache(maxsize=64)
 def slot_table(position_buckets: int, max_relative_positions: int, far_negative: str = "hf") -> SlotTable:
     """sigma of equation 4 as a table.
@@ -84,7 +89,7 @@ def slot_table(position_buckets: int, max_relative_positions: int, far_negative:
             "position_buckets must be at least 2 and max_relative_positions at least position_buckets // 2 + 2, "
             f"got position_buckets={buckets}, max_relative_positions={longest}"
         )
-    rows = 2 * (buckets if buckets > 0 else longest)
+    rows = table_rows(buckets, longest)
 
     def sigma(distance: int) -> int:
         if buckets > 0 and far_negative == "ms":

@@ -21,14 +21,13 @@ def why_not(inputs: AttentionInputs) -> list[str]:
 
 
 def attention(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output, shaped as the query, and log-sum-exp (B, H, Lq); derivatives of any order by torch's autograd."""
-    if inputs.cu_seqlens is None:
-        output, lse, _ = attention_with_probabilities(inputs)
-        return output, lse
-    parts = [attention_with_probabilities(x, batch) for batch, x in enumerate(inputs.sequences())]
+    """Output (B, H, Lq, D) and log-sum-exp (B, H, Lq); derivatives of any order by torch's autograd."""
+    calls = [inputs] if inputs.cu_seqlens is None else inputs.sequences()
+    parts = [attention_with_probabilities(x, batch) for batch, x in enumerate(calls)]
     if not parts:
         return torch.zeros_like(inputs.query), inputs.new_lse()
-    return torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2)
+    output, lse = (torch.cat([part[index] for part in parts], 2) for index in range(2))
+    return output.transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
 def attention_with_probabilities(

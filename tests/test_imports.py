@@ -1,0 +1,82 @@
+"""Imports follow the data: nothing imports what lies above it, and torch alone is enough."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "deberta_fast"
+
+# From the bottom up; a module may import those before it. Backends share a rank: none imports another.
+RANKS = [
+    {"relative_position", "dropout"},
+    {"backends.inputs"},
+    {"backends.reference", "backends.eager"},
+    {"backends"},
+    {"ops"},
+    {"functional"},
+    {"hf"},
+    {""},
+]
+RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip("."), path
+
+
+def imported(name, path):
+    """The package's modules that a module names in its import statements, and the other packages."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (("other", alias.name.partition(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield "other", node.module.partition(".")[0]
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".") if package else []
+            base = base[: len(base) - node.level + 1]
+            if node.module:
+                yield "own", ".".join([*base, node.module])
+            else:
+                yield from (("own", ".".join([*base, alias.name])) for alias in node.names)
+
+
+@pytest.mark.parametrize("name, path", list(modules()), ids=lambda x: x if isinstance(x, str) else "")
+def test_arrows(name, path):
+    assert name in RANK, f"give {name} a rank"
+    for kind, target in imported(name, path):
+        if kind == "own":
+            assert RANK[target] < RANK[name], f"{name or 'deberta_fast'} imports {target}"
+        else:
+            assert target in sys.stdlib_module_names | {"torch"}, f"{name} imports {target}"
+
+
+@pytest.mark.parametrize(
+    "absent", [("triton",), ("transformers", "huggingface_hub"), ("numpy", "sentencepiece", "safetensors")]
+)
+def test_import_without(absent):
+    """In a fresh interpreter that cannot find them."""
+    code = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {absent!r}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+import torch, deberta_fast
+q = torch.randn(1, 2, 5, 16)
+deberta_fast.disentangled_attention(q, q, q)
+assert not set({absent!r}) & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+
+
+def test_import_brings_neither_triton_nor_transformers():
+    code = "import sys, deberta_fast; print(*{'triton', 'transformers'} & set(sys.modules))"
+    before = "import sys, torch; print(*{'triton', 'transformers'} & set(sys.modules))"
+    run = [subprocess.check_output([sys.executable, "-c", c], text=True, timeout=120) for c in (code, before)]
+    assert run[0] == run[1]
