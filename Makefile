@@ -32,7 +32,7 @@ test: setup
 
 # The oldest transformers that pyproject.toml allows, laid over the environment's own
 test-oldest: $(OLDEST)/ready
-	PYTHONPATH=$(abspath $(OLDEST)) $(BIN)/python -m pytest tests/test_hf.py $(TEST_ARGS)
+	PYTHONPATH=$(abspath $(OLDEST)) $(BIN)/python -m pytest tests/test_hf*.py $(TEST_ARGS)
 
 $(OLDEST)/ready: $(READY)
 	@rm -rf $(OLDEST)

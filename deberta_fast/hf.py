@@ -20,6 +20,9 @@ from .functional import disentangled_attention
 from .relative_position import slot_table
 
 _MARK = "_deberta_fast"
+# What the patched encoder hands its layers as relative_pos: distances of tokens, which need no tensor. None would not
+# do, since DeBERTa v1 leaves out the position terms then.
+_TOKEN_DISTANCES = "token distances"
 
 
 class _Patch:
@@ -34,6 +37,11 @@ class _Patch:
             return
         self.warned.add(reason)
         warnings.warn(f"deberta_fast: running Hugging Face's own attention: {reason}", stacklevel=3)
+
+    def warn_unless_warned(self, reason: str) -> None:
+        """For an attention module below an encoder that falls back, and has said why."""
+        if not self.warned:
+            self.warn(reason)
 
 
 def patch(model: nn.Module, backend: str | None = None) -> nn.Module:
@@ -64,7 +72,7 @@ def patch(model: nn.Module, backend: str | None = None) -> nn.Module:
             "attention module with its own forward"
         )
     for module, _ in found:
-        if _place(module) in vars(module) and not hasattr(module, "_hf_hook"):
+        if not _is_own(module, vars(module).get(_place(module))):
             raise ValueError(
                 f"the forward of a {type(module).__name__} was replaced by other code; undo that, or patch before it"
             )
@@ -77,18 +85,40 @@ def patch(model: nn.Module, backend: str | None = None) -> nn.Module:
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Gives every patched module in ``model`` its own ``forward`` back; a model without any stays as it is."""
-    for module in model.modules():
-        if _MARK in vars(module):
-            delattr(module, _place(module))
-            vars(module).update(getattr(module, _MARK))
-            delattr(module, _MARK)
+    """Gives every patched module in ``model`` its own ``forward`` back; a model without any stays as it is.
+
+    Raises:
+        ValueError: other code replaced a patched ``forward`` and may still call it.
+    """
+    patched = [module for module in model.modules() if _MARK in vars(module)]
+    for module in patched:
+        if not _is_fused(vars(module).get(_place(module))):
+            raise ValueError(
+                f"the patched forward of a {type(module).__name__} was replaced by other code; undo that first"
+            )
+    for module in patched:
+        place, before = _place(module), getattr(module, _MARK)
+        delattr(module, place)
+        if place in before:
+            setattr(module, place, before[place])
+        elif place != "forward":  # hooked since: accelerate calls what it has kept
+            setattr(module, place, type(module).forward.__get__(module))
+        delattr(module, _MARK)
     return model
 
 
 def _place(module: nn.Module) -> str:
-    """The attribute that is called: accelerate's hooks wrap ``forward`` and keep the wrapped one aside."""
-    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+    """The attribute that runs last: accelerate's hooks take ``forward`` and keep what was there aside."""
+    return "_old_forward" if hasattr(module, "_hf_hook") and "_old_forward" in vars(module) else "forward"
+
+
+def _is_own(module: nn.Module, forward: Callable | None) -> bool:
+    """Whether an instance's forward is just its class's, as where a hook came and went."""
+    return forward is None or getattr(forward, "__func__", None) is type(module).forward
+
+
+def _is_fused(forward: Callable | None) -> bool:
+    return isinstance(forward, functools.partial) and forward.func in _FUSED.values()
 
 
 def _fused_forward(module: nn.Module) -> Callable | None:
@@ -122,6 +152,8 @@ def _encoder(
         reason = "query_states handed to the encoder are not fused"
     elif any(getattr(layer.attention.self, "talking_head", False) for layer in encoder.layer):
         reason = "talking heads are not fused"
+    elif not all(hasattr(layer.attention.self, _MARK) for layer in encoder.layer):
+        reason = "a layer's attention is not a patched one"
     if reason is not None:
         shared.warn(reason)
         return type(encoder).forward(
@@ -140,7 +172,7 @@ def _encoder(
             call = functools.partial(encoder._gradient_checkpointing_func, layer.__call__)  # transformers < 4.53
         # By position, not by name: reentrant checkpointing detaches positional tensors alone, and would walk the graph
         # of the normalised table once a layer otherwise.
-        output = call(states[-1], mask, None, None, rel_embeddings, False)[0]
+        output = call(states[-1], mask, None, _TOKEN_DISTANCES, rel_embeddings, False)[0]
         if index == 0 and conv is not None:
             output = conv(hidden_states, output, token_mask)
         states = (*states, output) if output_hidden_states else (output,)
@@ -162,9 +194,9 @@ def _attention_v2(
     rel_embeddings: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, None]:
     """DisentangledSelfAttention of v2 and v3; the mask may be (B, L), (B, L, L) or (B, 1, L, L)."""
-    reason = _attention_reason(output_attentions, relative_pos)
+    reason = _attention_reason(attention, output_attentions, relative_pos)
     if reason is not None:
-        shared.warn(reason)
+        shared.warn_unless_warned(reason)
         return type(attention).forward(
             attention, hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
         )
@@ -202,13 +234,13 @@ def _attention_v1(
     rel_embeddings: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, None]:
     """DisentangledSelfAttention of v1; masks as in v2."""
-    reason = _attention_reason(output_attentions, relative_pos)
+    reason = _attention_reason(attention, output_attentions, relative_pos)
     if attention.talking_head:
         reason = "talking heads are not fused"
     elif query_states is not None:
         reason = "query_states of DeBERTa v1 are not fused"
     if reason is not None:
-        shared.warn(reason)
+        shared.warn_unless_warned(reason)
         return type(attention).forward(
             attention, hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
         )
@@ -217,7 +249,7 @@ def _attention_v1(
     query = query + attention.q_bias.view(heads, 1, -1)
     value = value + attention.v_bias.view(heads, 1, -1)
     positions = {}
-    if attention.relative_attention and rel_embeddings is not None:
+    if attention.relative_attention and rel_embeddings is not None and relative_pos is not None:
         positions = dict(position_buckets=-1, max_relative_positions=attention.max_relative_positions)
         table, positions["first_slot"] = _reachable_rows(rel_embeddings, query.shape[2], key.shape[2], **positions)
         table = attention.pos_dropout(table)
@@ -236,10 +268,14 @@ _FUSED = {
 }
 
 
-def _attention_reason(output_attentions: bool, relative_pos: torch.Tensor | None) -> str | None:
+def _attention_reason(attention: nn.Module, output_attentions: bool, relative_pos: torch.Tensor | None) -> str | None:
     if output_attentions:
         return "output_attentions=True needs the probabilities, which the fused path never holds"
-    return "a custom relative_pos is not fused" if relative_pos is not None else None
+    if isinstance(relative_pos, torch.Tensor):
+        return "a custom relative_pos is not fused"
+    if not isinstance(attention.dropout, nn.Dropout | nn.Identity):
+        return f"the attention's dropout is a {type(attention.dropout).__name__}, not torch's"
+    return None
 
 
 def _fused(attention, shared, query, key, value, mask, terms, positions) -> tuple[torch.Tensor, None]:
@@ -252,7 +288,7 @@ def _fused(attention, shared, query, key, value, mask, terms, positions) -> tupl
         attention_mask=mask,
         # Hugging Face counts the terms of pos_att_type, also where relative_attention is off and none is there.
         scale=(query.shape[-1] * terms) ** -0.5,
-        dropout_p=attention.dropout.p if attention.training else 0.0,
+        dropout_p=getattr(attention.dropout, "p", 0.0) if attention.dropout.training else 0.0,
         backend=shared.backend,
         **positions,
     )

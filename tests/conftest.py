@@ -1,0 +1,27 @@
+import pytest
+import torch
+
+# Small tensors: threads that wait for one another make these tests up to ten times slower.
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """The backends that patched modules ask for, one a fused call."""
+    import deberta_fast.hf
+
+    calls, fused = [], deberta_fast.hf.disentangled_attention
+    counting = lambda *args, **kwargs: calls.append(kwargs["backend"]) or fused(*args, **kwargs)
+    monkeypatch.setattr(deberta_fast.hf, "disentangled_attention", counting)
+    return calls
+
+
+@pytest.fixture
+def exact_scale(monkeypatch):
+    """Hugging Face takes the root of the scale in float32: a float64 model of it would be right to 8 digits only."""
+    from hf_models import V1, V2
+
+    for module in (V1, V2):
+        monkeypatch.setattr(
+            module, "scaled_size_sqrt", lambda x, n: torch.tensor(float(x.size(-1) * n)).double().sqrt()
+        )

@@ -1,0 +1,100 @@
+"""Small random Hugging Face models whose position terms matter, and the comparison of two of them."""
+
+import importlib
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+V1, V2 = (importlib.import_module(f"transformers.models.{x}.modeling_{x}") for x in ("deberta", "deberta_v2"))
+V3 = dict(position_buckets=16, max_relative_positions=64, share_att_key=True, norm_rel_ebd="layer_norm")
+# LENGTH lies beyond max_relative_positions everywhere, save where that defaults to max_position_embeddings.
+LENGTH = 83
+CONFIGS = {
+    "v1": dict(max_relative_positions=24),
+    "v1-whole-table-c2p": dict(pos_att_type=["c2p"]),
+    "v1-p2p-counted": dict(max_relative_positions=24, pos_att_type=["c2p", "p2p"]),
+    "v1-absolute": dict(relative_attention=False),
+    "v2": dict(position_buckets=16, max_relative_positions=40, conv_kernel_size=3, conv_act="gelu"),
+    "v2-unbucketed-p2c": dict(max_relative_positions=24, pos_att_type=["p2c"]),
+    "v2-no-terms": dict(position_buckets=16, max_relative_positions=64, pos_att_type=None),
+    "v2-absolute": dict(relative_attention=False),
+    "v3": dict(V3, position_biased_input=False),
+    "v3-c2p": dict(V3, pos_att_type=["c2p"]),
+}
+
+
+def randomise(module):
+    """Weights that keep unit variance: behind the usual 0.02 the position terms could be wrong without being seen."""
+    generator = torch.Generator().manual_seed(0)
+    for name, p in module.named_parameters():
+        fan_in = 1 if "embeddings" in name else p[0].numel() if p.dim() > 1 else 10
+        noise = torch.randn(p.shape, generator=generator) * fan_in**-0.5
+        p.data.copy_(noise + 1 if name.endswith("LayerNorm.weight") else noise)
+    return module
+
+
+def build(name="v3", head="Model", **changes):
+    common = dict(
+        vocab_size=70, hidden_size=64, num_attention_heads=4, num_hidden_layers=2, intermediate_size=48,
+        max_position_embeddings=128, type_vocab_size=2, relative_attention=True, pos_att_type=["c2p", "p2c"],
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    prefix = "Deberta" if name.startswith("v1") else "DebertaV2"
+    config = getattr(transformers, prefix + "Config")(**{**common, **CONFIGS[name], **changes})
+    return randomise(getattr(transformers, prefix + head)(config)).eval()
+
+
+def noise(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def tokens(padding="right", length=LENGTH, choices=()):
+    ids = torch.randint(1, 70, (2, *choices, length), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if padding == "absent":
+        return {"input_ids": ids, "token_type_ids": ids % 2}
+    if padding == "holes":
+        mask[0, ..., 5:40:3] = 0
+    mask[
+        1, ..., {"right": slice(41, None), "left": slice(28), "holes": slice(1, 30), "empty": slice(None)}[padding]
+    ] = 0
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": ids % 2}
+
+
+def results(model, inputs, gradients=True):
+    """Outputs on the valid tokens, and the gradients of all parameters by name; None where there is none."""
+    model.zero_grad()
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    outputs = [x for x in tuple(model(**inputs).values()) if isinstance(x, torch.Tensor)]
+    outputs = [x[mask] if x.shape[: mask.dim()] == mask.shape else x for x in outputs]
+    if gradients:
+        sum((x * noise(*x.shape).to(x)).sum() for x in outputs).backward()
+    grads = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    return [x.detach() for x in outputs], grads
+
+
+def assert_as_precise(got, eager, exact, times=2):
+    """At most ``times`` Hugging Face's own error in this dtype, in the largest element and in the mean.
+
+    All tensors together, each error in units of its tensor's rounding: which of a bias's few elements errs most is a
+    matter of luck. Some gradients are zero but for rounding (a key's bias): there the scale of the others counts.
+    """
+    assert [x.dtype for x in got] == [x.dtype for x in eager]
+    median, worst, mean = torch.stack([x.abs().max() for x in exact]).median(), [], []
+    for tensors in (got, eager):
+        units = [torch.finfo(x.dtype).eps * max(median, z.abs().max()) for x, z in zip(tensors, exact)]
+        errors = [(x.double() - z).abs() / unit for x, z, unit in zip(tensors, exact, units)]
+        worst.append(max(float(e.max()) for e in errors))
+        mean.append(float(torch.stack([e.mean() for e in errors]).mean()))
+    assert worst[0] <= times * worst[1] + 0.5
+    assert mean[0] <= times * mean[1] + 0.1
+
+
+def assert_close(got, expected, tolerance=1e-10):
+    """Of float64 models: outputs, which gradients there are, and gradients."""
+    assert len(got[0]) == len(expected[0]) and got[1].keys() == expected[1].keys()
+    for name, x, y in [*zip("01", got[0], expected[0]), *((name, got[1][name], expected[1][name]) for name in got[1])]:
+        assert (x is None) == (y is None), name
+        if x is not None:
+            torch.testing.assert_close(x, y, rtol=0, atol=tolerance * max(1.0, float(y.abs().max())), msg=name)
