@@ -8,6 +8,7 @@ from tolerance import assert_as_precise, hf_style_attention
 import deberta_fast
 from deberta_fast import backends
 from deberta_fast.backends import eager, reference
+from deberta_fast.backends.inputs import AttentionInputs
 
 BACKENDS = [name for name in backends.BACKENDS if name != "reference"]
 CPU_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -36,25 +37,28 @@ def public(backend):
 
 
 def compare(attention, case: Case, dtype: torch.dtype) -> None:
-    """The rule of ``tolerance``; float64 has no yardstick below it and gets a plain bound."""
-    inputs = make_inputs(case, dtype)
-    exact = forward_and_gradients(reference.attention, as_dtype(inputs, torch.float64))
-    got = forward_and_gradients(attention, as_dtype(inputs, dtype))
+    """Output, log-sum-exp and gradients under the rule of ``tolerance``."""
+    # In small tensors the largest error is a matter of luck: several draws are pooled there.
+    seeds = range(4 if case.query_length * case.size <= 129 * 64 and dtype != torch.float64 else 1)
+    draws = [make_inputs(case, dtype, seed) for seed in seeds]
+
+    def run(function, dtype):
+        results = [forward_and_gradients(function, as_dtype(inputs, dtype)) for inputs in draws]
+        return {name: torch.stack([result[name].detach() for result in results]) for name in results[0]}
+
+    exact, got = run(reference.attention, torch.float64), run(attention, dtype)
     assert got.keys() == exact.keys()
-    if dtype == torch.float64:
+    if dtype == torch.float64 or case.key_length <= 1:
+        # Nothing to measure by: float64 has no better, and a softmax of one score is exact in eager code.
+        bound = 1e-11 if dtype == torch.float64 else 16 * torch.finfo(dtype).eps
         for name, x in got.items():
-            torch.testing.assert_close(x, exact[name], rtol=1e-11, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+            message = lambda text, name=name: f"{name}: {text}"
+            torch.testing.assert_close(x.double(), exact[name], rtol=bound, atol=bound, msg=message)
         return
-    if case.key_length <= 1:
-        # A softmax over one score is exactly one in eager code and has exactly no gradient: nothing to measure by.
-        eps = torch.finfo(dtype).eps
-        for name, x in got.items():
-            torch.testing.assert_close(x.double(), exact[name], rtol=16 * eps, atol=16 * eps)
-        return
-    yardstick = forward_and_gradients(hf_style_attention, as_dtype(inputs, dtype))
+    yardstick = run(hf_style_attention, dtype)
     yardstick["lse"] = yardstick["lse"].float()  # ours is float32, whatever the inputs
     for name, x in got.items():
-        assert_as_precise(name, x.detach(), yardstick[name].detach(), exact[name].detach())
+        assert_as_precise(name, x, yardstick[name], exact[name])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -91,8 +95,8 @@ def test_half_is_as_precise_as_eager(name, backend, dtype):
 def test_eager_in_many_chunks(name, monkeypatch):
     """One head and one batch row at a time, in blocks that divide nothing evenly."""
     monkeypatch.setattr(eager, "CHUNK_ELEMENTS_CPU", 1)
-    monkeypatch.setattr(eager, "BLOCK_ROWS", 20)
-    monkeypatch.setattr(eager, "BLOCK_KEYS", 48)
+    monkeypatch.setattr(eager, "BLOCK_ROWS", 32)
+    monkeypatch.setattr(eager, "BLOCK_KEYS", 16)
     compare(public("eager"), BY_NAME[name], torch.float64)
 
 
@@ -147,13 +151,13 @@ def test_a_wrong_table_is_caught(mutate, dtype):
 @pytest.mark.parametrize("mistake", [{"far_past": -1}, {"far_future": 1}], ids=["past", "future"])
 def test_a_far_segment_one_key_too_long_is_caught(mistake, monkeypatch):
     """The narrowest mistake in the classification of keys: one pair a block of queries reads its neighbour's row."""
-    right = eager.AttentionInputs.table.fget
+    right = AttentionInputs.table.fget
 
     def wrong(inputs):
         table = right(inputs)
         return table._replace(**{name: getattr(table, name) + step for name, step in mistake.items()})
 
-    monkeypatch.setattr(eager.AttentionInputs, "table", property(wrong))
+    monkeypatch.setattr(AttentionInputs, "table", property(wrong))
     monkeypatch.setattr(eager, "BLOCK_KEYS", 1)  # a near segment is rounded up to whole blocks, which hides a key
     with pytest.raises(AssertionError, match="error"):
         compare(public("eager"), BY_NAME["far-L700"], torch.float32)

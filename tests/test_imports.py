@@ -13,6 +13,9 @@ PACKAGE = Path(__file__).parents[1] / "deberta_fast"
 RANKS = [
     {"relative_position", "dropout"},
     {"backends.inputs"},
+    {"backends.eager.scratch"},
+    {"backends.eager.tables"},
+    {"backends.eager.chunk"},
     {"backends.reference", "backends.eager"},
     {"backends"},
     {"ops"},

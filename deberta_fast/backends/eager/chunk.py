@@ -1,0 +1,281 @@
+"""Forward and backward of some heads and batch rows, query block by query block (equations 6 to 10).
+
+Heads come before batch rows, so that all rows of a head meet its tables in one product: G = h b.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from ...dropout import keep_mask
+from ..inputs import AttentionInputs
+from .scratch import Scratch
+from .tables import LOG2E, Tables
+
+
+def _skew(product: torch.Tensor, columns: int) -> torch.Tensor:
+    """The view v[..., r, c] = product[..., r, r + c]."""
+    *outer, row, one = product.stride()
+    return product.as_strided((*product.shape[:-1], columns), (*outer, row + one, one))
+
+
+class _Block(NamedTuple):
+    """Queries, last first; positions of the first and the last of them in the sequence."""
+
+    rows: slice
+    query: torch.Tensor  # (G, rows, D), times C
+    first: int
+    last: int
+
+
+class _Segment(NamedTuple):
+    """Keys start to stop. Far: all read row ``slot`` of the tables. Near (slot None): whole blocks of keys."""
+
+    start: int
+    stop: int
+    slot: int | None
+
+
+class Chunk:
+    """Some batch rows of the heads of ``tables``."""
+
+    def __init__(self, x: AttentionInputs, tables: Tables, batches: slice, first_batch: int, scratch: Scratch):
+        self.x, self.tables, self.batches, self.first_batch, self.scratch = x, tables, batches, first_batch, scratch
+        self.base = tables.base
+        self.grid = tables.heads.stop - tables.heads.start, batches.stop - batches.start
+        self.key_length = x.key.shape[2]
+        self.visible, self.masked = self._visible_keys()
+        self.key, self.value = (self._whole_blocks(name, t) for name, t in (("key", x.key), ("value", x.value)))
+        if tables.pos_query is not None:
+            blocks = self.key.view(*self.grid, -1, tables.block_keys, self.key.shape[-1]).permute(2, 0, 1, 3, 4)
+            self.key_blocks = self.scratch("key_blocks", *blocks.shape).copy_(blocks).flatten(2, 3)
+
+    def _whole_blocks(self, name: str, heads: torch.Tensor) -> torch.Tensor:
+        """(B, H, Lk, D) to (G, Lk rounded up to whole blocks, D); the rows behind the last key are masked."""
+        length, step = self.key_length, self.tables.block_keys
+        whole = self.scratch(name, *self.grid, -(-length // step) * step, heads.shape[-1])
+        whole[:, :, :length] = heads[self.batches, self.tables.heads].transpose(0, 1)
+        whole[:, :, length:] = 0
+        return whole.flatten(0, 1)
+
+    def forward(self, output: torch.Tensor, lse: torch.Tensor) -> None:
+        """Fills its part of output (B, H, Lq, D) and lse (B, H, Lq)."""
+        for block in self._blocks():
+            segments = self._segments(block)
+            scores = [self._scores(block, segment, f"scores {n}") for n, segment in enumerate(segments)]
+            peak = block.query.new_full((*block.query.shape[:-1], 1), -torch.inf)
+            for z in scores:
+                peak = torch.maximum(peak, z.amax(-1, keepdim=True))
+            peak.masked_fill_(peak == -torch.inf, 0.0)
+            total, out = torch.zeros_like(peak), torch.zeros_like(block.query)
+            for segment, z in zip(segments, scores, strict=True):
+                p = z.sub_(peak).exp2_()
+                total += p.sum(-1, keepdim=True)
+                if self.x.dropout_p > 0:
+                    p *= self._kept(block, segment)
+                out.baddbmm_(p, self.value[:, segment.start : segment.stop])
+            self._store(block, out.div_(total.masked_fill(total == 0, 1.0)), output)
+            self._store(block, peak.add_(total.log2_()).div_(LOG2E), lse[..., None])
+
+    def backward(
+        self,
+        lse: torch.Tensor,
+        grad_output: torch.Tensor,
+        grad_lse: torch.Tensor,
+        grad_query: torch.Tensor,
+        grad_key: torch.Tensor,
+        grad_value: torch.Tensor,
+    ) -> None:
+        """Fills its part of the gradients of query, key and value, and adds to those of ``tables``."""
+        self.grad_key = self.scratch("grad key", *self.key.shape).zero_()
+        grad_v = self.scratch("grad value", *self.value.shape).zero_()
+        if self.tables.pos_query is not None:
+            self.grad_key_blocks = self.scratch("grad key blocks", *self.key_blocks.shape).zero_()
+        for block in self._blocks():
+            grad_out, segments = self._load(block.rows, grad_output), self._segments(block)
+            lse_2 = self._load(block.rows, lse[..., None]) * LOG2E
+            lse_2.masked_fill_(lse_2 == -torch.inf, 0.0)  # rows that see nothing: 2^(-inf - 0) = 0
+            # From P and dP, not from O and dO: what is rounded in dP then cancels in dZ, as it does in a softmax.
+            delta = -self._load(block.rows, grad_lse[..., None])
+            pairs = []
+            for n, segment in enumerate(segments):
+                keys = slice(segment.start, segment.stop)
+                p = self._scores(block, segment, f"scores {n}").sub_(lse_2).exp2_()
+                grad_p = self.scratch.matmul(f"grad p {n}", grad_out, self.value[:, keys].mT)
+                dropped = p
+                if self.x.dropout_p > 0:
+                    kept = self._kept(block, segment)
+                    grad_p *= kept
+                    dropped = p * kept
+                grad_v[:, keys] += self.scratch.matmul("by key", dropped.mT, grad_out)
+                delta += torch.mul(p, grad_p, out=self.scratch("product", *p.shape)).sum(-1, keepdim=True)
+                pairs.append((p, grad_p))
+            grad_q = torch.zeros_like(block.query)
+            for segment, (p, grad_p) in zip(segments, pairs, strict=True):
+                grad_a = grad_p.sub_(delta).mul_(p)
+                keys = slice(segment.start, segment.stop)
+                if segment.slot is None:
+                    self.grad_key[:, keys] += self.scratch.matmul("by key", grad_a.mT, block.query)
+                    grad_q.baddbmm_(grad_a, self.key[:, keys])
+                    self._add_near_gradients(block, segment, grad_a, grad_q)
+                else:
+                    self.grad_key[:, keys] += self.scratch.matmul("by key", grad_a.mT, self._far_query(block, segment))
+                    self._add_far_gradients(block, segment, grad_a, grad_q)
+            self._store(block, grad_q.mul_(self.x.scale), grad_query)
+        self.grad_key /= LOG2E  # it was made with C q, and wants s q
+        if self.tables.pos_query is not None:
+            blocks = self.grad_key_blocks.unflatten(2, (self.grid[1], -1)).permute(1, 2, 0, 3, 4)
+            self.grad_key.view(blocks.shape).add_(blocks, alpha=self.x.scale)
+        for grad, target in ((self.grad_key, grad_key), (grad_v, grad_value)):
+            whole = grad.unflatten(0, self.grid)[:, :, : self.key_length]
+            target[self.batches, self.tables.heads] = whole.transpose(0, 1).to(target.dtype)
+
+    def _visible_keys(self) -> tuple[tuple[int, int], bool]:
+        """The range of keys that any of these batch rows may see, and whether the mask hides some inside it."""
+        mask, every = self.x.mask, (0, self.key_length)
+        if mask is None:
+            return every, False
+        if mask.device.type != "cpu" or mask.shape[1] > 1 or mask.shape[2] > 1:
+            return every, True  # to look would mean to wait for the device, or to read a whole matrix
+        mask = mask[self.batches if mask.shape[0] > 1 else slice(None), 0, 0]
+        seen = mask.any(0).nonzero()
+        if len(seen) == 0:
+            return (0, 0), False
+        start, stop = int(seen[0]), int(seen[-1]) + 1
+        return (start, stop), not bool(mask[:, start:stop].all())
+
+    def _blocks(self) -> Iterator[_Block]:
+        length, step, offset = self.x.query.shape[2], self.tables.block_rows, self.x.query_offset
+        for start in range(0, length, step):
+            rows = slice(start, min(start + step, length))
+            query = self._load(rows, self.x.query).mul_(self.base)
+            yield _Block(rows, query, start + offset, rows.stop - 1 + offset)
+
+    def _segments(self, block: _Block) -> list[_Segment]:
+        (start, stop), tables = self.visible, self.tables
+        if not tables.has_positions:
+            return [_Segment(start, stop, 0)] if start < stop else []
+        past = min(max(block.first - tables.far_past + 1, start), stop)
+        future = min(max(block.last - tables.far_future, past), stop)
+        # A near segment takes whole blocks, and so some keys that are far or hidden: right, and simpler.
+        step = tables.block_keys
+        near = (past // step * step, -(-future // step) * step) if past < future else (past, past)
+        segments = (
+            _Segment(start, near[0], tables.past_slot),
+            _Segment(*near, None),
+            _Segment(near[1], stop, tables.future_slot),
+        )
+        return [segment for segment in segments if segment.start < segment.stop]
+
+    def _scores(self, block: _Block, segment: _Segment, name: str) -> torch.Tensor:
+        """Z of equations 6 and 7, (G, rows, keys), minus infinity where a query may not attend."""
+        start, stop = segment.start, segment.stop
+        query = block.query if segment.slot is None else self._far_query(block, segment)
+        z = self.scratch.matmul(name, query, self.key[:, start:stop].mT)
+        if segment.slot is None:
+            self._add_near_terms(block, segment, z)
+        elif self.tables.pos_key is not None:
+            row = block.query.unflatten(0, self.grid) @ self.tables.pos_key[:, None, segment.slot, :, None]
+            z += row.flatten(0, 1)
+        z[..., : max(0, self.visible[0] - start)] = -torch.inf
+        z[..., max(0, self.visible[1] - start) :] = -torch.inf
+        if self.masked:
+            mask = self.x.mask.transpose(0, 1)
+            where = zip((self.tables.heads, self.batches, block.rows), mask.shape, strict=False)
+            mask = mask[tuple(part if size > 1 else slice(None) for part, size in where)]
+            hidden = ~mask[..., start : min(stop, self.key_length)].flip(-2)
+            z.unflatten(0, self.grid)[..., : hidden.shape[-1]].masked_fill_(hidden, -torch.inf)
+        return z
+
+    def _far_query(self, block: _Block, segment: _Segment) -> torch.Tensor:
+        if self.tables.pos_query is None:
+            return block.query
+        shift = self.base * self.tables.pos_query[:, None, segment.slot, None]
+        return (block.query.unflatten(0, self.grid) + shift).flatten(0, 1)
+
+    def _add_far_gradients(self, block: _Block, segment: _Segment, grad_a: torch.Tensor, grad_q: torch.Tensor) -> None:
+        """Equation 10, save dK."""
+        tables, slot = self.tables, segment.slot
+        grad_shifted = grad_a @ self.key[:, segment.start : segment.stop]
+        grad_q += grad_shifted
+        if tables.pos_query is not None:
+            tables.grad_pos_query[:, slot] += grad_shifted.unflatten(0, self.grid).sum((1, 2))
+        if tables.pos_key is not None:
+            row_sum = grad_a.sum(-1, keepdim=True)
+            tables.grad_pos_key[:, slot] += (row_sum * block.query).unflatten(0, self.grid).sum((1, 2))
+            grad_q.unflatten(0, self.grid).add_(row_sum.unflatten(0, self.grid) * tables.pos_key[:, None, slot, None])
+
+    def _add_near_terms(self, block: _Block, segment: _Segment, z: torch.Tensor) -> None:
+        """The two position terms of equation 6."""
+        tables, (heads, _), (_, rows, columns) = self.tables, self.grid, z.shape
+        if tables.pos_key is not None:
+            distances = tables.distances(block.last, segment.start, rows + columns)
+            by_head = block.query.view(heads, -1, block.query.shape[-1])
+            c2p = self.scratch.matmul("product", by_head, tables.key_by_distance[:, distances].mT)
+            z += _skew(c2p.view(-1, rows, rows + columns), columns)
+        if tables.pos_query is not None:
+            keys, windows, blocks, spare = self._key_blocks(block, segment)
+            p2c = self.scratch.matmul("product", keys, windows.mT).view(*blocks, -1)
+            p2c = _skew(p2c[..., spare:], rows).permute(1, 2, 4, 0, 3)
+            z.view(p2c.shape).add_(p2c, alpha=self.base)
+
+    def _add_near_gradients(self, block: _Block, segment: _Segment, grad_a: torch.Tensor, grad_q: torch.Tensor) -> None:
+        """Equation 9, save the c2c terms."""
+        tables, (heads, _), (_, rows, columns) = self.tables, self.grid, grad_a.shape
+        if tables.pos_key is not None:
+            distances = tables.distances(block.last, segment.start, rows + columns)
+            skewed = self.scratch.zeros("grad c2p", len(grad_a), rows, rows + columns, written=())
+            _skew(skewed, columns).copy_(grad_a)
+            skewed = skewed.view(heads, -1, rows + columns)
+            by_head = block.query.view(heads, -1, block.query.shape[-1])
+            grad_q.view(by_head.shape).baddbmm_(skewed, tables.key_by_distance[:, distances])
+            tables.grad_key_by_distance[:, distances] += self.scratch.matmul("by distance", skewed.mT, by_head)
+        if tables.pos_query is not None:
+            keys, windows, blocks, spare = self._key_blocks(block, segment)
+            skewed = self.scratch.zeros("grad p2c", *blocks, windows.shape[1], written=(rows, spare))
+            by_block = grad_a.view(*self.grid, rows, -1, tables.block_keys).permute(3, 0, 1, 4, 2)
+            _skew(skewed[..., spare:], rows).copy_(by_block)
+            skewed = skewed.view(len(keys), -1, windows.shape[1])
+            self._key_block_range(self.grad_key_blocks, segment).baddbmm_(skewed, windows)
+            self._window_range(tables.grad_windows, block, segment).baddbmm_(skewed.mT, keys)
+
+    def _key_blocks(self, block: _Block, segment: _Segment) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...], int]:
+        """The operands of the p2c product of a near segment, one matrix a block of keys and head.
+
+        Keys (n h, b keys of a block, D), windows (n h, distances, D), the shape (n, h, b, keys of a block), and how
+        many of a window's distances belong to queries that a last, shorter block does not have.
+        """
+        keys = self._key_block_range(self.key_blocks, segment)
+        windows = self._window_range(self.tables.windows, block, segment)
+        spare = block.first + self.tables.block_rows - 1 - block.last
+        return keys, windows, (len(keys) // self.grid[0], *self.grid, self.tables.block_keys), spare
+
+    def _key_block_range(self, by_block: torch.Tensor, segment: _Segment) -> torch.Tensor:
+        step = self.tables.block_keys
+        return by_block[segment.start // step : segment.stop // step].flatten(0, 1)
+
+    def _window_range(self, windows: torch.Tensor, block: _Block, segment: _Segment) -> torch.Tensor:
+        start = self.tables.window(block.first, segment.start)
+        count = (segment.stop - segment.start) // self.tables.block_keys
+        return windows[start : start + count].flatten(0, 1)
+
+    def _load(self, rows: slice, source: torch.Tensor) -> torch.Tensor:
+        """A copy of (B, H, Lq, n) at these rows, as (G, rows, n), last row first."""
+        part = source[self.batches, self.tables.heads, rows].transpose(0, 1)
+        return part.to(self.x.work_dtype).flip(-2).reshape(-1, *part.shape[2:])
+
+    def _store(self, block: _Block, part: torch.Tensor, target: torch.Tensor) -> None:
+        """The inverse of ``_load``."""
+        part = part.unflatten(0, self.grid).flip(-2).transpose(0, 1)
+        target[self.batches, self.tables.heads, block.rows] = part.to(target.dtype)
+
+    def _kept(self, block: _Block, segment: _Segment) -> torch.Tensor:
+        """What dropout multiplies the probabilities by: 0 or 1 / (1 - p)."""
+        device, heads = block.query.device, self.x.query.shape[1]
+        batch = torch.arange(self.batches.start, self.batches.stop, device=device) + self.first_batch
+        head = torch.arange(self.tables.heads.start, self.tables.heads.stop, device=device)
+        rows = torch.arange(block.rows.start, block.rows.stop, device=device).flip(0)
+        batch_head = (batch * heads + head[:, None])[..., None, None]
+        keep = keep_mask(self.x.seed, batch_head, rows[:, None], (segment.start, segment.stop), self.x.dropout_p)
+        return keep.flatten(0, 1).to(block.query.dtype).div_(1 - self.x.dropout_p)
