@@ -108,7 +108,7 @@ class Chunk:
                     kept = self._kept(block, segment)
                     grad_p *= kept
                     dropped = p * kept
-                grad_v[:, keys] += self.scratch.matmul("by key", dropped.mT, grad_out)
+                grad_v[:, keys].baddbmm_(dropped.mT, grad_out)
                 delta += torch.mul(p, grad_p, out=self.scratch("product", *p.shape)).sum(-1, keepdim=True)
                 pairs.append((p, grad_p))
             grad_q = torch.zeros_like(block.query)
@@ -116,11 +116,11 @@ class Chunk:
                 grad_a = grad_p.sub_(delta).mul_(p)
                 keys = slice(segment.start, segment.stop)
                 if segment.slot is None:
-                    self.grad_key[:, keys] += self.scratch.matmul("by key", grad_a.mT, block.query)
+                    self.grad_key[:, keys].baddbmm_(grad_a.mT, block.query)
                     grad_q.baddbmm_(grad_a, self.key[:, keys])
                     self._add_near_gradients(block, segment, grad_a, grad_q)
                 else:
-                    self.grad_key[:, keys] += self.scratch.matmul("by key", grad_a.mT, self._far_query(block, segment))
+                    self.grad_key[:, keys].baddbmm_(grad_a.mT, self._far_query(block, segment))
                     self._add_far_gradients(block, segment, grad_a, grad_q)
             self._store(block, grad_q.mul_(self.x.scale), grad_query)
         self.grad_key /= LOG2E  # it was made with C q, and wants s q
@@ -230,7 +230,7 @@ class Chunk:
             skewed = skewed.view(heads, -1, rows + columns)
             by_head = block.query.view(heads, -1, block.query.shape[-1])
             grad_q.view(by_head.shape).baddbmm_(skewed, tables.key_by_distance[:, distances])
-            tables.grad_key_by_distance[:, distances] += self.scratch.matmul("by distance", skewed.mT, by_head)
+            tables.grad_key_by_distance[:, distances].baddbmm_(skewed.mT, by_head)
         if tables.pos_query is not None:
             keys, windows, blocks, spare = self._key_blocks(block, segment)
             skewed = self.scratch.zeros("grad p2c", *blocks, windows.shape[1], written=(rows, spare))

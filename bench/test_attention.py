@@ -1,0 +1,20 @@
+"""The attention module under pytest-benchmark, one group a length: ``python -m pytest bench --benchmark-only``."""
+
+import pytest
+
+pytest.importorskip("pytest_benchmark")
+pytest.importorskip("transformers")
+
+from bench import models  # noqa: E402
+
+
+@pytest.fixture(scope="module", params=[(passes, length) for length in (128, 512) for passes in models.PASSES], ids=str)
+def calls(request):
+    passes, length = request.param
+    return f"{passes}, length {length}", models.calls("attention", passes, 1, length)
+
+
+@pytest.mark.parametrize("variant", models.VARIANTS)
+def test_attention(benchmark, calls, variant):
+    benchmark.group, by_variant = calls
+    benchmark.pedantic(by_variant[variant], rounds=10, warmup_rounds=2)

@@ -1,0 +1,204 @@
+"""What every benchmark measures with: interleaved times, peak memory, where a figure comes from, and how it is kept."""
+
+import ctypes
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MIB = 1 << 20
+
+
+def interleaved(variants: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each call, the variants run in turn (A B A B), so that a machine that drifts drifts for all alike.
+
+    Returns:
+        For each variant ``repeats`` times, without the ``warmup`` first rounds. Take ``medians``.
+    """
+    seconds = {name: [] for name in variants}
+    for _ in range(warmup + repeats):
+        for name, run in variants.items():
+            _synchronize()
+            start = time.perf_counter()
+            run()
+            _synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: times[warmup:] for name, times in seconds.items()}
+
+
+def medians(variants: dict[str, Callable[[], object]], seconds: float, fewest: int = 5, most: int = 100) -> dict:
+    """Median seconds of each variant, over as many interleaved rounds as fit into about ``seconds``."""
+    round_trip = sum(times[0] for times in interleaved(variants, repeats=1, warmup=1).values())
+    repeats = max(fewest, min(most, int(seconds / round_trip)))
+    return {name: median(times) for name, times in interleaved(variants, repeats, warmup=0).items()}
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def peak_memory(build: Callable[..., list[Callable[[], object]]], *arguments, device: str = "cpu") -> list[int]:
+    """Peak bytes that calls need above what was there before them, measured in a fresh process.
+
+    On the CPU that is resident memory. Linux alone can reset its peak; elsewhere the peak of the process's whole life
+    stands in, which hides what a call needs below the peak of ``build``: a lower bound. On a GPU it is what torch
+    allocates.
+
+    Args:
+        build: importable (it is pickled by name). Called in the process with ``arguments``; builds everything, runs it
+            once at a tiny size, so that nobody is charged for libraries that initialise, and returns the calls to
+            measure, smallest first.
+        device: where they run.
+
+    Returns:
+        Bytes for each call.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(_peaks, build, arguments, device, torch.get_num_threads()).result()
+
+
+def _peaks(build: Callable, arguments: tuple, device: str, threads: int) -> list[int]:
+    torch.set_num_threads(threads)
+    peak = _peak_allocated if torch.device(device).type == "cuda" else _peak_resident
+    return [peak(run) for run in build(*arguments)]
+
+
+def _peak_allocated(run: Callable[[], object]) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    start = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - start
+
+
+def _peak_resident(run: Callable[[], object]) -> int:
+    _return_free_memory()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # makes the present size the new peak
+        start, lifetime = _status("VmRSS"), None
+    except OSError:
+        start, lifetime = 0, _lifetime_peak()
+    run()
+    return _status("VmHWM") - start if lifetime is None else _lifetime_peak() - lifetime
+
+
+def _return_free_memory() -> None:
+    # Heap that an earlier call freed and malloc kept would be used anew without showing up.
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        pass  # not glibc
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field + ":"))
+
+
+def _lifetime_peak() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
+@functools.cache
+def provenance() -> dict[str, str | int | None]:
+    """What a figure needs to be believed and repeated. Taken once a process, before it writes anything."""
+    record = {
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "commit": _commit(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "torch threads": torch.get_num_threads(),
+        "os": platform.platform(),
+        "python": platform.python_version(),
+    }
+    if torch.cuda.is_available():
+        record["gpu"] = torch.cuda.get_device_name()
+        record["cuda"] = torch.version.cuda
+    for package in ("torch", "transformers", "triton"):
+        record[package] = _version(package)
+    import deberta_fast
+
+    return record | {"deberta_fast": deberta_fast.__version__}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(REPOSITORY), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # Results do not change what is measured.
+        changed = git("status", "--porcelain", "--", str(REPOSITORY), f":!{REPOSITORY / 'bench' / 'results'}")
+        return git("rev-parse", "HEAD") + (" with uncommitted changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def results_folder() -> Path:
+    """bench/results/ and the GPU's name, or cpu."""
+    kind = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu"
+    return REPOSITORY / "bench" / "results" / kind
+
+
+def save(name: str, rows: list[dict], folder: Path, notes: str = "") -> None:
+    """Writes ``rows`` and their provenance to ``folder`` as name.json and name.md.
+
+    Call it after every row: a run that is stopped keeps what it measured.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"provenance": provenance(), "notes": notes, "rows": rows}
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    origin = "\n".join(f"- {key}: {value}" for key, value in provenance().items() if value is not None)
+    text = [f"# {name}", notes, markdown(rows), origin]
+    (folder / f"{name}.md").write_text("\n\n".join(part for part in text if part) + "\n")
+
+
+def markdown(rows: list[dict]) -> str:
+    """A Markdown table, its columns aligned to be read as plain text too."""
+    heads = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [heads, *([_cell(row.get(head)) for head in heads] for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(heads))]
+    lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths)) + " |" for line in cells]
+    lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    if value and abs(value) < 0.01:
+        return f"{value:.1e}"
+    return f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
