@@ -3,6 +3,7 @@
 Row t of a table by distance belongs to e = j - p = first_distance + t: to keys before the query first.
 """
 
+import functools
 import math
 
 import torch
@@ -12,6 +13,7 @@ from ..inputs import AttentionInputs
 from .scratch import Scratch
 
 LOG2E = 1 / math.log(2)
+PART_ROWS = 16  # of a gradient by distance, summed one after the other
 
 
 class Tables:
@@ -90,11 +92,17 @@ class Tables:
             grad_pos_query[self.heads] += self.scale * by_slot
 
     def _sum_by_slot(self, by_distance: torch.Tensor) -> torch.Tensor:
-        """(h, E, D) to (h, R', D). Distances of a slot are neighbours: bags, summed in order, without atomics."""
+        """(h, E, D) to (h, R', D). Distances of a slot are neighbours: bags, summed in order, without atomics.
+
+        In parts first: the far slots take hundreds of rows, whose rounding adds up when they are summed one by one.
+        """
         heads, count, size = by_distance.shape
         table = self.pos_key if self.pos_key is not None else self.pos_query
-        order = torch.arange(count - 1, -1, -1, device=by_distance.device)  # slots fall while e grows
-        starts = torch.searchsorted(self.slots.flip(0), torch.arange(table.shape[1], device=by_distance.device))
+        arange = functools.partial(torch.arange, device=by_distance.device)
+        starts = torch.searchsorted(self.slots.flip(0), arange(table.shape[1]))  # slots fall while e grows
+        part_starts = torch.cat((starts, arange(0, count, PART_ROWS))).sort().values
         rows = by_distance.transpose(0, 1).reshape(count, heads * size)
-        sums = torch.nn.functional.embedding_bag(order, rows, starts, mode="sum")
+        parts = torch.nn.functional.embedding_bag(arange(count - 1, -1, -1), rows, part_starts, mode="sum")
+        first_parts = torch.searchsorted(part_starts, starts)
+        sums = torch.nn.functional.embedding_bag(arange(len(parts)), parts, first_parts, mode="sum")
         return sums.unflatten(1, (heads, size)).transpose(0, 1)
