@@ -94,14 +94,20 @@ class Chunk:
             self.grad_key_blocks = self.scratch("grad key blocks", *self.key_blocks.shape).zero_()
         for block in self._blocks():
             grad_out, segments = self._load(block.rows, grad_output), self._segments(block)
-            lse_2 = self._load(block.rows, lse[..., None]) * LOG2E
-            lse_2.masked_fill_(lse_2 == -torch.inf, 0.0)  # rows that see nothing: 2^(-inf - 0) = 0
+            # Near the row's log-sum-exp; what its rounding leaves in P is divided out with the sum of P.
+            shift = self._load(block.rows, lse[..., None]).mul_(LOG2E).round_()
+            shift.masked_fill_(shift == -torch.inf, 0.0)  # rows that see nothing: 2^(-inf - 0) = 0
+            unnormalised = [
+                self._scores(block, segment, f"scores {n}").sub_(shift).exp2_() for n, segment in enumerate(segments)
+            ]
+            total = sum((p.sum(-1, keepdim=True) for p in unnormalised), torch.zeros_like(shift))
+            total.masked_fill_(total == 0, 1.0)
+            grad_out /= total
             # From P and dP, not from O and dO: what is rounded in dP then cancels in dZ, as it does in a softmax.
             delta = -self._load(block.rows, grad_lse[..., None])
             pairs = []
-            for n, segment in enumerate(segments):
+            for n, (segment, p) in enumerate(zip(segments, unnormalised, strict=True)):
                 keys = slice(segment.start, segment.stop)
-                p = self._scores(block, segment, f"scores {n}").sub_(lse_2).exp2_()
                 grad_p = self.scratch.matmul(f"grad p {n}", grad_out, self.value[:, keys].mT)
                 dropped = p
                 if self.x.dropout_p > 0:
@@ -111,6 +117,7 @@ class Chunk:
                 grad_v[:, keys].baddbmm_(dropped.mT, grad_out)
                 delta += torch.mul(p, grad_p, out=self.scratch("product", *p.shape)).sum(-1, keepdim=True)
                 pairs.append((p, grad_p))
+            delta /= total
             grad_q = torch.zeros_like(block.query)
             for segment, (p, grad_p) in zip(segments, pairs, strict=True):
                 grad_a = grad_p.sub_(delta).mul_(p)
