@@ -38,7 +38,7 @@ def forward(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
     output, lse = inputs.new_like_heads(inputs.query), inputs.new_lse()
     scratch = Scratch(inputs.query, inputs.work_dtype)
     for first_batch, x, rows in _dense_calls(inputs):
-        for tables, batches in _parts(x):
+        for tables, batches in _parts(x, scratch):
             for batch in batches:
                 chunk = Chunk(x, tables, batch, first_batch, scratch)
                 chunk.forward(output[:, :, rows], lse[:, :, rows])
@@ -60,7 +60,7 @@ def backward(
     scratch = Scratch(inputs.query, inputs.work_dtype)
     for first_batch, x, rows in _dense_calls(inputs):
         given = [t[:, :, rows] for t in (lse, grad_output, grad_lse)]
-        for tables, batches in _parts(x):
+        for tables, batches in _parts(x, scratch):
             tables.start_gradients(scratch)
             for batch in batches:
                 chunk = Chunk(x, tables, batch, first_batch, scratch)
@@ -81,7 +81,7 @@ def _dense_calls(inputs: AttentionInputs) -> Iterator[tuple[int, AttentionInputs
         start = stop
 
 
-def _parts(x: AttentionInputs) -> Iterator[tuple[Tables, list[slice]]]:
+def _parts(x: AttentionInputs, scratch: Scratch) -> Iterator[tuple[Tables, list[slice]]]:
     """The tables of some heads, and the batch rows to take at once, so that a block of scores fits the budget."""
     batch, heads, query_length, _ = x.query.shape
     key_length = x.key.shape[2]
@@ -93,4 +93,4 @@ def _parts(x: AttentionInputs) -> Iterator[tuple[Tables, list[slice]]]:
     batch_step = max(1, count // heads)
     batches = [slice(b, min(b + batch_step, batch)) for b in range(0, batch, batch_step)]
     for h in range(0, heads, head_step):
-        yield Tables(x, slice(h, min(h + head_step, heads)), block_rows, block_keys), batches
+        yield Tables(x, slice(h, min(h + head_step, heads)), block_rows, block_keys, scratch), batches

@@ -68,7 +68,7 @@ class Chunk:
             for z in scores:
                 peak = torch.maximum(peak, z.amax(-1, keepdim=True))
             peak.masked_fill_(peak == -torch.inf, 0.0)
-            total, out = torch.zeros_like(peak), torch.zeros_like(block.query)
+            total, out = torch.zeros_like(peak), self._zeros(block)
             for segment, z in zip(segments, scores, strict=True):
                 p = z.sub_(peak).exp2_()
                 total += p.sum(-1, keepdim=True)
@@ -118,7 +118,7 @@ class Chunk:
                 delta += torch.mul(p, grad_p, out=self.scratch("product", *p.shape)).sum(-1, keepdim=True)
                 pairs.append((p, grad_p))
             delta /= total
-            grad_q = torch.zeros_like(block.query)
+            grad_q = self._zeros(block)
             for segment, (p, grad_p) in zip(segments, pairs, strict=True):
                 grad_a = grad_p.sub_(delta).mul_(p)
                 keys = slice(segment.start, segment.stop)
@@ -266,6 +266,9 @@ class Chunk:
         start = self.tables.window(block.first, segment.start)
         count = (segment.stop - segment.start) // self.tables.block_keys
         return windows[start : start + count].flatten(0, 1)
+
+    def _zeros(self, block: _Block) -> torch.Tensor:
+        return block.query.new_zeros(block.query.shape)
 
     def _load(self, rows: slice, source: torch.Tensor) -> torch.Tensor:
         """A copy of (B, H, Lq, n) at these rows, as (G, rows, n), last row first."""

@@ -23,7 +23,7 @@ class Tables:
     same one.
     """
 
-    def __init__(self, x: AttentionInputs, heads: slice, block_rows: int, block_keys: int):
+    def __init__(self, x: AttentionInputs, heads: slice, block_rows: int, block_keys: int, scratch: Scratch):
         self.heads, self.block_rows, self.block_keys = heads, block_rows, block_keys
         self.offset, self.scale, self.base = x.query_offset, x.scale, x.scale * LOG2E
         self.pos_key, self.pos_query = (
@@ -42,10 +42,15 @@ class Tables:
         # The clamp serves padding alone: what the lengths can reach lies within the rows that were given.
         self.slots = (distance_slots(table, distances) - x.first_slot).clamp_(0, rows - 1)
         if self.pos_key is not None:
-            self.key_by_distance = self.pos_key.index_select(1, self.slots)
+            self.key_by_distance = self._by_distance(self.pos_key, scratch, "K by distance")
         if self.pos_query is not None:
-            by_distance = self.pos_query.index_select(1, self.slots).transpose(0, 1)
-            self.windows = by_distance.unfold(0, block_rows + block_keys, block_keys).mT.contiguous()
+            by_distance = self._by_distance(self.pos_query, scratch, "Q by distance").transpose(0, 1)
+            windows = by_distance.unfold(0, block_rows + block_keys, block_keys).mT
+            self.windows = scratch("windows", *windows.shape).copy_(windows)
+
+    def _by_distance(self, table: torch.Tensor, scratch: Scratch, name: str) -> torch.Tensor:
+        out = scratch(name, len(table), self.count, table.shape[2])
+        return torch.index_select(table, 1, self.slots, out=out)
 
     def _choose_distances(self, query_length: int, key_length: int) -> None:
         """As far as a near segment reaches, padding of blocks included, in whole windows."""
