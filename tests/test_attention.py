@@ -38,9 +38,7 @@ def public(backend):
 
 def compare(attention, case: Case, dtype: torch.dtype) -> None:
     """Output, log-sum-exp and gradients under the rule of ``tolerance``."""
-    # In small tensors the largest error is a matter of luck: several draws are pooled there.
-    seeds = range(4 if case.query_length * case.size <= 129 * 64 and dtype != torch.float64 else 1)
-    draws = [make_inputs(case, dtype, seed) for seed in seeds]
+    draws = [make_inputs(case, dtype, seed) for seed in range(1 if dtype == torch.float64 else 4)]
 
     def run(function, dtype):
         results = [forward_and_gradients(function, as_dtype(inputs, dtype)) for inputs in draws]
@@ -95,8 +93,8 @@ def test_half_is_as_precise_as_eager(name, backend, dtype):
 def test_eager_in_many_chunks(name, monkeypatch):
     """One head and one batch row at a time, in blocks that divide nothing evenly."""
     monkeypatch.setattr(eager, "CHUNK_ELEMENTS_CPU", 1)
-    monkeypatch.setattr(eager, "BLOCK_ROWS", 32)
-    monkeypatch.setattr(eager, "BLOCK_KEYS", 16)
+    monkeypatch.setattr(eager, "BLOCK_ROWS", (32, 32))
+    monkeypatch.setattr(eager.chunk.band, "STRIP_ROWS", (12, 12))
     compare(public("eager"), BY_NAME[name], torch.float64)
 
 
@@ -158,6 +156,5 @@ def test_a_far_segment_one_key_too_long_is_caught(mistake, monkeypatch):
         return table._replace(**{name: getattr(table, name) + step for name, step in mistake.items()})
 
     monkeypatch.setattr(AttentionInputs, "table", property(wrong))
-    monkeypatch.setattr(eager, "BLOCK_KEYS", 1)  # a near segment is rounded up to whole blocks, which hides a key
     with pytest.raises(AssertionError, match="error"):
         compare(public("eager"), BY_NAME["far-L700"], torch.float32)

@@ -165,16 +165,16 @@ def test_dropout_follows_the_seed_and_is_unbiased():
 
 @pytest.mark.parametrize("name", ["v1", "v2", "v3"])
 def test_nothing_is_quadratic_in_the_length(name):
-    """Shapes ending in (211, 211) among the operands of all operators, those inside the fused one included."""
-    model, inputs = build(name, max_position_embeddings=256), tokens("holes", length=211)
+    """Shapes ending in (523, 523) among the operands of all operators, those inside the fused one included."""
+    model, inputs = build(name, max_position_embeddings=600), tokens("holes", length=523)
 
     def quadratic_shapes():
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
             results(model, inputs)
-        return {tuple(x) for event in profile.events() for x in event.input_shapes or [] if x[-2:] == [211, 211]}
+        return {tuple(x) for event in profile.events() for x in event.input_shapes or [] if x[-2:] == [523, 523]}
 
-    assert {(2, 1, 211, 211), (1, 211, 211)} <= quadratic_shapes()
-    patch(model, "eager")  # which takes 128 queries at a time
+    assert {(2, 1, 523, 523), (1, 523, 523)} <= quadratic_shapes()
+    patch(model, "eager")  # which takes 512 queries at a time
     assert not quadratic_shapes()
 
 

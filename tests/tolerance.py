@@ -36,17 +36,18 @@ def hf_style_attention(inputs):
 def assert_as_precise(name, got, eager, exact):
     """The rule: against ``exact`` (float64), max and mean error of ``got`` at most twice those of ``eager``.
 
-    Half a unit in the last place of the largest value is granted to the maximum: the rounding of the result itself.
+    The first dimension counts draws of random inputs. The largest error is averaged over them: that of a single draw is
+    a matter of luck, and of two equally precise computations one is beyond twice the other once in a hundred times.
+    Half a unit in the last place of the largest value is granted to it: the rounding of the result itself.
     """
     assert got.shape == exact.shape and got.dtype == eager.dtype, name
     assert torch.isfinite(got).all(), f"{name} is not finite"
-    error, allowed = ((x.double() - exact).abs() for x in (got, eager))
+    error, allowed = ((x.double() - exact).abs().flatten(1) for x in (got, eager))
     if error.numel() == 0:
         return
-    rounding = 0.5 * torch.finfo(got.dtype).eps * exact.abs().max()
-    assert error.max() <= 2 * allowed.max() + rounding, (
-        f"{name}: max error {error.max():.2e}, eager's {allowed.max():.2e}"
-    )
+    rounding = 0.5 * torch.finfo(got.dtype).eps * exact.abs().flatten(1).amax(1).mean()
+    largest, largest_allowed = (x.amax(1).mean() for x in (error, allowed))
+    assert largest <= 2 * largest_allowed + rounding, f"{name}: max error {largest:.2e}, eager's {largest_allowed:.2e}"
     # The mean has no slack of its own; a term far below the rounding of any entry keeps exact zeros comparable.
     tiny = 1e-3 * rounding
     assert error.mean() <= 2 * allowed.mean() + tiny, (

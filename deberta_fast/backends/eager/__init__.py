@@ -9,8 +9,8 @@ held in base 2 (C = s log2 e); e = j - p is the distance from a query at positio
 
 Rows of a block are taken last to first: then e grows along rows and along keys, and both skews are plain views of
 products with consecutive rows of the expanded tables: nothing is gathered, no slot is looked up. Backward writes dA
-through the same views. Nothing of size Lq x Lk or L x R is kept; temporaries are a few times CHUNK_ELEMENTS, and are
-allocated once a call. float16 and bfloat16 are computed in float32.
+through the same views. Nothing of size Lq x Lk or L x R is kept; temporaries are a few blocks of scores, allocated once
+a call. float16 and bfloat16 are computed in float32.
 """
 
 from collections.abc import Iterator
@@ -22,9 +22,9 @@ from .chunk import Chunk
 from .scratch import Scratch
 from .tables import Tables
 
-BLOCK_ROWS = 128
-BLOCK_KEYS = 64  # keys that share one window of distances in the p2c product; divides BLOCK_ROWS
-CHUNK_ELEMENTS_CPU = 1 << 19  # scores held at once: what a core's caches hold,
+BLOCK_ROWS = 256, 512  # fewest and most; in between, as many as CHUNK_ELEMENTS_CPU holds of one head
+CHUNK_ELEMENTS_CPU = 1 << 19  # scores held at once: a thread's share of the caches,
+CHUNK_THREADS = 8  # for as many threads at most,
 CHUNK_ELEMENTS = 1 << 25  # or what fills a GPU
 
 
@@ -85,12 +85,15 @@ def _parts(x: AttentionInputs, scratch: Scratch) -> Iterator[tuple[Tables, list[
     """The tables of some heads, and the batch rows to take at once, so that a block of scores fits the budget."""
     batch, heads, query_length, _ = x.query.shape
     key_length = x.key.shape[2]
-    block_rows = max(1, min(BLOCK_ROWS, query_length))
-    block_keys = min(BLOCK_KEYS, 1 << max(0, key_length - 1).bit_length())
-    budget = CHUNK_ELEMENTS_CPU if x.query.device.type == "cpu" else CHUNK_ELEMENTS
+    share = budget = CHUNK_ELEMENTS
+    if x.query.device.type == "cpu":
+        # Products of several heads are shared out by head, which costs less than to divide each of them.
+        share, budget = CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_CPU * min(torch.get_num_threads(), CHUNK_THREADS)
+    fewest, most = BLOCK_ROWS
+    block_rows = max(1, min(query_length, most, max(fewest, share // max(1, key_length))))
     count = max(1, budget // max(1, block_rows * key_length))
     head_step = -(-heads // -(-heads // min(heads, count)))  # even shares
     batch_step = max(1, count // heads)
     batches = [slice(b, min(b + batch_step, batch)) for b in range(0, batch, batch_step)]
     for h in range(0, heads, head_step):
-        yield Tables(x, slice(h, min(h + head_step, heads)), block_rows, block_keys, scratch), batches
+        yield Tables(x, slice(h, min(h + head_step, heads)), block_rows, scratch), batches

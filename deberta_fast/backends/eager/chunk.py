@@ -10,14 +10,9 @@ import torch
 
 from ...dropout import keep_mask
 from ..inputs import AttentionInputs
+from . import band
 from .scratch import Scratch
 from .tables import LOG2E, Tables
-
-
-def _skew(product: torch.Tensor, columns: int) -> torch.Tensor:
-    """The view v[..., r, c] = product[..., r, r + c]."""
-    *outer, row, one = product.stride()
-    return product.as_strided((*product.shape[:-1], columns), (*outer, row + one, one))
 
 
 class _Block(NamedTuple):
@@ -30,7 +25,7 @@ class _Block(NamedTuple):
 
 
 class _Segment(NamedTuple):
-    """Keys start to stop. Far: all read row ``slot`` of the tables. Near (slot None): whole blocks of keys."""
+    """Keys start to stop. Far: all read row ``slot`` of the tables. Near: slot None."""
 
     start: int
     stop: int
@@ -46,18 +41,12 @@ class Chunk:
         self.grid = tables.heads.stop - tables.heads.start, batches.stop - batches.start
         self.key_length = x.key.shape[2]
         self.visible, self.masked = self._visible_keys()
-        self.key, self.value = (self._whole_blocks(name, t) for name, t in (("key", x.key), ("value", x.value)))
-        if tables.pos_query is not None:
-            blocks = self.key.view(*self.grid, -1, tables.block_keys, self.key.shape[-1]).permute(2, 0, 1, 3, 4)
-            self.key_blocks = self.scratch("key_blocks", *blocks.shape).copy_(blocks).flatten(2, 3)
+        self.key, self.value = (self._load_keys(name, t) for name, t in (("key", x.key), ("value", x.value)))
 
-    def _whole_blocks(self, name: str, heads: torch.Tensor) -> torch.Tensor:
-        """(B, H, Lk, D) to (G, Lk rounded up to whole blocks, D); the rows behind the last key are masked."""
-        length, step = self.key_length, self.tables.block_keys
-        whole = self.scratch(name, *self.grid, -(-length // step) * step, heads.shape[-1])
-        whole[:, :, :length] = heads[self.batches, self.tables.heads].transpose(0, 1)
-        whole[:, :, length:] = 0
-        return whole.flatten(0, 1)
+    def _load_keys(self, name: str, source: torch.Tensor) -> torch.Tensor:
+        """A copy of (B, H, Lk, D) as (G, Lk, D)."""
+        part = source[self.batches, self.tables.heads].transpose(0, 1)
+        return self.scratch(name, *part.shape).copy_(part).flatten(0, 1)
 
     def forward(self, output: torch.Tensor, lse: torch.Tensor) -> None:
         """Fills its part of output (B, H, Lq, D) and lse (B, H, Lq)."""
@@ -90,8 +79,6 @@ class Chunk:
         """Fills its part of the gradients of query, key and value, and adds to those of ``tables``."""
         self.grad_key = self.scratch("grad key", *self.key.shape).zero_()
         grad_v = self.scratch("grad value", *self.value.shape).zero_()
-        if self.tables.pos_query is not None:
-            self.grad_key_blocks = self.scratch("grad key blocks", *self.key_blocks.shape).zero_()
         for block in self._blocks():
             grad_out, segments = self._load(block.rows, grad_output), self._segments(block)
             # Near the row's log-sum-exp; what its rounding leaves in P is divided out with the sum of P.
@@ -131,12 +118,8 @@ class Chunk:
                     self._add_far_gradients(block, segment, grad_a, grad_q)
             self._store(block, grad_q.mul_(self.x.scale), grad_query)
         self.grad_key /= LOG2E  # it was made with C q, and wants s q
-        if self.tables.pos_query is not None:
-            blocks = self.grad_key_blocks.unflatten(2, (self.grid[1], -1)).permute(1, 2, 0, 3, 4)
-            self.grad_key.view(blocks.shape).add_(blocks, alpha=self.x.scale)
         for grad, target in ((self.grad_key, grad_key), (grad_v, grad_value)):
-            whole = grad.unflatten(0, self.grid)[:, :, : self.key_length]
-            target[self.batches, self.tables.heads] = whole.transpose(0, 1).to(target.dtype)
+            target[self.batches, self.tables.heads] = self._grid(grad).transpose(0, 1).to(target.dtype)
 
     def _visible_keys(self) -> tuple[tuple[int, int], bool]:
         """The range of keys that any of these batch rows may see, and whether the mask hides some inside it."""
@@ -165,13 +148,10 @@ class Chunk:
             return [_Segment(start, stop, 0)] if start < stop else []
         past = min(max(block.first - tables.far_past + 1, start), stop)
         future = min(max(block.last - tables.far_future, past), stop)
-        # A near segment takes whole blocks, and so some keys that are far or hidden: right, and simpler.
-        step = tables.block_keys
-        near = (past // step * step, -(-future // step) * step) if past < future else (past, past)
         segments = (
-            _Segment(start, near[0], tables.past_slot),
-            _Segment(*near, None),
-            _Segment(near[1], stop, tables.future_slot),
+            _Segment(start, past, tables.past_slot),
+            _Segment(past, future, None),
+            _Segment(future, stop, tables.future_slot),
         )
         return [segment for segment in segments if segment.start < segment.stop]
 
@@ -183,23 +163,19 @@ class Chunk:
         if segment.slot is None:
             self._add_near_terms(block, segment, z)
         elif self.tables.pos_key is not None:
-            row = block.query.unflatten(0, self.grid) @ self.tables.pos_key[:, None, segment.slot, :, None]
+            row = self._grid(block.query) @ self.tables.pos_key[:, None, segment.slot, :, None]
             z += row.flatten(0, 1)
-        z[..., : max(0, self.visible[0] - start)] = -torch.inf
-        z[..., max(0, self.visible[1] - start) :] = -torch.inf
         if self.masked:
             mask = self.x.mask.transpose(0, 1)
             where = zip((self.tables.heads, self.batches, block.rows), mask.shape, strict=False)
             mask = mask[tuple(part if size > 1 else slice(None) for part, size in where)]
-            hidden = ~mask[..., start : min(stop, self.key_length)].flip(-2)
-            z.unflatten(0, self.grid)[..., : hidden.shape[-1]].masked_fill_(hidden, -torch.inf)
+            self._grid(z).masked_fill_(~mask[..., start:stop].flip(-2), -torch.inf)
         return z
 
     def _far_query(self, block: _Block, segment: _Segment) -> torch.Tensor:
         if self.tables.pos_query is None:
             return block.query
-        shift = self.base * self.tables.pos_query[:, None, segment.slot, None]
-        return (block.query.unflatten(0, self.grid) + shift).flatten(0, 1)
+        return (self._grid(block.query) + self.tables.pos_query[:, None, segment.slot, None]).flatten(0, 1)
 
     def _add_far_gradients(self, block: _Block, segment: _Segment, grad_a: torch.Tensor, grad_q: torch.Tensor) -> None:
         """Equation 10, save dK."""
@@ -207,65 +183,37 @@ class Chunk:
         grad_shifted = grad_a @ self.key[:, segment.start : segment.stop]
         grad_q += grad_shifted
         if tables.pos_query is not None:
-            tables.grad_pos_query[:, slot] += grad_shifted.unflatten(0, self.grid).sum((1, 2))
+            tables.grad_pos_query[:, slot] += self._grid(grad_shifted).sum((1, 2))
         if tables.pos_key is not None:
             row_sum = grad_a.sum(-1, keepdim=True)
-            tables.grad_pos_key[:, slot] += (row_sum * block.query).unflatten(0, self.grid).sum((1, 2))
-            grad_q.unflatten(0, self.grid).add_(row_sum.unflatten(0, self.grid) * tables.pos_key[:, None, slot, None])
+            tables.grad_pos_key[:, slot] += self._grid(row_sum * block.query).sum((1, 2))
+            self._grid(grad_q).add_(self._grid(row_sum) * tables.pos_key[:, None, slot, None])
 
     def _add_near_terms(self, block: _Block, segment: _Segment, z: torch.Tensor) -> None:
         """The two position terms of equation 6."""
-        tables, (heads, _), (_, rows, columns) = self.tables, self.grid, z.shape
+        tables, z = self.tables, self._grid(z)
+        distances = tables.from_distance(segment.start - block.last)
         if tables.pos_key is not None:
-            distances = tables.distances(block.last, segment.start, rows + columns)
-            by_head = block.query.view(heads, -1, block.query.shape[-1])
-            c2p = self.scratch.matmul("product", by_head, tables.key_by_distance[:, distances].mT)
-            z += _skew(c2p.view(-1, rows, rows + columns), columns)
+            band.add_term(z, self._grid(block.query), tables.key_by_distance[:, distances], self.scratch)
         if tables.pos_query is not None:
-            keys, windows, blocks, spare = self._key_blocks(block, segment)
-            p2c = self.scratch.matmul("product", keys, windows.mT).view(*blocks, -1)
-            p2c = _skew(p2c[..., spare:], rows).permute(1, 2, 4, 0, 3)
-            z.view(p2c.shape).add_(p2c, alpha=self.base)
+            keys = self._grid(self.key)[:, :, segment.start : segment.stop]
+            band.add_term(z.mT, keys, tables.query_by_distance[:, distances], self.scratch)
 
     def _add_near_gradients(self, block: _Block, segment: _Segment, grad_a: torch.Tensor, grad_q: torch.Tensor) -> None:
         """Equation 9, save the c2c terms."""
-        tables, (heads, _), (_, rows, columns) = self.tables, self.grid, grad_a.shape
+        tables, grad_a = self.tables, self._grid(grad_a)
+        distances = tables.from_distance(segment.start - block.last)
         if tables.pos_key is not None:
-            distances = tables.distances(block.last, segment.start, rows + columns)
-            skewed = self.scratch.zeros("grad c2p", len(grad_a), rows, rows + columns, written=())
-            _skew(skewed, columns).copy_(grad_a)
-            skewed = skewed.view(heads, -1, rows + columns)
-            by_head = block.query.view(heads, -1, block.query.shape[-1])
-            grad_q.view(by_head.shape).baddbmm_(skewed, tables.key_by_distance[:, distances])
-            tables.grad_key_by_distance[:, distances].baddbmm_(skewed.mT, by_head)
+            by_distance, grad = tables.key_by_distance[:, distances], tables.grad_key_by_distance[:, distances]
+            band.add_gradients(grad_a, self._grid(block.query), by_distance, self._grid(grad_q), grad, self.scratch)
         if tables.pos_query is not None:
-            keys, windows, blocks, spare = self._key_blocks(block, segment)
-            skewed = self.scratch.zeros("grad p2c", *blocks, windows.shape[1], written=(rows, spare))
-            by_block = grad_a.view(*self.grid, rows, -1, tables.block_keys).permute(3, 0, 1, 4, 2)
-            _skew(skewed[..., spare:], rows).copy_(by_block)
-            skewed = skewed.view(len(keys), -1, windows.shape[1])
-            self._key_block_range(self.grad_key_blocks, segment).baddbmm_(skewed, windows)
-            self._window_range(tables.grad_windows, block, segment).baddbmm_(skewed.mT, keys)
+            by_distance, grad = tables.query_by_distance[:, distances], tables.grad_query_by_distance[:, distances]
+            key, grad_key = (self._grid(t)[:, :, segment.start : segment.stop] for t in (self.key, self.grad_key))
+            band.add_gradients(grad_a.mT, key, by_distance, grad_key, grad, self.scratch)
 
-    def _key_blocks(self, block: _Block, segment: _Segment) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...], int]:
-        """The operands of the p2c product of a near segment, one matrix a block of keys and head.
-
-        Keys (n h, b keys of a block, D), windows (n h, distances, D), the shape (n, h, b, keys of a block), and how
-        many of a window's distances belong to queries that a last, shorter block does not have.
-        """
-        keys = self._key_block_range(self.key_blocks, segment)
-        windows = self._window_range(self.tables.windows, block, segment)
-        spare = block.first + self.tables.block_rows - 1 - block.last
-        return keys, windows, (len(keys) // self.grid[0], *self.grid, self.tables.block_keys), spare
-
-    def _key_block_range(self, by_block: torch.Tensor, segment: _Segment) -> torch.Tensor:
-        step = self.tables.block_keys
-        return by_block[segment.start // step : segment.stop // step].flatten(0, 1)
-
-    def _window_range(self, windows: torch.Tensor, block: _Block, segment: _Segment) -> torch.Tensor:
-        start = self.tables.window(block.first, segment.start)
-        count = (segment.stop - segment.start) // self.tables.block_keys
-        return windows[start : start + count].flatten(0, 1)
+    def _grid(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(G, n, m) as (h, b, n, m)."""
+        return tensor.unflatten(0, self.grid)
 
     def _zeros(self, block: _Block) -> torch.Tensor:
         return block.query.new_zeros(block.query.shape)
@@ -277,7 +225,7 @@ class Chunk:
 
     def _store(self, block: _Block, part: torch.Tensor, target: torch.Tensor) -> None:
         """The inverse of ``_load``."""
-        part = part.unflatten(0, self.grid).flip(-2).transpose(0, 1)
+        part = self._grid(part).flip(-2).transpose(0, 1)
         target[self.batches, self.tables.heads, block.rows] = part.to(target.dtype)
 
     def _kept(self, block: _Block, segment: _Segment) -> torch.Tensor:

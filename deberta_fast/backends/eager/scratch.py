@@ -11,7 +11,7 @@ class Scratch:
     def __init__(self, like: torch.Tensor, dtype: torch.dtype):
         self.empty = torch.empty(0, dtype=dtype, device=like.device)
         self.kept: dict[str, torch.Tensor] = {}
-        self.zeroed: dict[str, tuple] = {}
+        self.zeroed: dict[str, tuple[int, ...]] = {}
 
     def __call__(self, name: str, *shape: int) -> torch.Tensor:
         """Contiguous, with any content."""
@@ -20,12 +20,12 @@ class Scratch:
             self.kept[name] = self.empty.new_empty(size)
         return self.kept[name][:size].view(shape)
 
-    def zeros(self, name: str, *shape: int, written: tuple) -> torch.Tensor:
-        """Zeros, save in the cells that the caller always overwrites: those that ``written`` tells apart."""
-        buffer, key = self(name, *shape), (shape, written)
-        if self.zeroed.get(name) != key:
+    def zeros(self, name: str, *shape: int) -> torch.Tensor:
+        """Zeros, save in the cells that the caller overwrites each time it asks for this shape."""
+        buffer = self(name, *shape)
+        if self.zeroed.get(name) != shape:
             buffer.zero_()
-            self.zeroed[name] = key
+            self.zeroed[name] = shape
         return buffer
 
     def matmul(self, name: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
