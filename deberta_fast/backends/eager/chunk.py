@@ -81,8 +81,8 @@ class Chunk:
         grad_v = self.scratch("grad value", *self.value.shape).zero_()
         for block in self._blocks():
             grad_out, segments = self._load(block.rows, grad_output), self._segments(block)
-            # Near the row's log-sum-exp; what its rounding leaves in P is divided out with the sum of P.
-            shift = self._load(block.rows, lse[..., None]).mul_(LOG2E).round_()
+            # What the rounding of lse leaves in P is divided out with the sum of P.
+            shift = self._load(block.rows, lse[..., None]).mul_(LOG2E)
             shift.masked_fill_(shift == -torch.inf, 0.0)  # rows that see nothing: 2^(-inf - 0) = 0
             unnormalised = [
                 self._scores(block, segment, f"scores {n}").sub_(shift).exp2_() for n, segment in enumerate(segments)
