@@ -191,3 +191,11 @@ def test_compiles_whole_and_once_for_all_lengths(name):
         for grad, (key, want) in zip(got[1].values(), expected[1].items(), strict=True):
             torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-4, msg=key)
     assert counter.frame_count == 2  # one for the first length, one for all others
+
+
+def test_exports():
+    model, inputs = patch(build("v3", num_hidden_layers=1)), tokens("left")
+    with torch.no_grad():
+        program = torch.export.export(model, (), inputs)
+        torch.testing.assert_close(program.module()(**inputs)[0], model(**inputs)[0])
+    assert any("deberta_fast" in str(node.target) for node in program.graph.nodes)

@@ -14,7 +14,7 @@ RANKS = [
     {"relative_position", "dropout"},
     {"backends.inputs"},
     {"backends.eager.scratch"},
-    {"backends.eager.tables"},
+    {"backends.eager.tables", "backends.eager.band"},
     {"backends.eager.chunk"},
     {"backends.reference", "backends.eager"},
     {"backends"},

@@ -10,7 +10,7 @@ held in base 2 (C = s log2 e); e = j - p is the distance from a query at positio
 Rows of a block are taken last to first: then e grows along rows and along keys, and both skews are plain views of
 products with consecutive rows of the expanded tables: nothing is gathered, no slot is looked up. Backward writes dA
 through the same views. Nothing of size Lq x Lk or L x R is kept; temporaries are a few blocks of scores, allocated once
-a call. float16 and bfloat16 are computed in float32.
+a call or, for backward on a CPU, once a thread. float16 and bfloat16 are computed in float32.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ import torch
 
 from ..inputs import AttentionInputs
 from .chunk import Chunk
-from .scratch import Scratch
+from .scratch import Scratch, kept_scratch
 from .tables import Tables
 
 BLOCK_ROWS = 256, 512  # fewest and most; in between, as many as CHUNK_ELEMENTS_CPU holds of one head
@@ -57,15 +57,15 @@ def backward(
     grad_tables = [
         None if x is None else x.new_zeros(x.shape, dtype=inputs.work_dtype) for x in (inputs.pos_key, inputs.pos_query)
     ]
-    scratch = Scratch(inputs.query, inputs.work_dtype)
-    for first_batch, x, rows in _dense_calls(inputs):
-        given = [t[:, :, rows] for t in (lse, grad_output, grad_lse)]
-        for tables, batches in _parts(x, scratch):
-            tables.start_gradients(scratch)
-            for batch in batches:
-                chunk = Chunk(x, tables, batch, first_batch, scratch)
-                chunk.backward(*given, *(t[:, :, rows] for t in grad_heads))
-            tables.add_gradients(*grad_tables)
+    with kept_scratch(inputs.query, inputs.work_dtype) as scratch:
+        for first_batch, x, rows in _dense_calls(inputs):
+            given = [t[:, :, rows] for t in (lse, grad_output, grad_lse)]
+            for tables, batches in _parts(x, scratch):
+                tables.start_gradients(scratch)
+                for batch in batches:
+                    chunk = Chunk(x, tables, batch, first_batch, scratch)
+                    chunk.backward(*given, *(t[:, :, rows] for t in grad_heads))
+                tables.add_gradients(*grad_tables)
     return *grad_heads, *(None if t is None else t.to(inputs.query.dtype) for t in grad_tables)
 
 
