@@ -82,6 +82,7 @@ def assert_as_precise(got, eager, exact):
     units of its tensor's rounding, and the largest averaged over the draws: which of a bias's few elements errs most is
     a matter of luck. Some gradients are zero but for rounding (a key's bias): there the scale of the others counts.
     """
+    assert [[x.dtype for x in draw] for draw in got] == [[x.dtype for x in draw] for draw in eager]
     (largest, mean), (largest_allowed, mean_allowed) = _errors(got, exact), _errors(eager, exact)
     assert largest <= 2 * largest_allowed + 0.5
     assert mean <= 2 * mean_allowed + 0.1

@@ -193,8 +193,9 @@ def test_compiles_whole_and_once_for_all_lengths(name):
     assert counter.frame_count == 2  # one for the first length, one for all others
 
 
-def test_exports():
-    model, inputs = patch(build("v3", num_hidden_layers=1)), tokens("left")
+@pytest.mark.parametrize("name", ["v1", "v2", "v3"])
+def test_exports(name):
+    model, inputs = patch(build(name, num_hidden_layers=1)), tokens("left")
     with torch.no_grad():
         program = torch.export.export(model, (), inputs)
         torch.testing.assert_close(program.module()(**inputs)[0], model(**inputs)[0])
