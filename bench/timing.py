@@ -74,8 +74,12 @@ def peak_memory(build: Callable[..., list[Callable[[], object]]], *arguments, de
 
 def _peaks(build: Callable, arguments: tuple, device: str, threads: int) -> list[int]:
     torch.set_num_threads(threads)
-    peak = _peak_allocated if torch.device(device).type == "cuda" else _peak_resident
-    return [peak(run) for run in build(*arguments)]
+    return [peak_of_call(run, device) for run in build(*arguments)]
+
+
+def peak_of_call(run: Callable[[], object], device: str) -> int:
+    """Peak bytes that one call needs above what is there. On a GPU any process will do, on a CPU a fresh one is better."""
+    return (_peak_allocated if torch.device(device).type == "cuda" else _peak_resident)(run)
 
 
 def _peak_allocated(run: Callable[[], object]) -> int:
@@ -132,11 +136,25 @@ def provenance() -> dict[str, str | int | None]:
     if torch.cuda.is_available():
         record["gpu"] = torch.cuda.get_device_name()
         record["cuda"] = torch.version.cuda
+        record |= _gpu_state()
     for package in ("torch", "transformers", "triton"):
         record[package] = _version(package)
     import deberta_fast
 
     return record | {"deberta_fast": deberta_fast.__version__}
+
+
+def _gpu_state() -> dict[str, str]:
+    """What else decides how fast a GPU is, as nvidia-smi tells it; nothing where it does not."""
+    asked = {"driver": "driver_version", "gpu clock": "clocks.max.sm", "power limit": "power.limit"}
+    command = ["nvidia-smi", f"--query-gpu={','.join(asked.values())}", "--format=csv,noheader"]
+    uuid = getattr(torch.cuda.get_device_properties(), "uuid", None)
+    command += [] if uuid is None else [f"--id=GPU-{uuid}"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+        return dict(zip(asked, answer.strip().split(", "), strict=True))
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return {}
 
 
 def _version(package: str) -> str | None:
@@ -156,7 +174,7 @@ def _commit() -> str | None:
         changed = git("status", "--porcelain", "--", str(REPOSITORY), f":!{REPOSITORY / 'bench' / 'results'}")
         return git("rev-parse", "HEAD") + (" with uncommitted changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("COMMIT")  # a copy of the working tree without .git: whoever made it knows
 
 
 def _cpu() -> str:
@@ -173,8 +191,8 @@ def results_folder() -> Path:
     return REPOSITORY / "bench" / "results" / kind
 
 
-def save(name: str, rows: list[dict], folder: Path, notes: str = "") -> None:
-    """Writes ``rows`` and their provenance to ``folder`` as name.json and name.md.
+def save(name: str, rows: list[dict], folder: Path, notes: str = "", summary: str = "") -> None:
+    """Writes ``rows`` and their provenance to ``folder`` as name.json and name.md, there after a ``summary`` of them.
 
     Call it after every row: a run that is stopped keeps what it measured.
     """
@@ -182,21 +200,21 @@ def save(name: str, rows: list[dict], folder: Path, notes: str = "") -> None:
     record = {"provenance": provenance(), "notes": notes, "rows": rows}
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     origin = "\n".join(f"- {key}: {value}" for key, value in provenance().items() if value is not None)
-    text = [f"# {name}", notes, markdown(rows), origin]
+    text = [f"# {name}", notes, summary, markdown(rows), origin]
     (folder / f"{name}.md").write_text("\n\n".join(part for part in text if part) + "\n")
 
 
 def markdown(rows: list[dict]) -> str:
     """A Markdown table, its columns aligned to be read as plain text too."""
     heads = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [heads, *([_cell(row.get(head)) for head in heads] for row in rows)]
+    cells = [heads, *([cell(row.get(head)) for head in heads] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(heads))]
     lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths)) + " |" for line in cells]
     lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
     return "\n".join(lines)
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
     if not isinstance(value, float):
         return "" if value is None else str(value)
     if value and abs(value) < 0.01:

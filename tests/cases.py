@@ -31,6 +31,7 @@ class Case:
     window: bool = False  # only the rows of the tables that the lengths can reach
     fused_qkv: bool = False  # query, key, value as views of one projection
     dropout_p: float = 0.0
+    device: str = "cpu"  # where the tensors lie; their numbers are drawn on the CPU, the same for all
 
 
 CASES = [
@@ -71,7 +72,7 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> AttentionInput
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
-        return torch.randn(*shape, dtype=torch.float64, generator=random).to(dtype)
+        return torch.randn(*shape, dtype=torch.float64, generator=random).to(dtype).to(case.device)
 
     batch, heads, size = case.batch, case.heads, case.size
     if case.fused_qkv:
@@ -89,9 +90,9 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> AttentionInput
         value,
         pos_key if case.c2p else None,
         pos_query if case.p2c else None,
-        _mask(case, random),
+        None if (mask := _mask(case, random)) is None else mask.to(case.device),
         cu_seqlens=None,
-        seed=seed_after(DROPOUT_SEED) if case.dropout_p else None,
+        seed=seed_after(DROPOUT_SEED, case.device) if case.dropout_p else None,
         position_buckets=case.buckets,
         max_relative_positions=case.longest,
         far_negative=case.far_negative,
@@ -103,9 +104,10 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> AttentionInput
     )
 
 
-def seed_after(manual_seed: int) -> torch.Tensor:
+def seed_after(manual_seed: int, device: str = "cpu") -> torch.Tensor:
     """What ``new_seed`` draws first after ``torch.manual_seed``."""
-    return torch.randint(0, 2**63 - 1, (1,), generator=torch.Generator().manual_seed(manual_seed))
+    generator = torch.Generator(device).manual_seed(manual_seed)
+    return torch.randint(0, 2**63 - 1, (1,), generator=generator, device=device)
 
 
 def _mask(case: Case, random: torch.Generator) -> torch.Tensor | None:
@@ -145,9 +147,9 @@ def forward_and_gradients(attention, inputs: AttentionInputs) -> dict[str, torch
     """
     output, lse = attention(inputs)
     random = torch.Generator().manual_seed(99)
-    grad_output = torch.randn(output.shape, dtype=torch.float64, generator=random)
-    grad_lse = torch.randn(lse.shape, dtype=torch.float64, generator=random)
-    seen = torch.full((*lse.shape[:-1], 1), inputs.key.shape[2] > 0)
+    grad_output = torch.randn(output.shape, dtype=torch.float64, generator=random).to(output.device)
+    grad_lse = torch.randn(lse.shape, dtype=torch.float64, generator=random).to(lse.device)
+    seen = torch.full((*lse.shape[:-1], 1), inputs.key.shape[2] > 0, device=lse.device)
     if inputs.mask is not None:
         seen = inputs.mask.any(-1)
     seen = seen.expand(lse.shape)

@@ -1,5 +1,7 @@
 """How wrong a backend may be: at most twice what Hugging Face's way of computing gets wrong in the same dtype."""
 
+import functools
+
 import torch
 
 from deberta_fast.dropout import keep_mask
@@ -12,11 +14,12 @@ def hf_style_attention(inputs):
     The keys are divided before c2c, the position terms after product and gather, and nothing leaves the dtype.
     """
     query, key, value = inputs.query, inputs.key, inputs.value
+    arange = functools.partial(torch.arange, device=query.device)
     scale = torch.tensor(1 / inputs.scale, dtype=torch.float32).to(query.dtype)
     scores = query @ (key.mT / scale)
     if inputs.has_positions:
-        i = torch.arange(query.shape[2])[:, None] + inputs.query_offset
-        slots = distance_slots(inputs.table, i - torch.arange(key.shape[2])) - inputs.first_slot
+        i = arange(query.shape[2])[:, None] + inputs.query_offset
+        slots = distance_slots(inputs.table, i - arange(key.shape[2])) - inputs.first_slot
         slots = slots.expand(*scores.shape)
     if inputs.pos_key is not None:
         scores = scores + (query @ inputs.pos_key.mT).gather(-1, slots) / scale
@@ -26,8 +29,8 @@ def hf_style_attention(inputs):
         scores = scores.masked_fill(~inputs.mask, torch.finfo(scores.dtype).min)
     probabilities = torch.softmax(scores, -1)
     if inputs.dropout_p > 0:
-        batch_head = torch.arange(query.shape[0] * query.shape[1]).view(*query.shape[:2], 1, 1)
-        rows = torch.arange(query.shape[2])[:, None]
+        batch_head = arange(query.shape[0] * query.shape[1]).view(*query.shape[:2], 1, 1)
+        rows = arange(query.shape[2])[:, None]
         keep = keep_mask(inputs.seed, batch_head, rows, (0, key.shape[2]), inputs.dropout_p)
         probabilities = probabilities * keep / (1 - inputs.dropout_p)
     return probabilities @ value, torch.logsumexp(scores, -1)

@@ -1,0 +1,225 @@
+"""Compiles the Triton kernels for GPUs that need not be there: ``python -m bench.compile_report --archs 80,90``.
+
+Prints registers, spills and shared memory of every kernel, and for each of its innermost loops what an iteration is
+made of, above all the instructions a score: what can be known of a kernel's speed before it has run.
+"""
+
+import argparse
+import functools
+import json
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import triton
+from triton import JITFunction, knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from . import sass, timing
+from .sass import Loop
+
+# Bytes of shared memory that a block may ask for: CUDA C++ Programming Guide, technical specifications per compute
+# capability, "maximum amount of shared memory per thread block".
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+CAPABILITIES = (80, 86, 90, 100, 120)
+LEGEND = (
+    "instr/score: instructions of all threads in an iteration, over the scores of its tile. narrow: global loads of at "
+    "most two bytes. async: copies from global to shared memory through no register. from: line of the kernel from "
+    "where the loop was reached. spilled: loads and stores of spilled registers in the loop. seconds: near 0 from "
+    "Triton's cache."
+)
+
+
+class Launch(Protocol):
+    """A kernel and all that Triton specialises it by."""
+
+    kernel: JITFunction
+    arguments: dict[str, object]  # every parameter; tensors may be on the meta device
+    warps: int
+    stages: int
+
+
+class Planned(NamedTuple):
+    label: str
+    launch: Launch
+    tile: tuple[int, int]  # rows and columns of scores that one iteration of its loops makes
+
+
+class Compiled(NamedTuple):
+    registers: int  # a thread
+    spill_stores: int  # instructions
+    spill_loads: int
+    stack: int  # bytes a thread
+    shared: int  # bytes a block
+    loops: list[Loop]  # innermost ones, in the order of the machine code
+    warps: int
+    seconds: float  # near 0 from Triton's cache
+
+
+def launches() -> Iterator[Planned]:
+    """What the report is about."""
+    yield from ()
+
+
+def compile_launch(launch: Launch, capability: int) -> Compiled:
+    """Compiles as a GPU of that capability would at the launch. Needs none, and no TRITON_INTERPRET."""
+    if not isinstance(launch.kernel, JITFunction):
+        kind = type(launch.kernel).__name__
+        raise TypeError(f"expected a triton.JITFunction, got {kind}: unset TRITON_INTERPRET before importing triton")
+    target = GPUTarget("cuda", capability, 32)
+    start = time.perf_counter()
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    kernel = triton.compile(_source(launch, target), target=target, options=options)
+    seconds = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        text = _run(knobs.nvidia.nvdisasm.path, "-c", "-gp", cubin)
+        usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", cubin)
+    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+    instructions, labels = sass.parse(text)
+    names = [i.name for i in instructions]
+    sources = sass.Sources(launch.kernel, launch.arguments.values(), kernel.asm["ptx"])
+    bodies = sass.innermost_loops(instructions, labels)
+    return Compiled(
+        registers=used["REG"],
+        spill_stores=names.count("STL"),
+        spill_loads=names.count("LDL"),
+        stack=used["STACK"],
+        shared=kernel.metadata.shared,
+        loops=[sass.describe([instructions[i] for i in body], sources) for body in bodies],
+        warps=launch.warps,
+        seconds=seconds,
+    )
+
+
+def _source(launch: Launch, target: GPUTarget) -> ASTSource:
+    kernel, backend = launch.kernel, make_backend(target)
+    # Triton's own binder, not a copy of its rules of which integers become constants and what is known to be aligned.
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    values, specialization, unknown = binder(**launch.arguments)
+    if unknown:
+        raise TypeError(f"{kernel.__name__} has no parameters {sorted(unknown)}")
+    kinds = {name: kind for name, (kind, _) in zip(values, specialization)}
+    constants = {(i,): values[name] for i, (name, kind) in enumerate(kinds.items()) if kind == "constexpr"}
+    attributes = {
+        (i,): backend.parse_attr(found) for i, (_, found) in enumerate(specialization) if isinstance(found, str)
+    }
+    return ASTSource(kernel, kinds, constants, attributes)
+
+
+def _run(*command: object) -> str:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
+
+
+def compile_all(
+    build: Callable[[], Iterable[Planned]], capabilities: Iterable[int], processes: int = 2
+) -> dict[tuple[str, int], Compiled]:
+    """Compiles every launch for every capability, in fresh processes.
+
+    Args:
+        build: importable: each process calls it for itself, since kernels cannot be pickled. The processes do not
+            inherit TRITON_INTERPRET, so that a caller may be interpreting.
+
+    Returns:
+        By label and capability.
+    """
+    capabilities = tuple(capabilities)
+    with _without("TRITON_INTERPRET"), ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        labels = pool.submit(_labels, build).result()
+        jobs = [(index, capability) for index in range(len(labels)) for capability in capabilities]
+        results = [pool.submit(_compile_one, build, *job) for job in jobs]
+        return {(labels[index], capability): x.result() for (index, capability), x in zip(jobs, results)}
+
+
+@contextmanager
+def _without(variable: str) -> Iterator[None]:
+    value = os.environ.pop(variable, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[variable] = value
+
+
+@functools.cache
+def _built(build: Callable[[], Iterable[Planned]]) -> list[Planned]:
+    return list(build())
+
+
+def _labels(build: Callable[[], Iterable[Planned]]) -> list[str]:
+    return [label for label, _, _ in _built(build)]
+
+
+def _compile_one(build: Callable[[], Iterable[Planned]], index: int, capability: int) -> Compiled:
+    label, launch, _ = _built(build)[index]
+    try:
+        return compile_launch(launch, capability)
+    except Exception as error:
+        raise RuntimeError(f"{label}, sm_{capability}: {error}") from error
+
+
+def rows(label: str, capability: int, compiled: Compiled, tile: tuple[int, int]) -> Iterator[dict]:
+    """A row of the table for each loop, or one for a kernel that has none."""
+    kernel = {
+        "kernel": label,
+        "sm": capability,
+        "warps": compiled.warps,
+        "registers": compiled.registers,
+        "spills": compiled.spill_stores + compiled.spill_loads,
+        "shared KiB": compiled.shared / 1024,
+        "seconds": compiled.seconds,
+    }
+    if not compiled.loops:
+        yield kernel
+    for loop in compiled.loops:
+        yield kernel | {
+            "loop": f"{loop.function}:{loop.line}",
+            "from": loop.kernel_line,
+            "instr/score": loop.per_score(*tile, compiled.warps),
+            "instr": loop.instructions,
+            "unrolled": loop.unrolled,
+            "mma": loop.mma,
+            "loads": loop.global_loads,
+            "narrow": loop.narrow_loads,
+            "async": loop.async_copies,
+            "LDS": loop.shared_loads,
+            "STS": loop.shared_stores,
+            "stores": loop.global_stores,
+            "spilled": loop.spills,
+            "barriers": loop.barriers,
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.compile_report", description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--archs", type=_capabilities, default=CAPABILITIES, metavar="80,90", help="compute capabilities"
+    )
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    arguments = parser.parse_args()
+    compiled = compile_all(launches, arguments.archs)
+    tiles = {label: tile for label, _, tile in launches()}
+    table = [row for (label, sm), result in compiled.items() for row in rows(label, sm, result, tiles[label])]
+    print(json.dumps(table, indent=1) if arguments.json else f"{timing.markdown(table)}\n\n{LEGEND}")
+
+
+def _capabilities(text: str) -> list[int]:
+    capabilities = [int(part) for part in text.split(",")]
+    if unknown := set(capabilities) - SHARED_LIMIT.keys():
+        raise argparse.ArgumentTypeError(f"expected some of {sorted(SHARED_LIMIT)}, got {sorted(unknown)}")
+    return capabilities
+
+
+if __name__ == "__main__":
+    main()

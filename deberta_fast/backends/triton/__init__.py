@@ -1,0 +1,97 @@
+"""Fused disentangled attention in Triton, forward and backward, for GPUs.
+
+Keys are far-left, near or far-right of a block of queries. Far tiles are plain flash attention (equation 7); near tiles
+read their position scores from bands of dense scores that one kernel writes beforehand (equation 6), for as many heads at
+once as ``plan.BAND_BYTES`` holds. In backward the gradients of the scores replace them in the same bands. Nothing of size
+Lq x Lk is kept, nothing is added atomically, and nothing waits for the device.
+"""
+
+import functools
+import importlib.util
+
+import torch
+
+from ..inputs import AttentionInputs
+
+OLDEST = (3, 6)
+CAPABILITY = (8, 0)
+LARGEST_HEAD = 256
+
+
+def why_not(inputs: AttentionInputs) -> list[str]:
+    """Reasons not to serve these inputs."""
+    query, reasons = inputs.query, []
+    interpreted = _interpreted()
+    if interpreted is None:
+        reasons.append(f"Triton >= {'.'.join(map(str, OLDEST))} is not installed")
+    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        reasons.append(f"dtype must be float32, bfloat16 or float16, got {query.dtype}")
+    if query.shape[-1] % 8 or query.shape[-1] > LARGEST_HEAD:
+        reasons.append(f"head size must be a multiple of 8 up to {LARGEST_HEAD}, got {query.shape[-1]}")
+    if not inputs.scale > 0:
+        reasons.append(f"scale must be positive, got {inputs.scale}")
+    if query.device.type == "cuda":
+        if torch.version.hip is None and (found := torch.cuda.get_device_capability(query.device)) < CAPABILITY:
+            reasons.append(f"compute capability must be at least {CAPABILITY}, got {found}")
+    elif not (query.device.type == "cpu" and interpreted):
+        reasons.append(f"tensors must be on a GPU, got {query.device}")
+    return reasons
+
+
+def forward(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output (B, H, Lq, D) and log-sum-exp (B, H, Lq)."""
+    output, lse = inputs.new_like_heads(inputs.query), inputs.new_lse()
+    with _on_device(inputs):
+        for launch in _plan(inputs).forward(output, lse):
+            launch.run()
+    return output, lse
+
+
+def backward(
+    inputs: AttentionInputs,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    grad_output: torch.Tensor,
+    grad_lse: torch.Tensor,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of query, key, value, pos_key and pos_query, shaped and typed as these; None for an absent table."""
+    grads = [inputs.new_like_heads(x) for x in (inputs.query, inputs.key, inputs.value)]
+    grads += [None if x is None else x.new_empty(x.shape) for x in (inputs.pos_key, inputs.pos_query)]
+    grad_output = grad_output if grad_output.stride(-1) == 1 else grad_output.contiguous()
+    with _on_device(inputs):
+        for launch in _plan(inputs).backward(output, lse, grad_output, grad_lse, grads):
+            launch.run()
+    return tuple(grads)
+
+
+def _plan(inputs: AttentionInputs):
+    from .configuration import default
+    from .plan import Plan
+
+    block_size = max(16, 1 << (inputs.query.shape[-1] - 1).bit_length())
+    return Plan(inputs, default(block_size, inputs.query.element_size()), _precision(inputs))
+
+
+def _precision(inputs: AttentionInputs) -> str:
+    if _interpreted():
+        return "upcast"
+    if inputs.query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
+
+
+def _on_device(inputs: AttentionInputs):
+    device = inputs.query.device
+    return torch.cuda.device(device if device.type == "cuda" else -1)
+
+
+@functools.cache
+def _interpreted() -> bool | None:
+    """Whether Triton runs its kernels on the CPU (TRITON_INTERPRET=1); None if there is no Triton to run."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
+        return None
+    return triton.knobs.runtime.interpret

@@ -1,0 +1,227 @@
+"""dK, dV of one key block, and what its near tiles give to the other gradients (equations 8 to 10).
+
+Everything is held transposed, keys along rows. Queries come in three segments as in forward; a far segment shifts the
+keys where forward shifts the query, which leaves one constant a key:
+
+    far    Z = C q.(k + K^r_r) + C k.Q^r_r      dK += dA^T q + t Q^r_r,  t_j = sum_i dA_ij
+                                                dK^r_r += sum_j (dA^T q)_j,  dQ^r_r += sum_j t_j k_j
+    near   Z = C q.k + c2p + p2c                dK += dA^T q + sum_e dA^e Q^e
+
+dA of a near tile takes the place of its p2c scores, which nobody reads after this program: ``backward_query`` and
+``backward_tables`` find it there. The last sum reads the program's own rows of it by distance.
+"""
+
+import triton
+import triton.language as tl
+
+from .tile import (
+    find_keys,
+    find_rows,
+    kept,
+    load_rows,
+    load_vector,
+    matmul,
+    matmul_add,
+    near_span,
+    start_of,
+    store_rows,
+)
+
+INTEGERS = (
+    "q_b", "q_h", "q_l", "k_b", "k_h", "k_l", "v_b", "v_h", "v_l", "do_b", "do_h", "do_l", "lse_b", "lse_h",
+    "dk_b", "dk_h", "dk_l", "dv_b", "dv_h", "dv_l",
+    "pos_key_h", "pos_key_l", "pos_query_h", "pos_query_l", "mask_b", "mask_h", "mask_i", "mask_j",
+    "c2p_b", "c2p_h", "c2p_pitch", "p2c_b", "p2c_h", "p2c_pitch",
+    "table_h", "first_distance", "distances", "far_count",
+    "query_length", "key_length", "offset", "far_past", "far_future", "past_slot", "future_slot",
+    "blocks", "first_batch", "first_head", "heads", "threshold",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def backward_key(
+    query, key, value, pos_key, pos_query, query_table, c2p, p2c, mask, cu_seqlens, key_spans, seed,
+    grad_output, lse, delta, grad_key, grad_value, far_pos_key, far_pos_query,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, do_b, do_h, do_l, lse_b, lse_h, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
+    pos_key_h, pos_key_l, pos_query_h, pos_query_l, mask_b, mask_h, mask_i, mask_j,
+    c2p_b, c2p_h, c2p_pitch, p2c_b, p2c_h, p2c_pitch, table_h, first_distance, distances, far_count,
+    query_length, key_length, offset, far_past, far_future, past_slot, future_slot,
+    blocks, first_batch, first_head, heads, scale, softmax_scale, threshold, inverse_keep,
+    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, SPANS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    C2P: tl.constexpr, P2C: tl.constexpr, GRAIN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    part_batch, part_head = tl.program_id(0) // blocks, tl.program_id(1)
+    batch, head = part_batch + first_batch, part_head + first_head
+    n0 = tl.program_id(0) % blocks * ROWS
+    first, query_length, key_length = find_rows(batch, cu_seqlens, query_length, key_length, PACKED)
+    if n0 >= key_length:
+        return
+    low, high = find_keys(batch, key_spans, key_length, GRAIN, SPANS)
+    query_grains = tl.cdiv(query_length, GRAIN) * GRAIN
+    # A block that the padding mask hides whole meets no query.
+    query_stop = tl.where((n0 >= low) & (n0 < high), query_length, 0)
+    near_start, near_stop = query_stop * 0, query_stop * 0
+    if C2P or P2C:
+        near_start, near_stop = near_span(n0 // GRAIN * GRAIN, -offset, -far_future, -far_past, 0, query_grains, GRAIN)
+    near_stop = tl.multiple_of(tl.where(query_stop > 0, near_stop, 0), GRAIN)
+    near_start = tl.multiple_of(tl.minimum(near_start, near_stop), GRAIN)
+
+    rows = n0 + tl.arange(0, ROWS)
+    present = tl.minimum(rows, key_length - 1)
+    k = load_rows(start_of(key, batch, head, first, k_b, k_h, k_l, UNIT), present, k_l * UNIT, SIZE, BLOCK_SIZE)
+    v = load_rows(start_of(value, batch, head, first, v_b, v_h, v_l, UNIT), present, v_l * UNIT, SIZE, BLOCK_SIZE)
+    query = start_of(query, batch, head, first, q_b, q_h, q_l, UNIT)
+    grad_output = start_of(grad_output, batch, head, first, do_b, do_h, do_l, UNIT)
+    lse = start_of(lse, batch, head, first, lse_b, lse_h, 1, 1)
+    delta = start_of(delta, batch, head, first, lse_b, lse_h, 1, 1)
+    visible = rows < key_length
+    if MASK != "none":
+        mask = start_of(mask, batch, head, first, mask_b, mask_h, mask_j, 1)
+    if MASK == "keys":
+        visible = tl.load(mask + rows.to(tl.int64) * mask_j, mask=visible, other=0) != 0
+    hidden = tl.where(visible, 0.0, float("-inf"))
+    batch_head = batch * heads + head
+
+    dk = tl.zeros((ROWS, BLOCK_SIZE), tl.float32)
+    dv = tl.zeros((ROWS, BLOCK_SIZE), tl.float32)
+    before = tl.zeros((BLOCK_SIZE,), tl.float32)
+    d = tl.arange(0, BLOCK_SIZE)
+    # One record a key block: of packed sequences, as many as their blocks fit into at most.
+    record = batch * blocks + n0 // ROWS
+    if PACKED:
+        record = (first + n0) // ROWS + batch
+    for side in range(2):
+        # Queries before the near ones lie so far before these keys that they read the row of the far future.
+        slot = tl.where(side == 0, future_slot, past_slot)
+        start = tl.where(side == 0, 0, near_stop)
+        stop = tl.where(side == 0, tl.minimum(near_start, query_stop), query_stop)
+        shifted, constant = k, hidden
+        if C2P:
+            row = load_vector(pos_key + head.to(tl.int64) * pos_key_h + slot * pos_key_l, BLOCK_SIZE, SIZE)
+            shifted = (k.to(tl.float32) + row[None, :]).to(k.dtype)
+        if P2C:
+            row = load_vector(pos_query + head.to(tl.int64) * pos_query_h + slot * pos_query_l, BLOCK_SIZE, SIZE)
+            constant += tl.sum(k.to(tl.float32) * row[None, :], 1) * scale
+        column_sum = tl.zeros((ROWS,), tl.float32)
+        dk, dv, column_sum = _far_queries(
+            dk, dv, column_sum, shifted, constant, v, query, grad_output, lse, delta, mask, seed, start, stop,
+            q_l * UNIT, do_l * UNIT, mask_i, mask_j, batch_head, rows, n0, query_length, key_length, scale, threshold,
+            inverse_keep, SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, P2C, ROWS, COLUMNS,
+        )  # fmt: skip
+        place = (head.to(tl.int64) * 2 + side) * far_count + record
+        if C2P:
+            sums = tl.sum(dk, 0)
+            tl.store(far_pos_key + place * SIZE + d, sums - before, mask=d < SIZE)
+        if P2C:
+            sums = tl.sum(k.to(tl.float32) * column_sum[:, None], 0)
+            tl.store(far_pos_query + place * SIZE + d, sums, mask=d < SIZE)
+            dk += column_sum[:, None] * row[None, :]
+        if C2P:
+            before = tl.sum(dk, 0)
+
+    if C2P or P2C:
+        p2c = start_of(p2c, part_batch, part_head, first, p2c_b * p2c_pitch, p2c_h * p2c_pitch, p2c_pitch, 16)
+        p2c += rows.to(tl.int64)[:, None] * (p2c_pitch * 16) - near_start
+        c2p = start_of(c2p, part_batch, part_head, first, c2p_b * c2p_pitch, c2p_h * c2p_pitch, c2p_pitch, 16)
+        dk, dv = _near_queries(
+            dk, dv, k, v, hidden, query, grad_output, lse, delta, c2p, p2c, mask, seed, near_start, near_stop,
+            q_l * UNIT, do_l * UNIT, c2p_pitch * 16, mask_i, mask_j, batch_head, rows, n0, low, high,
+            query_length, key_length, offset, far_past, far_future, scale, threshold, inverse_keep,
+            SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, C2P, P2C, GRAIN, ROWS, COLUMNS,
+        )  # fmt: skip
+    if P2C:
+        tl.debug_barrier()  # what other threads of this program stored is read next
+        query_table += head.to(tl.int64) * table_h
+        lowest = near_start - (n0 + ROWS - 1) + offset
+        for window in range(0, near_stop - near_start + ROWS - 1, COLUMNS):
+            e = lowest + window + tl.arange(0, COLUMNS)
+            column = e[None, :] + rows[:, None] - offset
+            inside = (column >= near_start) & (column < near_stop) & (rows < key_length)[:, None]
+            da = tl.load(p2c + column, mask=inside, other=0.0)
+            t = tl.minimum(tl.maximum(e - first_distance, 0), distances - 1)
+            dk = matmul_add(da, load_rows(query_table, t, SIZE, SIZE, BLOCK_SIZE), dk, PRECISION)
+
+    grad_key = start_of(grad_key, batch, head, first, dk_b, dk_h, dk_l, UNIT)
+    store_rows(grad_key, rows, key_length, dk_l * UNIT, dk * softmax_scale, SIZE, BLOCK_SIZE)
+    grad_value = start_of(grad_value, batch, head, first, dv_b, dv_h, dv_l, UNIT)
+    store_rows(grad_value, rows, key_length, dv_l * UNIT, dv, SIZE, BLOCK_SIZE)
+
+
+@triton.jit
+def _far_queries(
+    dk, dv, column_sum, shifted, constant, v, query, grad_output, lse, delta, mask, seed, start, stop,
+    q_l, do_l, mask_i, mask_j, batch_head, rows, n0, query_length, key_length, scale, threshold, inverse_keep,
+    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    P2C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    for m0 in range(start, stop, COLUMNS):
+        columns = m0 + tl.arange(0, COLUMNS)
+        i = tl.minimum(columns, query_length - 1)
+        q = load_rows(query, i, q_l, SIZE, BLOCK_SIZE)
+        z = matmul(shifted, tl.trans(q), PRECISION) * scale + constant[:, None]
+        dk, dv, da = _differentiate(
+            dk, dv, z, q, v, grad_output, lse, delta, mask, seed, i, columns, do_l, mask_i, mask_j, batch_head,
+            rows, n0, query_length, key_length, threshold, inverse_keep,
+            SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, ROWS,
+        )  # fmt: skip
+        if P2C:
+            column_sum += tl.sum(da, 1)
+    return dk, dv, column_sum
+
+
+@triton.jit
+def _near_queries(
+    dk, dv, k, v, hidden, query, grad_output, lse, delta, c2p, p2c, mask, seed, start, stop,
+    q_l, do_l, c2p_pitch, mask_i, mask_j, batch_head, rows, n0, low, high,
+    query_length, key_length, offset, far_past, far_future, scale, threshold, inverse_keep,
+    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    C2P: tl.constexpr, P2C: tl.constexpr, GRAIN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    for m0 in range(start, stop, COLUMNS):
+        columns = m0 + tl.arange(0, COLUMNS)
+        i = tl.minimum(columns, query_length - 1)
+        q = load_rows(query, i, q_l, SIZE, BLOCK_SIZE)
+        z = matmul(k, tl.trans(q), PRECISION) * scale + hidden[:, None]
+        if C2P:
+            key_start, _ = near_span(m0 // GRAIN * GRAIN, offset, far_past, far_future, low, high, GRAIN)
+            z += tl.load(c2p + (i.to(tl.int64)[None, :] * c2p_pitch - key_start) + rows[:, None])
+        band = p2c + columns[None, :]
+        present = (rows < key_length)[:, None]
+        if P2C:
+            z += tl.load(band, mask=present, other=0.0)
+        dk, dv, da = _differentiate(
+            dk, dv, z, q, v, grad_output, lse, delta, mask, seed, i, columns, do_l, mask_i, mask_j, batch_head,
+            rows, n0, query_length, key_length, threshold, inverse_keep,
+            SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, ROWS,
+        )  # fmt: skip
+        tl.store(band, da.to(band.dtype.element_ty), mask=present)
+    return dk, dv
+
+
+@triton.jit
+def _differentiate(
+    dk, dv, z, q, v, grad_output, lse, delta, mask, seed, i, columns, do_l, mask_i, mask_j, batch_head,
+    rows, n0, query_length, key_length, threshold, inverse_keep,
+    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Equation 8 on one tile, transposed; returns dA too."""
+    # A query that is not there, or that sees no key, has a log-sum-exp of infinity: its probabilities are zero.
+    shift = tl.load(lse + columns, mask=columns < query_length, other=float("-inf")) * 1.4426950408889634
+    shift = tl.where(shift == float("-inf"), float("inf"), shift)
+    if MASK == "pairs":
+        pairs = mask + i.to(tl.int64)[None, :] * mask_i + rows.to(tl.int64)[:, None] * mask_j
+        z = tl.where(tl.load(pairs, mask=(rows < key_length)[:, None], other=0) != 0, z, float("-inf"))
+    p = tl.exp2(z - shift[None, :])
+    do = load_rows(grad_output, i, do_l, SIZE, BLOCK_SIZE)
+    dp = matmul(v, tl.trans(do), PRECISION)
+    dropped = p
+    if DROPOUT:
+        keep = tl.trans(kept(seed, batch_head, columns, n0, threshold, ROWS))
+        dropped = tl.where(keep, p * inverse_keep, 0.0)
+        dp = tl.where(keep, dp * inverse_keep, 0.0)
+    dv = matmul_add(dropped.to(do.dtype), do, dv, PRECISION)
+    da = p * (dp - tl.load(delta + columns, mask=columns < query_length, other=0.0)[None, :])
+    dk = matmul_add(da.to(q.dtype), q, dk, PRECISION)
+    return dk, dv, da

@@ -1,0 +1,311 @@
+"""From the inputs of a call to the launches that compute it: shapes, strides and sizes of the workspace.
+
+A plan holds tensors but never reads them: made of meta tensors, it says what would be compiled for a call.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from ...relative_position import slot_table
+from ..inputs import AttentionInputs
+from .backward_delta import backward_delta
+from .backward_key import backward_key
+from .backward_query import backward_query
+from .backward_tables import backward_by_distance, backward_by_row
+from .band_scores import band_scores
+from .configuration import Configuration, Tiles
+from .expand_table import expand_table
+from .forward import forward
+from .key_spans import key_spans
+
+LOG2E = 1 / math.log(2)
+BAND_BYTES = 128 << 20  # of near scores held at once: as many heads, or batch rows of one head, as fit
+SPLITS = 4  # of the rows in the gradients of the tables: each keeps a sum of its own
+_ENDLESS = 1 << 30
+
+
+class Launch(NamedTuple):
+    """One kernel on one grid."""
+
+    kernel: object
+    grid: tuple[int, ...]
+    arguments: dict[str, object]
+    warps: int
+    stages: int
+
+    def run(self) -> None:
+        if 0 not in self.grid:
+            self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages)
+
+
+class Part(NamedTuple):
+    """The heads and batch rows whose bands are held at the same time."""
+
+    first_head: int
+    heads: int
+    first_batch: int
+    batches: int
+
+
+class Plan:
+    """What the launches of one call share."""
+
+    def __init__(self, inputs: AttentionInputs, configuration: Configuration, precision: str):
+        self.inputs, self.configuration = inputs, configuration
+        batch, heads, query_rows, size = inputs.query.shape
+        self.packed = inputs.cu_seqlens is not None
+        self.batches = inputs.cu_seqlens.shape[0] - 1 if self.packed else batch
+        self.query_length, self.key_length = query_rows, inputs.key.shape[2]
+        if self.packed:
+            self.query_length = self.key_length = inputs.max_seqlen
+        self.mask_kind = self._mask_kind()
+        self.c2p, self.p2c = inputs.pos_key is not None, inputs.pos_query is not None
+        itemsize = inputs.query.element_size()
+        heads_tensors = (inputs.query, inputs.key, inputs.value)
+        aligned = all(stride * itemsize % 16 == 0 for t in heads_tensors for stride in _strides(t))
+        self.unit = 16 // itemsize if aligned else 1
+        self.values = {
+            "query": inputs.query, "key": inputs.key, "value": inputs.value,
+            "pos_key": inputs.pos_key, "pos_query": inputs.pos_query,
+            "mask": None if inputs.mask is None else inputs.mask.view(torch.uint8),
+            "cu_seqlens": inputs.cu_seqlens, "key_spans": None, "seed": inputs.seed, "c2p": None, "p2c": None,
+            "c2p_b": 0, "c2p_h": 0, "c2p_pitch": 0, "p2c_b": 0, "p2c_h": 0, "p2c_pitch": 0,
+            "query_length": self.query_length, "key_length": self.key_length, "offset": inputs.query_offset,
+            "far_past": 0, "far_future": 0, "past_slot": 0, "future_slot": 0, "heads": heads,
+            "scale": inputs.scale * LOG2E, "softmax_scale": inputs.scale,
+            "threshold": min(round(inputs.dropout_p * 2**32) - 2**31, 2**31 - 1),
+            "inverse_keep": 1 / (1 - inputs.dropout_p),
+            "SIZE": size, "BLOCK_SIZE": max(16, 1 << (size - 1).bit_length()), "UNIT": self.unit,
+            "PRECISION": precision, "PACKED": self.packed, "SPANS": False, "MASK": self.mask_kind,
+            "DROPOUT": inputs.dropout_p > 0, "C2P": self.c2p, "P2C": self.p2c, "GRAIN": configuration.grain,
+        }  # fmt: skip
+        for name, t in zip("qkv", heads_tensors, strict=True):
+            self._add_strides(name, t, self.unit)
+        for name, t in (("pos_key", inputs.pos_key), ("pos_query", inputs.pos_query)):
+            _, h, l, _ = (0, 0, 0, 0) if t is None else (0, *t.stride())
+            self.values |= {f"{name}_h": h, f"{name}_l": l}
+        mask_strides = (0, 0, 0, 0) if inputs.mask is None else _strides(inputs.mask)
+        self.values |= dict(zip(("mask_b", "mask_h", "mask_i", "mask_j"), mask_strides, strict=True))
+        if self.packed:
+            self.values["mask_b"] = 0
+        if inputs.has_positions:
+            self._add_geometry()
+
+    def forward(self, output: torch.Tensor, lse: torch.Tensor) -> Iterator[Launch]:
+        """The launches that fill output and lse."""
+        self._add_outputs(lse, o=output)
+        self.values |= {"output": output}
+        yield from self._prepare()
+        for part in self._parts():
+            yield from self._bands(part, self.c2p, self.p2c)
+            yield self._rows(forward, self.configuration.forward, self.query_length, part)
+
+    def backward(self, output, lse, grad_output, grad_lse, grads) -> Iterator[Launch]:
+        """The launches that fill grads: those of query, key, value and of the tables that are there."""
+        inputs, tiles = self.inputs, self.configuration.backward_tables
+        delta = torch.empty_like(lse)
+        self._add_outputs(lse, o=output, do=grad_output, dq=grads[0], dk=grads[1], dv=grads[2])
+        self.values |= {"output": output, "grad_output": grad_output, "grad_lse": grad_lse, "delta": delta}
+        self.values |= dict(zip(("grad_query", "grad_key", "grad_value"), grads, strict=False))
+        self.values |= dict(zip(("dlse_b", "dlse_h", "dlse_l"), grad_lse.stride(), strict=True))
+        self.values |= {"delta_b": delta.stride(0), "delta_h": delta.stride(1), "length": delta.shape[2]}
+        self.values |= {"far_pos_key": None, "far_pos_query": None, "far_count": 0}
+        self.values |= {"key_table": None, "query_table": None}
+        yield from self._prepare()
+        whole = Part(0, inputs.query.shape[1], 0, inputs.query.shape[0])
+        yield self._rows(backward_delta, tiles, delta.shape[2], whole)
+        if inputs.has_positions:
+            sums = self._table_sums()
+        for part in self._parts():
+            yield from self._bands(part, self.c2p, inputs.has_positions, self.p2c)
+            yield self._rows(backward_key, self.configuration.backward_key, self.key_length, part)
+            yield self._rows(backward_query, self.configuration.backward_query, self.query_length, part)
+            if self.c2p:
+                yield self._by_distance("c2p", sums["c2p"], part)
+            if self.p2c:
+                yield self._by_distance("p2c", sums["p2c"], part)
+        for name, far, grad in (("c2p", "far_pos_key", grads[3]), ("p2c", "far_pos_query", grads[4])):
+            if grad is not None:
+                yield self._by_row(sums[name], self.values[far], grad)
+
+    def _mask_kind(self) -> str:
+        mask = self.inputs.mask
+        if mask is None:
+            return "none"
+        return "keys" if mask.shape[1] == mask.shape[2] == 1 else "pairs"
+
+    def _add_strides(self, name: str, tensor: torch.Tensor, unit: int) -> None:
+        """In units, and none from batch row to batch row of packed sequences: there is one."""
+        b, h, l, *_ = _strides(tensor)
+        self.values |= {f"{name}_b": 0 if self.packed else b // unit, f"{name}_h": h // unit, f"{name}_l": l // unit}
+
+    def _add_outputs(self, lse: torch.Tensor, **heads: torch.Tensor) -> None:
+        for name, tensor in heads.items():
+            self._add_strides(name, tensor, self.unit)
+        self.values |= {"lse": lse, "lse_b": 0 if self.packed else lse.stride(0), "lse_h": lse.stride(1)}
+
+    def _add_geometry(self) -> None:
+        inputs, table, grain = self.inputs, self.inputs.table, self.configuration.grain
+        past, future, offset = table.far_past, table.far_future, inputs.query_offset
+        query_grains, key_grains = (-(-n // grain) * grain for n in (self.query_length, self.key_length))
+        widest = (past - future + 3 * grain - 4) // grain * grain
+        # The distances i - j of all pairs in near tiles.
+        first = max(future - 2 * grain, offset - key_grains) + 1
+        stop = min(past + 2 * grain, offset + query_grains) + 1
+        self.distances = max(stop - first, 1)
+        self.values |= {
+            "far_past": past, "far_future": future,
+            "past_slot": table.slots[-1] - inputs.first_slot, "future_slot": table.slots[0] - inputs.first_slot,
+            "first_distance": first, "distances": self.distances,
+            "table_h": self.distances * self.inputs.query.shape[3],
+            "c2p_pitch": max(min(widest, key_grains), grain) // 16,
+            "p2c_pitch": max(min(widest, query_grains), grain) // 16,
+        }  # fmt: skip
+
+    def _parts(self) -> list[Part]:
+        inputs = self.inputs
+        heads, batches = inputs.query.shape[1], self.batches
+        if not inputs.has_positions:
+            return [Part(0, heads, 0, batches)]
+        rows = inputs.query.shape[2] * self.values["c2p_pitch"] + inputs.key.shape[2] * self.values["p2c_pitch"]
+        head_bytes = max(1, rows * 16 * inputs.query.element_size() * inputs.query.shape[0])
+        heads_at_once = min(heads, max(1, BAND_BYTES // head_bytes))
+        batches_at_once = batches
+        if head_bytes > BAND_BYTES and not self.packed:
+            batches_at_once = max(1, BAND_BYTES * batches // head_bytes)
+        return [
+            Part(h, n, b, m) for h, n in _shares(heads, heads_at_once) for b, m in _shares(batches, batches_at_once)
+        ]
+
+    def _prepare(self) -> Iterator[Launch]:
+        """Spans of the keys that a padding mask leaves, and tables by distance."""
+        inputs = self.inputs
+        if self.mask_kind == "keys" and not self.packed:
+            spans = inputs.query.new_empty((self.batches, 2), dtype=torch.int32)
+            self.values |= {"key_spans": spans, "SPANS": True}
+            yield self._launch(key_spans, (self.batches,), 4, 1, spans=spans, length=self.key_length, COLUMNS=1024)
+        if not inputs.has_positions:
+            return
+        slots, self.first_of_slot = _slots_on(
+            inputs.position_buckets, inputs.max_relative_positions, inputs.far_negative, inputs.query.device
+        )
+        for name, table in (("key_table", inputs.pos_key), ("query_table", inputs.pos_query)):
+            if table is not None:
+                heads, rows, size = table.shape
+                out = self.values[name] = table.new_empty(heads, self.distances, size)
+                yield self._launch(
+                    expand_table, (-(-self.distances // 64), heads), 4, 1, table=table, slots=slots, out=out,
+                    table_h=table.stride(0), table_l=table.stride(1), reach=len(slots) // 2,
+                    first_slot=inputs.first_slot, rows=rows, ROWS=64,
+                )  # fmt: skip
+
+    def _bands(self, part: Part, c2p: bool, p2c: bool, p2c_scores: bool = True) -> Iterator[Launch]:
+        """Room for the bands of a part, and the scores in them."""
+        packed = self.packed
+        for name, rows, wanted in (("c2p", self.inputs.query, c2p), ("p2c", self.inputs.key, p2c)):
+            if not wanted:
+                continue
+            length = rows.shape[2]
+            count = part.heads * length * (1 if packed else part.batches)
+            shape = (count, self.values[f"{name}_pitch"] * 16)
+            if self.values[name] is None or len(self.values[name]) < count:
+                self.values[name] = self.inputs.query.new_empty(shape)
+            self.values |= {f"{name}_b": 0 if packed else part.heads * length, f"{name}_h": length}
+        tiles = self.configuration.band_scores
+        for name in ("c2p", "p2c"):
+            if self.values[name] is None or (name == "p2c" and not p2c_scores) or (name == "c2p" and not c2p):
+                continue
+            side = self._side(name)
+            yield self._rows(
+                band_scores, tiles, side["rows_length"], part, **side, band=self.values[name],
+                table=self.values["query_table" if name == "p2c" else "key_table"],
+            )  # fmt: skip
+
+    def _side(self, name: str) -> dict[str, object]:
+        """What band kernels know of c2p, rows being queries, or of p2c, rows being keys."""
+        v, keys = self.values, name == "p2c"
+        rows, columns = ("k", "q") if keys else ("q", "k")
+        lengths = {"q": self.query_length, "k": self.key_length}
+        return {
+            "x": v["key" if keys else "query"], **{f"x_{s}": v[f"{rows}_{s}"] for s in "bhl"},
+            "band_b": v[f"{name}_b"], "band_h": v[f"{name}_h"], "pitch": v[f"{name}_pitch"],
+            "rows_length": lengths[rows], "columns_length": lengths[columns],
+            "offset": -v["offset"] if keys else v["offset"],
+            "past": -v["far_future"] if keys else v["far_past"],
+            "future": -v["far_past"] if keys else v["far_future"],
+            "direction": 1 if keys else -1, "ROWS_ARE_KEYS": keys,
+        }  # fmt: skip
+
+    def _table_sums(self) -> dict[str, torch.Tensor]:
+        """By distance, one sum a split; and the far sums, one a key block."""
+        query = self.inputs.query
+        heads, size = query.shape[1], query.shape[3]
+        rows = self.configuration.backward_key.rows
+        count = self.batches * -(-self.key_length // rows)
+        if self.packed:
+            count = query.shape[2] // rows + self.batches + 1
+        self.values["far_count"] = count
+        sums = {}
+        for name, far, wanted in (("c2p", "far_pos_key", self.c2p), ("p2c", "far_pos_query", self.p2c)):
+            if wanted:
+                sums[name] = query.new_zeros((SPLITS, heads, self.distances, size), dtype=torch.float32)
+                self.values[far] = query.new_zeros((heads, 2, count, size), dtype=torch.float32)
+        return sums
+
+    def _by_distance(self, name: str, sums: torch.Tensor, part: Part) -> Launch:
+        tiles = self.configuration.backward_tables
+        batch_splits = math.gcd(SPLITS, part.batches) if part.batches < SPLITS else SPLITS
+        return self._launch(
+            backward_by_distance, (-(-self.distances // tiles.columns), part.heads, SPLITS), tiles.warps, tiles.stages,
+            **self._side(name), band=self.values[name], by_distance=sums, first_batch=part.first_batch,
+            first_head=part.first_head, batches=part.batches, batch_splits=batch_splits,
+            row_splits=SPLITS // batch_splits, ROWS=tiles.rows, WINDOW=tiles.columns,
+        )  # fmt: skip
+
+    def _by_row(self, sums: torch.Tensor, far: torch.Tensor, grad: torch.Tensor) -> Launch:
+        return self._launch(
+            backward_by_row, (grad.shape[1], grad.shape[0]), 4, 1, by_distance=sums, far_sums=far, grad_table=grad,
+            first_of_slot=self.first_of_slot, splits=SPLITS, first_slot=self.inputs.first_slot, ROWS=32,
+        )  # fmt: skip
+
+    def _rows(self, kernel, tiles: Tiles, length: int, part: Part, **others) -> Launch:
+        """A program for each block of rows of each batch row and head of the part."""
+        blocks = -(-length // tiles.rows)
+        return self._launch(
+            kernel, (blocks * part.batches, part.heads), tiles.warps, tiles.stages, blocks=blocks,
+            first_batch=part.first_batch, first_head=part.first_head, ROWS=tiles.rows, COLUMNS=tiles.columns,
+            WINDOW=tiles.columns, **others,
+        )  # fmt: skip
+
+    def _launch(self, kernel, grid: tuple[int, ...], warps: int, stages: int, **others) -> Launch:
+        values = self.values | others
+        return Launch(kernel, grid, {name: values[name] for name in kernel.arg_names}, warps, stages)
+
+
+def _strides(tensor: torch.Tensor) -> list[int]:
+    """All but the last of query-like tensors; none along dimensions of one, whatever torch says there."""
+    strides = [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    return strides if tensor.dtype == torch.bool else strides[:3]
+
+
+def _shares(count: int, most: int) -> list[tuple[int, int]]:
+    """(first, number) of even shares of at most ``most``."""
+    share = -(-count // -(-count // most)) if count else 1
+    return [(first, min(share, count - first)) for first in range(0, count, share)]
+
+
+@functools.lru_cache(maxsize=64)
+def _slots_on(buckets: int, longest: int, far_negative: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """sigma over the distances [-N, N], and the first distance of each row and one past the last row, on the device."""
+    table = slot_table(buckets, longest, far_negative)
+    first = [
+        -_ENDLESS
+        if table.slots[0] >= row
+        else next((d for d, s in enumerate(table.slots, -table.reach) if s >= row), _ENDLESS)
+        for row in range(table.rows + 1)
+    ]
+    return tuple(torch.tensor(x, dtype=torch.int32, device=device) for x in (table.slots, first))

@@ -1,0 +1,130 @@
+"""What the kernels share: which rows and columns a program works on, how tiles are loaded, multiplied, dropped out.
+
+Rows are a program's own (queries in a query kernel, keys in a key kernel), columns are the others. For rows that are
+queries e = column - row - offset is j - i, for rows that are keys it is i - j: c2p and p2c are one thing, said of the
+scores and of their transpose.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def find_rows(batch, cu_seqlens, query_length, key_length, PACKED: tl.constexpr):
+    """Where a batch row, or packed sequence, begins in the tensors, and its numbers of queries and keys."""
+    if PACKED:
+        first = tl.load(cu_seqlens + batch)
+        query_length = tl.load(cu_seqlens + batch + 1) - first
+        key_length = query_length
+    else:
+        first = batch * 0
+    return first, query_length, key_length
+
+
+@triton.jit
+def find_keys(batch, key_spans, key_length, GRAIN: tl.constexpr, SPANS: tl.constexpr):
+    """The keys that the padding mask leaves to a batch row, in whole grains: low <= j < high."""
+    low, high = key_length * 0, key_length
+    if SPANS:
+        low = tl.load(key_spans + 2 * batch) // GRAIN * GRAIN
+        high = tl.load(key_spans + 2 * batch + 1)
+    return tl.multiple_of(low, GRAIN), tl.multiple_of(tl.cdiv(high, GRAIN) * GRAIN, GRAIN)
+
+
+@triton.jit
+def start_of(base, batch, head, row, stride_b, stride_h, stride_l, UNIT: tl.constexpr):
+    """Pointer to a row; strides count UNITs, so that the compiler knows what they divide by."""
+    return base + (batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + row.to(tl.int64) * stride_l) * UNIT
+
+
+@triton.jit
+def near_span(first, offset, past, future, low, high, GRAIN: tl.constexpr):
+    """The near columns of rows first to first + GRAIN, half-open, in whole grains of [low, high).
+
+    Columns before them lie ``past`` or more behind all of these rows, columns after them ``-future`` or more ahead.
+    """
+    start = tl.maximum(first + offset - past + 1, 0) // GRAIN * GRAIN
+    stop = tl.cdiv(tl.maximum(first + GRAIN - 1 + offset - future, 0), GRAIN) * GRAIN
+    start, stop = tl.maximum(start, low), tl.minimum(stop, high)
+    return tl.multiple_of(tl.minimum(start, stop), GRAIN), tl.multiple_of(stop, GRAIN)
+
+
+@triton.jit
+def load_rows(base, rows, stride, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """(rows, BLOCK_SIZE), zero from SIZE on. The rows must exist."""
+    d = tl.arange(0, BLOCK_SIZE)
+    pointers = base + rows.to(tl.int64)[:, None] * stride + d[None, :]
+    if SIZE == BLOCK_SIZE:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(d < SIZE)[None, :], other=0.0)
+
+
+@triton.jit
+def load_columns(base, rows, stride, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """The transpose of ``load_rows``."""
+    d = tl.arange(0, BLOCK_SIZE)
+    pointers = base + rows.to(tl.int64)[None, :] * stride + d[:, None]
+    if SIZE == BLOCK_SIZE:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(d < SIZE)[:, None], other=0.0)
+
+
+@triton.jit
+def store_rows(base, rows, limit, stride, tile, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Those rows below ``limit``."""
+    d = tl.arange(0, BLOCK_SIZE)
+    pointers = base + rows.to(tl.int64)[:, None] * stride + d[None, :]
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=(rows < limit)[:, None] & (d < SIZE)[None, :])
+
+
+@triton.jit
+def load_vector(base, BLOCK_SIZE: tl.constexpr, SIZE: tl.constexpr):
+    """One row as float32."""
+    d = tl.arange(0, BLOCK_SIZE)
+    return tl.load(base + d, mask=d < SIZE, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def matmul(a, b, PRECISION: tl.constexpr):
+    """a b in float32. "upcast" is for Triton's interpreter, whose bfloat16 products are wrong."""
+    if PRECISION == "upcast":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def matmul_add(a, b, c, PRECISION: tl.constexpr):
+    """c + a b in float32."""
+    if PRECISION == "upcast":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), c, input_precision="ieee")
+    return tl.dot(a, b, c, input_precision=PRECISION)
+
+
+@triton.jit
+def hide(z, mask, present, columns, key_length, mask_i, mask_j, MASK: tl.constexpr):
+    """Minus infinity where a query may not attend."""
+    visible = (columns < key_length)[None, :]
+    if MASK == "keys":
+        visible = tl.load(mask + columns.to(tl.int64) * mask_j, mask=columns < key_length, other=0)[None, :] != 0
+    if MASK == "pairs":
+        pairs = mask + present.to(tl.int64)[:, None] * mask_i + columns.to(tl.int64)[None, :] * mask_j
+        visible = tl.load(pairs, mask=visible, other=0) != 0
+    return tl.where(visible, z, float("-inf"))
+
+
+@triton.jit
+def kept(seed, batch_head, rows, first_key, threshold, KEYS: tl.constexpr):
+    """Equation 12: True where dropout keeps the probability of (row, key). Four keys a call of the generator.
+
+    ``threshold`` is round(p 2^32) - 2^31, so that it compares as a signed number.
+    """
+    groups = first_key // 4 + tl.arange(0, KEYS // 4)
+    w0, w1, w2, w3 = tl.philox(tl.load(seed), groups[None, :], rows[:, None], batch_head, 0, 7)
+    even = tl.join(_above(w0, threshold), _above(w2, threshold))
+    odd = tl.join(_above(w1, threshold), _above(w3, threshold))
+    return tl.reshape(tl.join(even, odd), (rows.shape[0], KEYS)) != 0
+
+
+@triton.jit
+def _above(word, threshold):
+    return ((word ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold).to(tl.int8)
