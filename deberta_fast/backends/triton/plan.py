@@ -12,15 +12,15 @@ import torch
 
 from ...relative_position import slot_table
 from ..inputs import AttentionInputs
-from .backward_delta import backward_delta
-from .backward_key import backward_key
-from .backward_query import backward_query
-from .backward_tables import backward_by_distance, backward_by_row
-from .band_scores import band_scores
 from .configuration import Configuration, Tiles
-from .expand_table import expand_table
-from .forward import forward
-from .key_spans import key_spans
+from .kernels.backward_delta import backward_delta
+from .kernels.backward_key import backward_key
+from .kernels.backward_query import backward_query
+from .kernels.backward_tables import backward_by_distance, backward_by_row
+from .kernels.band_scores import band_scores
+from .kernels.expand_table import expand_table
+from .kernels.forward import forward
+from .kernels.key_spans import key_spans
 
 LOG2E = 1 / math.log(2)
 BAND_BYTES = 128 << 20  # of near scores held at once: as many heads, or batch rows of one head, as fit
@@ -75,7 +75,7 @@ class Plan:
             "cu_seqlens": inputs.cu_seqlens, "key_spans": None, "seed": inputs.seed, "c2p": None, "p2c": None,
             "c2p_b": 0, "c2p_h": 0, "c2p_pitch": 0, "p2c_b": 0, "p2c_h": 0, "p2c_pitch": 0,
             "query_length": self.query_length, "key_length": self.key_length, "offset": inputs.query_offset,
-            "far_past": 0, "far_future": 0, "past_slot": 0, "future_slot": 0, "heads": heads,
+            "table_h": 0, "first_distance": 0, "distances": 0, "far_past": 0, "far_future": 0, "past_slot": 0, "future_slot": 0, "heads": heads,
             "scale": inputs.scale * LOG2E, "softmax_scale": inputs.scale,
             "threshold": min(round(inputs.dropout_p * 2**32) - 2**31, 2**31 - 1),
             "inverse_keep": 1 / (1 - inputs.dropout_p),

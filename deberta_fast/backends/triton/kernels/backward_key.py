@@ -123,7 +123,8 @@ def backward_key(
     if C2P or P2C:
         p2c = start_of(p2c, part_batch, part_head, first, p2c_b * p2c_pitch, p2c_h * p2c_pitch, p2c_pitch, 16)
         p2c += rows.to(tl.int64)[:, None] * (p2c_pitch * 16) - near_start
-        c2p = start_of(c2p, part_batch, part_head, first, c2p_b * c2p_pitch, c2p_h * c2p_pitch, c2p_pitch, 16)
+        if C2P:
+            c2p = start_of(c2p, part_batch, part_head, first, c2p_b * c2p_pitch, c2p_h * c2p_pitch, c2p_pitch, 16)
         dk, dv = _near_queries(
             dk, dv, k, v, hidden, query, grad_output, lse, delta, c2p, p2c, mask, seed, near_start, near_stop,
             q_l * UNIT, do_l * UNIT, c2p_pitch * 16, mask_i, mask_j, batch_head, rows, n0, low, high,

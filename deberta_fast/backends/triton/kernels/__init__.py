@@ -1,0 +1,1 @@
+"""The kernels, one a file; ``tile`` is what they share."""
