@@ -1,4 +1,5 @@
-# Every target sets up what it needs. Variables: PYTHON (3.10 or later), DEMO_ARGS, TEST_ARGS, BENCH_ARGS.
+# Every target but gpu sets up what it needs. Variables: PYTHON (3.10 or later), DEMO_ARGS, TEST_ARGS, BENCH_ARGS; for gpu
+# GPU_PYTHON, an interpreter that has torch and triton, and GPU_ARGS (bench/gpu.sh --help).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,11 +7,14 @@ READY := $(VENV)/ready
 OLDEST := build/oldest
 PIP := $(BIN)/python -m pip install -qq
 
+GPU_PYTHON ?= python3
+OUTER_PATH := $(PATH)
+
 # torch looks for ninja on PATH only
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-oldest bench lint format clean
+.PHONY: setup demo test test-oldest bench gpu lint format clean
 
 setup: $(READY)
 
@@ -43,6 +47,11 @@ $(OLDEST)/ready: $(READY)
 
 bench: setup
 	$(BIN)/python -m bench.cpu $(BENCH_ARGS)
+
+# A GPU machine brings its own build of torch, so not in $(VENV)
+gpu: export PATH := $(OUTER_PATH)
+gpu:
+	PYTHON=$(GPU_PYTHON) bench/gpu.sh $(GPU_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

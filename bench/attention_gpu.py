@@ -31,8 +31,8 @@ LEGEND = (
 )
 HOST_LEGEND = "Microseconds until the host may go on, of many calls in a row without waiting for the GPU. No flush."
 MEMORY_LEGEND = (
-    "Peak MiB that torch allocates in a call above what is there before it, and how much of it is left when outputs and "
-    "gradients, which the call has to leave behind, are taken off. hf-eager and flex: see attention.md."
+    "Peak MiB that torch allocates in a call above what is there before it; and how much of it is left when outputs "
+    "and gradients, which the call has to leave behind, are taken off. The variants are those of attention.md."
 )
 
 
@@ -58,7 +58,9 @@ def times(options: argparse.Namespace, device: Device) -> None:
         for passes in options.passes:
             build = {name: functools.partial(build_call, variant, passes) for name, variant in chosen.items()}
             taken = device.measure(build, SECONDS_A_VARIANT)
-            plain = min((t.seconds for name, t in taken.items() if name.startswith("plain") and t.seconds), default=None)
+            plain = min(
+                (t.seconds for name, t in taken.items() if name.startswith("plain") and t.seconds), default=None
+            )
             for name, outcome in taken.items():
                 seconds = outcome.seconds
                 table.add(

@@ -1,10 +1,10 @@
 """What ``attention_gpu`` compares: disentangled attention in several ways, and plain attention of the same shape.
 
-    NAME          ours, for every backend without objection; NAME-mask and NAME-packed where there is padding
-    plain-*       torch's scaled_dot_product_attention without position terms, by each of its backends; with padding
-                  also -mask, where only one takes a mask, and plain-packed, torch's varlen_attn
-    hf-eager      the order of operations of Hugging Face's code, in the dtype of the inputs: dense, matmul and gather
-    flex          torch's FlexAttention, compiled; reads both position terms from tables (B, H, L, R) by row number
+NAME          ours, for every backend without objection; NAME-mask and NAME-packed where there is padding
+plain-*       torch's scaled_dot_product_attention without position terms, by each of its backends; with padding
+              also -mask, where only one takes a mask, and plain-packed, torch's varlen_attn
+hf-eager      the order of operations of Hugging Face's code, in the dtype of the inputs: dense, matmul and gather
+flex          torch's FlexAttention, compiled; reads both position terms from tables (B, H, L, R) by row number
 """
 
 import functools

@@ -78,10 +78,11 @@ def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
         if match := _INSTRUCTION.match(line):
             guard, opcode, operands = match.groups()
             name = opcode.partition(".")[0]
-            jump = _TARGET.match(operands) if name in ("BRA", "JMP") else None
+            # A call of a label inside the function is a jump too: so ptxas leaves some loops on sm_80.
+            jump = _TARGET.match(operands) if name in ("BRA", "JMP", "CALL") else None
             # A uniform branch has its condition among the operands.
             always = not guard and not (jump and jump[1].strip())
-            ends = always and name in ("BRA", "JMP", "BRX", "EXIT", "RET")
+            ends = always and (jump or name in ("BRA", "JMP", "BRX", "EXIT", "RET"))
             instructions.append(Instruction(opcode, jump and jump[2], not ends, ptx_line))
         elif match := _PTX_LINE.match(line):
             ptx_line = int(match[1])

@@ -78,7 +78,7 @@ def _peaks(build: Callable, arguments: tuple, device: str, threads: int) -> list
 
 
 def peak_of_call(run: Callable[[], object], device: str) -> int:
-    """Peak bytes that one call needs above what is there. On a GPU any process will do, on a CPU a fresh one is better."""
+    """Peak bytes that one call needs above what is there. On a CPU, a process that did little before tells more."""
     return (_peak_allocated if torch.device(device).type == "cuda" else _peak_resident)(run)
 
 
@@ -138,7 +138,7 @@ def provenance() -> dict[str, str | int | None]:
         record["cuda"] = torch.version.cuda
         record |= _gpu_state()
     for package in ("torch", "transformers", "triton"):
-        record[package] = _version(package)
+        record[package] = version(package)
     import deberta_fast
 
     return record | {"deberta_fast": deberta_fast.__version__}
@@ -157,7 +157,7 @@ def _gpu_state() -> dict[str, str]:
         return {}
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -165,11 +165,11 @@ def test_contents_of_loops(compiled, capability):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_loop_of_the_kernel_itself(compiled, capability):
-    """Around it is the loop over heads, which is left out; ptxas keeps a copy of that for a length of 0."""
-    loops = [x for x in compiled["backward", capability].loops if x.mma]
+    """Around it is the loop over heads, which is left out."""
+    [loop] = compiled["backward", capability].loops
     line = line_of(backward, "for start")
-    assert [(x.function, x.line, x.kernel_line) for x in loops] == [("backward", line, line)]
-    assert loops[0].async_copies > 0 and loops[0].global_stores == 0
+    assert (loop.function, loop.line, loop.kernel_line) == ("backward", line, line)
+    assert loop.mma > 0 and loop.async_copies > 0 and loop.global_stores == 0
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -208,7 +208,7 @@ def test_specialization():
 
 
 def test_code_out_of_line():
-    """What a loop jumps to and returns from is part of it; waiting is not a loop."""
+    """What a loop jumps to and comes back from is part of it; waiting is not a loop; a call may leave one."""
     code = """
 .text.kernel:
         /*0000*/                   S2R R0, SR_TID.X ;
@@ -219,8 +219,11 @@ def test_code_out_of_line():
         /*0030*/               @P2 BRA `(.L_x_3) ;
 .L_x_4:
         /*0040*/                   LDG.E.U16.CONSTANT R1, desc[UR4][R2.64] ;
-        /*0050*/                   BRA.U UP0, `(.L_x_0) ;
-        /*0060*/                   EXIT ;
+        /*0050*/               @P0 CALL.REL.NOINC `(.L_x_6) ;
+        /*0058*/                   BRA `(.L_x_0) ;
+.L_x_6:
+        /*0060*/                   BRA.U UP0, `(.L_x_6) ;
+        /*0068*/                   EXIT ;
 .L_x_2:
         /*0070*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR16], R4 ;
         /*0080*/              @!P1 BRA `(.L_x_2) ;
@@ -232,6 +235,8 @@ def test_code_out_of_line():
         /*00c0*/                   BRA `(.L_x_5);
 """
     instructions, labels = sass.parse(code)
-    assert len(instructions) == 13
-    [body] = sass.innermost_loops(instructions, labels)
-    assert [instructions[i].name for i in body] == ["SYNCS", "BRA", "BRA", "LDG", "BRA", "BRA", "STS", "BRA"]
+    assert len(instructions) == 15
+    body, one = sass.innermost_loops(instructions, labels)
+    expected = ["SYNCS", "BRA", "BRA", "LDG", "CALL", "BRA", "BRA", "STS", "BRA"]
+    assert [instructions[i].name for i in body] == expected
+    assert [instructions[i].opcode for i in one] == ["BRA.U"]

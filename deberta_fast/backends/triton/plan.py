@@ -76,7 +76,7 @@ class Plan:
             "c2p_b": 0, "c2p_h": 0, "c2p_pitch": 0, "p2c_b": 0, "p2c_h": 0, "p2c_pitch": 0,
             "query_length": self.query_length, "key_length": self.key_length, "offset": inputs.query_offset,
             "table_h": 0, "first_distance": 0, "distances": 0, "far_past": 0, "far_future": 0, "past_slot": 0, "future_slot": 0, "heads": heads,
-            "scale": inputs.scale * LOG2E, "softmax_scale": inputs.scale,
+            "scale": inputs.scale * LOG2E, "softmax_scale": inputs.scale, "band_scale": 1 / (inputs.scale * LOG2E),
             "threshold": min(round(inputs.dropout_p * 2**32) - 2**31, 2**31 - 1),
             "inverse_keep": 1 / (1 - inputs.dropout_p),
             "SIZE": size, "BLOCK_SIZE": max(16, 1 << (size - 1).bit_length()), "UNIT": self.unit,

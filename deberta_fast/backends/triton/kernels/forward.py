@@ -19,6 +19,7 @@ from .tile import (
     matmul,
     matmul_add,
     near_span,
+    row_stride,
     start_of,
     store_rows,
 )
@@ -39,7 +40,7 @@ def forward(
     pos_key_h, pos_key_l, pos_query_h, pos_query_l, mask_b, mask_h, mask_i, mask_j,
     c2p_b, c2p_h, c2p_pitch, p2c_b, p2c_h, p2c_pitch,
     query_length, key_length, offset, far_past, far_future, past_slot, future_slot,
-    blocks, first_batch, first_head, heads, scale, threshold, inverse_keep,
+    blocks, first_batch, first_head, heads, scale, band_scale, threshold, inverse_keep,
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     PACKED: tl.constexpr, SPANS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     C2P: tl.constexpr, P2C: tl.constexpr, GRAIN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -55,32 +56,52 @@ def forward(
     if C2P or P2C:
         near_start, near_stop = near_span(m0 // GRAIN * GRAIN, offset, far_past, far_future, low, high, GRAIN)
 
-    rows = m0 + tl.arange(0, ROWS)
-    present = tl.minimum(rows, query_length - 1)
-    q = load_rows(start_of(query, batch, head, first, q_b, q_h, q_l, UNIT), present, q_l * UNIT, SIZE, BLOCK_SIZE)
+    local = tl.arange(0, ROWS)
+    present = tl.minimum(local, query_length - 1 - m0)
+    rows = m0 + present
+    q = load_rows(
+        start_of(query, batch, head, first, q_b, q_h, q_l, UNIT), m0, present, row_stride(q_l, UNIT), SIZE, BLOCK_SIZE
+    )
     key = start_of(key, batch, head, first, k_b, k_h, k_l, UNIT)
     value = start_of(value, batch, head, first, v_b, v_h, v_l, UNIT)
+    k_l, v_l = row_stride(k_l, UNIT), row_stride(v_l, UNIT)
     if MASK != "none":
         mask = start_of(mask, batch, head, first, mask_b, mask_h, mask_j, 1)
     batch_head = batch * heads + head
 
-    # Where a far side reads the tables: its constants are made before its loop.
+    acc = tl.zeros((ROWS, BLOCK_SIZE), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
-    acc = tl.zeros((ROWS, BLOCK_SIZE), tl.float32)
+    constant = tl.zeros((ROWS,), tl.float32)
+    query_grains = tl.cdiv(query_length, GRAIN) * GRAIN
+    if C2P:
+        c2p = start_of(c2p, part_batch, part_head, first + m0, c2p_b * c2p_pitch, c2p_h * c2p_pitch, c2p_pitch, 16)
+        c2p += present[:, None] * row_stride(c2p_pitch, 16) - near_start
+    if P2C:
+        p2c = start_of(p2c, part_batch, part_head, first, p2c_b * p2c_pitch, p2c_h * p2c_pitch, p2c_pitch, 16)
+        p2c += (m0 + local)[None, :]
+        p2c_pitch = row_stride(p2c_pitch, 16)
     if C2P or P2C:
-        acc, total, peak = _near_keys(
-            acc, total, peak, q, key, value, c2p, p2c, mask, seed, near_start, near_stop,
-            k_l * UNIT, v_l * UNIT, mask_i, mask_j, c2p_b, c2p_h, c2p_pitch, p2c_b, p2c_h, p2c_pitch,
-            part_batch, part_head, batch_head, first, rows, present, m0, query_length, key_length, offset,
-            far_past, far_future, scale, threshold,
-            SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, C2P, P2C, GRAIN, COLUMNS,
+        whole = near_start
+        if MASK == "none":
+            whole = tl.maximum(tl.minimum(near_stop, key_length) // COLUMNS * COLUMNS, near_start)
+            acc, total, peak = _attend(
+                acc, total, peak, q, constant, key, value, c2p, p2c, mask, seed, near_start, whole, k_l, v_l, p2c_pitch,
+                mask_i, mask_j, batch_head, rows, key_length, query_grains, offset, far_past, far_future,
+                scale, band_scale, threshold,
+                SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, C2P, P2C, GRAIN, COLUMNS, False,
+            )  # fmt: skip
+        acc, total, peak = _attend(
+            acc, total, peak, q, constant, key, value, c2p, p2c, mask, seed, whole, near_stop, k_l, v_l, p2c_pitch,
+            mask_i, mask_j, batch_head, rows, key_length, query_grains, offset, far_past, far_future,
+            scale, band_scale, threshold,
+            SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, C2P, P2C, GRAIN, COLUMNS, True,
         )  # fmt: skip
     for side in range(2):
         slot = tl.where(side == 0, past_slot, future_slot)
         start = tl.where(side == 0, low, near_stop)
         stop = tl.minimum(tl.where(side == 0, near_start, high), key_length)
-        shifted, constant = q, tl.zeros((ROWS,), tl.float32)
+        shifted = q
         if P2C:
             row = load_vector(pos_query + head.to(tl.int64) * pos_query_h + slot * pos_query_l, BLOCK_SIZE, SIZE)
             shifted = (q.to(tl.float32) + row[None, :]).to(q.dtype)
@@ -90,99 +111,106 @@ def forward(
         whole = start
         if MASK == "none":
             whole = tl.maximum(stop // COLUMNS * COLUMNS, start)
-            acc, total, peak = _far_keys(
-                acc, total, peak, shifted, constant, key, value, mask, seed, start, whole, k_l * UNIT, v_l * UNIT,
-                mask_i, mask_j, batch_head, rows, present, key_length, scale, threshold,
-                SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, COLUMNS, False,
+            acc, total, peak = _attend(
+                acc, total, peak, shifted, constant, key, value, c2p, p2c, mask, seed, start, whole, k_l, v_l, p2c_pitch,
+                mask_i, mask_j, batch_head, rows, key_length, query_grains, offset, far_past, far_future,
+                scale, band_scale, threshold,
+                SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, False, False, GRAIN, COLUMNS, False,
             )  # fmt: skip
-        acc, total, peak = _far_keys(
-            acc, total, peak, shifted, constant, key, value, mask, seed, whole, stop, k_l * UNIT, v_l * UNIT,
-            mask_i, mask_j, batch_head, rows, present, key_length, scale, threshold,
-            SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, COLUMNS, True,
+        acc, total, peak = _attend(
+            acc, total, peak, shifted, constant, key, value, c2p, p2c, mask, seed, whole, stop, k_l, v_l, p2c_pitch,
+            mask_i, mask_j, batch_head, rows, key_length, query_grains, offset, far_past, far_future,
+            scale, band_scale, threshold,
+            SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, False, False, GRAIN, COLUMNS, True,
         )  # fmt: skip
 
     if DROPOUT:
         acc *= inverse_keep
     acc /= tl.where(total == 0, 1.0, total)[:, None]
-    output = start_of(output, batch, head, first, o_b, o_h, o_l, UNIT)
-    store_rows(output, rows, query_length, o_l * UNIT, acc, SIZE, BLOCK_SIZE)
-    lse = start_of(lse, batch, head, first, lse_b, lse_h, 1, 1)
-    tl.store(lse + rows, (peak + tl.log2(total)) * 0.6931471805599453, mask=rows < query_length)
-
-
-@triton.jit
-def _near_keys(
-    acc, total, peak, q, key, value, c2p, p2c, mask, seed, start, stop,
-    k_l, v_l, mask_i, mask_j, c2p_b, c2p_h, c2p_pitch, p2c_b, p2c_h, p2c_pitch,
-    part_batch, part_head, batch_head, first, rows, present, m0, query_length, key_length, offset,
-    far_past, far_future, scale, threshold,
-    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    C2P: tl.constexpr, P2C: tl.constexpr, GRAIN: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    query_grains = tl.cdiv(query_length, GRAIN) * GRAIN
-    if C2P:
-        c2p = start_of(c2p, part_batch, part_head, first, c2p_b * c2p_pitch, c2p_h * c2p_pitch, c2p_pitch, 16) - start
-        c2p += present.to(tl.int64)[:, None] * (c2p_pitch * 16)
-    if P2C:
-        p2c = start_of(p2c, part_batch, part_head, first, p2c_b * p2c_pitch, p2c_h * p2c_pitch, p2c_pitch, 16)
-        p2c += rows[:, None]
-    for n0 in range(start, stop, COLUMNS):
-        columns = n0 + tl.arange(0, COLUMNS)
-        j = tl.minimum(columns, key_length - 1)
-        z = matmul(q, load_columns(key, j, k_l, SIZE, BLOCK_SIZE), PRECISION) * scale
-        if C2P:
-            z += tl.load(c2p + columns[None, :])
-        if P2C:
-            grain = n0 // GRAIN * GRAIN
-            query_start, _ = near_span(grain, -offset, -far_future, -far_past, 0, query_grains, GRAIN)
-            z += tl.load(p2c + (j.to(tl.int64)[None, :] * (p2c_pitch * 16) - query_start))
-        z = hide(z, mask, present, columns, key_length, mask_i, mask_j, MASK)
-        constant = tl.zeros_like(peak)
-        acc, total, peak = _attend(
-            acc, total, peak, z, 1.0, constant, value, j, v_l, seed, batch_head, rows, n0, threshold,
-            SIZE, BLOCK_SIZE, PRECISION, DROPOUT, COLUMNS, True,
-        )  # fmt: skip
-    return acc, total, peak
-
-
-@triton.jit
-def _far_keys(
-    acc, total, peak, shifted, constant, key, value, mask, seed, start, stop, k_l, v_l,
-    mask_i, mask_j, batch_head, rows, present, key_length, scale, threshold,
-    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    COLUMNS: tl.constexpr, HIDDEN: tl.constexpr,
-):  # fmt: skip
-    for n0 in range(start, stop, COLUMNS):
-        j = n0 + tl.arange(0, COLUMNS)
-        columns = j
-        if HIDDEN:
-            j = tl.minimum(columns, key_length - 1)
-        z = matmul(shifted, load_columns(key, j, k_l, SIZE, BLOCK_SIZE), PRECISION)
-        if HIDDEN:
-            z = hide(z, mask, present, columns, key_length, mask_i, mask_j, MASK)
-        acc, total, peak = _attend(
-            acc, total, peak, z, scale, constant, value, j, v_l, seed, batch_head, rows, n0, threshold,
-            SIZE, BLOCK_SIZE, PRECISION, DROPOUT, COLUMNS, HIDDEN,
-        )  # fmt: skip
-    return acc, total, peak
+    output = start_of(output, batch, head, first + m0, o_b, o_h, o_l, UNIT)
+    store_rows(output, local, query_length - m0, row_stride(o_l, UNIT), acc, SIZE, BLOCK_SIZE)
+    lse = start_of(lse, batch, head, first + m0, lse_b, lse_h, 1, 1)
+    tl.store(lse + local, (peak + tl.log2(total)) * 0.6931471805599453, mask=local < query_length - m0)
 
 
 @triton.jit
 def _attend(
-    acc, total, peak, z, factor, constant, value, j, v_l, seed, batch_head, rows, n0, threshold,
-    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr, DROPOUT: tl.constexpr,
-    COLUMNS: tl.constexpr, HIDDEN: tl.constexpr,
+    acc, total, peak, q, constant, key, value, c2p, p2c, mask, seed, start, stop, k_l, v_l, p2c_pitch,
+    mask_i, mask_j, batch_head, rows, key_length, query_grains, offset, far_past, far_future,
+    scale, band_scale, threshold,
+    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    C2P: tl.constexpr, P2C: tl.constexpr, GRAIN: tl.constexpr, COLUMNS: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax, over scores factor z + constant; factor > 0."""
-    new_peak = tl.maximum(peak, tl.max(z, 1) * factor + constant)
-    shift = new_peak
-    if HIDDEN:
-        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # rows that have seen nothing yet
-    p = tl.exp2(z * factor - (shift - constant)[:, None])
-    fade = tl.exp2(peak - shift)
-    total = total * fade + tl.sum(p, 1)
-    if DROPOUT:
-        p = tl.where(kept(seed, batch_head, rows, n0, threshold, COLUMNS), p, 0.0)
-    v = load_rows(value, j, v_l, SIZE, BLOCK_SIZE)
-    acc = matmul_add(p.to(v.dtype), v, acc * fade[:, None], PRECISION)
-    return acc, total, new_peak
+    """Online softmax over the keys start to stop: near ones with C2P or P2C, far ones without.
+
+    Position scores are what the product with the keys starts from. HIDDEN: some keys may not be there or be masked.
+    """
+    local = tl.arange(0, COLUMNS)
+    if C2P or P2C:
+        c2p_tile, p2c_tile = _load_bands(
+            c2p, p2c, start, stop, p2c_pitch, key_length, query_grains, offset, far_past, far_future,
+            C2P, P2C, GRAIN, COLUMNS, HIDDEN,
+        )  # fmt: skip
+    for n0 in range(start, stop, COLUMNS):
+        here = local
+        if HIDDEN:
+            here = tl.minimum(local, key_length - 1 - n0)
+        k = load_columns(key, n0, here, k_l, SIZE, BLOCK_SIZE)
+        if C2P or P2C:
+            # What the next tile starts from is loaded a step ahead: Triton does so for operands of products only.
+            scores = _position_scores(c2p_tile, p2c_tile, C2P, P2C)
+            c2p_tile, p2c_tile = _load_bands(
+                c2p, p2c, n0 + COLUMNS, stop, p2c_pitch, key_length, query_grains, offset, far_past, far_future,
+                C2P, P2C, GRAIN, COLUMNS, HIDDEN,
+            )  # fmt: skip
+            if q.dtype == tl.float16:
+                scores *= band_scale
+            z = matmul_add(q, k, scores, PRECISION)
+        else:
+            z = matmul(q, k, PRECISION)
+        if HIDDEN:
+            z = hide(z, mask, rows, n0 + local, key_length, mask_i, mask_j, MASK)
+        new_peak = tl.maximum(peak, tl.max(z, 1) * scale + constant)
+        shift = new_peak
+        if HIDDEN:
+            shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # rows that have seen nothing yet
+        p = tl.exp2(z * scale - (shift - constant)[:, None])
+        fade = tl.exp2(peak - shift)
+        total = total * fade + tl.sum(p, 1)
+        if DROPOUT:
+            p = tl.where(kept(seed, batch_head, rows, n0, threshold, COLUMNS), p, 0.0)
+        v = load_rows(value, n0, here, v_l, SIZE, BLOCK_SIZE)
+        acc = matmul_add(p.to(v.dtype), v, acc * fade[:, None], PRECISION)
+        peak = new_peak
+    return acc, total, peak
+
+
+@triton.jit
+def _load_bands(
+    c2p, p2c, n0, stop, p2c_pitch, key_length, query_grains, offset, far_past, far_future,
+    C2P: tl.constexpr, P2C: tl.constexpr, GRAIN: tl.constexpr, COLUMNS: tl.constexpr, HIDDEN: tl.constexpr,
+):  # fmt: skip
+    """Tiles of the bands at keys n0, c2p (rows, COLUMNS) and p2c (COLUMNS, rows); anything if n0 >= stop."""
+    local = tl.arange(0, COLUMNS)
+    c2p_tile, p2c_tile = 0.0, 0.0
+    if C2P:
+        c2p_tile = tl.load(c2p + n0 + local[None, :], mask=n0 < stop, other=0.0)
+    if P2C:
+        if HIDDEN:
+            local = tl.minimum(local, key_length - 1 - n0)
+        query_start, _ = near_span(
+            n0 // GRAIN * GRAIN, -offset, -far_future, -far_past, 0, query_grains, GRAIN
+        )
+        p2c_tile = tl.load(p2c + (n0 * p2c_pitch - query_start) + local[:, None] * p2c_pitch, mask=n0 < stop, other=0.0)
+    return c2p_tile, p2c_tile
+
+
+@triton.jit
+def _position_scores(c2p_tile, p2c_tile, C2P: tl.constexpr, P2C: tl.constexpr):
+    """(rows, COLUMNS) in float32."""
+    if C2P and P2C:
+        return c2p_tile.to(tl.float32) + tl.trans(p2c_tile).to(tl.float32)
+    elif C2P:
+        return c2p_tile.to(tl.float32)
+    else:
+        return tl.trans(p2c_tile).to(tl.float32)

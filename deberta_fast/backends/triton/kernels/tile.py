@@ -50,23 +50,29 @@ def near_span(first, offset, past, future, low, high, GRAIN: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base, rows, stride, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """(rows, BLOCK_SIZE), zero from SIZE on. The rows must exist."""
+def load_rows(base, first, local, stride, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """(rows, BLOCK_SIZE), zero from SIZE on: rows first + local, which must exist. ``stride`` is 64 bits wide."""
     d = tl.arange(0, BLOCK_SIZE)
-    pointers = base + rows.to(tl.int64)[:, None] * stride + d[None, :]
+    pointers = base + first * stride + (local[:, None] * stride + d[None, :])
     if SIZE == BLOCK_SIZE:
         return tl.load(pointers)
     return tl.load(pointers, mask=(d < SIZE)[None, :], other=0.0)
 
 
 @triton.jit
-def load_columns(base, rows, stride, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+def load_columns(base, first, local, stride, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """The transpose of ``load_rows``."""
     d = tl.arange(0, BLOCK_SIZE)
-    pointers = base + rows.to(tl.int64)[None, :] * stride + d[:, None]
+    pointers = base + first * stride + (local[None, :] * stride + d[:, None])
     if SIZE == BLOCK_SIZE:
         return tl.load(pointers)
     return tl.load(pointers, mask=(d < SIZE)[:, None], other=0.0)
+
+
+@triton.jit
+def row_stride(stride, UNIT: tl.constexpr):
+    """In elements, 64 bits wide."""
+    return stride.to(tl.int64) * UNIT
 
 
 @triton.jit
