@@ -1,5 +1,5 @@
-# Every target but gpu sets up what it needs. Variables: PYTHON (3.10 or later), DEMO_ARGS, TEST_ARGS, BENCH_ARGS; for gpu
-# GPU_PYTHON, an interpreter that has torch and triton, and GPU_ARGS (bench/gpu.sh --help).
+# Every target but gpu sets up what it needs. Variables: PYTHON (3.10 or later), DEMO_ARGS, TEST_ARGS, BENCH_ARGS;
+# for gpu, GPU_PYTHON (an interpreter that has torch and triton) and GPU_ARGS (bench/gpu.sh --help).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -20,13 +20,13 @@ FLOPS = {"forward": 4, "backward": 10, "forward+backward": 14}  # for each head'
 LENGTHS = (512, 2048, 8192, 128, 1024, 4096, 16384, 256)  # most wanted first
 SECONDS_A_VARIANT = 0.15
 LEGEND = (
-    "Medians of interleaved calls, kernels alone: the GPU is busy while the host queues a call, and its second-level "
-    "cache overwritten before. plain: torch's scaled_dot_product_attention, by backend, on the same query, key and "
-    "value without position terms; plain-packed: torch's varlen_attn. x plain: times as long as the fastest plain "
-    "one. hf-eager: Hugging Face's order of operations; flex: FlexAttention, whose score_mod reads both position terms "
-    "from tables of every token and row, made in the timed call. mask, packed: how ours is told of padding. TFLOP/s "
-    "count the products of plain attention over valid tokens (4, 10 and 14 length^2 size), for all variants alike. "
-    "difference: of the outputs from the first exact variant's, relative, in norm. Backward is "
+    "Medians of interleaved calls, kernels alone: the GPU is kept busy for a millisecond while the host queues a call, "
+    "and its second-level cache is overwritten before. plain: torch's scaled_dot_product_attention, by backend, on the "
+    "same query, key and value without position terms; plain-packed: torch's varlen_attn. x plain: times as long as "
+    "the fastest plain one. hf-eager: Hugging Face's order of operations; flex: FlexAttention, whose score_mod reads "
+    "both position terms from tables of every token and row, made in the timed call. mask, packed: how ours is told of "
+    "padding. TFLOP/s count the products of plain attention over valid tokens (4, 10 and 14 length^2 size), for all "
+    "variants alike. difference: of the output from the eager backend's, relative, in norm. Backward is "
     "output.backward(gradient, retain_graph=True) with no .grad to add to."
 )
 HOST_LEGEND = "Microseconds until the host may go on, of many calls in a row without waiting for the GPU. No flush."
@@ -124,7 +124,7 @@ def summarise(rows: list[dict]) -> str:
     def cell(row):
         if "ms" not in row:
             return "failed"
-        return timing.cell(row["ms"]) + (f" ({row['x plain']:.2f}x)" if "x plain" in row else "")
+        return f"{row['ms']:.3g}" + (f" ({row['x plain']:.2f}x)" if "x plain" in row else "")
 
     return by_length(rows, cell)
 

@@ -82,7 +82,7 @@ class Workload:
             self._pad(padding)
 
     def _pad(self, share: float) -> None:
-        # Neighbours differ as much as the share allows; one sequence alone has just its share.
+        # Longer and shorter sequences alternate; one alone has just its share.
         mean = 1 - share
         spread = 0.0 if self.batch == 1 else min(mean, share) / 2
         self.lengths = [max(1, round(self.length * (mean + spread * (-1) ** b))) for b in range(self.batch)]

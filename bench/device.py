@@ -131,12 +131,6 @@ class Device:
         if self.is_gpu:
             torch.cuda.synchronize()
 
-    def free_bytes(self) -> float:
-        if not self.is_gpu:
-            return float("inf")
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(self.name)[0]
-
     def _failure(self, error: Exception) -> Taken:
         text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         self.synchronize()  # raises where the device is lost: no time after that is worth anything

@@ -57,7 +57,7 @@ stage() {
       # Kernels are compiled for most of the time, one at a time in a process.
       local workers=()
       "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
-      "${kind[@]}" -m pytest -m gpu tests -q -p no:cacheprovider --durations=10 "${workers[@]}" ;;
+      "${kind[@]}" -m pytest -m gpu tests -v -p no:cacheprovider --durations=10 "${workers[@]}" ;;
     op) "${kind[@]}" -m bench.attention_gpu --out "$out" ;;
     layer) "${kind[@]}" -m bench.layer_gpu --out "$out" ;;
     dropout) "${kind[@]}" -m bench.attention_gpu --dropout 0.1 --lengths 512 2048 8192 128 --out "$out" ;;

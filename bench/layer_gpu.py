@@ -252,7 +252,7 @@ def summarise(rows: list[dict]) -> str:
     def cell(row):
         if "ms" not in row:
             return "failed"
-        return timing.cell(row["ms"]) + (f" ({row['x eager']:.2f}x)" if "x eager" in row else "")
+        return f"{row['ms']:.3g}" + (f" ({row['x eager']:.2f}x)" if "x eager" in row else "")
 
     return by_length(rows, cell)
 

@@ -148,7 +148,7 @@ def _gpu_state() -> dict[str, str]:
     """What else decides how fast a GPU is, as nvidia-smi tells it; nothing where it does not."""
     asked = {"driver": "driver_version", "gpu clock": "clocks.max.sm", "power limit": "power.limit"}
     command = ["nvidia-smi", f"--query-gpu={','.join(asked.values())}", "--format=csv,noheader"]
-    uuid = getattr(torch.cuda.get_device_properties(), "uuid", None)
+    uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
     command += [] if uuid is None else [f"--id=GPU-{uuid}"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
@@ -219,4 +219,6 @@ def cell(value: object) -> str:
         return "" if value is None else str(value)
     if value and abs(value) < 0.01:
         return f"{value:.1e}"
+    if abs(value) < 0.1:
+        return f"{value:.3f}"
     return f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"

@@ -88,12 +88,14 @@ def test_odd_strides_and_addresses(backend):
     wide = [normal(2, 3, 150, 69, dtype=torch.bfloat16, seed=n) for n in range(3)]
     tables = [normal(3, 32, 67, dtype=torch.bfloat16, seed=n) for n in (3, 4)]
     views = [x[:, :, 1:, 3:67] for x in wide] + [x[..., 1:65] for x in tables]
-    grads = []
+    results = []
     for tensors in (views, [x.contiguous() for x in views]):
         leaves = [x.detach().requires_grad_() for x in tensors]
         output = disentangled_attention(*leaves, **TABLE, backend=backend)
-        grads.append([output, *torch.autograd.grad(output, leaves, normal(*output.shape, dtype=output.dtype, seed=9))])
-    assert all(torch.equal(x, y) for x, y in zip(*grads))
+        gradient = normal(*output.shape, dtype=output.dtype, seed=9)
+        results.append([output, *torch.autograd.grad(output, leaves, gradient)])
+    # Wider loads may add in another order.
+    assert all((x - y).float().norm() <= 2e-3 * y.float().norm() for x, y in zip(*results))
 
 
 # Packed sequences
@@ -408,9 +410,8 @@ def test_scratch_memory_is_bounded(backend, length):
     assert scratch <= 256 << 20, f"{scratch / 2**20:.0f} MiB"
 
 
-@pytest.mark.parametrize("layout", ["dense", "packed"])
 @by_fused_backend
-def test_offsets_beyond_32_bits(backend, layout):
+def test_offsets_beyond_32_bits(backend):
     """2^31 elements and some: the first, a middle and the last sequence against the reference on them alone."""
     torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < 40 << 30:
@@ -420,33 +421,21 @@ def test_offsets_beyond_32_bits(backend, layout):
     shape = (batch, length, heads, size)
     query, key, value, gradient = (normal(*shape, dtype=torch.bfloat16, seed=n).transpose(1, 2) for n in range(4))
     tables = [normal(heads, 512, size, dtype=torch.bfloat16, seed=n) for n in (4, 5)]
-
-    def run(rows):
-        leaves = [x[rows].requires_grad_() for x in (query, key, value)] + [x.detach().requires_grad_() for x in tables]
-        if layout == "dense":
-            output = disentangled_attention(*leaves, backend=backend)
-            given = gradient[rows]
-        else:
-            flat = [x.transpose(1, 2).flatten(0, 1) for x in leaves[:3]]
-            ends = torch.arange(0, len(flat[0]) + 1, length, dtype=torch.int32, device=DEVICE)
-            output = disentangled_attention_varlen(
-                *flat, *leaves[3:], cu_seqlens=ends, max_seqlen=length, backend=backend
-            )
-            given = gradient[rows].transpose(1, 2).flatten(0, 1)
-        grads = torch.autograd.grad(output, leaves, given)
-        if layout == "packed":
-            output = output.unflatten(0, (-1, length)).transpose(1, 2)
-        return [output.detach(), *grads]
-
     some = [0, batch // 2, batch - 1]
-    *got, grad_key_table, grad_query_table = run(slice(None))
-    got = [x[some] for x in got]
-    # No sequence tells on the gradients of the tables, but parts that stay below the limit add up to them.
-    parts = [run(slice(start, start + 256))[-2:] for start in range(0, batch, 256)]
-    for whole, each in zip((grad_key_table, grad_query_table), zip(*parts)):
-        added = torch.stack([x.float() for x in each]).sum(0)
-        assert (whole.float() - added).norm() <= 0.02 * added.norm()
-    del parts
+
+    def dense(leaves):
+        return disentangled_attention(*leaves, backend=backend)
+
+    def packed(leaves):
+        rows = [x.transpose(1, 2).flatten(0, 1) for x in leaves[:3]]
+        ends = torch.arange(0, len(rows[0]) + 1, length, dtype=torch.int32, device=DEVICE)
+        output = disentangled_attention_varlen(*rows, *leaves[3:], cu_seqlens=ends, max_seqlen=length, backend=backend)
+        return output.unflatten(0, (-1, length)).transpose(1, 2)
+
+    def run(attention, rows):
+        leaves = [x[rows].requires_grad_() for x in (query, key, value)] + [x.detach().requires_grad_() for x in tables]
+        output = attention(leaves)
+        return [output.detach(), *torch.autograd.grad(output, leaves, gradient[rows])]
 
     def alone(attention, row, dtype):
         leaves = [x[row : row + 1].to(dtype).requires_grad_() for x in (query, key, value)]
@@ -459,8 +448,17 @@ def test_offsets_beyond_32_bits(backend, layout):
         [torch.cat(results) for results in zip(*(alone(attention, row, dtype) for row in some))]
         for attention, dtype in ((reference.attention, torch.float64), (hf_style_attention, torch.bfloat16))
     )
-    for name, *results in zip(("output", "grad_query", "grad_key", "grad_value"), got, eager, exact):
-        assert_as_precise(name, *results)
+    # No sequence alone tells on the gradients of the tables: parts that stay below the limit add up to them.
+    parts = [run(dense, slice(start, start + 256))[-2:] for start in range(0, batch, 256)]
+    tables_exact = [torch.stack([x.float() for x in each]).sum(0) for each in zip(*parts)]
+    for attention in (dense, packed):
+        *whole, grad_key_table, grad_query_table = run(attention, slice(None))
+        got = [x[some] for x in whole]
+        del whole
+        for name, *results in zip(("output", "grad_query", "grad_key", "grad_value"), got, eager, exact):
+            assert_as_precise(f"{attention.__name__} {name}", *results)
+        for grad, want in zip((grad_key_table, grad_query_table), tables_exact):
+            assert (grad.float() - want).norm() <= 0.02 * want.norm()
 
 
 # Refusals

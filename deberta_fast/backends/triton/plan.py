@@ -76,12 +76,12 @@ class Plan:
             "c2p_b": 0, "c2p_h": 0, "c2p_pitch": 0, "p2c_b": 0, "p2c_h": 0, "p2c_pitch": 0,
             "query_length": self.query_length, "key_length": self.key_length, "offset": inputs.query_offset,
             "table_h": 0, "first_distance": 0, "distances": 0, "far_past": 0, "far_future": 0, "past_slot": 0, "future_slot": 0, "heads": heads,
-            "scale": inputs.scale * LOG2E, "softmax_scale": inputs.scale, "band_scale": 1 / (inputs.scale * LOG2E),
+            "scale": inputs.scale * LOG2E, "softmax_scale": inputs.scale, "band_scale": _power(inputs.scale * LOG2E), "inverse_band_scale": 1 / _power(inputs.scale * LOG2E),
             "threshold": min(round(inputs.dropout_p * 2**32) - 2**31, 2**31 - 1),
             "inverse_keep": 1 / (1 - inputs.dropout_p),
             "SIZE": size, "BLOCK_SIZE": max(16, 1 << (size - 1).bit_length()), "UNIT": self.unit,
             "PRECISION": precision, "PACKED": self.packed, "SPANS": False, "MASK": self.mask_kind,
-            "DROPOUT": inputs.dropout_p > 0, "C2P": self.c2p, "P2C": self.p2c, "GRAIN": configuration.grain,
+            "DROPOUT": inputs.dropout_p > 0, "LARGEST": torch.finfo(inputs.query.dtype).max, "C2P": self.c2p, "P2C": self.p2c, "GRAIN": configuration.grain,
         }  # fmt: skip
         for name, t in zip("qkv", heads_tensors, strict=True):
             self._add_strides(name, t, self.unit)
@@ -107,12 +107,12 @@ class Plan:
     def backward(self, output, lse, grad_output, grad_lse, grads) -> Iterator[Launch]:
         """The launches that fill grads: those of query, key, value and of the tables that are there."""
         inputs, tiles = self.inputs, self.configuration.backward_tables
-        delta = torch.empty_like(lse)
+        delta, shift = torch.empty_like(lse), torch.empty_like(lse)
         self._add_outputs(lse, o=output, do=grad_output, dq=grads[0], dk=grads[1], dv=grads[2])
-        self.values |= {"output": output, "grad_output": grad_output, "grad_lse": grad_lse, "delta": delta}
+        self.values |= {"output": output, "grad_output": grad_output, "grad_lse": grad_lse, "delta": delta, "shift": shift}
         self.values |= dict(zip(("grad_query", "grad_key", "grad_value"), grads, strict=False))
         self.values |= dict(zip(("dlse_b", "dlse_h", "dlse_l"), grad_lse.stride(), strict=True))
-        self.values |= {"delta_b": delta.stride(0), "delta_h": delta.stride(1), "length": delta.shape[2]}
+        self.values |= {"delta_b": 0 if self.packed else lse.stride(0), "delta_h": lse.stride(1), "length": lse.shape[2]}
         self.values |= {"far_pos_key": None, "far_pos_query": None, "far_count": 0}
         self.values |= {"key_table": None, "query_table": None}
         yield from self._prepare()
@@ -309,3 +309,8 @@ def _slots_on(buckets: int, longest: int, far_negative: str, device: torch.devic
         for row in range(table.rows + 1)
     ]
     return tuple(torch.tensor(x, dtype=torch.int32, device=device) for x in (table.slots, first))
+
+
+def _power(scale: float) -> float:
+    """The power of two below: bands hold position scores times it, exactly, so that float16 has room for them."""
+    return 2.0 ** max(-14, min(14, math.frexp(scale)[1] - 1))

@@ -17,18 +17,21 @@ import triton.language as tl
 from .tile import (
     find_keys,
     find_rows,
+    add_tile,
+    identity,
     kept,
     load_rows,
     load_vector,
     matmul,
     matmul_add,
     near_span,
+    skip_rows,
     start_of,
     store_rows,
 )
 
 INTEGERS = (
-    "q_b", "q_h", "q_l", "k_b", "k_h", "k_l", "v_b", "v_h", "v_l", "do_b", "do_h", "do_l", "lse_b", "lse_h",
+    "q_b", "q_h", "q_l", "k_b", "k_h", "k_l", "v_b", "v_h", "v_l", "do_b", "do_h", "do_l", "delta_b", "delta_h",
     "dk_b", "dk_h", "dk_l", "dv_b", "dv_h", "dv_l",
     "pos_key_h", "pos_key_l", "pos_query_h", "pos_query_l", "mask_b", "mask_h", "mask_i", "mask_j",
     "c2p_b", "c2p_h", "c2p_pitch", "p2c_b", "p2c_h", "p2c_pitch",
@@ -41,12 +44,12 @@ INTEGERS = (
 @triton.jit(do_not_specialize=INTEGERS)
 def backward_key(
     query, key, value, pos_key, pos_query, query_table, c2p, p2c, mask, cu_seqlens, key_spans, seed,
-    grad_output, lse, delta, grad_key, grad_value, far_pos_key, far_pos_query,
-    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, do_b, do_h, do_l, lse_b, lse_h, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
+    grad_output, shift, delta, grad_key, grad_value, far_pos_key, far_pos_query,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, do_b, do_h, do_l, delta_b, delta_h, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
     pos_key_h, pos_key_l, pos_query_h, pos_query_l, mask_b, mask_h, mask_i, mask_j,
     c2p_b, c2p_h, c2p_pitch, p2c_b, p2c_h, p2c_pitch, table_h, first_distance, distances, far_count,
     query_length, key_length, offset, far_past, far_future, past_slot, future_slot,
-    blocks, first_batch, first_head, heads, scale, softmax_scale, threshold, inverse_keep,
+    blocks, first_batch, first_head, heads, scale, softmax_scale, inverse_band_scale, threshold, inverse_keep,
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     PACKED: tl.constexpr, SPANS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     C2P: tl.constexpr, P2C: tl.constexpr, GRAIN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -67,21 +70,28 @@ def backward_key(
     near_stop = tl.multiple_of(tl.where(query_stop > 0, near_stop, 0), GRAIN)
     near_start = tl.multiple_of(tl.minimum(near_start, near_stop), GRAIN)
 
-    rows = n0 + tl.arange(0, ROWS)
-    present = tl.minimum(rows, key_length - 1)
-    k = load_rows(start_of(key, batch, head, first, k_b, k_h, k_l, UNIT), present, k_l * UNIT, SIZE, BLOCK_SIZE)
-    v = load_rows(start_of(value, batch, head, first, v_b, v_h, v_l, UNIT), present, v_l * UNIT, SIZE, BLOCK_SIZE)
+    local = tl.arange(0, ROWS)
+    present = tl.minimum(local, key_length - 1 - n0)
+    key = start_of(key, batch, head, first + n0, k_b, k_h, k_l, UNIT)
+    k = load_rows(key, present, k_l * UNIT, SIZE, BLOCK_SIZE)
+    value = start_of(value, batch, head, first + n0, v_b, v_h, v_l, UNIT)
+    v = load_rows(value, present, v_l * UNIT, SIZE, BLOCK_SIZE)
     query = start_of(query, batch, head, first, q_b, q_h, q_l, UNIT)
     grad_output = start_of(grad_output, batch, head, first, do_b, do_h, do_l, UNIT)
-    lse = start_of(lse, batch, head, first, lse_b, lse_h, 1, 1)
-    delta = start_of(delta, batch, head, first, lse_b, lse_h, 1, 1)
-    visible = rows < key_length
+    shift = start_of(shift, batch, head, first, delta_b, delta_h, 1, 1)
+    delta = start_of(delta, batch, head, first, delta_b, delta_h, 1, 1)
+    visible = local < key_length - n0
     if MASK != "none":
-        mask = start_of(mask, batch, head, first, mask_b, mask_h, mask_j, 1)
+        mask = start_of(mask, batch, head, first + n0, mask_b, mask_h, mask_j, 1)
     if MASK == "keys":
-        visible = tl.load(mask + rows.to(tl.int64) * mask_j, mask=visible, other=0) != 0
+        visible = tl.load(mask + local * mask_j, mask=visible, other=0) != 0
     hidden = tl.where(visible, 0.0, float("-inf"))
     batch_head = batch * heads + head
+    if C2P or P2C:
+        p2c = start_of(p2c, part_batch, part_head, first + n0, p2c_b * p2c_pitch, p2c_h * p2c_pitch, p2c_pitch, 16)
+        p2c -= near_start
+    if C2P:
+        c2p = start_of(c2p, part_batch, part_head, first, c2p_b * c2p_pitch, c2p_h * c2p_pitch, c2p_pitch, 16) + n0
 
     dk = tl.zeros((ROWS, BLOCK_SIZE), tl.float32)
     dv = tl.zeros((ROWS, BLOCK_SIZE), tl.float32)
@@ -103,33 +113,26 @@ def backward_key(
         if P2C:
             row = load_vector(pos_query + head.to(tl.int64) * pos_query_h + slot * pos_query_l, BLOCK_SIZE, SIZE)
             constant += tl.sum(k.to(tl.float32) * row[None, :], 1) * scale
-        column_sum = tl.zeros((ROWS,), tl.float32)
-        dk, dv, column_sum = _far_queries(
-            dk, dv, column_sum, shifted, constant, v, query, grad_output, lse, delta, mask, seed, start, stop,
-            q_l * UNIT, do_l * UNIT, mask_i, mask_j, batch_head, rows, n0, query_length, key_length, scale, threshold,
-            inverse_keep, SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, P2C, ROWS, COLUMNS,
+        dk, dv, row_sum = _differentiate(
+            dk, dv, shifted, constant, v, query, grad_output, shift, delta, c2p, p2c, mask, seed, start, stop,
+            q_l * UNIT, do_l * UNIT, 0, 0, mask_i, mask_j, batch_head, n0, low, high, query_length, key_length, offset,
+            far_past, far_future, scale, inverse_band_scale, threshold, inverse_keep,
+            SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, False, False, P2C, GRAIN, COLUMNS,
         )  # fmt: skip
-        place = (head.to(tl.int64) * 2 + side) * far_count + record
+        place = ((head.to(tl.int64) * 2 + side) * far_count + record) * SIZE + d
         if C2P:
-            sums = tl.sum(dk, 0)
-            tl.store(far_pos_key + place * SIZE + d, sums - before, mask=d < SIZE)
+            tl.store(far_pos_key + place, tl.sum(dk, 0) - before, mask=d < SIZE)
         if P2C:
-            sums = tl.sum(k.to(tl.float32) * column_sum[:, None], 0)
-            tl.store(far_pos_query + place * SIZE + d, sums, mask=d < SIZE)
-            dk += column_sum[:, None] * row[None, :]
-        if C2P:
-            before = tl.sum(dk, 0)
+            tl.store(far_pos_query + place, tl.sum(k.to(tl.float32) * row_sum[:, None], 0), mask=d < SIZE)
+            dk += row_sum[:, None] * row[None, :]
+        before = tl.sum(dk, 0)
 
     if C2P or P2C:
-        p2c = start_of(p2c, part_batch, part_head, first, p2c_b * p2c_pitch, p2c_h * p2c_pitch, p2c_pitch, 16)
-        p2c += rows.to(tl.int64)[:, None] * (p2c_pitch * 16) - near_start
-        if C2P:
-            c2p = start_of(c2p, part_batch, part_head, first, c2p_b * c2p_pitch, c2p_h * c2p_pitch, c2p_pitch, 16)
-        dk, dv = _near_queries(
-            dk, dv, k, v, hidden, query, grad_output, lse, delta, c2p, p2c, mask, seed, near_start, near_stop,
-            q_l * UNIT, do_l * UNIT, c2p_pitch * 16, mask_i, mask_j, batch_head, rows, n0, low, high,
-            query_length, key_length, offset, far_past, far_future, scale, threshold, inverse_keep,
-            SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, C2P, P2C, GRAIN, ROWS, COLUMNS,
+        dk, dv, row_sum = _differentiate(
+            dk, dv, k, hidden, v, query, grad_output, shift, delta, c2p, p2c, mask, seed, near_start, near_stop,
+            q_l * UNIT, do_l * UNIT, c2p_pitch * 16, p2c_pitch * 16, mask_i, mask_j, batch_head, n0, low, high,
+            query_length, key_length, offset, far_past, far_future, scale, inverse_band_scale, threshold, inverse_keep,
+            SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, C2P, P2C, False, GRAIN, COLUMNS,
         )  # fmt: skip
     if P2C:
         tl.debug_barrier()  # what other threads of this program stored is read next
@@ -137,92 +140,63 @@ def backward_key(
         lowest = near_start - (n0 + ROWS - 1) + offset
         for window in range(0, near_stop - near_start + ROWS - 1, COLUMNS):
             e = lowest + window + tl.arange(0, COLUMNS)
-            column = e[None, :] + rows[:, None] - offset
-            inside = (column >= near_start) & (column < near_stop) & (rows < key_length)[:, None]
-            da = tl.load(p2c + column, mask=inside, other=0.0)
+            column = e[None, :] + local[:, None] + (n0 - offset)
+            inside = (column >= near_start) & (column < near_stop) & (local < key_length - n0)[:, None]
+            da = tl.load(p2c + (local[:, None] * (p2c_pitch * 16) + column), mask=inside, other=0.0)
             t = tl.minimum(tl.maximum(e - first_distance, 0), distances - 1)
             dk = matmul_add(da, load_rows(query_table, t, SIZE, SIZE, BLOCK_SIZE), dk, PRECISION)
 
-    grad_key = start_of(grad_key, batch, head, first, dk_b, dk_h, dk_l, UNIT)
-    store_rows(grad_key, rows, key_length, dk_l * UNIT, dk * softmax_scale, SIZE, BLOCK_SIZE)
-    grad_value = start_of(grad_value, batch, head, first, dv_b, dv_h, dv_l, UNIT)
-    store_rows(grad_value, rows, key_length, dv_l * UNIT, dv, SIZE, BLOCK_SIZE)
-
-
-@triton.jit
-def _far_queries(
-    dk, dv, column_sum, shifted, constant, v, query, grad_output, lse, delta, mask, seed, start, stop,
-    q_l, do_l, mask_i, mask_j, batch_head, rows, n0, query_length, key_length, scale, threshold, inverse_keep,
-    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    P2C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    for m0 in range(start, stop, COLUMNS):
-        columns = m0 + tl.arange(0, COLUMNS)
-        i = tl.minimum(columns, query_length - 1)
-        q = load_rows(query, i, q_l, SIZE, BLOCK_SIZE)
-        z = matmul(shifted, tl.trans(q), PRECISION) * scale + constant[:, None]
-        dk, dv, da = _differentiate(
-            dk, dv, z, q, v, grad_output, lse, delta, mask, seed, i, columns, do_l, mask_i, mask_j, batch_head,
-            rows, n0, query_length, key_length, threshold, inverse_keep,
-            SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, ROWS,
-        )  # fmt: skip
-        if P2C:
-            column_sum += tl.sum(da, 1)
-    return dk, dv, column_sum
-
-
-@triton.jit
-def _near_queries(
-    dk, dv, k, v, hidden, query, grad_output, lse, delta, c2p, p2c, mask, seed, start, stop,
-    q_l, do_l, c2p_pitch, mask_i, mask_j, batch_head, rows, n0, low, high,
-    query_length, key_length, offset, far_past, far_future, scale, threshold, inverse_keep,
-    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    C2P: tl.constexpr, P2C: tl.constexpr, GRAIN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    for m0 in range(start, stop, COLUMNS):
-        columns = m0 + tl.arange(0, COLUMNS)
-        i = tl.minimum(columns, query_length - 1)
-        q = load_rows(query, i, q_l, SIZE, BLOCK_SIZE)
-        z = matmul(k, tl.trans(q), PRECISION) * scale + hidden[:, None]
-        if C2P:
-            key_start, _ = near_span(m0 // GRAIN * GRAIN, offset, far_past, far_future, low, high, GRAIN)
-            z += tl.load(c2p + (i.to(tl.int64)[None, :] * c2p_pitch - key_start) + rows[:, None])
-        band = p2c + columns[None, :]
-        present = (rows < key_length)[:, None]
-        if P2C:
-            z += tl.load(band, mask=present, other=0.0)
-        dk, dv, da = _differentiate(
-            dk, dv, z, q, v, grad_output, lse, delta, mask, seed, i, columns, do_l, mask_i, mask_j, batch_head,
-            rows, n0, query_length, key_length, threshold, inverse_keep,
-            SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, ROWS,
-        )  # fmt: skip
-        tl.store(band, da.to(band.dtype.element_ty), mask=present)
-    return dk, dv
+    grad_key = start_of(grad_key, batch, head, first + n0, dk_b, dk_h, dk_l, UNIT)
+    store_rows(grad_key, local, key_length - n0, dk_l * UNIT, dk * softmax_scale, SIZE, BLOCK_SIZE)
+    grad_value = start_of(grad_value, batch, head, first + n0, dv_b, dv_h, dv_l, UNIT)
+    store_rows(grad_value, local, key_length - n0, dv_l * UNIT, dv, SIZE, BLOCK_SIZE)
 
 
 @triton.jit
 def _differentiate(
-    dk, dv, z, q, v, grad_output, lse, delta, mask, seed, i, columns, do_l, mask_i, mask_j, batch_head,
-    rows, n0, query_length, key_length, threshold, inverse_keep,
+    dk, dv, k, constant, v, query, grad_output, shift, delta, c2p, p2c, mask, seed, start, stop,
+    q_l, do_l, c2p_pitch, p2c_pitch, mask_i, mask_j, batch_head, n0, low, high, query_length, key_length, offset,
+    far_past, far_future, scale, inverse_band_scale, threshold, inverse_keep,
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    ROWS: tl.constexpr,
+    C2P: tl.constexpr, P2C: tl.constexpr, SUM: tl.constexpr, GRAIN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Equation 8 on one tile, transposed; returns dA too."""
-    # A query that is not there, or that sees no key, has a log-sum-exp of infinity: its probabilities are zero.
-    shift = tl.load(lse + columns, mask=columns < query_length, other=float("-inf")) * 1.4426950408889634
-    shift = tl.where(shift == float("-inf"), float("inf"), shift)
-    if MASK == "pairs":
-        pairs = mask + i.to(tl.int64)[None, :] * mask_i + rows.to(tl.int64)[:, None] * mask_j
-        z = tl.where(tl.load(pairs, mask=(rows < key_length)[:, None], other=0) != 0, z, float("-inf"))
-    p = tl.exp2(z - shift[None, :])
-    do = load_rows(grad_output, i, do_l, SIZE, BLOCK_SIZE)
-    dp = matmul(v, tl.trans(do), PRECISION)
-    dropped = p
-    if DROPOUT:
-        keep = tl.trans(kept(seed, batch_head, columns, n0, threshold, ROWS))
-        dropped = tl.where(keep, p * inverse_keep, 0.0)
-        dp = tl.where(keep, dp * inverse_keep, 0.0)
-    dv = matmul_add(dropped.to(do.dtype), do, dv, PRECISION)
-    da = p * (dp - tl.load(delta + columns, mask=columns < query_length, other=0.0)[None, :])
-    dk = matmul_add(da.to(q.dtype), q, dk, PRECISION)
-    return dk, dv, da
+    """Equation 8 over the queries start to stop, near ones with C2P or P2C; the sums of dA over them with SUM."""
+    local, local_rows = tl.arange(0, COLUMNS), tl.arange(0, k.shape[0])
+    present = tl.minimum(local_rows, key_length - 1 - n0)
+    row_sum = tl.zeros_like(constant)
+    eye = identity(k.shape[0], inverse_band_scale, k.dtype)
+    for m0 in range(start, stop, COLUMNS):
+        here = tl.minimum(local, query_length - 1 - m0)
+        q = load_rows(skip_rows(query, m0, q_l), here, q_l, SIZE, BLOCK_SIZE)
+        z = matmul(k, tl.trans(q), PRECISION)
+        if C2P:
+            key_start, _ = near_span(m0 // GRAIN * GRAIN, offset, far_past, far_future, low, high, GRAIN)
+            tile = tl.load(skip_rows(c2p, m0, c2p_pitch) - key_start + (here[:, None] * c2p_pitch + local_rows[None, :]))
+            z = add_tile(z, tl.trans(tile), eye, inverse_band_scale, PRECISION)
+        if P2C:
+            tile = tl.load(p2c + m0 + (present[:, None] * p2c_pitch + local[None, :]))
+            z = add_tile(z, tile, eye, inverse_band_scale, PRECISION)
+        # A query that is not there has a shift of infinity: no probability.
+        inside = local < query_length - m0
+        z = z * scale + constant[:, None] - tl.load(shift + m0 + local, mask=inside, other=float("inf"))[None, :]
+        if MASK == "pairs":
+            pairs = skip_rows(mask, m0, mask_i) + (here[None, :] * mask_i + present[:, None] * mask_j)
+            z = tl.where(tl.load(pairs) != 0, z, float("-inf"))
+        p = tl.exp2(z)
+        do = load_rows(skip_rows(grad_output, m0, do_l), here, do_l, SIZE, BLOCK_SIZE)
+        dp = matmul(v, tl.trans(do), PRECISION)
+        dropped = p
+        if DROPOUT:
+            keep = tl.trans(kept(seed, batch_head, m0 + local, n0, threshold, k.shape[0]))
+            dropped = tl.where(keep, p * inverse_keep, 0.0)
+            dp = tl.where(keep, dp * inverse_keep, 0.0)
+        dv = matmul_add(dropped.to(do.dtype), do, dv, PRECISION)
+        da = p * (dp - tl.load(delta + m0 + local, mask=inside, other=0.0)[None, :])
+        if SUM:
+            row_sum += tl.sum(da, 1)
+        rounded = da.to(q.dtype)
+        dk = matmul_add(rounded, q, dk, PRECISION)
+        if C2P or P2C:
+            band = p2c + m0 + (local_rows[:, None] * p2c_pitch + local[None, :])
+            tl.store(band, rounded, mask=(local_rows < key_length - n0)[:, None])
+    return dk, dv, row_sum

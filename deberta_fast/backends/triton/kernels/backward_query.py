@@ -15,18 +15,18 @@ from .tile import (
     find_rows,
     hide,
     kept,
-    load_columns,
     load_rows,
     load_vector,
     matmul,
     matmul_add,
     near_span,
+    skip_rows,
     start_of,
     store_rows,
 )
 
 INTEGERS = (
-    "q_b", "q_h", "q_l", "k_b", "k_h", "k_l", "v_b", "v_h", "v_l", "do_b", "do_h", "do_l", "lse_b", "lse_h",
+    "q_b", "q_h", "q_l", "k_b", "k_h", "k_l", "v_b", "v_h", "v_l", "do_b", "do_h", "do_l", "delta_b", "delta_h",
     "dq_b", "dq_h", "dq_l", "pos_key_h", "pos_key_l", "pos_query_h", "pos_query_l",
     "mask_b", "mask_h", "mask_i", "mask_j", "c2p_b", "c2p_h", "c2p_pitch", "p2c_b", "p2c_h", "p2c_pitch",
     "table_h", "first_distance", "distances",
@@ -38,8 +38,8 @@ INTEGERS = (
 @triton.jit(do_not_specialize=INTEGERS)
 def backward_query(
     query, key, value, pos_key, pos_query, key_table, c2p, p2c, mask, cu_seqlens, key_spans, seed,
-    grad_output, lse, delta, grad_query,
-    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, do_b, do_h, do_l, lse_b, lse_h, dq_b, dq_h, dq_l,
+    grad_output, shift, delta, grad_query,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, do_b, do_h, do_l, delta_b, delta_h, dq_b, dq_h, dq_l,
     pos_key_h, pos_key_l, pos_query_h, pos_query_l, mask_b, mask_h, mask_i, mask_j,
     c2p_b, c2p_h, c2p_pitch, p2c_b, p2c_h, p2c_pitch, table_h, first_distance, distances,
     query_length, key_length, offset, far_past, far_future, past_slot, future_slot,
@@ -59,16 +59,16 @@ def backward_query(
     if C2P or P2C:
         near_start, near_stop = near_span(m0 // GRAIN * GRAIN, offset, far_past, far_future, low, high, GRAIN)
 
-    rows = m0 + tl.arange(0, ROWS)
-    present = tl.minimum(rows, query_length - 1)
-    q = load_rows(start_of(query, batch, head, first, q_b, q_h, q_l, UNIT), present, q_l * UNIT, SIZE, BLOCK_SIZE)
-    grad_output = start_of(grad_output, batch, head, first, do_b, do_h, do_l, UNIT)
+    local = tl.arange(0, ROWS)
+    present = tl.minimum(local, query_length - 1 - m0)
+    query = start_of(query, batch, head, first + m0, q_b, q_h, q_l, UNIT)
+    q = load_rows(query, present, q_l * UNIT, SIZE, BLOCK_SIZE)
+    grad_output = start_of(grad_output, batch, head, first + m0, do_b, do_h, do_l, UNIT)
     do = load_rows(grad_output, present, do_l * UNIT, SIZE, BLOCK_SIZE)
     key = start_of(key, batch, head, first, k_b, k_h, k_l, UNIT)
     value = start_of(value, batch, head, first, v_b, v_h, v_l, UNIT)
-    shift = tl.load(start_of(lse, batch, head, first, lse_b, lse_h, 1, 1) + present) * 1.4426950408889634
-    shift = tl.where(shift == float("-inf"), float("inf"), shift)  # sees nothing: probabilities of zero
-    delta = tl.load(start_of(delta, batch, head, first, lse_b, lse_h, 1, 1) + present)
+    shift = tl.load(start_of(shift, batch, head, first + m0, delta_b, delta_h, 1, 1) + present)
+    delta = tl.load(start_of(delta, batch, head, first + m0, delta_b, delta_h, 1, 1) + present)
     if MASK != "none":
         mask = start_of(mask, batch, head, first, mask_b, mask_h, mask_j, 1)
     batch_head = batch * heads + head
@@ -91,72 +91,71 @@ def backward_query(
             whole = tl.maximum(stop // COLUMNS * COLUMNS, start)
             dq, row_sum = _far_keys(
                 dq, row_sum, shifted, constant, do, delta, key, value, mask, seed, start, whole, k_l * UNIT, v_l * UNIT,
-                mask_i, mask_j, batch_head, rows, present, key_length, scale, threshold, inverse_keep,
+                mask_i, mask_j, batch_head, m0, present, key_length, scale, threshold, inverse_keep,
                 SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, C2P, COLUMNS, False,
             )  # fmt: skip
         dq, row_sum = _far_keys(
             dq, row_sum, shifted, constant, do, delta, key, value, mask, seed, whole, stop, k_l * UNIT, v_l * UNIT,
-            mask_i, mask_j, batch_head, rows, present, key_length, scale, threshold, inverse_keep,
+            mask_i, mask_j, batch_head, m0, present, key_length, scale, threshold, inverse_keep,
             SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, C2P, COLUMNS, True,
         )  # fmt: skip
         if C2P:
             dq += row_sum[:, None] * row[None, :]
 
     if C2P or P2C:
-        p2c = start_of(p2c, part_batch, part_head, first, p2c_b * p2c_pitch, p2c_h * p2c_pitch, p2c_pitch, 16)
+        p2c = start_of(p2c, part_batch, part_head, first, p2c_b * p2c_pitch, p2c_h * p2c_pitch, p2c_pitch, 16) + m0
     if C2P:
-        c2p = start_of(c2p, part_batch, part_head, first, c2p_b * c2p_pitch, c2p_h * c2p_pitch, c2p_pitch, 16)
-        c2p += rows.to(tl.int64)[:, None] * (c2p_pitch * 16) - near_start
+        c2p = start_of(c2p, part_batch, part_head, first + m0, c2p_b * c2p_pitch, c2p_h * c2p_pitch, c2p_pitch, 16)
+        c2p -= near_start
     query_grains = tl.cdiv(query_length, GRAIN) * GRAIN
+    local_keys = tl.arange(0, COLUMNS)
     for n0 in range(near_start, near_stop, COLUMNS):
-        columns = n0 + tl.arange(0, COLUMNS)
-        j = tl.minimum(columns, key_length - 1)
-        grain = n0 // GRAIN * GRAIN
-        query_start, _ = near_span(grain, -offset, -far_future, -far_past, 0, query_grains, GRAIN)
-        da = tl.load(
-            p2c + (j.to(tl.int64)[None, :] * (p2c_pitch * 16) - query_start) + rows[:, None],
-            mask=(columns < key_length)[None, :],
-            other=0.0,
-        )
-        dq = matmul_add(da, load_rows(key, j, k_l * UNIT, SIZE, BLOCK_SIZE), dq, PRECISION)
+        here = tl.minimum(local_keys, key_length - 1 - n0)
+        query_start, _ = near_span(n0 // GRAIN * GRAIN, -offset, -far_future, -far_past, 0, query_grains, GRAIN)
+        tile = skip_rows(p2c, n0, p2c_pitch * 16) - query_start + (here[:, None] * (p2c_pitch * 16) + local[None, :])
+        da = tl.trans(tl.load(tile, mask=(local_keys < key_length - n0)[:, None], other=0.0))
+        k = load_rows(skip_rows(key, n0, k_l * UNIT), here, k_l * UNIT, SIZE, BLOCK_SIZE)
+        dq = matmul_add(da, k, dq, PRECISION)
         if C2P:
-            tl.store(c2p + columns[None, :], da, mask=(rows < query_length)[:, None])
+            tile = c2p + n0 + (local[:, None] * (c2p_pitch * 16) + local_keys[None, :])
+            tl.store(tile, da, mask=(local < query_length - m0)[:, None])
     if C2P:
         tl.debug_barrier()  # what other threads of this program stored is read next
         key_table += head.to(tl.int64) * table_h
         lowest = near_start - (m0 + ROWS - 1) - offset
         for window in range(0, near_stop - near_start + ROWS - 1, COLUMNS):
-            e = lowest + window + tl.arange(0, COLUMNS)
-            column = e[None, :] + rows[:, None] + offset
-            inside = (column >= near_start) & (column < near_stop) & (rows < query_length)[:, None]
-            da = tl.load(c2p + column, mask=inside, other=0.0)
+            e = lowest + window + local_keys
+            column = e[None, :] + local[:, None] + (m0 + offset)
+            inside = (column >= near_start) & (column < near_stop) & (local < query_length - m0)[:, None]
+            da = tl.load(c2p + (local[:, None] * (c2p_pitch * 16) + column), mask=inside, other=0.0)
             t = tl.minimum(tl.maximum(-e - first_distance, 0), distances - 1)
             dq = matmul_add(da, load_rows(key_table, t, SIZE, SIZE, BLOCK_SIZE), dq, PRECISION)
 
-    grad_query = start_of(grad_query, batch, head, first, dq_b, dq_h, dq_l, UNIT)
-    store_rows(grad_query, rows, query_length, dq_l * UNIT, dq * softmax_scale, SIZE, BLOCK_SIZE)
+    grad_query = start_of(grad_query, batch, head, first + m0, dq_b, dq_h, dq_l, UNIT)
+    store_rows(grad_query, local, query_length - m0, dq_l * UNIT, dq * softmax_scale, SIZE, BLOCK_SIZE)
 
 
 @triton.jit
 def _far_keys(
     dq, row_sum, shifted, constant, do, delta, key, value, mask, seed, start, stop, k_l, v_l,
-    mask_i, mask_j, batch_head, rows, present, key_length, scale, threshold, inverse_keep,
+    mask_i, mask_j, batch_head, m0, present, key_length, scale, threshold, inverse_keep,
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     C2P: tl.constexpr, COLUMNS: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
+    local, local_rows = tl.arange(0, COLUMNS), tl.arange(0, shifted.shape[0])
     for n0 in range(start, stop, COLUMNS):
-        columns = n0 + tl.arange(0, COLUMNS)
-        j = columns
+        here = local
         if HIDDEN:
-            j = tl.minimum(columns, key_length - 1)
-        k = load_rows(key, j, k_l, SIZE, BLOCK_SIZE)
+            here = tl.minimum(local, key_length - 1 - n0)
+        k = load_rows(skip_rows(key, n0, k_l), here, k_l, SIZE, BLOCK_SIZE)
         z = matmul(shifted, tl.trans(k), PRECISION) * scale + constant[:, None]
         if HIDDEN:
-            z = hide(z, mask, present, columns, key_length, mask_i, mask_j, MASK)
+            z = hide(z, mask, m0 + present, n0 + local, key_length, mask_i, mask_j, MASK)
         p = tl.exp2(z)
-        dp = matmul(do, load_columns(value, j, v_l, SIZE, BLOCK_SIZE), PRECISION)
+        v = load_rows(skip_rows(value, n0, v_l), here, v_l, SIZE, BLOCK_SIZE)
+        dp = matmul(do, tl.trans(v), PRECISION)
         if DROPOUT:
-            dp = tl.where(kept(seed, batch_head, rows, n0, threshold, COLUMNS), dp * inverse_keep, 0.0)
+            dp = tl.where(kept(seed, batch_head, m0 + local_rows, n0, threshold, COLUMNS), dp * inverse_keep, 0.0)
         da = p * (dp - delta[:, None])
         if C2P:
             row_sum += tl.sum(da, 1)

@@ -12,7 +12,7 @@ Then by row of the table: the distances of a row are neighbours, because sigma n
 import triton
 import triton.language as tl
 
-from .tile import find_keys, find_rows, load_rows, matmul_add, near_span, start_of
+from .tile import find_keys, find_rows, load_rows, matmul_add, near_span, skip_rows, start_of
 
 INTEGERS_BY_DISTANCE = (
     "x_b", "x_h", "x_l", "band_b", "band_h", "pitch", "rows_length", "columns_length", "offset", "past", "future",
@@ -56,13 +56,15 @@ def backward_by_distance(
         x_start = start_of(x, batch, head, first, x_b, x_h, x_l, UNIT)
         band_start = start_of(band, batch - first_batch, part_head, first, band_b * pitch, band_h * pitch, pitch, 16)
         row_start = tl.maximum(row_start, 0) // ROWS * ROWS + split % row_splits * ROWS
+        local = tl.arange(0, ROWS)
         for r0 in range(row_start, row_stop, ROWS * row_splits):
-            rows = r0 + tl.arange(0, ROWS)
             start, stop = near_span(r0 // GRAIN * GRAIN, offset, past, future, low, high, GRAIN)
-            column = e[None, :] + rows[:, None] + offset
-            present = (column >= start) & (column < stop) & (rows < row_count)[:, None]
-            da = tl.load(band_start + rows.to(tl.int64)[:, None] * (pitch * 16) + (column - start), present, other=0.0)
-            tile = load_rows(x_start, tl.minimum(rows, row_count - 1), x_l * UNIT, SIZE, BLOCK_SIZE)
+            column = e[None, :] + local[:, None] + (r0 + offset - start)
+            present = (column >= 0) & (column < stop - start) & (local < row_count - r0)[:, None]
+            band_tile = skip_rows(band_start, r0, pitch * 16) + (local[:, None] * (pitch * 16) + column)
+            da = tl.load(band_tile, mask=present, other=0.0)
+            here = tl.minimum(local, row_count - 1 - r0)
+            tile = load_rows(skip_rows(x_start, r0, x_l * UNIT), here, x_l * UNIT, SIZE, BLOCK_SIZE)
             acc = matmul_add(tl.trans(da), tile, acc, PRECISION)
     tl.store(by_distance, acc, mask=inside)
 

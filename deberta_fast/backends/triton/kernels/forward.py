@@ -9,17 +9,18 @@ import triton
 import triton.language as tl
 
 from .tile import (
+    add_tile,
     find_keys,
     find_rows,
     hide,
+    identity,
     kept,
-    load_columns,
     load_rows,
     load_vector,
     matmul,
     matmul_add,
     near_span,
-    row_stride,
+    skip_rows,
     start_of,
     store_rows,
 )
@@ -40,7 +41,7 @@ def forward(
     pos_key_h, pos_key_l, pos_query_h, pos_query_l, mask_b, mask_h, mask_i, mask_j,
     c2p_b, c2p_h, c2p_pitch, p2c_b, p2c_h, p2c_pitch,
     query_length, key_length, offset, far_past, far_future, past_slot, future_slot,
-    blocks, first_batch, first_head, heads, scale, band_scale, threshold, inverse_keep,
+    blocks, first_batch, first_head, heads, scale, inverse_band_scale, threshold, inverse_keep,
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     PACKED: tl.constexpr, SPANS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     C2P: tl.constexpr, P2C: tl.constexpr, GRAIN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -58,13 +59,10 @@ def forward(
 
     local = tl.arange(0, ROWS)
     present = tl.minimum(local, query_length - 1 - m0)
-    rows = m0 + present
-    q = load_rows(
-        start_of(query, batch, head, first, q_b, q_h, q_l, UNIT), m0, present, row_stride(q_l, UNIT), SIZE, BLOCK_SIZE
-    )
+    query = start_of(query, batch, head, first + m0, q_b, q_h, q_l, UNIT)
+    q = load_rows(query, present, q_l * UNIT, SIZE, BLOCK_SIZE)
     key = start_of(key, batch, head, first, k_b, k_h, k_l, UNIT)
     value = start_of(value, batch, head, first, v_b, v_h, v_l, UNIT)
-    k_l, v_l = row_stride(k_l, UNIT), row_stride(v_l, UNIT)
     if MASK != "none":
         mask = start_of(mask, batch, head, first, mask_b, mask_h, mask_j, 1)
     batch_head = batch * heads + head
@@ -76,25 +74,24 @@ def forward(
     query_grains = tl.cdiv(query_length, GRAIN) * GRAIN
     if C2P:
         c2p = start_of(c2p, part_batch, part_head, first + m0, c2p_b * c2p_pitch, c2p_h * c2p_pitch, c2p_pitch, 16)
-        c2p += present[:, None] * row_stride(c2p_pitch, 16) - near_start
+        c2p -= near_start
     if P2C:
         p2c = start_of(p2c, part_batch, part_head, first, p2c_b * p2c_pitch, p2c_h * p2c_pitch, p2c_pitch, 16)
-        p2c += (m0 + local)[None, :]
-        p2c_pitch = row_stride(p2c_pitch, 16)
+        p2c += m0
     if C2P or P2C:
         whole = near_start
         if MASK == "none":
             whole = tl.maximum(tl.minimum(near_stop, key_length) // COLUMNS * COLUMNS, near_start)
             acc, total, peak = _attend(
-                acc, total, peak, q, constant, key, value, c2p, p2c, mask, seed, near_start, whole, k_l, v_l, p2c_pitch,
-                mask_i, mask_j, batch_head, rows, key_length, query_grains, offset, far_past, far_future,
-                scale, band_scale, threshold,
+                acc, total, peak, q, constant, key, value, c2p, p2c, mask, seed, near_start, whole, k_l * UNIT, v_l * UNIT, c2p_pitch * 16, p2c_pitch * 16,
+                mask_i, mask_j, batch_head, m0, present, key_length, query_grains, offset, far_past, far_future,
+                scale, inverse_band_scale, threshold,
                 SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, C2P, P2C, GRAIN, COLUMNS, False,
             )  # fmt: skip
         acc, total, peak = _attend(
-            acc, total, peak, q, constant, key, value, c2p, p2c, mask, seed, whole, near_stop, k_l, v_l, p2c_pitch,
-            mask_i, mask_j, batch_head, rows, key_length, query_grains, offset, far_past, far_future,
-            scale, band_scale, threshold,
+            acc, total, peak, q, constant, key, value, c2p, p2c, mask, seed, whole, near_stop, k_l * UNIT, v_l * UNIT, c2p_pitch * 16, p2c_pitch * 16,
+            mask_i, mask_j, batch_head, m0, present, key_length, query_grains, offset, far_past, far_future,
+            scale, inverse_band_scale, threshold,
             SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, C2P, P2C, GRAIN, COLUMNS, True,
         )  # fmt: skip
     for side in range(2):
@@ -112,15 +109,15 @@ def forward(
         if MASK == "none":
             whole = tl.maximum(stop // COLUMNS * COLUMNS, start)
             acc, total, peak = _attend(
-                acc, total, peak, shifted, constant, key, value, c2p, p2c, mask, seed, start, whole, k_l, v_l, p2c_pitch,
-                mask_i, mask_j, batch_head, rows, key_length, query_grains, offset, far_past, far_future,
-                scale, band_scale, threshold,
+                acc, total, peak, shifted, constant, key, value, c2p, p2c, mask, seed, start, whole, k_l * UNIT, v_l * UNIT, 0, 0,
+                mask_i, mask_j, batch_head, m0, present, key_length, query_grains, offset, far_past, far_future,
+                scale, inverse_band_scale, threshold,
                 SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, False, False, GRAIN, COLUMNS, False,
             )  # fmt: skip
         acc, total, peak = _attend(
-            acc, total, peak, shifted, constant, key, value, c2p, p2c, mask, seed, whole, stop, k_l, v_l, p2c_pitch,
-            mask_i, mask_j, batch_head, rows, key_length, query_grains, offset, far_past, far_future,
-            scale, band_scale, threshold,
+            acc, total, peak, shifted, constant, key, value, c2p, p2c, mask, seed, whole, stop, k_l * UNIT, v_l * UNIT, 0, 0,
+            mask_i, mask_j, batch_head, m0, present, key_length, query_grains, offset, far_past, far_future,
+            scale, inverse_band_scale, threshold,
             SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, False, False, GRAIN, COLUMNS, True,
         )  # fmt: skip
 
@@ -128,16 +125,16 @@ def forward(
         acc *= inverse_keep
     acc /= tl.where(total == 0, 1.0, total)[:, None]
     output = start_of(output, batch, head, first + m0, o_b, o_h, o_l, UNIT)
-    store_rows(output, local, query_length - m0, row_stride(o_l, UNIT), acc, SIZE, BLOCK_SIZE)
+    store_rows(output, local, query_length - m0, o_l * UNIT, acc, SIZE, BLOCK_SIZE)
     lse = start_of(lse, batch, head, first + m0, lse_b, lse_h, 1, 1)
     tl.store(lse + local, (peak + tl.log2(total)) * 0.6931471805599453, mask=local < query_length - m0)
 
 
 @triton.jit
 def _attend(
-    acc, total, peak, q, constant, key, value, c2p, p2c, mask, seed, start, stop, k_l, v_l, p2c_pitch,
-    mask_i, mask_j, batch_head, rows, key_length, query_grains, offset, far_past, far_future,
-    scale, band_scale, threshold,
+    acc, total, peak, q, constant, key, value, c2p, p2c, mask, seed, start, stop, k_l, v_l, c2p_pitch, p2c_pitch,
+    mask_i, mask_j, batch_head, m0, present, key_length, query_grains, offset, far_past, far_future,
+    scale, inverse_band_scale, threshold,
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     C2P: tl.constexpr, P2C: tl.constexpr, GRAIN: tl.constexpr, COLUMNS: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
@@ -145,31 +142,24 @@ def _attend(
 
     Position scores are what the product with the keys starts from. HIDDEN: some keys may not be there or be masked.
     """
-    local = tl.arange(0, COLUMNS)
-    if C2P or P2C:
-        c2p_tile, p2c_tile = _load_bands(
-            c2p, p2c, start, stop, p2c_pitch, key_length, query_grains, offset, far_past, far_future,
-            C2P, P2C, GRAIN, COLUMNS, HIDDEN,
-        )  # fmt: skip
+    local, local_rows = tl.arange(0, COLUMNS), tl.arange(0, q.shape[0])
+    eye = identity(q.shape[0], inverse_band_scale, q.dtype)
     for n0 in range(start, stop, COLUMNS):
         here = local
         if HIDDEN:
             here = tl.minimum(local, key_length - 1 - n0)
-        k = load_columns(key, n0, here, k_l, SIZE, BLOCK_SIZE)
-        if C2P or P2C:
-            # What the next tile starts from is loaded a step ahead: Triton does so for operands of products only.
-            scores = _position_scores(c2p_tile, p2c_tile, C2P, P2C)
-            c2p_tile, p2c_tile = _load_bands(
-                c2p, p2c, n0 + COLUMNS, stop, p2c_pitch, key_length, query_grains, offset, far_past, far_future,
-                C2P, P2C, GRAIN, COLUMNS, HIDDEN,
-            )  # fmt: skip
-            if q.dtype == tl.float16:
-                scores *= band_scale
-            z = matmul_add(q, k, scores, PRECISION)
-        else:
-            z = matmul(q, k, PRECISION)
+        k = load_rows(skip_rows(key, n0, k_l), here, k_l, SIZE, BLOCK_SIZE)
+        z = matmul(q, tl.trans(k), PRECISION)
+        if C2P:
+            tile = tl.load(c2p + n0 + (present[:, None] * c2p_pitch + local[None, :]))
+            z = add_tile(z, tile, eye, inverse_band_scale, PRECISION)
+        if P2C:
+            grain = n0 // GRAIN * GRAIN
+            query_start, _ = near_span(grain, -offset, -far_future, -far_past, 0, query_grains, GRAIN)
+            tile = tl.load(skip_rows(p2c, n0, p2c_pitch) - query_start + (here[:, None] * p2c_pitch + local_rows[None, :]))
+            z = add_tile(z, tl.trans(tile), eye, inverse_band_scale, PRECISION)
         if HIDDEN:
-            z = hide(z, mask, rows, n0 + local, key_length, mask_i, mask_j, MASK)
+            z = hide(z, mask, m0 + present, n0 + local, key_length, mask_i, mask_j, MASK)
         new_peak = tl.maximum(peak, tl.max(z, 1) * scale + constant)
         shift = new_peak
         if HIDDEN:
@@ -178,39 +168,8 @@ def _attend(
         fade = tl.exp2(peak - shift)
         total = total * fade + tl.sum(p, 1)
         if DROPOUT:
-            p = tl.where(kept(seed, batch_head, rows, n0, threshold, COLUMNS), p, 0.0)
-        v = load_rows(value, n0, here, v_l, SIZE, BLOCK_SIZE)
+            p = tl.where(kept(seed, batch_head, m0 + local_rows, n0, threshold, COLUMNS), p, 0.0)
+        v = load_rows(skip_rows(value, n0, v_l), here, v_l, SIZE, BLOCK_SIZE)
         acc = matmul_add(p.to(v.dtype), v, acc * fade[:, None], PRECISION)
         peak = new_peak
     return acc, total, peak
-
-
-@triton.jit
-def _load_bands(
-    c2p, p2c, n0, stop, p2c_pitch, key_length, query_grains, offset, far_past, far_future,
-    C2P: tl.constexpr, P2C: tl.constexpr, GRAIN: tl.constexpr, COLUMNS: tl.constexpr, HIDDEN: tl.constexpr,
-):  # fmt: skip
-    """Tiles of the bands at keys n0, c2p (rows, COLUMNS) and p2c (COLUMNS, rows); anything if n0 >= stop."""
-    local = tl.arange(0, COLUMNS)
-    c2p_tile, p2c_tile = 0.0, 0.0
-    if C2P:
-        c2p_tile = tl.load(c2p + n0 + local[None, :], mask=n0 < stop, other=0.0)
-    if P2C:
-        if HIDDEN:
-            local = tl.minimum(local, key_length - 1 - n0)
-        query_start, _ = near_span(
-            n0 // GRAIN * GRAIN, -offset, -far_future, -far_past, 0, query_grains, GRAIN
-        )
-        p2c_tile = tl.load(p2c + (n0 * p2c_pitch - query_start) + local[:, None] * p2c_pitch, mask=n0 < stop, other=0.0)
-    return c2p_tile, p2c_tile
-
-
-@triton.jit
-def _position_scores(c2p_tile, p2c_tile, C2P: tl.constexpr, P2C: tl.constexpr):
-    """(rows, COLUMNS) in float32."""
-    if C2P and P2C:
-        return c2p_tile.to(tl.float32) + tl.trans(p2c_tile).to(tl.float32)
-    elif C2P:
-        return c2p_tile.to(tl.float32)
-    else:
-        return tl.trans(p2c_tile).to(tl.float32)

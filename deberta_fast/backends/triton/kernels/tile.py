@@ -33,7 +33,7 @@ def find_keys(batch, key_spans, key_length, GRAIN: tl.constexpr, SPANS: tl.const
 
 @triton.jit
 def start_of(base, batch, head, row, stride_b, stride_h, stride_l, UNIT: tl.constexpr):
-    """Pointer to a row; strides count UNITs, so that the compiler knows what they divide by."""
+    """Pointer to a row, in 64 bits; strides count UNITs, so that the compiler knows what they divide by."""
     return base + (batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + row.to(tl.int64) * stride_l) * UNIT
 
 
@@ -50,37 +50,27 @@ def near_span(first, offset, past, future, low, high, GRAIN: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base, first, local, stride, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """(rows, BLOCK_SIZE), zero from SIZE on: rows first + local, which must exist. ``stride`` is 64 bits wide."""
+def skip_rows(base, rows, stride):
+    """Pointer ``rows`` rows on, in 64 bits: within a tile 32 are enough."""
+    return base + tl.cast(rows, tl.int64) * stride
+
+
+@triton.jit
+def load_rows(base, local, stride, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """(rows, BLOCK_SIZE), zero from SIZE on. The rows must exist."""
     d = tl.arange(0, BLOCK_SIZE)
-    pointers = base + first * stride + (local[:, None] * stride + d[None, :])
+    pointers = base + (local[:, None] * stride + d[None, :])
     if SIZE == BLOCK_SIZE:
         return tl.load(pointers)
     return tl.load(pointers, mask=(d < SIZE)[None, :], other=0.0)
 
 
 @triton.jit
-def load_columns(base, first, local, stride, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """The transpose of ``load_rows``."""
-    d = tl.arange(0, BLOCK_SIZE)
-    pointers = base + first * stride + (local[None, :] * stride + d[:, None])
-    if SIZE == BLOCK_SIZE:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=(d < SIZE)[:, None], other=0.0)
-
-
-@triton.jit
-def row_stride(stride, UNIT: tl.constexpr):
-    """In elements, 64 bits wide."""
-    return stride.to(tl.int64) * UNIT
-
-
-@triton.jit
-def store_rows(base, rows, limit, stride, tile, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+def store_rows(base, local, limit, stride, tile, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """Those rows below ``limit``."""
     d = tl.arange(0, BLOCK_SIZE)
-    pointers = base + rows.to(tl.int64)[:, None] * stride + d[None, :]
-    tl.store(pointers, tile.to(base.dtype.element_ty), mask=(rows < limit)[:, None] & (d < SIZE)[None, :])
+    pointers = base + (local[:, None] * stride + d[None, :])
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=(local < limit)[:, None] & (d < SIZE)[None, :])
 
 
 @triton.jit
@@ -104,6 +94,26 @@ def matmul_add(a, b, c, PRECISION: tl.constexpr):
     if PRECISION == "upcast":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), c, input_precision="ieee")
     return tl.dot(a, b, c, input_precision=PRECISION)
+
+
+@triton.jit
+def identity(SIZE: tl.constexpr, inverse_band_scale, DTYPE: tl.constexpr):
+    """What ``add_tile`` multiplies tiles of a band with: undoes their power of two."""
+    n = tl.arange(0, SIZE)
+    return tl.where(n[:, None] == n[None, :], inverse_band_scale, 0.0).to(DTYPE)
+
+
+@triton.jit
+def add_tile(z, tile, eye, inverse_band_scale, PRECISION: tl.constexpr):
+    """z plus a tile of a band.
+
+    In half precision as a product with the identity: exact, and the tile goes from device memory to the tensor cores
+    by way of shared memory alone, a step ahead of its use. As an addition it would pass through registers, in another
+    order than that of the product's, and with nothing to hide its latency.
+    """
+    if tile.dtype == tl.float32:
+        return z + tile * inverse_band_scale
+    return matmul_add(eye, tile, z, PRECISION)
 
 
 @triton.jit
