@@ -185,7 +185,7 @@ class Plan:
         """Spans of the keys that a padding mask leaves, and tables by distance."""
         inputs = self.inputs
         if self.mask_kind == "keys" and not self.packed:
-            spans = inputs.query.new_empty((self.batches, 2), dtype=torch.int32)
+            spans = inputs.query.new_empty((self.batches, 4), dtype=torch.int32)
             self.values |= {"key_spans": spans, "SPANS": True}
             yield self._launch(key_spans, (self.batches,), 4, 1, spans=spans, length=self.key_length, COLUMNS=1024)
         if not inputs.has_positions:

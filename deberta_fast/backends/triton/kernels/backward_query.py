@@ -13,6 +13,7 @@ import triton.language as tl
 from .tile import (
     find_keys,
     find_rows,
+    find_solid_keys,
     hide,
     kept,
     load_rows,
@@ -21,6 +22,7 @@ from .tile import (
     matmul_add,
     near_span,
     skip_rows,
+    solid_tiles,
     start_of,
     store_rows,
 )
@@ -55,6 +57,7 @@ def backward_query(
     if m0 >= query_length:
         return
     low, high = find_keys(batch, key_spans, key_length, GRAIN, SPANS)
+    solid_low, solid_high = find_solid_keys(batch, key_spans, key_length, SPANS, MASK)
     near_start, near_stop = low, low
     if C2P or P2C:
         near_start, near_stop = near_span(m0 // GRAIN * GRAIN, offset, far_past, far_future, low, high, GRAIN)
@@ -86,17 +89,15 @@ def backward_query(
             row = load_vector(pos_key + head.to(tl.int64) * pos_key_h + slot * pos_key_l, BLOCK_SIZE, SIZE)
             constant += tl.sum(q.to(tl.float32) * row[None, :], 1) * scale
         row_sum = tl.zeros((ROWS,), tl.float32)
-        whole = start
-        if MASK == "none":
-            whole = tl.maximum(stop // COLUMNS * COLUMNS, start)
-            dq, row_sum = _far_keys(
-                dq, row_sum, shifted, constant, do, delta, key, value, mask, seed, start, whole, k_l * UNIT, v_l * UNIT,
-                mask_i, mask_j, batch_head, m0, present, key_length, scale, threshold, inverse_keep,
-                SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, C2P, COLUMNS, False,
-            )  # fmt: skip
+        solid, hollow = solid_tiles(start, stop, solid_low, solid_high, COLUMNS)
         dq, row_sum = _far_keys(
-            dq, row_sum, shifted, constant, do, delta, key, value, mask, seed, whole, stop, k_l * UNIT, v_l * UNIT,
-            mask_i, mask_j, batch_head, m0, present, key_length, scale, threshold, inverse_keep,
+            dq, row_sum, shifted, constant, do, delta, key, value, mask, seed, solid, hollow, 0, 0,
+            k_l * UNIT, v_l * UNIT, mask_i, mask_j, batch_head, m0, present, key_length, scale, threshold, inverse_keep,
+            SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, C2P, COLUMNS, False,
+        )  # fmt: skip
+        dq, row_sum = _far_keys(
+            dq, row_sum, shifted, constant, do, delta, key, value, mask, seed, start, stop, solid, hollow,
+            k_l * UNIT, v_l * UNIT, mask_i, mask_j, batch_head, m0, present, key_length, scale, threshold, inverse_keep,
             SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, C2P, COLUMNS, True,
         )  # fmt: skip
         if C2P:
@@ -137,15 +138,16 @@ def backward_query(
 
 @triton.jit
 def _far_keys(
-    dq, row_sum, shifted, constant, do, delta, key, value, mask, seed, start, stop, k_l, v_l,
+    dq, row_sum, shifted, constant, do, delta, key, value, mask, seed, start, stop, solid, hollow, k_l, v_l,
     mask_i, mask_j, batch_head, m0, present, key_length, scale, threshold, inverse_keep,
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     C2P: tl.constexpr, COLUMNS: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
     local, local_rows = tl.arange(0, COLUMNS), tl.arange(0, shifted.shape[0])
-    for n0 in range(start, stop, COLUMNS):
+    for n0 in range(start, stop - (hollow - solid), COLUMNS):
         here = local
         if HIDDEN:
+            n0 = tl.where(n0 < solid, n0, n0 + (hollow - solid))
             here = tl.minimum(local, key_length - 1 - n0)
         k = load_rows(skip_rows(key, n0, k_l), here, k_l, SIZE, BLOCK_SIZE)
         z = matmul(shifted, tl.trans(k), PRECISION) * scale + constant[:, None]

@@ -12,6 +12,7 @@ from .tile import (
     add_tile,
     find_keys,
     find_rows,
+    find_solid_keys,
     hide,
     identity,
     kept,
@@ -21,6 +22,7 @@ from .tile import (
     matmul_add,
     near_span,
     skip_rows,
+    solid_tiles,
     start_of,
     store_rows,
 )
@@ -53,6 +55,7 @@ def forward(
     if m0 >= query_length:
         return
     low, high = find_keys(batch, key_spans, key_length, GRAIN, SPANS)
+    solid_low, solid_high = find_solid_keys(batch, key_spans, key_length, SPANS, MASK)
     near_start, near_stop = low, low
     if C2P or P2C:
         near_start, near_stop = near_span(m0 // GRAIN * GRAIN, offset, far_past, far_future, low, high, GRAIN)
@@ -79,18 +82,17 @@ def forward(
         p2c = start_of(p2c, part_batch, part_head, first, p2c_b * p2c_pitch, p2c_h * p2c_pitch, p2c_pitch, 16)
         p2c += m0
     if C2P or P2C:
-        whole = near_start
-        if MASK == "none":
-            whole = tl.maximum(tl.minimum(near_stop, key_length) // COLUMNS * COLUMNS, near_start)
-            acc, total, peak = _attend(
-                acc, total, peak, q, constant, key, value, c2p, p2c, mask, seed, near_start, whole, k_l * UNIT, v_l * UNIT, c2p_pitch * 16, p2c_pitch * 16,
-                mask_i, mask_j, batch_head, m0, present, key_length, query_grains, offset, far_past, far_future,
-                scale, inverse_band_scale, threshold,
-                SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, C2P, P2C, GRAIN, COLUMNS, False,
-            )  # fmt: skip
+        stop = tl.minimum(near_stop, key_length)
+        solid, hollow = solid_tiles(near_start, stop, solid_low, solid_high, COLUMNS)
         acc, total, peak = _attend(
-            acc, total, peak, q, constant, key, value, c2p, p2c, mask, seed, whole, near_stop, k_l * UNIT, v_l * UNIT, c2p_pitch * 16, p2c_pitch * 16,
-            mask_i, mask_j, batch_head, m0, present, key_length, query_grains, offset, far_past, far_future,
+            acc, total, peak, q, constant, key, value, c2p, p2c, mask, seed, solid, hollow, 0, 0,
+            k_l * UNIT, v_l * UNIT, c2p_pitch * 16, p2c_pitch * 16, mask_i, mask_j, batch_head, m0, present, key_length, query_grains, offset, far_past, far_future,
+            scale, inverse_band_scale, threshold,
+            SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, C2P, P2C, GRAIN, COLUMNS, False,
+        )  # fmt: skip
+        acc, total, peak = _attend(
+            acc, total, peak, q, constant, key, value, c2p, p2c, mask, seed, near_start, stop, solid, hollow,
+            k_l * UNIT, v_l * UNIT, c2p_pitch * 16, p2c_pitch * 16, mask_i, mask_j, batch_head, m0, present, key_length, query_grains, offset, far_past, far_future,
             scale, inverse_band_scale, threshold,
             SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, C2P, P2C, GRAIN, COLUMNS, True,
         )  # fmt: skip
@@ -105,18 +107,16 @@ def forward(
         if C2P:
             row = load_vector(pos_key + head.to(tl.int64) * pos_key_h + slot * pos_key_l, BLOCK_SIZE, SIZE)
             constant = tl.sum(q.to(tl.float32) * row[None, :], 1) * scale
-        whole = start
-        if MASK == "none":
-            whole = tl.maximum(stop // COLUMNS * COLUMNS, start)
-            acc, total, peak = _attend(
-                acc, total, peak, shifted, constant, key, value, c2p, p2c, mask, seed, start, whole, k_l * UNIT, v_l * UNIT, 0, 0,
-                mask_i, mask_j, batch_head, m0, present, key_length, query_grains, offset, far_past, far_future,
-                scale, inverse_band_scale, threshold,
-                SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, False, False, GRAIN, COLUMNS, False,
-            )  # fmt: skip
+        solid, hollow = solid_tiles(start, stop, solid_low, solid_high, COLUMNS)
         acc, total, peak = _attend(
-            acc, total, peak, shifted, constant, key, value, c2p, p2c, mask, seed, whole, stop, k_l * UNIT, v_l * UNIT, 0, 0,
-            mask_i, mask_j, batch_head, m0, present, key_length, query_grains, offset, far_past, far_future,
+            acc, total, peak, shifted, constant, key, value, c2p, p2c, mask, seed, solid, hollow, 0, 0,
+            k_l * UNIT, v_l * UNIT, 0, 0, mask_i, mask_j, batch_head, m0, present, key_length, query_grains, offset, far_past, far_future,
+            scale, inverse_band_scale, threshold,
+            SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, False, False, GRAIN, COLUMNS, False,
+        )  # fmt: skip
+        acc, total, peak = _attend(
+            acc, total, peak, shifted, constant, key, value, c2p, p2c, mask, seed, start, stop, solid, hollow,
+            k_l * UNIT, v_l * UNIT, 0, 0, mask_i, mask_j, batch_head, m0, present, key_length, query_grains, offset, far_past, far_future,
             scale, inverse_band_scale, threshold,
             SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, False, False, GRAIN, COLUMNS, True,
         )  # fmt: skip
@@ -132,21 +132,22 @@ def forward(
 
 @triton.jit
 def _attend(
-    acc, total, peak, q, constant, key, value, c2p, p2c, mask, seed, start, stop, k_l, v_l, c2p_pitch, p2c_pitch,
+    acc, total, peak, q, constant, key, value, c2p, p2c, mask, seed, start, stop, solid, hollow, k_l, v_l, c2p_pitch, p2c_pitch,
     mask_i, mask_j, batch_head, m0, present, key_length, query_grains, offset, far_past, far_future,
     scale, inverse_band_scale, threshold,
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     C2P: tl.constexpr, P2C: tl.constexpr, GRAIN: tl.constexpr, COLUMNS: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys start to stop: near ones with C2P or P2C, far ones without.
+    """Online softmax over the keys start to stop, near ones with C2P or P2C, far ones without.
 
-    Position scores are what the product with the keys starts from. HIDDEN: some keys may not be there or be masked.
+    HIDDEN: save those from solid to hollow, which were done without asking whether a key is there and may be seen.
     """
     local, local_rows = tl.arange(0, COLUMNS), tl.arange(0, q.shape[0])
     eye = identity(q.shape[0], inverse_band_scale, q.dtype)
-    for n0 in range(start, stop, COLUMNS):
+    for n0 in range(start, stop - (hollow - solid), COLUMNS):
         here = local
         if HIDDEN:
+            n0 = tl.where(n0 < solid, n0, n0 + (hollow - solid))
             here = tl.minimum(local, key_length - 1 - n0)
         k = load_rows(skip_rows(key, n0, k_l), here, k_l, SIZE, BLOCK_SIZE)
         z = matmul(q, tl.trans(k), PRECISION)

@@ -23,12 +23,32 @@ def find_rows(batch, cu_seqlens, query_length, key_length, PACKED: tl.constexpr)
 
 @triton.jit
 def find_keys(batch, key_spans, key_length, GRAIN: tl.constexpr, SPANS: tl.constexpr):
-    """The keys that the padding mask leaves to a batch row, in whole grains: low <= j < high."""
+    """The keys that a padding mask leaves to a batch row, in whole grains: low <= j < high."""
     low, high = key_length * 0, key_length
     if SPANS:
-        low = tl.load(key_spans + 2 * batch) // GRAIN * GRAIN
-        high = tl.load(key_spans + 2 * batch + 1)
+        low = tl.load(key_spans + 4 * batch) // GRAIN * GRAIN
+        high = tl.load(key_spans + 4 * batch + 1)
     return tl.multiple_of(low, GRAIN), tl.multiple_of(tl.cdiv(high, GRAIN) * GRAIN, GRAIN)
+
+
+@triton.jit
+def find_solid_keys(batch, key_spans, key_length, SPANS: tl.constexpr, MASK: tl.constexpr):
+    """Keys that every query may attend to, half-open: between them nothing has to be looked up."""
+    low, high = key_length * 0, key_length
+    if SPANS:
+        low = tl.load(key_spans + 4 * batch + 2)
+        high = tl.load(key_spans + 4 * batch + 3)
+    elif MASK != "none":
+        high = low
+    return low, high
+
+
+@triton.jit
+def solid_tiles(start, stop, low, high, COLUMNS: tl.constexpr):
+    """The tiles from start to stop that lie in low to high; start is a multiple of COLUMNS."""
+    first = tl.minimum(tl.maximum(tl.cdiv(low, COLUMNS) * COLUMNS, start), tl.maximum(stop, start))
+    last = tl.maximum(tl.minimum(high, stop) // COLUMNS * COLUMNS, first)
+    return tl.multiple_of(first, COLUMNS), tl.multiple_of(last, COLUMNS)
 
 
 @triton.jit
