@@ -16,7 +16,7 @@ class Configuration(NamedTuple):
     """``grain``: what near and far are told apart by, the same for all kernels that share a band."""
 
     grain: int
-    band_scores: Tiles
+    bands: Tiles
     forward: Tiles
     backward_key: Tiles
     backward_query: Tiles

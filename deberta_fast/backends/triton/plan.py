@@ -16,6 +16,7 @@ from .configuration import Configuration, Tiles
 from .kernels.backward_delta import backward_delta
 from .kernels.backward_key import backward_key
 from .kernels.backward_query import backward_query
+from .kernels.backward_rows import backward_rows
 from .kernels.backward_tables import backward_by_distance, backward_by_row
 from .kernels.band_scores import band_scores
 from .kernels.expand_table import expand_table
@@ -24,7 +25,8 @@ from .kernels.key_spans import key_spans
 
 LOG2E = 1 / math.log(2)
 BAND_BYTES = 128 << 20  # of near scores held at once: as many heads, or batch rows of one head, as fit
-SPLITS = 4  # of the rows in the gradients of the tables: each keeps a sum of its own
+SHARES = 2  # of the rows of each residue in the gradients of the tables: each keeps a sum of its own
+ROOM = 128  # rows that the workspace is cut into: whole grains
 _ENDLESS = 1 << 30
 
 
@@ -68,6 +70,8 @@ class Plan:
         heads_tensors = (inputs.query, inputs.key, inputs.value)
         aligned = all(stride * itemsize % 16 == 0 for t in heads_tensors for stride in _strides(t))
         self.unit = 16 // itemsize if aligned else 1
+        # Rows of a program that writes or reads a band by distance: as far apart as the sequence is worth it.
+        self.step = 1 if self.query_length < 256 else 4
         self.values = {
             "query": inputs.query, "key": inputs.key, "value": inputs.value,
             "pos_key": inputs.pos_key, "pos_query": inputs.pos_query,
@@ -76,7 +80,7 @@ class Plan:
             "c2p_b": 0, "c2p_h": 0, "c2p_pitch": 0, "p2c_b": 0, "p2c_h": 0, "p2c_pitch": 0,
             "query_length": self.query_length, "key_length": self.key_length, "offset": inputs.query_offset,
             "table_h": 0, "first_distance": 0, "distances": 0, "far_past": 0, "far_future": 0, "past_slot": 0, "future_slot": 0, "heads": heads,
-            "scale": inputs.scale * LOG2E, "softmax_scale": inputs.scale, "band_scale": _power(inputs.scale * LOG2E), "inverse_band_scale": 1 / _power(inputs.scale * LOG2E),
+            "scale": inputs.scale * LOG2E, "softmax_scale": inputs.scale, "band_scale": _band_scale(inputs), "inverse_band_scale": 1 / _band_scale(inputs),
             "threshold": min(round(inputs.dropout_p * 2**32) - 2**31, 2**31 - 1),
             "inverse_keep": 1 / (1 - inputs.dropout_p),
             "SIZE": size, "BLOCK_SIZE": max(16, 1 << (size - 1).bit_length()), "UNIT": self.unit,
@@ -101,33 +105,31 @@ class Plan:
         self.values |= {"output": output}
         yield from self._prepare()
         for part in self._parts():
-            yield from self._bands(part, self.c2p, self.p2c)
+            yield from self._band_scores(part)
             yield self._rows(forward, self.configuration.forward, self.query_length, part)
 
     def backward(self, output, lse, grad_output, grad_lse, grads) -> Iterator[Launch]:
         """The launches that fill grads: those of query, key, value and of the tables that are there."""
-        inputs, tiles = self.inputs, self.configuration.backward_tables
-        delta, shift = torch.empty_like(lse), torch.empty_like(lse)
+        inputs, sums = self.inputs, {}
         self._add_outputs(lse, o=output, do=grad_output, dq=grads[0], dk=grads[1], dv=grads[2])
-        self.values |= {"output": output, "grad_output": grad_output, "grad_lse": grad_lse, "delta": delta, "shift": shift}
+        self.values |= {"output": output, "grad_output": grad_output, "grad_lse": grad_lse}
         self.values |= dict(zip(("grad_query", "grad_key", "grad_value"), grads, strict=False))
         self.values |= dict(zip(("dlse_b", "dlse_h", "dlse_l"), grad_lse.stride(), strict=True))
-        self.values |= {"delta_b": 0 if self.packed else lse.stride(0), "delta_h": lse.stride(1), "length": lse.shape[2]}
-        self.values |= {"far_pos_key": None, "far_pos_query": None, "far_count": 0}
-        self.values |= {"key_table": None, "query_table": None}
+        self.values |= {"partial": None, "far_pos_key": None, "far_pos_query": None, "far_count": 0}
         yield from self._prepare()
-        whole = Part(0, inputs.query.shape[1], 0, inputs.query.shape[0])
-        yield self._rows(backward_delta, tiles, delta.shape[2], whole)
+        yield self._delta()
         if inputs.has_positions:
             sums = self._table_sums()
         for part in self._parts():
-            yield from self._bands(part, self.c2p, inputs.has_positions, self.p2c)
+            yield from self._band_scores(part)
             yield self._rows(backward_key, self.configuration.backward_key, self.key_length, part)
+            if self.p2c:
+                yield self._spread(backward_rows, "p2c", part, grad_x=grads[1])
             yield self._rows(backward_query, self.configuration.backward_query, self.query_length, part)
             if self.c2p:
-                yield self._by_distance("c2p", sums["c2p"], part)
-            if self.p2c:
-                yield self._by_distance("p2c", sums["p2c"], part)
+                yield self._spread(backward_rows, "c2p", part, grad_x=grads[0])
+            for name in sums:
+                yield self._by_distance(name, sums[name], part)
         for name, far, grad in (("c2p", "far_pos_key", grads[3]), ("p2c", "far_pos_query", grads[4])):
             if grad is not None:
                 yield self._by_row(sums[name], self.values[far], grad)
@@ -171,8 +173,9 @@ class Plan:
         heads, batches = inputs.query.shape[1], self.batches
         if not inputs.has_positions:
             return [Part(0, heads, 0, batches)]
-        rows = inputs.query.shape[2] * self.values["c2p_pitch"] + inputs.key.shape[2] * self.values["p2c_pitch"]
-        head_bytes = max(1, rows * 16 * inputs.query.element_size() * inputs.query.shape[0])
+        rows = self._room(self.query_length) * self.values["c2p_pitch"]
+        rows += self._room(self.key_length) * self.values["p2c_pitch"]
+        head_bytes = max(1, rows * 16 * inputs.query.element_size() * (1 if self.packed else batches))
         heads_at_once = min(heads, max(1, BAND_BYTES // head_bytes))
         batches_at_once = batches
         if head_bytes > BAND_BYTES and not self.packed:
@@ -203,27 +206,53 @@ class Plan:
                     first_slot=inputs.first_slot, rows=rows, ROWS=64,
                 )  # fmt: skip
 
-    def _bands(self, part: Part, c2p: bool, p2c: bool, p2c_scores: bool = True) -> Iterator[Launch]:
+    def _band_scores(self, part: Part) -> Iterator[Launch]:
         """Room for the bands of a part, and the scores in them."""
-        packed = self.packed
-        for name, rows, wanted in (("c2p", self.inputs.query, c2p), ("p2c", self.inputs.key, p2c)):
-            if not wanted:
-                continue
-            length = rows.shape[2]
-            count = part.heads * length * (1 if packed else part.batches)
-            shape = (count, self.values[f"{name}_pitch"] * 16)
-            if self.values[name] is None or len(self.values[name]) < count:
+        if not self.inputs.has_positions:
+            return
+        backward = "grad_output" in self.values
+        wanted = {"c2p": self.c2p, "p2c": self.p2c or backward}  # backward hands dA on in the second
+        for name in (name for name, want in wanted.items() if want):
+            room = self._room(self.query_length if name == "c2p" else self.key_length)
+            count = part.heads * room * (1 if self.packed else part.batches)
+            if self.values[name] is None:  # the first part is the largest
+                shape = (count, self.values[f"{name}_pitch"] * 16)
                 self.values[name] = self.inputs.query.new_empty(shape)
-            self.values |= {f"{name}_b": 0 if packed else part.heads * length, f"{name}_h": length}
-        tiles = self.configuration.band_scores
-        for name in ("c2p", "p2c"):
-            if self.values[name] is None or (name == "p2c" and not p2c_scores) or (name == "c2p" and not c2p):
-                continue
-            side = self._side(name)
-            yield self._rows(
-                band_scores, tiles, side["rows_length"], part, **side, band=self.values[name],
-                table=self.values["query_table" if name == "p2c" else "key_table"],
-            )  # fmt: skip
+            if backward and (self.values["partial"] is None or len(self.values["partial"]) < count):
+                shape = (count, self.inputs.query.shape[3])
+                self.values["partial"] = self.inputs.query.new_empty(shape, dtype=torch.float32)
+            self.values |= {f"{name}_b": 0 if self.packed else part.heads * room, f"{name}_h": room}
+        if self.c2p:
+            yield self._spread(band_scores, "c2p", part)
+        if self.p2c:
+            yield self._spread(band_scores, "p2c", part)
+
+    def _room(self, length: int) -> int:
+        """Rows of the workspace for a batch row and head, or for a head of all sequences."""
+        if self.packed:
+            return (self.inputs.query.shape[2] // ROOM + self.batches + 1) * ROOM
+        return -(-length // ROOM) * ROOM
+
+    def _spread(self, kernel, name: str, part: Part, **others) -> Launch:
+        """A program for each block of rows STEP apart of a band."""
+        side, tiles, step = self._side(name), self.configuration.bands, self.step
+        blocks = -(-side["rows_length"] // (tiles.rows * step)) * step
+        if others:
+            others |= {f"dx_{s}": self.values[f"d{'k' if name == 'p2c' else 'q'}_{s}"] for s in "bhl"}
+        return self._launch(
+            kernel, (blocks * part.batches, part.heads), tiles.warps, tiles.stages, **side, **others, blocks=blocks,
+            first_batch=part.first_batch, first_head=part.first_head,
+            ROWS=tiles.rows, WINDOW=tiles.columns, STEP=step,
+        )  # fmt: skip
+
+    def _delta(self) -> Launch:
+        heads, room = self.inputs.query.shape[1], self._room(self.query_length)
+        for name in ("delta", "shift"):
+            count = heads * room * (1 if self.packed else self.batches)
+            self.values[name] = self.inputs.query.new_empty(count, dtype=torch.float32)
+        self.values |= {"delta_b": 0 if self.packed else heads * room // 16, "delta_h": room // 16}
+        tiles = Tiles(ROOM, 1, 4, 1)
+        return self._rows(backward_delta, tiles, self.query_length, Part(0, heads, 0, self.batches))
 
     def _side(self, name: str) -> dict[str, object]:
         """What band kernels know of c2p, rows being queries, or of p2c, rows being keys."""
@@ -231,7 +260,7 @@ class Plan:
         rows, columns = ("k", "q") if keys else ("q", "k")
         lengths = {"q": self.query_length, "k": self.key_length}
         return {
-            "x": v["key" if keys else "query"], **{f"x_{s}": v[f"{rows}_{s}"] for s in "bhl"},
+            "band": v[name], "table": v["query_table" if keys else "key_table"], "x": v["key" if keys else "query"], **{f"x_{s}": v[f"{rows}_{s}"] for s in "bhl"},
             "band_b": v[f"{name}_b"], "band_h": v[f"{name}_h"], "pitch": v[f"{name}_pitch"],
             "rows_length": lengths[rows], "columns_length": lengths[columns],
             "offset": -v["offset"] if keys else v["offset"],
@@ -252,24 +281,24 @@ class Plan:
         sums = {}
         for name, far, wanted in (("c2p", "far_pos_key", self.c2p), ("p2c", "far_pos_query", self.p2c)):
             if wanted:
-                sums[name] = query.new_zeros((SPLITS, heads, self.distances, size), dtype=torch.float32)
+                sums[name] = query.new_zeros((self.step * SHARES, heads, self.distances, size), dtype=torch.float32)
                 self.values[far] = query.new_zeros((heads, 2, count, size), dtype=torch.float32)
         return sums
 
     def _by_distance(self, name: str, sums: torch.Tensor, part: Part) -> Launch:
-        tiles = self.configuration.backward_tables
-        batch_splits = math.gcd(SPLITS, part.batches) if part.batches < SPLITS else SPLITS
+        tiles, step, shares = self.configuration.backward_tables, self.step, len(sums) // self.step
+        batch_splits = min(shares, 1 << (part.batches.bit_length() - 1)) if part.batches else 1
         return self._launch(
-            backward_by_distance, (-(-self.distances // tiles.columns), part.heads, SPLITS), tiles.warps, tiles.stages,
-            **self._side(name), band=self.values[name], by_distance=sums, first_batch=part.first_batch,
+            backward_by_distance, (-(-(self.distances + step) // tiles.columns), part.heads, len(sums)),
+            tiles.warps, tiles.stages, **self._side(name), by_distance=sums, first_batch=part.first_batch,
             first_head=part.first_head, batches=part.batches, batch_splits=batch_splits,
-            row_splits=SPLITS // batch_splits, ROWS=tiles.rows, WINDOW=tiles.columns,
+            row_splits=shares // batch_splits, ROWS=tiles.rows, WINDOW=tiles.columns, STEP=step,
         )  # fmt: skip
 
     def _by_row(self, sums: torch.Tensor, far: torch.Tensor, grad: torch.Tensor) -> Launch:
         return self._launch(
             backward_by_row, (grad.shape[1], grad.shape[0]), 4, 1, by_distance=sums, far_sums=far, grad_table=grad,
-            first_of_slot=self.first_of_slot, splits=SPLITS, first_slot=self.inputs.first_slot, ROWS=32,
+            first_of_slot=self.first_of_slot, splits=len(sums), first_slot=self.inputs.first_slot, ROWS=32,
         )  # fmt: skip
 
     def _rows(self, kernel, tiles: Tiles, length: int, part: Part, **others) -> Launch:
@@ -311,6 +340,8 @@ def _slots_on(buckets: int, longest: int, far_negative: str, device: torch.devic
     return tuple(torch.tensor(x, dtype=torch.int32, device=device) for x in (table.slots, first))
 
 
-def _power(scale: float) -> float:
-    """The power of two below: bands hold position scores times it, exactly, so that float16 has room for them."""
-    return 2.0 ** max(-14, min(14, math.frexp(scale)[1] - 1))
+def _band_scale(inputs: AttentionInputs) -> float:
+    """What float16 bands hold position scores times, to have room for them: a power of two, so that it costs nothing."""
+    if inputs.query.dtype != torch.float16:
+        return 1.0
+    return 2.0 ** max(-14, min(14, math.frexp(inputs.scale * LOG2E)[1] - 1))

@@ -25,6 +25,8 @@ from .tile import (
     matmul,
     matmul_add,
     near_span,
+    place_of,
+    room_of,
     skip_rows,
     start_of,
     store_rows,
@@ -35,7 +37,7 @@ INTEGERS = (
     "dk_b", "dk_h", "dk_l", "dv_b", "dv_h", "dv_l",
     "pos_key_h", "pos_key_l", "pos_query_h", "pos_query_l", "mask_b", "mask_h", "mask_i", "mask_j",
     "c2p_b", "c2p_h", "c2p_pitch", "p2c_b", "p2c_h", "p2c_pitch",
-    "table_h", "first_distance", "distances", "far_count",
+    "far_count",
     "query_length", "key_length", "offset", "far_past", "far_future", "past_slot", "future_slot",
     "blocks", "first_batch", "first_head", "heads", "threshold",
 )  # fmt: skip
@@ -43,11 +45,11 @@ INTEGERS = (
 
 @triton.jit(do_not_specialize=INTEGERS)
 def backward_key(
-    query, key, value, pos_key, pos_query, query_table, c2p, p2c, mask, cu_seqlens, key_spans, seed,
-    grad_output, shift, delta, grad_key, grad_value, far_pos_key, far_pos_query,
+    query, key, value, pos_key, pos_query, c2p, p2c, mask, cu_seqlens, key_spans, seed,
+    grad_output, shift, delta, partial, grad_key, grad_value, far_pos_key, far_pos_query,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, do_b, do_h, do_l, delta_b, delta_h, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
     pos_key_h, pos_key_l, pos_query_h, pos_query_l, mask_b, mask_h, mask_i, mask_j,
-    c2p_b, c2p_h, c2p_pitch, p2c_b, p2c_h, p2c_pitch, table_h, first_distance, distances, far_count,
+    c2p_b, c2p_h, c2p_pitch, p2c_b, p2c_h, p2c_pitch, far_count,
     query_length, key_length, offset, far_past, far_future, past_slot, future_slot,
     blocks, first_batch, first_head, heads, scale, softmax_scale, inverse_band_scale, threshold, inverse_keep,
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
@@ -78,8 +80,9 @@ def backward_key(
     v = load_rows(value, present, v_l * UNIT, SIZE, BLOCK_SIZE)
     query = start_of(query, batch, head, first, q_b, q_h, q_l, UNIT)
     grad_output = start_of(grad_output, batch, head, first, do_b, do_h, do_l, UNIT)
-    shift = start_of(shift, batch, head, first, delta_b, delta_h, 1, 1)
-    delta = start_of(delta, batch, head, first, delta_b, delta_h, 1, 1)
+    query_room, room = room_of(first, batch, PACKED), room_of(first, batch, PACKED) + n0
+    shift += place_of(batch, head, query_room, delta_b, delta_h)
+    delta += place_of(batch, head, query_room, delta_b, delta_h)
     visible = local < key_length - n0
     if MASK != "none":
         mask = start_of(mask, batch, head, first + n0, mask_b, mask_h, mask_j, 1)
@@ -88,10 +91,10 @@ def backward_key(
     hidden = tl.where(visible, 0.0, float("-inf"))
     batch_head = batch * heads + head
     if C2P or P2C:
-        p2c = start_of(p2c, part_batch, part_head, first + n0, p2c_b * p2c_pitch, p2c_h * p2c_pitch, p2c_pitch, 16)
+        p2c = start_of(p2c, part_batch, part_head, room, p2c_b * p2c_pitch, p2c_h * p2c_pitch, p2c_pitch, 16)
         p2c -= near_start
     if C2P:
-        c2p = start_of(c2p, part_batch, part_head, first, c2p_b * c2p_pitch, c2p_h * c2p_pitch, c2p_pitch, 16) + n0
+        c2p = start_of(c2p, part_batch, part_head, query_room, c2p_b * c2p_pitch, c2p_h * c2p_pitch, c2p_pitch, 16) + n0
 
     dk = tl.zeros((ROWS, BLOCK_SIZE), tl.float32)
     dv = tl.zeros((ROWS, BLOCK_SIZE), tl.float32)
@@ -135,19 +138,11 @@ def backward_key(
             SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, C2P, P2C, False, GRAIN, COLUMNS,
         )  # fmt: skip
     if P2C:
-        tl.debug_barrier()  # what other threads of this program stored is read next
-        query_table += head.to(tl.int64) * table_h
-        lowest = near_start - (n0 + ROWS - 1) + offset
-        for window in range(0, near_stop - near_start + ROWS - 1, COLUMNS):
-            e = lowest + window + tl.arange(0, COLUMNS)
-            column = e[None, :] + local[:, None] + (n0 - offset)
-            inside = (column >= near_start) & (column < near_stop) & (local < key_length - n0)[:, None]
-            da = tl.load(p2c + (local[:, None] * (p2c_pitch * 16) + column), mask=inside, other=0.0)
-            t = tl.minimum(tl.maximum(e - first_distance, 0), distances - 1)
-            dk = matmul_add(da, load_rows(query_table, t, SIZE, SIZE, BLOCK_SIZE), dk, PRECISION)
-
-    grad_key = start_of(grad_key, batch, head, first + n0, dk_b, dk_h, dk_l, UNIT)
-    store_rows(grad_key, local, key_length - n0, dk_l * UNIT, dk * softmax_scale, SIZE, BLOCK_SIZE)
+        partial = start_of(partial, part_batch, part_head, room, p2c_b * SIZE, p2c_h * SIZE, SIZE, 1)
+        store_rows(partial, local, ROWS, SIZE, dk, SIZE, BLOCK_SIZE)
+    else:
+        grad_key = start_of(grad_key, batch, head, first + n0, dk_b, dk_h, dk_l, UNIT)
+        store_rows(grad_key, local, key_length - n0, dk_l * UNIT, dk * softmax_scale, SIZE, BLOCK_SIZE)
     grad_value = start_of(grad_value, batch, head, first + n0, dv_b, dv_h, dv_l, UNIT)
     store_rows(grad_value, local, key_length - n0, dv_l * UNIT, dv, SIZE, BLOCK_SIZE)
 
@@ -171,14 +166,12 @@ def _differentiate(
         z = matmul(k, tl.trans(q), PRECISION)
         if C2P:
             key_start, _ = near_span(m0 // GRAIN * GRAIN, offset, far_past, far_future, low, high, GRAIN)
-            tile = tl.load(skip_rows(c2p, m0, c2p_pitch) - key_start + (here[:, None] * c2p_pitch + local_rows[None, :]))
+            tile = tl.load(skip_rows(c2p, m0, c2p_pitch) - key_start + (local[:, None] * c2p_pitch + local_rows[None, :]))
             z = add_tile(z, tl.trans(tile), eye, inverse_band_scale, PRECISION)
         if P2C:
-            tile = tl.load(p2c + m0 + (present[:, None] * p2c_pitch + local[None, :]))
+            tile = tl.load(p2c + m0 + (local_rows[:, None] * p2c_pitch + local[None, :]))
             z = add_tile(z, tile, eye, inverse_band_scale, PRECISION)
-        # A query that is not there has a shift of infinity: no probability.
-        inside = local < query_length - m0
-        z = z * scale + constant[:, None] - tl.load(shift + m0 + local, mask=inside, other=float("inf"))[None, :]
+        z = z * scale + constant[:, None] - tl.load(shift + m0 + local)[None, :]
         if MASK == "pairs":
             pairs = skip_rows(mask, m0, mask_i) + (here[None, :] * mask_i + present[:, None] * mask_j)
             z = tl.where(tl.load(pairs) != 0, z, float("-inf"))
@@ -191,12 +184,11 @@ def _differentiate(
             dropped = tl.where(keep, p * inverse_keep, 0.0)
             dp = tl.where(keep, dp * inverse_keep, 0.0)
         dv = matmul_add(dropped.to(do.dtype), do, dv, PRECISION)
-        da = p * (dp - tl.load(delta + m0 + local, mask=inside, other=0.0)[None, :])
+        da = p * (dp - tl.load(delta + m0 + local)[None, :])
         if SUM:
             row_sum += tl.sum(da, 1)
         rounded = da.to(q.dtype)
         dk = matmul_add(rounded, q, dk, PRECISION)
         if C2P or P2C:
-            band = p2c + m0 + (local_rows[:, None] * p2c_pitch + local[None, :])
-            tl.store(band, rounded, mask=(local_rows < key_length - n0)[:, None])
+            tl.store(p2c + m0 + (local_rows[:, None] * p2c_pitch + local[None, :]), rounded)
     return dk, dv, row_sum

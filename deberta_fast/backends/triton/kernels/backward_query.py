@@ -21,6 +21,8 @@ from .tile import (
     matmul,
     matmul_add,
     near_span,
+    place_of,
+    room_of,
     skip_rows,
     solid_tiles,
     start_of,
@@ -31,7 +33,6 @@ INTEGERS = (
     "q_b", "q_h", "q_l", "k_b", "k_h", "k_l", "v_b", "v_h", "v_l", "do_b", "do_h", "do_l", "delta_b", "delta_h",
     "dq_b", "dq_h", "dq_l", "pos_key_h", "pos_key_l", "pos_query_h", "pos_query_l",
     "mask_b", "mask_h", "mask_i", "mask_j", "c2p_b", "c2p_h", "c2p_pitch", "p2c_b", "p2c_h", "p2c_pitch",
-    "table_h", "first_distance", "distances",
     "query_length", "key_length", "offset", "far_past", "far_future", "past_slot", "future_slot",
     "blocks", "first_batch", "first_head", "heads", "threshold",
 )  # fmt: skip
@@ -39,11 +40,11 @@ INTEGERS = (
 
 @triton.jit(do_not_specialize=INTEGERS)
 def backward_query(
-    query, key, value, pos_key, pos_query, key_table, c2p, p2c, mask, cu_seqlens, key_spans, seed,
-    grad_output, shift, delta, grad_query,
+    query, key, value, pos_key, pos_query, c2p, p2c, mask, cu_seqlens, key_spans, seed,
+    grad_output, shift, delta, partial, grad_query,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, do_b, do_h, do_l, delta_b, delta_h, dq_b, dq_h, dq_l,
     pos_key_h, pos_key_l, pos_query_h, pos_query_l, mask_b, mask_h, mask_i, mask_j,
-    c2p_b, c2p_h, c2p_pitch, p2c_b, p2c_h, p2c_pitch, table_h, first_distance, distances,
+    c2p_b, c2p_h, c2p_pitch, p2c_b, p2c_h, p2c_pitch,
     query_length, key_length, offset, far_past, far_future, past_slot, future_slot,
     blocks, first_batch, first_head, heads, scale, softmax_scale, threshold, inverse_keep,
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
@@ -70,8 +71,9 @@ def backward_query(
     do = load_rows(grad_output, present, do_l * UNIT, SIZE, BLOCK_SIZE)
     key = start_of(key, batch, head, first, k_b, k_h, k_l, UNIT)
     value = start_of(value, batch, head, first, v_b, v_h, v_l, UNIT)
-    shift = tl.load(start_of(shift, batch, head, first + m0, delta_b, delta_h, 1, 1) + present)
-    delta = tl.load(start_of(delta, batch, head, first + m0, delta_b, delta_h, 1, 1) + present)
+    room = room_of(first, batch, PACKED)
+    place = place_of(batch, head, room, delta_b, delta_h) + m0 + local
+    shift, delta = tl.load(shift + place), tl.load(delta + place)
     if MASK != "none":
         mask = start_of(mask, batch, head, first, mask_b, mask_h, mask_j, 1)
     batch_head = batch * heads + head
@@ -104,36 +106,28 @@ def backward_query(
             dq += row_sum[:, None] * row[None, :]
 
     if C2P or P2C:
-        p2c = start_of(p2c, part_batch, part_head, first, p2c_b * p2c_pitch, p2c_h * p2c_pitch, p2c_pitch, 16) + m0
+        p2c = start_of(p2c, part_batch, part_head, room, p2c_b * p2c_pitch, p2c_h * p2c_pitch, p2c_pitch, 16) + m0
     if C2P:
-        c2p = start_of(c2p, part_batch, part_head, first + m0, c2p_b * c2p_pitch, c2p_h * c2p_pitch, c2p_pitch, 16)
+        c2p = start_of(c2p, part_batch, part_head, room + m0, c2p_b * c2p_pitch, c2p_h * c2p_pitch, c2p_pitch, 16)
         c2p -= near_start
     query_grains = tl.cdiv(query_length, GRAIN) * GRAIN
     local_keys = tl.arange(0, COLUMNS)
     for n0 in range(near_start, near_stop, COLUMNS):
         here = tl.minimum(local_keys, key_length - 1 - n0)
         query_start, _ = near_span(n0 // GRAIN * GRAIN, -offset, -far_future, -far_past, 0, query_grains, GRAIN)
-        tile = skip_rows(p2c, n0, p2c_pitch * 16) - query_start + (here[:, None] * (p2c_pitch * 16) + local[None, :])
+        tile = skip_rows(p2c, n0, p2c_pitch * 16) - query_start + (local_keys[:, None] * (p2c_pitch * 16) + local[None, :])
         da = tl.trans(tl.load(tile, mask=(local_keys < key_length - n0)[:, None], other=0.0))
         k = load_rows(skip_rows(key, n0, k_l * UNIT), here, k_l * UNIT, SIZE, BLOCK_SIZE)
         dq = matmul_add(da, k, dq, PRECISION)
         if C2P:
             tile = c2p + n0 + (local[:, None] * (c2p_pitch * 16) + local_keys[None, :])
-            tl.store(tile, da, mask=(local < query_length - m0)[:, None])
+            tl.store(tile, da)
     if C2P:
-        tl.debug_barrier()  # what other threads of this program stored is read next
-        key_table += head.to(tl.int64) * table_h
-        lowest = near_start - (m0 + ROWS - 1) - offset
-        for window in range(0, near_stop - near_start + ROWS - 1, COLUMNS):
-            e = lowest + window + local_keys
-            column = e[None, :] + local[:, None] + (m0 + offset)
-            inside = (column >= near_start) & (column < near_stop) & (local < query_length - m0)[:, None]
-            da = tl.load(c2p + (local[:, None] * (c2p_pitch * 16) + column), mask=inside, other=0.0)
-            t = tl.minimum(tl.maximum(-e - first_distance, 0), distances - 1)
-            dq = matmul_add(da, load_rows(key_table, t, SIZE, SIZE, BLOCK_SIZE), dq, PRECISION)
-
-    grad_query = start_of(grad_query, batch, head, first + m0, dq_b, dq_h, dq_l, UNIT)
-    store_rows(grad_query, local, query_length - m0, dq_l * UNIT, dq * softmax_scale, SIZE, BLOCK_SIZE)
+        partial = start_of(partial, part_batch, part_head, room + m0, c2p_b * SIZE, c2p_h * SIZE, SIZE, 1)
+        store_rows(partial, local, ROWS, SIZE, dq, SIZE, BLOCK_SIZE)
+    else:
+        grad_query = start_of(grad_query, batch, head, first + m0, dq_b, dq_h, dq_l, UNIT)
+        store_rows(grad_query, local, query_length - m0, dq_l * UNIT, dq * softmax_scale, SIZE, BLOCK_SIZE)
 
 
 @triton.jit

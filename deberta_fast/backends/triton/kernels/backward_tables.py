@@ -1,6 +1,7 @@
 """Gradients of the position tables from the bands of dA, without atomics (equations 9 and 11).
 
-First by distance: a program owns WINDOW distances of a head and some of the rows, and walks along their diagonal.
+First by distance: a program owns WINDOW distances of a head and some of the rows, and walks along their diagonal. Its
+rows are STEP apart, so that their entries at one distance lie aligned (see ``band_scores``).
 
     G[split, t] = sum_r band[r, r + e_t] x_r          x the queries for K^r, the keys for Q^r
 
@@ -12,7 +13,7 @@ Then by row of the table: the distances of a row are neighbours, because sigma n
 import triton
 import triton.language as tl
 
-from .tile import find_keys, find_rows, load_rows, matmul_add, near_span, skip_rows, start_of
+from .tile import find_band, load_rows, matmul_add, room_of, skip_rows, spread_rows, start_of
 
 INTEGERS_BY_DISTANCE = (
     "x_b", "x_h", "x_l", "band_b", "band_h", "pitch", "rows_length", "columns_length", "offset", "past", "future",
@@ -29,41 +30,44 @@ def backward_by_distance(
     direction, first_distance, distances, first_batch, first_head, batches, heads, batch_splits, row_splits,
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     PACKED: tl.constexpr, SPANS: tl.constexpr, ROWS_ARE_KEYS: tl.constexpr,
-    GRAIN: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr,
+    GRAIN: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    window, part_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    head = part_head + first_head
-    t = window * WINDOW + tl.arange(0, WINDOW)
-    # Rows of the table rise with i - j: with the distance e of keys, or against that of queries.
-    e = direction * (t + first_distance)
-    lowest = tl.min(e)
+    part_head, split = tl.program_id(1), tl.program_id(2)
+    head, residue, share = part_head + first_head, split % STEP, split // STEP
+    # The first distance is one at which these rows' entries begin at a multiple of STEP.
+    first_e = tl.minimum(direction * first_distance, direction * (first_distance + distances - 1))
+    first_e -= ((first_e + residue + offset) % STEP + STEP) % STEP
+    first_e += tl.program_id(0) * WINDOW
+    e = first_e + tl.arange(0, WINDOW)
+    t = direction * e - first_distance
     d = tl.arange(0, BLOCK_SIZE)
-    inside = (t < distances)[:, None] & (d < SIZE)[None, :]
+    inside = ((t >= 0) & (t < distances))[:, None] & (d < SIZE)[None, :]
     by_distance += ((split.to(tl.int64) * heads + head) * distances + t)[:, None] * SIZE + d[None, :]
     acc = tl.load(by_distance, mask=inside, other=0.0)  # what earlier batches left
-    for part_batch in range(split // row_splits, batches, batch_splits):
+    shift = STEP * tl.arange(0, ROWS)
+    for part_batch in range(share // row_splits, batches, batch_splits):
         batch = part_batch + first_batch
-        first, row_count, column_count = find_rows(batch, cu_seqlens, rows_length, columns_length, PACKED)
-        if ROWS_ARE_KEYS:
-            row_low, row_high = find_keys(batch, key_spans, row_count, GRAIN, SPANS)
-            low, high = column_count * 0, tl.cdiv(column_count, GRAIN) * GRAIN
-        else:
-            row_low, row_high = row_count * 0, row_count
-            low, high = find_keys(batch, key_spans, column_count, GRAIN, SPANS)
+        first, rows_length_here, row_low, row_high, low, high = find_band(
+            batch, cu_seqlens, key_spans, rows_length, columns_length, PACKED, SPANS, ROWS_ARE_KEYS, GRAIN
+        )
+        row_high = tl.minimum(row_high, rows_length_here)
         # Rows that meet one of these distances inside the columns.
-        row_start = tl.maximum(row_low, low - lowest - WINDOW + 1 - offset)
-        row_stop = tl.minimum(tl.minimum(row_high, row_count), high - lowest - offset)
+        row_start = tl.maximum(row_low, low - first_e - WINDOW + 1 - offset)
+        row_stop = tl.minimum(row_high, high - first_e - offset)
+        row_start = tl.maximum(row_start, 0) // (ROWS * STEP) * (ROWS * STEP) + share % row_splits * (ROWS * STEP)
         x_start = start_of(x, batch, head, first, x_b, x_h, x_l, UNIT)
-        band_start = start_of(band, batch - first_batch, part_head, first, band_b * pitch, band_h * pitch, pitch, 16)
-        row_start = tl.maximum(row_start, 0) // ROWS * ROWS + split % row_splits * ROWS
-        local = tl.arange(0, ROWS)
-        for r0 in range(row_start, row_stop, ROWS * row_splits):
-            start, stop = near_span(r0 // GRAIN * GRAIN, offset, past, future, low, high, GRAIN)
-            column = e[None, :] + local[:, None] + (r0 + offset - start)
-            present = (column >= 0) & (column < stop - start) & (local < row_count - r0)[:, None]
-            band_tile = skip_rows(band_start, r0, pitch * 16) + (local[:, None] * (pitch * 16) + column)
-            da = tl.load(band_tile, mask=present, other=0.0)
-            here = tl.minimum(local, row_count - 1 - r0)
+        room = room_of(first, batch, PACKED)
+        band_start = start_of(band, batch - first_batch, part_head, room, band_b * pitch, band_h * pitch, pitch, 16)
+        for r0 in range(row_start, row_stop, ROWS * STEP * row_splits):
+            local, start, stop = spread_rows(
+                r0, offset, past, future, low, high, row_low, row_high, residue, GRAIN, ROWS, STEP
+            )
+            first_column = tl.multiple_of(first_e + (r0 + residue + offset), STEP)
+            column = first_column + shift[:, None] + tl.arange(0, WINDOW)[None, :]
+            present = (column >= start[:, None]) & (column < stop[:, None])
+            places = (local * (pitch * 16) - start)[:, None] + column
+            da = tl.load(skip_rows(band_start, r0, pitch * 16) + places, mask=present, other=0.0)
+            here = tl.minimum(local, rows_length_here - 1 - r0)
             tile = load_rows(skip_rows(x_start, r0, x_l * UNIT), here, x_l * UNIT, SIZE, BLOCK_SIZE)
             acc = matmul_add(tl.trans(da), tile, acc, PRECISION)
     tl.store(by_distance, acc, mask=inside)

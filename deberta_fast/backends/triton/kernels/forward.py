@@ -21,6 +21,7 @@ from .tile import (
     matmul,
     matmul_add,
     near_span,
+    room_of,
     skip_rows,
     solid_tiles,
     start_of,
@@ -76,10 +77,10 @@ def forward(
     constant = tl.zeros((ROWS,), tl.float32)
     query_grains = tl.cdiv(query_length, GRAIN) * GRAIN
     if C2P:
-        c2p = start_of(c2p, part_batch, part_head, first + m0, c2p_b * c2p_pitch, c2p_h * c2p_pitch, c2p_pitch, 16)
+        c2p = start_of(c2p, part_batch, part_head, room_of(first, batch, PACKED) + m0, c2p_b * c2p_pitch, c2p_h * c2p_pitch, c2p_pitch, 16)
         c2p -= near_start
     if P2C:
-        p2c = start_of(p2c, part_batch, part_head, first, p2c_b * p2c_pitch, p2c_h * p2c_pitch, p2c_pitch, 16)
+        p2c = start_of(p2c, part_batch, part_head, room_of(first, batch, PACKED), p2c_b * p2c_pitch, p2c_h * p2c_pitch, p2c_pitch, 16)
         p2c += m0
     if C2P or P2C:
         stop = tl.minimum(near_stop, key_length)
@@ -152,12 +153,12 @@ def _attend(
         k = load_rows(skip_rows(key, n0, k_l), here, k_l, SIZE, BLOCK_SIZE)
         z = matmul(q, tl.trans(k), PRECISION)
         if C2P:
-            tile = tl.load(c2p + n0 + (present[:, None] * c2p_pitch + local[None, :]))
+            tile = tl.load(c2p + n0 + (local_rows[:, None] * c2p_pitch + local[None, :]))
             z = add_tile(z, tile, eye, inverse_band_scale, PRECISION)
         if P2C:
             grain = n0 // GRAIN * GRAIN
             query_start, _ = near_span(grain, -offset, -far_future, -far_past, 0, query_grains, GRAIN)
-            tile = tl.load(skip_rows(p2c, n0, p2c_pitch) - query_start + (here[:, None] * p2c_pitch + local_rows[None, :]))
+            tile = tl.load(skip_rows(p2c, n0, p2c_pitch) - query_start + (local[:, None] * p2c_pitch + local_rows[None, :]))
             z = add_tile(z, tl.trans(tile), eye, inverse_band_scale, PRECISION)
         if HIDDEN:
             z = hide(z, mask, m0 + present, n0 + local, key_length, mask_i, mask_j, MASK)

@@ -22,6 +22,20 @@ def find_rows(batch, cu_seqlens, query_length, key_length, PACKED: tl.constexpr)
 
 
 @triton.jit
+def room_of(first, batch, PACKED: tl.constexpr):
+    """Where a batch row's rows begin in the workspace, which has room for whole grains of each: of 128 rows at most."""
+    if PACKED:
+        first = (first // 128 + batch) * 128  # sequences after one another never overlap
+    return tl.multiple_of(first, 128)
+
+
+@triton.jit
+def place_of(batch, head, room, stride_b, stride_h):
+    """Where a batch row's entries begin in a vector of the workspace; strides count 16 rows."""
+    return (batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h) * 16 + room
+
+
+@triton.jit
 def find_keys(batch, key_spans, key_length, GRAIN: tl.constexpr, SPANS: tl.constexpr):
     """The keys that a padding mask leaves to a batch row, in whole grains: low <= j < high."""
     low, high = key_length * 0, key_length
@@ -67,6 +81,44 @@ def near_span(first, offset, past, future, low, high, GRAIN: tl.constexpr):
     stop = tl.cdiv(tl.maximum(first + GRAIN - 1 + offset - future, 0), GRAIN) * GRAIN
     start, stop = tl.maximum(start, low), tl.minimum(stop, high)
     return tl.multiple_of(tl.minimum(start, stop), GRAIN), tl.multiple_of(stop, GRAIN)
+
+
+@triton.jit
+def spread_rows(
+    r0, offset, past, future, low, high, row_low, row_high, residue,
+    GRAIN: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Rows that are STEP apart, r0 + local, and the near columns of each: none of rows outside row_low to row_high."""
+    local = STEP * tl.arange(0, ROWS) + residue
+    rows = r0 + local
+    start, stop = near_span(rows // GRAIN * GRAIN, offset, past, future, low, high, GRAIN)
+    there = (rows >= row_low) & (rows < row_high)
+    return local, tl.where(there, start, 0), tl.where(there, stop, 0)
+
+
+@triton.jit
+def window_of(start, stop, ROWS: tl.constexpr, STEP: tl.constexpr):
+    """What the columns of spread rows begin and end with, where each row's are counted from STEP times its number."""
+    shift = STEP * tl.arange(0, ROWS)
+    lowest = tl.min(tl.where(start < stop, start - shift, 1 << 30))
+    highest = tl.max(tl.where(start < stop, stop - shift, -(1 << 30)))
+    return tl.multiple_of(lowest, STEP), highest
+
+
+@triton.jit
+def find_band(
+    batch, cu_seqlens, key_spans, rows_length, columns_length,
+    PACKED: tl.constexpr, SPANS: tl.constexpr, ROWS_ARE_KEYS: tl.constexpr, GRAIN: tl.constexpr,
+):  # fmt: skip
+    """First row, number of rows, rows and columns that a band holds, these in whole grains."""
+    first, rows_length, columns_length = find_rows(batch, cu_seqlens, rows_length, columns_length, PACKED)
+    if ROWS_ARE_KEYS:
+        row_low, row_high = find_keys(batch, key_spans, rows_length, GRAIN, SPANS)
+        low, high = columns_length * 0, tl.cdiv(columns_length, GRAIN) * GRAIN
+    else:
+        row_low, row_high = rows_length * 0, tl.cdiv(rows_length, GRAIN) * GRAIN
+        low, high = find_keys(batch, key_spans, columns_length, GRAIN, SPANS)
+    return first, rows_length, row_low, row_high, low, high
 
 
 @triton.jit
