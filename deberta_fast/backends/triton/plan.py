@@ -79,7 +79,7 @@ class Plan:
             "cu_seqlens": inputs.cu_seqlens, "key_spans": None, "seed": inputs.seed, "c2p": None, "p2c": None,
             "c2p_b": 0, "c2p_h": 0, "c2p_pitch": 0, "p2c_b": 0, "p2c_h": 0, "p2c_pitch": 0,
             "query_length": self.query_length, "key_length": self.key_length, "offset": inputs.query_offset,
-            "table_h": 0, "first_distance": 0, "distances": 0, "far_past": 0, "far_future": 0, "past_slot": 0, "future_slot": 0, "heads": heads,
+            "first_distance": 0, "distances": 0, "far_past": 0, "far_future": 0, "past_slot": 0, "future_slot": 0, "heads": heads,
             "scale": inputs.scale * LOG2E, "softmax_scale": inputs.scale, "band_scale": _band_scale(inputs), "inverse_band_scale": 1 / _band_scale(inputs),
             "threshold": min(round(inputs.dropout_p * 2**32) - 2**31, 2**31 - 1),
             "inverse_keep": 1 / (1 - inputs.dropout_p),
@@ -163,7 +163,6 @@ class Plan:
             "far_past": past, "far_future": future,
             "past_slot": table.slots[-1] - inputs.first_slot, "future_slot": table.slots[0] - inputs.first_slot,
             "first_distance": first, "distances": self.distances,
-            "table_h": self.distances * self.inputs.query.shape[3],
             "c2p_pitch": max(min(widest, key_grains), grain) // 16,
             "p2c_pitch": max(min(widest, query_grains), grain) // 16,
         }  # fmt: skip

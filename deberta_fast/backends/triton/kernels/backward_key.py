@@ -75,9 +75,7 @@ def backward_key(
     local = tl.arange(0, ROWS)
     present = tl.minimum(local, key_length - 1 - n0)
     key = start_of(key, batch, head, first + n0, k_b, k_h, k_l, UNIT)
-    k = load_rows(key, present, k_l * UNIT, SIZE, BLOCK_SIZE)
     value = start_of(value, batch, head, first + n0, v_b, v_h, v_l, UNIT)
-    v = load_rows(value, present, v_l * UNIT, SIZE, BLOCK_SIZE)
     query = start_of(query, batch, head, first, q_b, q_h, q_l, UNIT)
     grad_output = start_of(grad_output, batch, head, first, do_b, do_h, do_l, UNIT)
     query_room, room = room_of(first, batch, PACKED), room_of(first, batch, PACKED) + n0
@@ -109,6 +107,8 @@ def backward_key(
         slot = tl.where(side == 0, future_slot, past_slot)
         start = tl.where(side == 0, 0, near_stop)
         stop = tl.where(side == 0, tl.minimum(near_start, query_stop), query_stop)
+        # Loaded anew for each segment: kept, they would not leave enough registers to the loops.
+        k = load_rows(key, present, k_l * UNIT, SIZE, BLOCK_SIZE)
         shifted, constant = k, hidden
         if C2P:
             row = load_vector(pos_key + head.to(tl.int64) * pos_key_h + slot * pos_key_l, BLOCK_SIZE, SIZE)
@@ -117,7 +117,7 @@ def backward_key(
             row = load_vector(pos_query + head.to(tl.int64) * pos_query_h + slot * pos_query_l, BLOCK_SIZE, SIZE)
             constant += tl.sum(k.to(tl.float32) * row[None, :], 1) * scale
         dk, dv, row_sum = _differentiate(
-            dk, dv, shifted, constant, v, query, grad_output, shift, delta, c2p, p2c, mask, seed, start, stop,
+            dk, dv, shifted, constant, load_rows(value, present, v_l * UNIT, SIZE, BLOCK_SIZE), query, grad_output, shift, delta, c2p, p2c, mask, seed, start, stop,
             q_l * UNIT, do_l * UNIT, 0, 0, mask_i, mask_j, batch_head, n0, low, high, query_length, key_length, offset,
             far_past, far_future, scale, inverse_band_scale, threshold, inverse_keep,
             SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, False, False, P2C, GRAIN, COLUMNS,
@@ -126,13 +126,16 @@ def backward_key(
         if C2P:
             tl.store(far_pos_key + place, tl.sum(dk, 0) - before, mask=d < SIZE)
         if P2C:
+            k = load_rows(key, present, k_l * UNIT, SIZE, BLOCK_SIZE)
+            row = load_vector(pos_query + head.to(tl.int64) * pos_query_h + slot * pos_query_l, BLOCK_SIZE, SIZE)
             tl.store(far_pos_query + place, tl.sum(k.to(tl.float32) * row_sum[:, None], 0), mask=d < SIZE)
             dk += row_sum[:, None] * row[None, :]
         before = tl.sum(dk, 0)
 
     if C2P or P2C:
+        k = load_rows(key, present, k_l * UNIT, SIZE, BLOCK_SIZE)
         dk, dv, row_sum = _differentiate(
-            dk, dv, k, hidden, v, query, grad_output, shift, delta, c2p, p2c, mask, seed, near_start, near_stop,
+            dk, dv, k, hidden, load_rows(value, present, v_l * UNIT, SIZE, BLOCK_SIZE), query, grad_output, shift, delta, c2p, p2c, mask, seed, near_start, near_stop,
             q_l * UNIT, do_l * UNIT, c2p_pitch * 16, p2c_pitch * 16, mask_i, mask_j, batch_head, n0, low, high,
             query_length, key_length, offset, far_past, far_future, scale, inverse_band_scale, threshold, inverse_keep,
             SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, C2P, P2C, False, GRAIN, COLUMNS,

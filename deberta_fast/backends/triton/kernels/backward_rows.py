@@ -12,7 +12,7 @@ import triton.language as tl
 from .tile import find_band, load_rows, matmul_add, room_of, spread_rows, start_of, store_rows, window_of
 
 INTEGERS = (
-    "dx_b", "dx_h", "dx_l", "band_b", "band_h", "pitch", "table_h", "rows_length", "columns_length", "offset", "past",
+    "dx_b", "dx_h", "dx_l", "band_b", "band_h", "pitch", "rows_length", "columns_length", "offset", "past",
     "future", "direction", "first_distance", "distances", "blocks", "first_batch", "first_head",
 )  # fmt: skip
 
@@ -20,7 +20,7 @@ INTEGERS = (
 @triton.jit(do_not_specialize=INTEGERS)
 def backward_rows(
     partial, table, band, cu_seqlens, key_spans, grad_x,
-    dx_b, dx_h, dx_l, band_b, band_h, pitch, table_h,
+    dx_b, dx_h, dx_l, band_b, band_h, pitch,
     rows_length, columns_length, offset, past, future, direction, first_distance, distances,
     blocks, first_batch, first_head, softmax_scale,
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
@@ -43,12 +43,12 @@ def backward_rows(
     room = room_of(first, batch, PACKED) + r0
     partial = start_of(partial, part_batch, part_head, room, band_b * SIZE, band_h * SIZE, SIZE, 1)
     acc = load_rows(partial, local, SIZE, SIZE, BLOCK_SIZE)
-    table += head.to(tl.int64) * table_h
+    table += head.to(tl.int64) * distances * SIZE
     band = start_of(band, part_batch, part_head, room, band_b * pitch, band_h * pitch, pitch, 16)
     places = local * (pitch * 16) - start
     shift = STEP * tl.arange(0, ROWS)
     for window in range(lowest, highest, WINDOW):
-        column = window + shift[:, None] + tl.arange(0, WINDOW)[None, :]
+        column = window // STEP * STEP + shift[:, None] + tl.arange(0, WINDOW)[None, :]
         inside = (column >= start[:, None]) & (column < stop[:, None])
         da = tl.load(band + (places[:, None] + column), mask=inside, other=0.0)
         e = window - (r0 + residue + offset) + tl.arange(0, WINDOW)

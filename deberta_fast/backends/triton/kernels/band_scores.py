@@ -15,7 +15,7 @@ import triton.language as tl
 from .tile import find_band, load_rows, matmul, room_of, spread_rows, start_of, window_of
 
 INTEGERS = (
-    "x_b", "x_h", "x_l", "band_b", "band_h", "pitch", "table_h", "rows_length", "columns_length", "offset", "past",
+    "x_b", "x_h", "x_l", "band_b", "band_h", "pitch", "rows_length", "columns_length", "offset", "past",
     "future", "direction", "first_distance", "distances", "blocks", "first_batch", "first_head",
 )  # fmt: skip
 
@@ -23,7 +23,7 @@ INTEGERS = (
 @triton.jit(do_not_specialize=INTEGERS)
 def band_scores(
     x, table, band, cu_seqlens, key_spans,
-    x_b, x_h, x_l, band_b, band_h, pitch, table_h,
+    x_b, x_h, x_l, band_b, band_h, pitch,
     rows_length, columns_length, offset, past, future, direction, first_distance, distances,
     blocks, first_batch, first_head, band_scale,
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
@@ -47,7 +47,7 @@ def band_scores(
     tile = load_rows(x, tl.minimum(local, rows_length - 1 - r0), x_l * UNIT, SIZE, BLOCK_SIZE)
     # What is not finite would spread from row to row when the band is multiplied with the identity.
     tile = tl.where(tl.abs(tile.to(tl.float32)) <= LARGEST, tile, 0.0)
-    table += head.to(tl.int64) * table_h
+    table += head.to(tl.int64) * distances * SIZE
     room = room_of(first, batch, PACKED) + r0
     band = start_of(band, part_batch, part_head, room, band_b * pitch, band_h * pitch, pitch, 16)
     places = local * (pitch * 16) - start
@@ -58,6 +58,6 @@ def band_scores(
         product = matmul(tile, tl.trans(load_rows(table, t, SIZE, SIZE, BLOCK_SIZE)), PRECISION)
         if band.dtype.element_ty == tl.float16:
             product = tl.minimum(tl.maximum(product * band_scale, -LARGEST), LARGEST)
-        column = window + shift[:, None] + tl.arange(0, WINDOW)[None, :]
+        column = window // STEP * STEP + shift[:, None] + tl.arange(0, WINDOW)[None, :]
         inside = (column >= start[:, None]) & (column < stop[:, None])
         tl.store(band + (places[:, None] + column), product.to(band.dtype.element_ty), mask=inside)
