@@ -19,11 +19,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import torch
 import triton
 from triton import JITFunction, knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
+
+from deberta_fast.backends.inputs import AttentionInputs
+from deberta_fast.backends.triton import configuration, plan
 
 from . import sass, timing
 from .sass import Loop
@@ -66,9 +70,59 @@ class Compiled(NamedTuple):
     seconds: float  # near 0 from Triton's cache
 
 
-def launches() -> Iterator[Planned]:
-    """What the report is about."""
-    yield from ()
+def launches(capability: int) -> Iterator[Planned]:
+    """What the report is about: DeBERTa-v3's head size and tables in bfloat16, then the other head sizes and dtypes."""
+    for size, dtype, precision in (
+        (64, torch.bfloat16, "ieee"),
+        (32, torch.bfloat16, "ieee"),
+        (128, torch.bfloat16, "ieee"),
+        (256, torch.bfloat16, "ieee"),
+        (64, torch.float32, "tf32"),
+        (64, torch.float32, "ieee"),
+        (128, torch.float32, "tf32"),
+        (256, torch.float32, "tf32"),
+    ):
+        label = f"{size} {str(dtype).removeprefix('torch.')}" + (f" {precision}" if dtype == torch.float32 else "")
+        yield from plan_launches(label, capability, size, dtype, precision)
+
+
+def plan_launches(
+    label: str,
+    capability: int,
+    size: int,
+    dtype: torch.dtype,
+    precision: str = "ieee",
+    mask: str | None = None,
+    packed: bool = False,
+    dropout_p: float = 0.0,
+    c2p: bool = True,
+    p2c: bool = True,
+    length: int = 512,
+) -> Iterator[Planned]:
+    """The launches of forward and backward of one call: each kernel once, and of small ones no loops."""
+    meta = functools.partial(torch.empty, dtype=dtype, device="meta")
+    batch, heads = (1, 12) if packed else (32, 12)
+    query, key, value = (meta(batch, heads, length, size) for _ in range(3))
+    masks = {"keys": (batch, 1, 1, length), "pairs": (batch, 1, length, length)}
+    inputs = AttentionInputs(
+        query, key, value, meta(heads, 512, size) if c2p else None, meta(heads, 512, size) if p2c else None,
+        None if mask is None else meta(masks[mask], dtype=torch.bool),
+        meta(9, dtype=torch.int32) if packed else None, meta(1, dtype=torch.int64) if dropout_p else None,
+        256, 512, "hf", 0, 0, length, (3 * size) ** -0.5, dropout_p,
+    )  # fmt: skip
+    target = configuration.Target(capability, plan.block_size_of(inputs), dtype.itemsize)
+    chosen = configuration.default(target)
+    output, lse = inputs.new_like_heads(query), inputs.new_lse()
+    grads = [None if x is None else torch.empty_like(x) for x in inputs[:5]]
+    forward = plan.Plan(inputs, chosen, precision).forward(output, lse)
+    backward = plan.Plan(inputs, chosen, precision).backward(output, lse, output, lse, grads)
+    seen = set()
+    for launch in (*forward, *backward):
+        name = launch.kernel.__name__
+        if name not in seen:
+            seen.add(name)
+            tile = (launch.arguments.get("ROWS", 1), launch.arguments.get("COLUMNS", launch.arguments.get("WINDOW", 1)))
+            yield Planned(f"{label} {name}", launch, tile)
 
 
 def compile_launch(launch: Launch, capability: int) -> Compiled:
@@ -123,23 +177,22 @@ def _run(*command: object) -> str:
 
 
 def compile_all(
-    build: Callable[[], Iterable[Planned]], capabilities: Iterable[int], processes: int = 2
-) -> dict[tuple[str, int], Compiled]:
+    build: Callable[[int], Iterable[Planned]], capabilities: Iterable[int], processes: int = 2
+) -> dict[tuple[str, int], tuple[Compiled, tuple[int, int]]]:
     """Compiles every launch for every capability, in fresh processes.
 
     Args:
-        build: importable: each process calls it for itself, since kernels cannot be pickled. The processes do not
-            inherit TRITON_INTERPRET, so that a caller may be interpreting.
+        build: the launches for a capability. Importable: each process calls it for itself, since kernels cannot be
+            pickled. The processes do not inherit TRITON_INTERPRET, so that a caller may be interpreting.
 
     Returns:
-        By label and capability.
+        By label and capability, with the tile that an iteration makes.
     """
-    capabilities = tuple(capabilities)
     with _without("TRITON_INTERPRET"), ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        labels = pool.submit(_labels, build).result()
-        jobs = [(index, capability) for index in range(len(labels)) for capability in capabilities]
+        planned = {capability: pool.submit(_labels, build, capability) for capability in capabilities}
+        jobs = [(label, capability) for capability, labels in planned.items() for label in labels.result()]
         results = [pool.submit(_compile_one, build, *job) for job in jobs]
-        return {(labels[index], capability): x.result() for (index, capability), x in zip(jobs, results)}
+        return {job: x.result() for job, x in zip(jobs, results)}
 
 
 @contextmanager
@@ -153,18 +206,18 @@ def _without(variable: str) -> Iterator[None]:
 
 
 @functools.cache
-def _built(build: Callable[[], Iterable[Planned]]) -> list[Planned]:
-    return list(build())
+def _built(build: Callable[[int], Iterable[Planned]], capability: int) -> dict[str, Planned]:
+    return {planned.label: planned for planned in build(capability)}
 
 
-def _labels(build: Callable[[], Iterable[Planned]]) -> list[str]:
-    return [label for label, _, _ in _built(build)]
+def _labels(build: Callable[[int], Iterable[Planned]], capability: int) -> list[str]:
+    return list(_built(build, capability))
 
 
-def _compile_one(build: Callable[[], Iterable[Planned]], index: int, capability: int) -> Compiled:
-    label, launch, _ = _built(build)[index]
+def _compile_one(build: Callable[[int], Iterable[Planned]], label: str, capability: int):
+    _, launch, tile = _built(build, capability)[label]
     try:
-        return compile_launch(launch, capability)
+        return compile_launch(launch, capability), tile
     except Exception as error:
         raise RuntimeError(f"{label}, sm_{capability}: {error}") from error
 
@@ -209,8 +262,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     arguments = parser.parse_args()
     compiled = compile_all(launches, arguments.archs)
-    tiles = {label: tile for label, _, tile in launches()}
-    table = [row for (label, sm), result in compiled.items() for row in rows(label, sm, result, tiles[label])]
+    table = [row for (label, sm), result in compiled.items() for row in rows(label, sm, *result)]
     print(json.dumps(table, indent=1) if arguments.json else f"{timing.markdown(table)}\n\n{LEGEND}")
 
 

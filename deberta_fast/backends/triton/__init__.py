@@ -6,6 +6,7 @@ once as ``plan.BAND_BYTES`` holds. In backward the gradients of the scores repla
 Lq x Lk is kept, nothing is added atomically, and nothing waits for the device.
 """
 
+import contextlib
 import functools
 import importlib.util
 
@@ -41,9 +42,7 @@ def why_not(inputs: AttentionInputs) -> list[str]:
 def forward(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Output (B, H, Lq, D) and log-sum-exp (B, H, Lq)."""
     output, lse = inputs.new_like_heads(inputs.query), inputs.new_lse()
-    with _on_device(inputs):
-        for launch in _plan(inputs).forward(output, lse):
-            launch.run()
+    _run(inputs, lambda plan: plan.forward(output, lse))
     return output, lse
 
 
@@ -58,18 +57,30 @@ def backward(
     grads = [inputs.new_like_heads(x) for x in (inputs.query, inputs.key, inputs.value)]
     grads += [None if x is None else x.new_empty(x.shape) for x in (inputs.pos_key, inputs.pos_query)]
     grad_output = grad_output if grad_output.stride(-1) == 1 else grad_output.contiguous()
-    with _on_device(inputs):
-        for launch in _plan(inputs).backward(output, lse, grad_output, grad_lse, grads):
-            launch.run()
+    _run(inputs, lambda plan: plan.backward(output, lse, grad_output, grad_lse, grads))
     return tuple(grads)
 
 
-def _plan(inputs: AttentionInputs):
-    from .configuration import default
-    from .plan import Plan
+def _run(inputs: AttentionInputs, launches) -> None:
+    """Runs the launches of a plan; what does not fit into the GPU's shared memory shrinks, and is remembered so."""
+    import triton
 
-    block_size = max(16, 1 << (inputs.query.shape[-1] - 1).bit_length())
-    return Plan(inputs, default(block_size, inputs.query.element_size()), _precision(inputs))
+    from . import configuration
+    from .plan import Plan, block_size_of
+
+    device = inputs.query.device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        while True:
+            key, chosen = configuration.choose(device, block_size_of(inputs), inputs.query.element_size())
+            try:
+                for launch in launches(Plan(inputs, chosen, _precision(inputs))):
+                    launch.run()
+                return
+            except triton.OutOfResources:
+                smaller = chosen.smaller(launch.configured) if launch.configured else None
+                if smaller is None:
+                    raise
+                configuration.remember(key, smaller)
 
 
 def _precision(inputs: AttentionInputs) -> str:
@@ -78,11 +89,6 @@ def _precision(inputs: AttentionInputs) -> str:
     if inputs.query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
-
-
-def _on_device(inputs: AttentionInputs):
-    device = inputs.query.device
-    return torch.cuda.device(device if device.type == "cuda" else -1)
 
 
 @functools.cache

@@ -1,6 +1,16 @@
-"""Launch configurations: tile shapes, warps and pipeline stages of each kernel, by head size and dtype."""
+"""Launch configurations: tile shapes, warps and pipeline stages of each kernel, by GPU, head size and dtype.
 
+The defaults were chosen by what the compiler makes of them (``bench/compile_report.py``): no spills inside a loop, few
+instructions a score. ``autotune`` measures instead, and its choice goes before them.
+"""
+
+import functools
+import json
+import os
+from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 
 class Tiles(NamedTuple):
@@ -11,9 +21,19 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
 
+    def smaller(self) -> "Tiles | None":
+        """What needs less shared memory: fewer stages first, then fewer columns, then fewer rows."""
+        if self.stages > 1:
+            return self._replace(stages=self.stages - 1)
+        if self.columns > 16 and self.columns >= self.rows:
+            return self._replace(columns=self.columns // 2)
+        if self.rows > 16:
+            return self._replace(rows=self.rows // 2)
+        return None
+
 
 class Configuration(NamedTuple):
-    """``grain``: what near and far are told apart by, the same for all kernels that share a band."""
+    """``grain``: what near and far are told apart by, the same for all kernels that share a band; 128 at most."""
 
     grain: int
     bands: Tiles
@@ -22,14 +42,101 @@ class Configuration(NamedTuple):
     backward_query: Tiles
     backward_tables: Tiles
 
+    def smaller(self, kernel: str) -> "Configuration | None":
+        """With less shared memory for one kernel; None if there is no less."""
+        tiles = getattr(self, kernel).smaller()
+        return None if tiles is None else self._replace(**{kernel: tiles})
 
-def default(block_size: int, itemsize: int) -> Configuration:
-    """The configuration of a head size, padded to a power of two, and a dtype."""
-    return Configuration(
-        64,
-        Tiles(64, 64, 4, 2),
-        Tiles(64, 64, 4, 3),
-        Tiles(64, 64, 4, 2),
-        Tiles(64, 64, 4, 2),
-        Tiles(64, 64, 4, 2),
-    )
+
+class Target(NamedTuple):
+    """What a configuration is for. ``block_size`` is the head size, padded to a power of two."""
+
+    capability: int
+    block_size: int
+    itemsize: int
+
+
+def default(target: Target) -> Configuration:
+    """The configuration that nobody has measured."""
+    capability, size, itemsize = target
+    roomy = capability in (80, 90, 100)  # others have 99 KiB of shared memory for a block
+    if itemsize == 4:
+        return _default_32_bit(size)
+    plain = Tiles(64, 64, 4, 2)
+    if size <= 64:
+        query = plain if roomy else Tiles(64, 64, 4, 3)  # on sm_120 two stages make it spill
+        return Configuration(64, plain, plain, Tiles(64, 32, 4, 2), query, plain)
+    if size == 128 and capability == 90:
+        return Configuration(64, plain, plain, Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2), plain)
+    if size == 128:
+        wide = Tiles(64, 64, 8, 2)
+        return Configuration(128, plain, Tiles(128, 64, 8, 2), wide, wide, Tiles(64, 32, 4, 2))
+    small = Tiles(32, 32, 8, 2)
+    return Configuration(64, Tiles(64, 32, 8, 2), Tiles(64, 64, 8, 2) if roomy else small, small, small, small)
+
+
+def _default_32_bit(size: int) -> Configuration:
+    tiles = Tiles(32, 32, 4, 2)
+    if size <= 64:
+        return Configuration(64, tiles, Tiles(64, 32, 4, 2), tiles, tiles, tiles)
+    return Configuration(64, *[tiles if size == 128 else Tiles(16, 16, 4, 1)] * 5)
+
+
+_chosen: dict[tuple[str, Target], Configuration] = {}
+
+
+def choose(device: torch.device, block_size: int, itemsize: int) -> tuple[tuple[str, Target], Configuration]:
+    """The configuration for a device, by what it is remembered: shrunk, tuned or default."""
+    key = _identity(device, block_size, itemsize)
+    if key not in _chosen:
+        _chosen[key] = _saved(key) or default(key[1])
+    return key, _chosen[key]
+
+
+def remember(key: tuple[str, Target], configuration: Configuration) -> None:
+    """For the rest of the process."""
+    _chosen[key] = configuration
+
+
+def save(key: tuple[str, Target], configuration: Configuration) -> Path:
+    """For all processes to come on this GPU; returns the file."""
+    path = _file(key[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    saved = json.loads(path.read_text()) if path.exists() else {}
+    saved[_entry(key[1])] = configuration._asdict()
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(saved, indent=1) + "\n")
+    partial.replace(path)
+    remember(key, configuration)
+    return path
+
+
+@functools.lru_cache(maxsize=64)
+def _identity(device: torch.device, block_size: int, itemsize: int) -> tuple[str, Target]:
+    if device.type != "cuda":
+        return device.type, Target(90, block_size, itemsize)
+    major, minor = torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_name(device), Target(10 * major + minor, block_size, itemsize)
+
+
+def _saved(key: tuple[str, Target]) -> Configuration | None:
+    path = _file(key[0])
+    if not path.exists():
+        return None
+    try:
+        entry = json.loads(path.read_text()).get(_entry(key[1]))
+        if entry is None:
+            return None
+        grain = entry.pop("grain")
+        return Configuration(grain, **{name: Tiles(*tiles) for name, tiles in entry.items()})
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{path} is no file of tuned configurations: delete it or tune again") from error
+
+
+def _file(gpu: str) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "deberta_fast" / f"triton-{gpu.replace(' ', '-')}.json"
+
+
+def _entry(target: Target) -> str:
+    return f"head size to {target.block_size}, {8 * target.itemsize} bit"

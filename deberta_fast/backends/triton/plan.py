@@ -27,17 +27,19 @@ LOG2E = 1 / math.log(2)
 BAND_BYTES = 128 << 20  # of near scores held at once: as many heads, or batch rows of one head, as fit
 SHARES = 2  # of the rows of each residue in the gradients of the tables: each keeps a sum of its own
 ROOM = 128  # rows that the workspace is cut into: whole grains
+SMALL = Tiles(0, 0, 4, 1)  # of kernels that hardly take time
 _ENDLESS = 1 << 30
 
 
 class Launch(NamedTuple):
-    """One kernel on one grid."""
+    """One kernel on one grid. ``configured``: the field of the configuration that its tiles are from."""
 
     kernel: object
     grid: tuple[int, ...]
     arguments: dict[str, object]
     warps: int
     stages: int
+    configured: str | None
 
     def run(self) -> None:
         if 0 not in self.grid:
@@ -71,7 +73,7 @@ class Plan:
         aligned = all(stride * itemsize % 16 == 0 for t in heads_tensors for stride in _strides(t))
         self.unit = 16 // itemsize if aligned else 1
         # Rows of a program that writes or reads a band by distance: as far apart as the sequence is worth it.
-        self.step = 1 if self.query_length < 256 else 4
+        self.step = step_of(max(self.query_length, self.key_length))
         self.values = {
             "query": inputs.query, "key": inputs.key, "value": inputs.value,
             "pos_key": inputs.pos_key, "pos_query": inputs.pos_query,
@@ -83,7 +85,7 @@ class Plan:
             "scale": inputs.scale * LOG2E, "softmax_scale": inputs.scale, "band_scale": _band_scale(inputs), "inverse_band_scale": 1 / _band_scale(inputs),
             "threshold": min(round(inputs.dropout_p * 2**32) - 2**31, 2**31 - 1),
             "inverse_keep": 1 / (1 - inputs.dropout_p),
-            "SIZE": size, "BLOCK_SIZE": max(16, 1 << (size - 1).bit_length()), "UNIT": self.unit,
+            "SIZE": size, "BLOCK_SIZE": block_size_of(inputs), "UNIT": self.unit,
             "PRECISION": precision, "PACKED": self.packed, "SPANS": False, "MASK": self.mask_kind,
             "DROPOUT": inputs.dropout_p > 0, "LARGEST": torch.finfo(inputs.query.dtype).max, "C2P": self.c2p, "P2C": self.p2c, "GRAIN": configuration.grain,
         }  # fmt: skip
@@ -106,7 +108,7 @@ class Plan:
         yield from self._prepare()
         for part in self._parts():
             yield from self._band_scores(part)
-            yield self._rows(forward, self.configuration.forward, self.query_length, part)
+            yield self._rows(forward, "forward", self.query_length, part)
 
     def backward(self, output, lse, grad_output, grad_lse, grads) -> Iterator[Launch]:
         """The launches that fill grads: those of query, key, value and of the tables that are there."""
@@ -122,10 +124,10 @@ class Plan:
             sums = self._table_sums()
         for part in self._parts():
             yield from self._band_scores(part)
-            yield self._rows(backward_key, self.configuration.backward_key, self.key_length, part)
+            yield self._rows(backward_key, "backward_key", self.key_length, part)
             if self.p2c:
                 yield self._spread(backward_rows, "p2c", part, grad_x=grads[1])
-            yield self._rows(backward_query, self.configuration.backward_query, self.query_length, part)
+            yield self._rows(backward_query, "backward_query", self.query_length, part)
             if self.c2p:
                 yield self._spread(backward_rows, "c2p", part, grad_x=grads[0])
             for name in sums:
@@ -189,7 +191,9 @@ class Plan:
         if self.mask_kind == "keys" and not self.packed:
             spans = inputs.query.new_empty((self.batches, 4), dtype=torch.int32)
             self.values |= {"key_spans": spans, "SPANS": True}
-            yield self._launch(key_spans, (self.batches,), 4, 1, spans=spans, length=self.key_length, COLUMNS=1024)
+            yield self._launch(
+                key_spans, (self.batches,), SMALL, None, spans=spans, length=self.key_length, COLUMNS=1024
+            )
         if not inputs.has_positions:
             return
         slots, self.first_of_slot = _slots_on(
@@ -200,7 +204,7 @@ class Plan:
                 heads, rows, size = table.shape
                 out = self.values[name] = table.new_empty(heads, self.distances, size)
                 yield self._launch(
-                    expand_table, (-(-self.distances // 64), heads), 4, 1, table=table, slots=slots, out=out,
+                    expand_table, (-(-self.distances // 64), heads), SMALL, None, table=table, slots=slots, out=out,
                     table_h=table.stride(0), table_l=table.stride(1), reach=len(slots) // 2,
                     first_slot=inputs.first_slot, rows=rows, ROWS=64,
                 )  # fmt: skip
@@ -235,11 +239,13 @@ class Plan:
     def _spread(self, kernel, name: str, part: Part, **others) -> Launch:
         """A program for each block of rows STEP apart of a band."""
         side, tiles, step = self._side(name), self.configuration.bands, self.step
-        blocks = -(-side["rows_length"] // (tiles.rows * step)) * step
+        # To the end of the last grain: every cell that a near tile reads must be finite.
+        grains = -(-side["rows_length"] // self.configuration.grain)
+        blocks = -(-grains * self.configuration.grain // (tiles.rows * step)) * step
         if others:
             others |= {f"dx_{s}": self.values[f"d{'k' if name == 'p2c' else 'q'}_{s}"] for s in "bhl"}
         return self._launch(
-            kernel, (blocks * part.batches, part.heads), tiles.warps, tiles.stages, **side, **others, blocks=blocks,
+            kernel, (blocks * part.batches, part.heads), tiles, "bands", **side, **others, blocks=blocks,
             first_batch=part.first_batch, first_head=part.first_head,
             ROWS=tiles.rows, WINDOW=tiles.columns, STEP=step,
         )  # fmt: skip
@@ -250,8 +256,8 @@ class Plan:
             count = heads * room * (1 if self.packed else self.batches)
             self.values[name] = self.inputs.query.new_empty(count, dtype=torch.float32)
         self.values |= {"delta_b": 0 if self.packed else heads * room // 16, "delta_h": room // 16}
-        tiles = Tiles(ROOM, 1, 4, 1)
-        return self._rows(backward_delta, tiles, self.query_length, Part(0, heads, 0, self.batches))
+        blocks = -(-self.query_length // ROOM)
+        return self._launch(backward_delta, (blocks * self.batches, heads), SMALL, None, blocks=blocks, ROWS=ROOM)
 
     def _side(self, name: str) -> dict[str, object]:
         """What band kernels know of c2p, rows being queries, or of p2c, rows being keys."""
@@ -289,29 +295,40 @@ class Plan:
         batch_splits = min(shares, 1 << (part.batches.bit_length() - 1)) if part.batches else 1
         return self._launch(
             backward_by_distance, (-(-(self.distances + step) // tiles.columns), part.heads, len(sums)),
-            tiles.warps, tiles.stages, **self._side(name), by_distance=sums, first_batch=part.first_batch,
+            tiles, "backward_tables", **self._side(name), by_distance=sums, first_batch=part.first_batch,
             first_head=part.first_head, batches=part.batches, batch_splits=batch_splits,
             row_splits=shares // batch_splits, ROWS=tiles.rows, WINDOW=tiles.columns, STEP=step,
         )  # fmt: skip
 
     def _by_row(self, sums: torch.Tensor, far: torch.Tensor, grad: torch.Tensor) -> Launch:
         return self._launch(
-            backward_by_row, (grad.shape[1], grad.shape[0]), 4, 1, by_distance=sums, far_sums=far, grad_table=grad,
+            backward_by_row, (grad.shape[1], grad.shape[0]), SMALL, None, by_distance=sums, far_sums=far, grad_table=grad,
             first_of_slot=self.first_of_slot, splits=len(sums), first_slot=self.inputs.first_slot, ROWS=32,
         )  # fmt: skip
 
-    def _rows(self, kernel, tiles: Tiles, length: int, part: Part, **others) -> Launch:
+    def _rows(self, kernel, configured: str, length: int, part: Part) -> Launch:
         """A program for each block of rows of each batch row and head of the part."""
+        tiles = getattr(self.configuration, configured)
         blocks = -(-length // tiles.rows)
         return self._launch(
-            kernel, (blocks * part.batches, part.heads), tiles.warps, tiles.stages, blocks=blocks,
+            kernel, (blocks * part.batches, part.heads), tiles, configured, blocks=blocks,
             first_batch=part.first_batch, first_head=part.first_head, ROWS=tiles.rows, COLUMNS=tiles.columns,
-            WINDOW=tiles.columns, **others,
         )  # fmt: skip
 
-    def _launch(self, kernel, grid: tuple[int, ...], warps: int, stages: int, **others) -> Launch:
+    def _launch(self, kernel, grid: tuple[int, ...], tiles: Tiles, configured: str | None, **others) -> Launch:
         values = self.values | others
-        return Launch(kernel, grid, {name: values[name] for name in kernel.arg_names}, warps, stages)
+        arguments = {name: values[name] for name in kernel.arg_names}
+        return Launch(kernel, grid, arguments, tiles.warps, tiles.stages, configured)
+
+
+def block_size_of(inputs: AttentionInputs) -> int:
+    """The head size, padded to a power of two that tensor cores take."""
+    return max(16, 1 << (inputs.query.shape[-1] - 1).bit_length())
+
+
+def step_of(length: int) -> int:
+    """How far apart the rows lie of a program that writes or reads a band: as far as sequences are worth it."""
+    return 1 if length < 256 else 4
 
 
 def _strides(tensor: torch.Tensor) -> list[int]:

@@ -1,7 +1,7 @@
 """What the kernels of backward need of every query: the shift of its exponents, and Delta of equation 8.
 
-    shift_i = lse_i log2 e,  infinite where a query sees no key: its probabilities are zero then
-    Delta_i = dO_i . O_i - dlse_i
+shift_i = lse_i log2 e,  infinite where a query sees no key: its probabilities are zero then
+Delta_i = dO_i . O_i - dlse_i
 """
 
 import triton

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 
 from .tile import (
+    add_tile,
     find_keys,
     find_rows,
-    add_tile,
     identity,
     kept,
     load_rows,
@@ -169,7 +169,9 @@ def _differentiate(
         z = matmul(k, tl.trans(q), PRECISION)
         if C2P:
             key_start, _ = near_span(m0 // GRAIN * GRAIN, offset, far_past, far_future, low, high, GRAIN)
-            tile = tl.load(skip_rows(c2p, m0, c2p_pitch) - key_start + (local[:, None] * c2p_pitch + local_rows[None, :]))
+            tile = tl.load(
+                skip_rows(c2p, m0, c2p_pitch) - key_start + (local[:, None] * c2p_pitch + local_rows[None, :])
+            )
             z = add_tile(z, tl.trans(tile), eye, inverse_band_scale, PRECISION)
         if P2C:
             tile = tl.load(p2c + m0 + (local_rows[:, None] * p2c_pitch + local[None, :]))

@@ -17,6 +17,7 @@ from .tile import (
     hide,
     kept,
     load_rows,
+    load_rows_below,
     load_vector,
     matmul,
     matmul_add,
@@ -66,7 +67,6 @@ def backward_query(
     local = tl.arange(0, ROWS)
     present = tl.minimum(local, query_length - 1 - m0)
     query = start_of(query, batch, head, first + m0, q_b, q_h, q_l, UNIT)
-    q = load_rows(query, present, q_l * UNIT, SIZE, BLOCK_SIZE)
     grad_output = start_of(grad_output, batch, head, first + m0, do_b, do_h, do_l, UNIT)
     do = load_rows(grad_output, present, do_l * UNIT, SIZE, BLOCK_SIZE)
     key = start_of(key, batch, head, first, k_b, k_h, k_l, UNIT)
@@ -83,6 +83,7 @@ def backward_query(
         slot = tl.where(side == 0, past_slot, future_slot)
         start = tl.where(side == 0, low, near_stop)
         stop = tl.minimum(tl.where(side == 0, near_start, high), key_length)
+        q = load_rows(query, present, q_l * UNIT, SIZE, BLOCK_SIZE)
         shifted, constant = q, -shift
         if P2C:
             row = load_vector(pos_query + head.to(tl.int64) * pos_query_h + slot * pos_query_l, BLOCK_SIZE, SIZE)
@@ -115,7 +116,9 @@ def backward_query(
     for n0 in range(near_start, near_stop, COLUMNS):
         here = tl.minimum(local_keys, key_length - 1 - n0)
         query_start, _ = near_span(n0 // GRAIN * GRAIN, -offset, -far_future, -far_past, 0, query_grains, GRAIN)
-        tile = skip_rows(p2c, n0, p2c_pitch * 16) - query_start + (local_keys[:, None] * (p2c_pitch * 16) + local[None, :])
+        tile = (
+            skip_rows(p2c, n0, p2c_pitch * 16) - query_start + (local_keys[:, None] * (p2c_pitch * 16) + local[None, :])
+        )
         da = tl.trans(tl.load(tile, mask=(local_keys < key_length - n0)[:, None], other=0.0))
         k = load_rows(skip_rows(key, n0, k_l * UNIT), here, k_l * UNIT, SIZE, BLOCK_SIZE)
         dq = matmul_add(da, k, dq, PRECISION)
@@ -139,16 +142,17 @@ def _far_keys(
 ):  # fmt: skip
     local, local_rows = tl.arange(0, COLUMNS), tl.arange(0, shifted.shape[0])
     for n0 in range(start, stop - (hollow - solid), COLUMNS):
-        here = local
         if HIDDEN:
             n0 = tl.where(n0 < solid, n0, n0 + (hollow - solid))
-            here = tl.minimum(local, key_length - 1 - n0)
-        k = load_rows(skip_rows(key, n0, k_l), here, k_l, SIZE, BLOCK_SIZE)
+            k = load_rows_below(key_length - n0, skip_rows(key, n0, k_l), local, k_l, SIZE, BLOCK_SIZE)
+            v = load_rows_below(key_length - n0, skip_rows(value, n0, v_l), local, v_l, SIZE, BLOCK_SIZE)
+        else:
+            k = load_rows(skip_rows(key, n0, k_l), local, k_l, SIZE, BLOCK_SIZE)
+            v = load_rows(skip_rows(value, n0, v_l), local, v_l, SIZE, BLOCK_SIZE)
         z = matmul(shifted, tl.trans(k), PRECISION) * scale + constant[:, None]
         if HIDDEN:
             z = hide(z, mask, m0 + present, n0 + local, key_length, mask_i, mask_j, MASK)
         p = tl.exp2(z)
-        v = load_rows(skip_rows(value, n0, v_l), here, v_l, SIZE, BLOCK_SIZE)
         dp = matmul(do, tl.trans(v), PRECISION)
         if DROPOUT:
             dp = tl.where(kept(seed, batch_head, m0 + local_rows, n0, threshold, COLUMNS), dp * inverse_keep, 0.0)

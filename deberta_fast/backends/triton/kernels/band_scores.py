@@ -39,9 +39,7 @@ def band_scores(
     )
     if r0 >= row_high:
         return
-    local, start, stop = spread_rows(
-        r0, offset, past, future, low, high, row_low, row_high, residue, GRAIN, ROWS, STEP
-    )
+    local, start, stop = spread_rows(r0, offset, past, future, low, high, row_low, row_high, residue, GRAIN, ROWS, STEP)
     lowest, highest = window_of(start, stop, ROWS, STEP)
     x = start_of(x, batch, head, first + r0, x_b, x_h, x_l, UNIT)
     tile = load_rows(x, tl.minimum(local, rows_length - 1 - r0), x_l * UNIT, SIZE, BLOCK_SIZE)

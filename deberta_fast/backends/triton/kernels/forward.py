@@ -17,6 +17,7 @@ from .tile import (
     identity,
     kept,
     load_rows,
+    load_rows_below,
     load_vector,
     matmul,
     matmul_add,
@@ -64,7 +65,6 @@ def forward(
     local = tl.arange(0, ROWS)
     present = tl.minimum(local, query_length - 1 - m0)
     query = start_of(query, batch, head, first + m0, q_b, q_h, q_l, UNIT)
-    q = load_rows(query, present, q_l * UNIT, SIZE, BLOCK_SIZE)
     key = start_of(key, batch, head, first, k_b, k_h, k_l, UNIT)
     value = start_of(value, batch, head, first, v_b, v_h, v_l, UNIT)
     if MASK != "none":
@@ -77,12 +77,32 @@ def forward(
     constant = tl.zeros((ROWS,), tl.float32)
     query_grains = tl.cdiv(query_length, GRAIN) * GRAIN
     if C2P:
-        c2p = start_of(c2p, part_batch, part_head, room_of(first, batch, PACKED) + m0, c2p_b * c2p_pitch, c2p_h * c2p_pitch, c2p_pitch, 16)
+        c2p = start_of(
+            c2p,
+            part_batch,
+            part_head,
+            room_of(first, batch, PACKED) + m0,
+            c2p_b * c2p_pitch,
+            c2p_h * c2p_pitch,
+            c2p_pitch,
+            16,
+        )
         c2p -= near_start
     if P2C:
-        p2c = start_of(p2c, part_batch, part_head, room_of(first, batch, PACKED), p2c_b * p2c_pitch, p2c_h * p2c_pitch, p2c_pitch, 16)
+        p2c = start_of(
+            p2c,
+            part_batch,
+            part_head,
+            room_of(first, batch, PACKED),
+            p2c_b * p2c_pitch,
+            p2c_h * p2c_pitch,
+            p2c_pitch,
+            16,
+        )
         p2c += m0
     if C2P or P2C:
+        # Loaded anew for each segment: kept, it would not leave enough registers to the loops.
+        q = load_rows(query, present, q_l * UNIT, SIZE, BLOCK_SIZE)
         stop = tl.minimum(near_stop, key_length)
         solid, hollow = solid_tiles(near_start, stop, solid_low, solid_high, COLUMNS)
         acc, total, peak = _attend(
@@ -101,6 +121,7 @@ def forward(
         slot = tl.where(side == 0, past_slot, future_slot)
         start = tl.where(side == 0, low, near_stop)
         stop = tl.minimum(tl.where(side == 0, near_start, high), key_length)
+        q = load_rows(query, present, q_l * UNIT, SIZE, BLOCK_SIZE)
         shifted = q
         if P2C:
             row = load_vector(pos_query + head.to(tl.int64) * pos_query_h + slot * pos_query_l, BLOCK_SIZE, SIZE)
@@ -146,11 +167,11 @@ def _attend(
     local, local_rows = tl.arange(0, COLUMNS), tl.arange(0, q.shape[0])
     eye = identity(q.shape[0], inverse_band_scale, q.dtype)
     for n0 in range(start, stop - (hollow - solid), COLUMNS):
-        here = local
         if HIDDEN:
             n0 = tl.where(n0 < solid, n0, n0 + (hollow - solid))
-            here = tl.minimum(local, key_length - 1 - n0)
-        k = load_rows(skip_rows(key, n0, k_l), here, k_l, SIZE, BLOCK_SIZE)
+            k = load_rows_below(key_length - n0, skip_rows(key, n0, k_l), local, k_l, SIZE, BLOCK_SIZE)
+        else:
+            k = load_rows(skip_rows(key, n0, k_l), local, k_l, SIZE, BLOCK_SIZE)
         z = matmul(q, tl.trans(k), PRECISION)
         if C2P:
             tile = tl.load(c2p + n0 + (local_rows[:, None] * c2p_pitch + local[None, :]))
@@ -158,7 +179,9 @@ def _attend(
         if P2C:
             grain = n0 // GRAIN * GRAIN
             query_start, _ = near_span(grain, -offset, -far_future, -far_past, 0, query_grains, GRAIN)
-            tile = tl.load(skip_rows(p2c, n0, p2c_pitch) - query_start + (local[:, None] * p2c_pitch + local_rows[None, :]))
+            tile = tl.load(
+                skip_rows(p2c, n0, p2c_pitch) - query_start + (local[:, None] * p2c_pitch + local_rows[None, :])
+            )
             z = add_tile(z, tl.trans(tile), eye, inverse_band_scale, PRECISION)
         if HIDDEN:
             z = hide(z, mask, m0 + present, n0 + local, key_length, mask_i, mask_j, MASK)
@@ -171,7 +194,10 @@ def _attend(
         total = total * fade + tl.sum(p, 1)
         if DROPOUT:
             p = tl.where(kept(seed, batch_head, m0 + local_rows, n0, threshold, COLUMNS), p, 0.0)
-        v = load_rows(skip_rows(value, n0, v_l), here, v_l, SIZE, BLOCK_SIZE)
+        if HIDDEN:
+            v = load_rows_below(key_length - n0, skip_rows(value, n0, v_l), local, v_l, SIZE, BLOCK_SIZE)
+        else:
+            v = load_rows(skip_rows(value, n0, v_l), local, v_l, SIZE, BLOCK_SIZE)
         acc = matmul_add(p.to(v.dtype), v, acc * fade[:, None], PRECISION)
         peak = new_peak
     return acc, total, peak

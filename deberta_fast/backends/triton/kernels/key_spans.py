@@ -1,6 +1,6 @@
 """What a padding mask leaves of each batch row's keys, so that what lies outside is never read.
 
-    spans[b] = first key, one past the last; and the same again if there are no holes between them, else an empty range
+spans[b] = first key, one past the last; and the same again if there are no holes between them, else an empty range
 """
 
 import triton

@@ -138,6 +138,14 @@ def load_rows(base, local, stride, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr)
 
 
 @triton.jit
+def load_rows_below(limit, base, local, stride, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Those rows below ``limit``, for the others zero."""
+    d = tl.arange(0, BLOCK_SIZE)
+    pointers = base + (local[:, None] * stride + d[None, :])
+    return tl.load(pointers, mask=(local < limit)[:, None] & (d < SIZE)[None, :], other=0.0)
+
+
+@triton.jit
 def store_rows(base, local, limit, stride, tile, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """Those rows below ``limit``."""
     d = tl.arange(0, BLOCK_SIZE)
