@@ -8,7 +8,7 @@
 #   op        attention against its neighbours          layer     an attention module against other implementations
 #   dropout   attention with dropout 0.1                padding   attention with half of the tokens padding
 #   memory    peak memory                               host      the host's time for a call
-#   plots     charts of all of these
+#   kernels   each Triton kernel, and other settings    plots     charts of all of these
 #
 # Results go to bench/results/ and the GPU's name, or to DIR; FILE (.tar.gz) gets them and the logs after every stage.
 # PYTHON names the interpreter, which needs torch and triton, for the tests also pytest and transformers, no network.
@@ -20,7 +20,7 @@ cd "$root" || exit 1
 python=${PYTHON:-python3}
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 limit=240
-all=(build tests op layer dropout padding memory host plots)
+all=(build tests op layer kernels dropout padding memory host plots)
 
 out='' archive='' stages=()
 while (($#)); do
@@ -64,6 +64,7 @@ stage() {
     padding) "${kind[@]}" -m bench.attention_gpu --padding 0.5 --lengths 512 2048 8192 128 --out "$out" ;;
     memory) "${kind[@]}" -m bench.attention_gpu --memory --out "$out" ;;
     host) "${kind[@]}" -m bench.attention_gpu --host --out "$out" ;;
+    kernels) "${kind[@]}" -m bench.triton_kernels --out "$out" ;;
     plots) "${kind[@]}" -m bench.plots "$out" ;;
   esac
 }

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from deberta_fast import backends
 from deberta_fast.backends.inputs import AttentionInputs
 from deberta_fast.relative_position import slot_table
 
@@ -129,6 +130,12 @@ def _mask(case: Case, random: torch.Generator) -> torch.Tensor | None:
         "blocks": lambda: (segment[:, None] == segment)[None, None],
         "heads": lambda: torch.rand(1, case.heads, rows, keys, generator=random) > 0.3,
     }[case.mask]()
+
+
+# Backends that take CPU tensors; tests/triton_interpreted.py and tests/test_gpu.py are for the others.
+ON_CPU = [
+    name for name, reasons in backends.why_not(make_inputs(BY_NAME["one-token"], torch.float32)).items() if not reasons
+]
 
 
 def as_dtype(inputs: AttentionInputs, dtype: torch.dtype) -> AttentionInputs:

@@ -4,17 +4,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cases import BY_NAME, CASES, DROPOUT_SEED, TENSORS, Case, as_dtype, forward_and_gradients, make_inputs
+from cases import BY_NAME, CASES, DROPOUT_SEED, ON_CPU, TENSORS, Case, as_dtype, forward_and_gradients, make_inputs
 from tolerance import assert_as_precise, hf_style_attention
 
 import deberta_fast
-from deberta_fast import backends
 from deberta_fast.backends import eager, reference
 from deberta_fast.backends.inputs import AttentionInputs
 
-# Those that take CPU tensors. tests/test_triton.py and tests/test_gpu.py are for the others.
-PROBE = make_inputs(BY_NAME["one-token"], torch.float32)
-BACKENDS = [name for name, reasons in backends.why_not(PROBE).items() if not reasons and name != "reference"]
+BACKENDS = [name for name in ON_CPU if name != "reference"]
 CPU_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import Case, make_inputs
+from cases import ON_CPU, Case, make_inputs
 
 import deberta_fast
 from deberta_fast import backends, disentangled_attention, disentangled_attention_varlen
@@ -32,7 +32,7 @@ def packed(lengths, heads=3, size=16, dtype=torch.float64):
 LENGTHS = {"mixed": [5, 200, 1, 64], "one": [70], "with-empty": [0, 9, 0, 0, 30, 0], "none": []}
 
 
-@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("name", LENGTHS)
 def test_packed_sequences_equal_each_alone(name, backend):
     lengths = LENGTHS[name]
@@ -62,7 +62,7 @@ def test_packed_sequences_equal_each_alone(name, backend):
             torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_packed_dropout_is_that_of_a_padded_batch(backend):
     """The mask depends on (sequence, head, i, j) alone, so packing changes nothing."""
     lengths = [40, 17]
@@ -83,7 +83,7 @@ def test_packed_dropout_is_that_of_a_padded_batch(backend):
 # Dropout
 
 
-@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_dropout_follows_the_seed(backend):
     arguments = tensors(60)
 
@@ -127,7 +127,7 @@ def test_second_derivative_of_the_reference():
     assert torch.autograd.gradgradcheck(attention, leaves)
 
 
-@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_autocast_casts_as_torchs_own_attention(backend):
     arguments = tensors(20, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -173,7 +173,7 @@ def test_a_named_backend_that_cannot_serve_lists_its_reasons(monkeypatch):
         disentangled_attention(*tensors(), **TABLE, backend="eager")
     disentangled_attention(*tensors(), **TABLE)  # the next one serves
     monkeypatch.setattr(backends.reference, "why_not", lambda inputs: ["is asleep"])
-    with pytest.raises(RuntimeError, match="eager: needs a full moon, and silence; reference: is asleep"):
+    with pytest.raises(RuntimeError, match="eager: needs a full moon, and silence; .*reference: is asleep"):
         disentangled_attention(*tensors(), **TABLE)
 
 
@@ -236,7 +236,7 @@ BAD_PACKED = {
 }
 
 
-@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("name", BAD_PACKED)
 def test_bad_packed_input(name, backend):
     change, error, message = BAD_PACKED[name]

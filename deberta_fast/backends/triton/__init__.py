@@ -1,20 +1,30 @@
 """Fused disentangled attention in Triton, forward and backward, for GPUs.
 
-Keys are far-left, near or far-right of a block of queries. Far tiles are plain flash attention (equation 7); near tiles
-read their position scores from bands of dense scores that one kernel writes beforehand (equation 6), for as many heads at
-once as ``plan.BAND_BYTES`` holds. In backward the gradients of the scores replace them in the same bands. Nothing of size
-Lq x Lk is kept, nothing is added atomically, and nothing waits for the device.
+Keys are far-left, near or far-right of a block of queries. Far tiles are plain flash attention (equation 7). Near tiles
+take their position scores from bands of dense scores, written beforehand for as many heads as ``plan.BAND_BYTES`` holds
+(equation 6), and add them with products by the identity. In backward the gradients of the scores replace them in the
+same bands. Nothing of size Lq x Lk is kept, nothing is added atomically, and nothing waits for the device.
 """
 
 import contextlib
-import functools
-import importlib.util
+import importlib.metadata
+import os
 
 import torch
 
 from ..inputs import AttentionInputs
 
+
+def _installed() -> tuple[int, int] | None:
+    try:
+        return tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 OLDEST = (3, 6)
+INSTALLED = _installed()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton runs its kernels on the CPU
 CAPABILITY = (8, 0)
 LARGEST_HEAD = 256
 
@@ -22,9 +32,8 @@ LARGEST_HEAD = 256
 def why_not(inputs: AttentionInputs) -> list[str]:
     """Reasons not to serve these inputs."""
     query, reasons = inputs.query, []
-    interpreted = _interpreted()
-    if interpreted is None:
-        reasons.append(f"Triton >= {'.'.join(map(str, OLDEST))} is not installed")
+    if INSTALLED is None or INSTALLED < OLDEST:
+        reasons.append(f"Triton >= {OLDEST[0]}.{OLDEST[1]} is not installed")
     if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         reasons.append(f"dtype must be float32, bfloat16 or float16, got {query.dtype}")
     if query.shape[-1] % 8 or query.shape[-1] > LARGEST_HEAD:
@@ -32,9 +41,10 @@ def why_not(inputs: AttentionInputs) -> list[str]:
     if not inputs.scale > 0:
         reasons.append(f"scale must be positive, got {inputs.scale}")
     if query.device.type == "cuda":
-        if torch.version.hip is None and (found := torch.cuda.get_device_capability(query.device)) < CAPABILITY:
-            reasons.append(f"compute capability must be at least {CAPABILITY}, got {found}")
-    elif not (query.device.type == "cpu" and interpreted):
+        gpu = torch.cuda.get_device_properties(query.device)  # torch.compile knows it for a constant
+        if torch.version.hip is None and (gpu.major, gpu.minor) < CAPABILITY:
+            reasons.append(f"compute capability must be at least {CAPABILITY}, got {(gpu.major, gpu.minor)}")
+    elif query.device.type != "cpu" or not INTERPRETED:
         reasons.append(f"tensors must be on a GPU, got {query.device}")
     return reasons
 
@@ -56,7 +66,8 @@ def backward(
     """Gradients of query, key, value, pos_key and pos_query, shaped and typed as these; None for an absent table."""
     grads = [inputs.new_like_heads(x) for x in (inputs.query, inputs.key, inputs.value)]
     grads += [None if x is None else x.new_empty(x.shape) for x in (inputs.pos_key, inputs.pos_query)]
-    grad_output = grad_output if grad_output.stride(-1) == 1 else grad_output.contiguous()
+    if grad_output.stride(-1) != 1 or any(n * grad_output.element_size() % 16 for n in grad_output.stride()[:3]):
+        grad_output = grad_output.contiguous()
     _run(inputs, lambda plan: plan.backward(output, lse, grad_output, grad_lse, grads))
     return tuple(grads)
 
@@ -84,20 +95,8 @@ def _run(inputs: AttentionInputs, launches) -> None:
 
 
 def _precision(inputs: AttentionInputs) -> str:
-    if _interpreted():
+    if INTERPRETED:
         return "upcast"
     if inputs.query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
-
-
-@functools.cache
-def _interpreted() -> bool | None:
-    """Whether Triton runs its kernels on the CPU (TRITON_INTERPRET=1); None if there is no Triton to run."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    import triton
-
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
-        return None
-    return triton.knobs.runtime.interpret

@@ -26,12 +26,14 @@ def tune(
     tokens: int = 16384,
     candidates: Iterable[Tiles] = tuple(CANDIDATES),
     measure: Callable[[Callable[[], object]], float] | None = None,
+    make_calls: Callable | None = None,
     device: str = "cuda",
 ) -> Configuration:
     """Tunes one kernel after the other for a head size and dtype, over the lengths together, and saves the result.
 
     Args:
         measure: milliseconds of a call; None means the median of ``triton.testing.do_bench``.
+        make_calls: forward and backward to measure; None means those of dense attention with v3's tables.
 
     Returns:
         The configuration saved.
@@ -39,7 +41,9 @@ def tune(
     import triton
 
     measure = measure or (lambda call: triton.testing.do_bench(call, warmup=10, rep=50, return_mode="median"))
-    calls = [_calls(head_size, dtype, length, heads, max(1, tokens // length), device) for length in lengths]
+    calls = [
+        (make_calls or _calls)(head_size, dtype, length, heads, max(1, tokens // length), device) for length in lengths
+    ]
     block_size = max(16, 1 << (head_size - 1).bit_length())
     key, best = configuration.choose(torch.device(device), block_size, dtype.itemsize)
 

@@ -64,8 +64,10 @@ def default(target: Target) -> Configuration:
         return _default_32_bit(size)
     plain = Tiles(64, 64, 4, 2)
     if size <= 64:
-        query = plain if roomy else Tiles(64, 64, 4, 3)  # on sm_120 two stages make it spill
-        return Configuration(64, plain, plain, Tiles(64, 32, 4, 2), query, plain)
+        # Without the exceptions they would spill.
+        key = Tiles(32, 64, 4, 2) if capability == 100 else Tiles(64, 32, 4, 2)
+        query = {90: plain, 100: Tiles(64, 64, 4, 3), 120: Tiles(64, 64, 4, 3)}.get(capability, Tiles(64, 32, 4, 2))
+        return Configuration(64, plain, plain, key, query, plain)
     if size == 128 and capability == 90:
         return Configuration(64, plain, plain, Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2), plain)
     if size == 128:
@@ -89,7 +91,9 @@ def choose(device: torch.device, block_size: int, itemsize: int) -> tuple[tuple[
     """The configuration for a device, by what it is remembered: shrunk, tuned or default."""
     key = _identity(device, block_size, itemsize)
     if key not in _chosen:
-        _chosen[key] = _saved(key) or default(key[1])
+        # The interpreter takes as long for a small tile as for a large one.
+        usual = default(key[1]) if device.type == "cuda" else Configuration(64, *[Tiles(64, 64, 4, 1)] * 5)
+        _chosen[key] = _saved(key) or usual
     return key, _chosen[key]
 
 

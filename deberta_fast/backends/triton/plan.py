@@ -74,6 +74,7 @@ class Plan:
         self.unit = 16 // itemsize if aligned else 1
         # Rows of a program that writes or reads a band by distance: as far apart as the sequence is worth it.
         self.step = step_of(max(self.query_length, self.key_length))
+        band_scale = _band_scale(inputs)
         self.values = {
             "query": inputs.query, "key": inputs.key, "value": inputs.value,
             "pos_key": inputs.pos_key, "pos_query": inputs.pos_query,
@@ -81,13 +82,15 @@ class Plan:
             "cu_seqlens": inputs.cu_seqlens, "key_spans": None, "seed": inputs.seed, "c2p": None, "p2c": None,
             "c2p_b": 0, "c2p_h": 0, "c2p_pitch": 0, "p2c_b": 0, "p2c_h": 0, "p2c_pitch": 0,
             "query_length": self.query_length, "key_length": self.key_length, "offset": inputs.query_offset,
-            "first_distance": 0, "distances": 0, "far_past": 0, "far_future": 0, "past_slot": 0, "future_slot": 0, "heads": heads,
-            "scale": inputs.scale * LOG2E, "softmax_scale": inputs.scale, "band_scale": _band_scale(inputs), "inverse_band_scale": 1 / _band_scale(inputs),
+            "first_distance": 0, "distances": 0, "far_past": 0, "far_future": 0, "past_slot": 0, "future_slot": 0,
+            "heads": heads, "scale": inputs.scale * LOG2E, "softmax_scale": inputs.scale,
+            "band_scale": band_scale, "inverse_band_scale": 1 / band_scale,
             "threshold": min(round(inputs.dropout_p * 2**32) - 2**31, 2**31 - 1),
             "inverse_keep": 1 / (1 - inputs.dropout_p),
             "SIZE": size, "BLOCK_SIZE": block_size_of(inputs), "UNIT": self.unit,
-            "PRECISION": precision, "PACKED": self.packed, "SPANS": False, "MASK": self.mask_kind,
-            "DROPOUT": inputs.dropout_p > 0, "LARGEST": torch.finfo(inputs.query.dtype).max, "C2P": self.c2p, "P2C": self.p2c, "GRAIN": configuration.grain,
+            "LARGEST": torch.finfo(inputs.query.dtype).max, "PRECISION": precision, "PACKED": self.packed,
+            "SPANS": False, "MASK": self.mask_kind, "DROPOUT": inputs.dropout_p > 0,
+            "C2P": self.c2p, "P2C": self.p2c, "GRAIN": configuration.grain,
         }  # fmt: skip
         for name, t in zip("qkv", heads_tensors, strict=True):
             self._add_strides(name, t, self.unit)
@@ -116,7 +119,7 @@ class Plan:
         self._add_outputs(lse, o=output, do=grad_output, dq=grads[0], dk=grads[1], dv=grads[2])
         self.values |= {"output": output, "grad_output": grad_output, "grad_lse": grad_lse}
         self.values |= dict(zip(("grad_query", "grad_key", "grad_value"), grads, strict=False))
-        self.values |= dict(zip(("dlse_b", "dlse_h", "dlse_l"), grad_lse.stride(), strict=True))
+        self._add_strides("dlse", grad_lse, 1)
         self.values |= {"partial": None, "far_pos_key": None, "far_pos_query": None, "far_count": 0}
         yield from self._prepare()
         yield self._delta()
@@ -265,7 +268,8 @@ class Plan:
         rows, columns = ("k", "q") if keys else ("q", "k")
         lengths = {"q": self.query_length, "k": self.key_length}
         return {
-            "band": v[name], "table": v["query_table" if keys else "key_table"], "x": v["key" if keys else "query"], **{f"x_{s}": v[f"{rows}_{s}"] for s in "bhl"},
+            "band": v[name], "table": v["query_table" if keys else "key_table"],
+            "x": v["key" if keys else "query"], **{f"x_{s}": v[f"{rows}_{s}"] for s in "bhl"},
             "band_b": v[f"{name}_b"], "band_h": v[f"{name}_h"], "pitch": v[f"{name}_pitch"],
             "rows_length": lengths[rows], "columns_length": lengths[columns],
             "offset": -v["offset"] if keys else v["offset"],
@@ -302,8 +306,9 @@ class Plan:
 
     def _by_row(self, sums: torch.Tensor, far: torch.Tensor, grad: torch.Tensor) -> Launch:
         return self._launch(
-            backward_by_row, (grad.shape[1], grad.shape[0]), SMALL, None, by_distance=sums, far_sums=far, grad_table=grad,
-            first_of_slot=self.first_of_slot, splits=len(sums), first_slot=self.inputs.first_slot, ROWS=32,
+            backward_by_row, (grad.shape[1], grad.shape[0]), SMALL, None, by_distance=sums, far_sums=far,
+            grad_table=grad, first_of_slot=self.first_of_slot, splits=len(sums),
+            first_slot=self.inputs.first_slot, ROWS=32,
         )  # fmt: skip
 
     def _rows(self, kernel, configured: str, length: int, part: Part) -> Launch:
@@ -327,8 +332,8 @@ def block_size_of(inputs: AttentionInputs) -> int:
 
 
 def step_of(length: int) -> int:
-    """How far apart the rows lie of a program that writes or reads a band: as far as sequences are worth it."""
-    return 1 if length < 256 else 4
+    """How far apart the rows lie of a program that writes or reads a band: as far as it finds enough of them."""
+    return 1 if length < 128 else 2 if length < 256 else 4
 
 
 def _strides(tensor: torch.Tensor) -> list[int]:
@@ -357,7 +362,7 @@ def _slots_on(buckets: int, longest: int, far_negative: str, device: torch.devic
 
 
 def _band_scale(inputs: AttentionInputs) -> float:
-    """What float16 bands hold position scores times, to have room for them: a power of two, so that it costs nothing."""
+    """What float16 bands hold position scores times, to have room for them: a power of two, hence exact."""
     if inputs.query.dtype != torch.float16:
         return 1.0
     return 2.0 ** max(-14, min(14, math.frexp(inputs.scale * LOG2E)[1] - 1))

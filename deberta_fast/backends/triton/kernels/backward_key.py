@@ -16,12 +16,13 @@ import triton.language as tl
 
 from .tile import (
     add_tile,
+    band_of,
     find_keys,
     find_rows,
     identity,
     kept,
     load_rows,
-    load_vector,
+    load_table_row,
     matmul,
     matmul_add,
     near_span,
@@ -78,21 +79,23 @@ def backward_key(
     value = start_of(value, batch, head, first + n0, v_b, v_h, v_l, UNIT)
     query = start_of(query, batch, head, first, q_b, q_h, q_l, UNIT)
     grad_output = start_of(grad_output, batch, head, first, do_b, do_h, do_l, UNIT)
-    query_room, room = room_of(first, batch, PACKED), room_of(first, batch, PACKED) + n0
-    shift += place_of(batch, head, query_room, delta_b, delta_h)
-    delta += place_of(batch, head, query_room, delta_b, delta_h)
+    room = room_of(first, batch, PACKED)
+    place = place_of(batch, head, room, delta_b, delta_h)
     visible = local < key_length - n0
     if MASK != "none":
         mask = start_of(mask, batch, head, first + n0, mask_b, mask_h, mask_j, 1)
     if MASK == "keys":
         visible = tl.load(mask + local * mask_j, mask=visible, other=0) != 0
     hidden = tl.where(visible, 0.0, float("-inf"))
-    batch_head = batch * heads + head
-    if C2P or P2C:
-        p2c = start_of(p2c, part_batch, part_head, room, p2c_b * p2c_pitch, p2c_h * p2c_pitch, p2c_pitch, 16)
-        p2c -= near_start
     if C2P:
-        c2p = start_of(c2p, part_batch, part_head, query_room, c2p_b * c2p_pitch, c2p_h * c2p_pitch, c2p_pitch, 16) + n0
+        c2p = band_of(c2p, part_batch, part_head, room, c2p_b, c2p_h, c2p_pitch) + n0
+    if C2P or P2C:
+        p2c = band_of(p2c, part_batch, part_head, room + n0, p2c_b, p2c_h, p2c_pitch) - near_start
+    queries = query, grad_output, shift + place, delta + place, q_l * UNIT, do_l * UNIT, query_length
+    bands = c2p, p2c, c2p_pitch * 16, p2c_pitch * 16, inverse_band_scale
+    table = offset, far_past, far_future, low, high
+    hiding = mask, present, mask_i, mask_j
+    dropping = seed, batch * heads + head, n0, threshold, inverse_keep
 
     dk = tl.zeros((ROWS, BLOCK_SIZE), tl.float32)
     dv = tl.zeros((ROWS, BLOCK_SIZE), tl.float32)
@@ -109,39 +112,37 @@ def backward_key(
         stop = tl.where(side == 0, tl.minimum(near_start, query_stop), query_stop)
         # Loaded anew for each segment: kept, they would not leave enough registers to the loops.
         k = load_rows(key, present, k_l * UNIT, SIZE, BLOCK_SIZE)
+        v = load_rows(value, present, v_l * UNIT, SIZE, BLOCK_SIZE)
         shifted, constant = k, hidden
         if C2P:
-            row = load_vector(pos_key + head.to(tl.int64) * pos_key_h + slot * pos_key_l, BLOCK_SIZE, SIZE)
+            row = load_table_row(pos_key, head, slot, pos_key_h, pos_key_l, SIZE, BLOCK_SIZE)
             shifted = (k.to(tl.float32) + row[None, :]).to(k.dtype)
         if P2C:
-            row = load_vector(pos_query + head.to(tl.int64) * pos_query_h + slot * pos_query_l, BLOCK_SIZE, SIZE)
+            row = load_table_row(pos_query, head, slot, pos_query_h, pos_query_l, SIZE, BLOCK_SIZE)
             constant += tl.sum(k.to(tl.float32) * row[None, :], 1) * scale
         dk, dv, row_sum = _differentiate(
-            dk, dv, shifted, constant, load_rows(value, present, v_l * UNIT, SIZE, BLOCK_SIZE), query, grad_output, shift, delta, c2p, p2c, mask, seed, start, stop,
-            q_l * UNIT, do_l * UNIT, 0, 0, mask_i, mask_j, batch_head, n0, low, high, query_length, key_length, offset,
-            far_past, far_future, scale, inverse_band_scale, threshold, inverse_keep,
+            dk, dv, shifted, v, constant, scale, queries, bands, table, hiding, dropping, start, stop,
             SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, False, False, P2C, GRAIN, COLUMNS,
         )  # fmt: skip
-        place = ((head.to(tl.int64) * 2 + side) * far_count + record) * SIZE + d
+        sums = ((head.to(tl.int64) * 2 + side) * far_count + record) * SIZE + d
         if C2P:
-            tl.store(far_pos_key + place, tl.sum(dk, 0) - before, mask=d < SIZE)
+            tl.store(far_pos_key + sums, tl.sum(dk, 0) - before, mask=d < SIZE)
         if P2C:
             k = load_rows(key, present, k_l * UNIT, SIZE, BLOCK_SIZE)
-            row = load_vector(pos_query + head.to(tl.int64) * pos_query_h + slot * pos_query_l, BLOCK_SIZE, SIZE)
-            tl.store(far_pos_query + place, tl.sum(k.to(tl.float32) * row_sum[:, None], 0), mask=d < SIZE)
+            row = load_table_row(pos_query, head, slot, pos_query_h, pos_query_l, SIZE, BLOCK_SIZE)
+            tl.store(far_pos_query + sums, tl.sum(k.to(tl.float32) * row_sum[:, None], 0), mask=d < SIZE)
             dk += row_sum[:, None] * row[None, :]
         before = tl.sum(dk, 0)
 
     if C2P or P2C:
         k = load_rows(key, present, k_l * UNIT, SIZE, BLOCK_SIZE)
+        v = load_rows(value, present, v_l * UNIT, SIZE, BLOCK_SIZE)
         dk, dv, row_sum = _differentiate(
-            dk, dv, k, hidden, load_rows(value, present, v_l * UNIT, SIZE, BLOCK_SIZE), query, grad_output, shift, delta, c2p, p2c, mask, seed, near_start, near_stop,
-            q_l * UNIT, do_l * UNIT, c2p_pitch * 16, p2c_pitch * 16, mask_i, mask_j, batch_head, n0, low, high,
-            query_length, key_length, offset, far_past, far_future, scale, inverse_band_scale, threshold, inverse_keep,
+            dk, dv, k, v, hidden, scale, queries, bands, table, hiding, dropping, near_start, near_stop,
             SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, C2P, P2C, False, GRAIN, COLUMNS,
         )  # fmt: skip
     if P2C:
-        partial = start_of(partial, part_batch, part_head, room, p2c_b * SIZE, p2c_h * SIZE, SIZE, 1)
+        partial = start_of(partial, part_batch, part_head, room + n0, p2c_b * SIZE, p2c_h * SIZE, SIZE, 1)
         store_rows(partial, local, ROWS, SIZE, dk, SIZE, BLOCK_SIZE)
     else:
         grad_key = start_of(grad_key, batch, head, first + n0, dk_b, dk_h, dk_l, UNIT)
@@ -152,15 +153,16 @@ def backward_key(
 
 @triton.jit
 def _differentiate(
-    dk, dv, k, constant, v, query, grad_output, shift, delta, c2p, p2c, mask, seed, start, stop,
-    q_l, do_l, c2p_pitch, p2c_pitch, mask_i, mask_j, batch_head, n0, low, high, query_length, key_length, offset,
-    far_past, far_future, scale, inverse_band_scale, threshold, inverse_keep,
+    dk, dv, k, v, constant, scale, queries, bands, table, hiding, dropping, start, stop,
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     C2P: tl.constexpr, P2C: tl.constexpr, SUM: tl.constexpr, GRAIN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Equation 8 over the queries start to stop, near ones with C2P or P2C; the sums of dA over them with SUM."""
+    query, grad_output, shift, delta, q_l, do_l, query_length = queries
+    c2p, p2c, c2p_pitch, p2c_pitch, inverse_band_scale = bands
+    offset, far_past, far_future, low, high = table
+    seed, batch_head, n0, threshold, inverse_keep = dropping
     local, local_rows = tl.arange(0, COLUMNS), tl.arange(0, k.shape[0])
-    present = tl.minimum(local_rows, key_length - 1 - n0)
     row_sum = tl.zeros_like(constant)
     eye = identity(k.shape[0], inverse_band_scale, k.dtype)
     for m0 in range(start, stop, COLUMNS):
@@ -169,23 +171,23 @@ def _differentiate(
         z = matmul(k, tl.trans(q), PRECISION)
         if C2P:
             key_start, _ = near_span(m0 // GRAIN * GRAIN, offset, far_past, far_future, low, high, GRAIN)
-            tile = tl.load(
-                skip_rows(c2p, m0, c2p_pitch) - key_start + (local[:, None] * c2p_pitch + local_rows[None, :])
-            )
+            place = skip_rows(c2p, m0, c2p_pitch) - key_start
+            tile = tl.load(place + (local[:, None] * c2p_pitch + local_rows[None, :]))
             z = add_tile(z, tl.trans(tile), eye, inverse_band_scale, PRECISION)
         if P2C:
             tile = tl.load(p2c + m0 + (local_rows[:, None] * p2c_pitch + local[None, :]))
             z = add_tile(z, tile, eye, inverse_band_scale, PRECISION)
         z = z * scale + constant[:, None] - tl.load(shift + m0 + local)[None, :]
         if MASK == "pairs":
-            pairs = skip_rows(mask, m0, mask_i) + (here[None, :] * mask_i + present[:, None] * mask_j)
+            mask, rows, mask_i, mask_j = hiding
+            pairs = skip_rows(mask, m0, mask_i) + (here[None, :] * mask_i + rows[:, None] * mask_j)
             z = tl.where(tl.load(pairs) != 0, z, float("-inf"))
         p = tl.exp2(z)
         do = load_rows(skip_rows(grad_output, m0, do_l), here, do_l, SIZE, BLOCK_SIZE)
         dp = matmul(v, tl.trans(do), PRECISION)
         dropped = p
         if DROPOUT:
-            keep = tl.trans(kept(seed, batch_head, m0 + local, n0, threshold, k.shape[0]))
+            keep = tl.trans(kept((seed, batch_head, m0 + local, threshold), n0, k.shape[0]))
             dropped = tl.where(keep, p * inverse_keep, 0.0)
             dp = tl.where(keep, dp * inverse_keep, 0.0)
         dv = matmul_add(dropped.to(do.dtype), do, dv, PRECISION)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .tile import (
+    band_of,
     find_keys,
     find_rows,
     find_solid_keys,
@@ -18,7 +19,7 @@ from .tile import (
     kept,
     load_rows,
     load_rows_below,
-    load_vector,
+    load_table_row,
     matmul,
     matmul_add,
     near_span,
@@ -67,6 +68,7 @@ def backward_query(
     local = tl.arange(0, ROWS)
     present = tl.minimum(local, query_length - 1 - m0)
     query = start_of(query, batch, head, first + m0, q_b, q_h, q_l, UNIT)
+    q = load_rows(query, present, q_l * UNIT, SIZE, BLOCK_SIZE)
     grad_output = start_of(grad_output, batch, head, first + m0, do_b, do_h, do_l, UNIT)
     do = load_rows(grad_output, present, do_l * UNIT, SIZE, BLOCK_SIZE)
     key = start_of(key, batch, head, first, k_b, k_h, k_l, UNIT)
@@ -76,55 +78,51 @@ def backward_query(
     shift, delta = tl.load(shift + place), tl.load(delta + place)
     if MASK != "none":
         mask = start_of(mask, batch, head, first, mask_b, mask_h, mask_j, 1)
-    batch_head = batch * heads + head
+    keys = key, value, k_l * UNIT, v_l * UNIT, key_length
+    hiding = mask, m0 + present, mask_i, mask_j
+    dropping = seed, batch * heads + head, m0 + local, threshold
 
     dq = tl.zeros((ROWS, BLOCK_SIZE), tl.float32)
     for side in range(2):
         slot = tl.where(side == 0, past_slot, future_slot)
         start = tl.where(side == 0, low, near_stop)
         stop = tl.minimum(tl.where(side == 0, near_start, high), key_length)
-        q = load_rows(query, present, q_l * UNIT, SIZE, BLOCK_SIZE)
         shifted, constant = q, -shift
         if P2C:
-            row = load_vector(pos_query + head.to(tl.int64) * pos_query_h + slot * pos_query_l, BLOCK_SIZE, SIZE)
+            row = load_table_row(pos_query, head, slot, pos_query_h, pos_query_l, SIZE, BLOCK_SIZE)
             shifted = (q.to(tl.float32) + row[None, :]).to(q.dtype)
         if C2P:
-            row = load_vector(pos_key + head.to(tl.int64) * pos_key_h + slot * pos_key_l, BLOCK_SIZE, SIZE)
+            row = load_table_row(pos_key, head, slot, pos_key_h, pos_key_l, SIZE, BLOCK_SIZE)
             constant += tl.sum(q.to(tl.float32) * row[None, :], 1) * scale
         row_sum = tl.zeros((ROWS,), tl.float32)
         solid, hollow = solid_tiles(start, stop, solid_low, solid_high, COLUMNS)
         dq, row_sum = _far_keys(
-            dq, row_sum, shifted, constant, do, delta, key, value, mask, seed, solid, hollow, 0, 0,
-            k_l * UNIT, v_l * UNIT, mask_i, mask_j, batch_head, m0, present, key_length, scale, threshold, inverse_keep,
+            dq, row_sum, shifted, constant, scale, do, delta, keys, hiding, dropping, inverse_keep, solid, hollow, 0, 0,
             SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, C2P, COLUMNS, False,
         )  # fmt: skip
         dq, row_sum = _far_keys(
-            dq, row_sum, shifted, constant, do, delta, key, value, mask, seed, start, stop, solid, hollow,
-            k_l * UNIT, v_l * UNIT, mask_i, mask_j, batch_head, m0, present, key_length, scale, threshold, inverse_keep,
-            SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, C2P, COLUMNS, True,
+            dq, row_sum, shifted, constant, scale, do, delta, keys, hiding, dropping, inverse_keep,
+            start, stop, solid, hollow, SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, C2P, COLUMNS, True,
         )  # fmt: skip
         if C2P:
             dq += row_sum[:, None] * row[None, :]
 
     if C2P or P2C:
-        p2c = start_of(p2c, part_batch, part_head, room, p2c_b * p2c_pitch, p2c_h * p2c_pitch, p2c_pitch, 16) + m0
+        p2c = band_of(p2c, part_batch, part_head, room, p2c_b, p2c_h, p2c_pitch) + m0
     if C2P:
-        c2p = start_of(c2p, part_batch, part_head, room + m0, c2p_b * c2p_pitch, c2p_h * c2p_pitch, c2p_pitch, 16)
-        c2p -= near_start
+        c2p = band_of(c2p, part_batch, part_head, room + m0, c2p_b, c2p_h, c2p_pitch) - near_start
+    c2p_pitch, p2c_pitch = c2p_pitch * 16, p2c_pitch * 16
     query_grains = tl.cdiv(query_length, GRAIN) * GRAIN
-    local_keys = tl.arange(0, COLUMNS)
+    columns = tl.arange(0, COLUMNS)
     for n0 in range(near_start, near_stop, COLUMNS):
-        here = tl.minimum(local_keys, key_length - 1 - n0)
         query_start, _ = near_span(n0 // GRAIN * GRAIN, -offset, -far_future, -far_past, 0, query_grains, GRAIN)
-        tile = (
-            skip_rows(p2c, n0, p2c_pitch * 16) - query_start + (local_keys[:, None] * (p2c_pitch * 16) + local[None, :])
-        )
-        da = tl.trans(tl.load(tile, mask=(local_keys < key_length - n0)[:, None], other=0.0))
+        band = skip_rows(p2c, n0, p2c_pitch) - query_start + (columns[:, None] * p2c_pitch + local[None, :])
+        da = tl.trans(tl.load(band, mask=(columns < key_length - n0)[:, None], other=0.0))
+        here = tl.minimum(columns, key_length - 1 - n0)
         k = load_rows(skip_rows(key, n0, k_l * UNIT), here, k_l * UNIT, SIZE, BLOCK_SIZE)
         dq = matmul_add(da, k, dq, PRECISION)
         if C2P:
-            tile = c2p + n0 + (local[:, None] * (c2p_pitch * 16) + local_keys[None, :])
-            tl.store(tile, da)
+            tl.store(c2p + n0 + (local[:, None] * c2p_pitch + columns[None, :]), da)
     if C2P:
         partial = start_of(partial, part_batch, part_head, room + m0, c2p_b * SIZE, c2p_h * SIZE, SIZE, 1)
         store_rows(partial, local, ROWS, SIZE, dq, SIZE, BLOCK_SIZE)
@@ -135,12 +133,13 @@ def backward_query(
 
 @triton.jit
 def _far_keys(
-    dq, row_sum, shifted, constant, do, delta, key, value, mask, seed, start, stop, solid, hollow, k_l, v_l,
-    mask_i, mask_j, batch_head, m0, present, key_length, scale, threshold, inverse_keep,
+    dq, row_sum, shifted, constant, scale, do, delta, keys, hiding, dropping, inverse_keep, start, stop, solid, hollow,
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     C2P: tl.constexpr, COLUMNS: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
-    local, local_rows = tl.arange(0, COLUMNS), tl.arange(0, shifted.shape[0])
+    """Over the keys start to stop; HIDDEN as in forward."""
+    key, value, k_l, v_l, key_length = keys
+    local = tl.arange(0, COLUMNS)
     for n0 in range(start, stop - (hollow - solid), COLUMNS):
         if HIDDEN:
             n0 = tl.where(n0 < solid, n0, n0 + (hollow - solid))
@@ -151,11 +150,11 @@ def _far_keys(
             v = load_rows(skip_rows(value, n0, v_l), local, v_l, SIZE, BLOCK_SIZE)
         z = matmul(shifted, tl.trans(k), PRECISION) * scale + constant[:, None]
         if HIDDEN:
-            z = hide(z, mask, m0 + present, n0 + local, key_length, mask_i, mask_j, MASK)
+            z = hide(z, hiding, n0 + local, key_length, MASK)
         p = tl.exp2(z)
         dp = matmul(do, tl.trans(v), PRECISION)
         if DROPOUT:
-            dp = tl.where(kept(seed, batch_head, m0 + local_rows, n0, threshold, COLUMNS), dp * inverse_keep, 0.0)
+            dp = tl.where(kept(dropping, n0, COLUMNS), dp * inverse_keep, 0.0)
         da = p * (dp - delta[:, None])
         if C2P:
             row_sum += tl.sum(da, 1)

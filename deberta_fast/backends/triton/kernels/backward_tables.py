@@ -13,7 +13,7 @@ Then by row of the table: the distances of a row are neighbours, because sigma n
 import triton
 import triton.language as tl
 
-from .tile import find_band, load_rows, matmul_add, room_of, skip_rows, spread_rows, start_of
+from .tile import band_of, find_band, load_rows, matmul_add, room_of, skip_rows, spread_rows, start_of
 
 INTEGERS_BY_DISTANCE = (
     "x_b", "x_h", "x_l", "band_b", "band_h", "pitch", "rows_length", "columns_length", "offset", "past", "future",
@@ -57,7 +57,7 @@ def backward_by_distance(
         row_start = tl.maximum(row_start, 0) // (ROWS * STEP) * (ROWS * STEP) + share % row_splits * (ROWS * STEP)
         x_start = start_of(x, batch, head, first, x_b, x_h, x_l, UNIT)
         room = room_of(first, batch, PACKED)
-        band_start = start_of(band, batch - first_batch, part_head, room, band_b * pitch, band_h * pitch, pitch, 16)
+        band_start = band_of(band, batch - first_batch, part_head, room, band_b, band_h, pitch)
         for r0 in range(row_start, row_stop, ROWS * STEP * row_splits):
             local, start, stop = spread_rows(
                 r0, offset, past, future, low, high, row_low, row_high, residue, GRAIN, ROWS, STEP

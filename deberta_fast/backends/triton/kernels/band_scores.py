@@ -12,7 +12,7 @@ stored at once. Kernels that read the band find it aligned, and every cell of a 
 import triton
 import triton.language as tl
 
-from .tile import find_band, load_rows, matmul, room_of, spread_rows, start_of, window_of
+from .tile import band_of, find_band, load_rows, matmul, room_of, spread_rows, start_of, window_of
 
 INTEGERS = (
     "x_b", "x_h", "x_l", "band_b", "band_h", "pitch", "rows_length", "columns_length", "offset", "past",
@@ -47,7 +47,7 @@ def band_scores(
     tile = tl.where(tl.abs(tile.to(tl.float32)) <= LARGEST, tile, 0.0)
     table += head.to(tl.int64) * distances * SIZE
     room = room_of(first, batch, PACKED) + r0
-    band = start_of(band, part_batch, part_head, room, band_b * pitch, band_h * pitch, pitch, 16)
+    band = band_of(band, part_batch, part_head, room, band_b, band_h, pitch)
     places = local * (pitch * 16) - start
     shift = STEP * tl.arange(0, ROWS)
     for window in range(lowest, highest, WINDOW):

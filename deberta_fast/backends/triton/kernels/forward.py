@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .tile import (
     add_tile,
+    band_of,
     find_keys,
     find_rows,
     find_solid_keys,
@@ -18,7 +19,7 @@ from .tile import (
     kept,
     load_rows,
     load_rows_below,
-    load_vector,
+    load_table_row,
     matmul,
     matmul_add,
     near_span,
@@ -69,52 +70,32 @@ def forward(
     value = start_of(value, batch, head, first, v_b, v_h, v_l, UNIT)
     if MASK != "none":
         mask = start_of(mask, batch, head, first, mask_b, mask_h, mask_j, 1)
-    batch_head = batch * heads + head
+    room, query_grains = room_of(first, batch, PACKED), tl.cdiv(query_length, GRAIN) * GRAIN
+    if C2P:
+        c2p = band_of(c2p, part_batch, part_head, room + m0, c2p_b, c2p_h, c2p_pitch) - near_start
+    if P2C:
+        p2c = band_of(p2c, part_batch, part_head, room, p2c_b, p2c_h, p2c_pitch) + m0
+    keys = key, value, k_l * UNIT, v_l * UNIT, key_length
+    bands = c2p, p2c, c2p_pitch * 16, p2c_pitch * 16, inverse_band_scale
+    table = offset, far_past, far_future, query_grains
+    hiding = mask, m0 + present, mask_i, mask_j
+    dropping = seed, batch * heads + head, m0 + local, threshold
 
     acc = tl.zeros((ROWS, BLOCK_SIZE), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     constant = tl.zeros((ROWS,), tl.float32)
-    query_grains = tl.cdiv(query_length, GRAIN) * GRAIN
-    if C2P:
-        c2p = start_of(
-            c2p,
-            part_batch,
-            part_head,
-            room_of(first, batch, PACKED) + m0,
-            c2p_b * c2p_pitch,
-            c2p_h * c2p_pitch,
-            c2p_pitch,
-            16,
-        )
-        c2p -= near_start
-    if P2C:
-        p2c = start_of(
-            p2c,
-            part_batch,
-            part_head,
-            room_of(first, batch, PACKED),
-            p2c_b * p2c_pitch,
-            p2c_h * p2c_pitch,
-            p2c_pitch,
-            16,
-        )
-        p2c += m0
     if C2P or P2C:
         # Loaded anew for each segment: kept, it would not leave enough registers to the loops.
         q = load_rows(query, present, q_l * UNIT, SIZE, BLOCK_SIZE)
         stop = tl.minimum(near_stop, key_length)
         solid, hollow = solid_tiles(near_start, stop, solid_low, solid_high, COLUMNS)
         acc, total, peak = _attend(
-            acc, total, peak, q, constant, key, value, c2p, p2c, mask, seed, solid, hollow, 0, 0,
-            k_l * UNIT, v_l * UNIT, c2p_pitch * 16, p2c_pitch * 16, mask_i, mask_j, batch_head, m0, present, key_length, query_grains, offset, far_past, far_future,
-            scale, inverse_band_scale, threshold,
+            acc, total, peak, q, constant, scale, keys, bands, table, hiding, dropping, solid, hollow, 0, 0,
             SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, C2P, P2C, GRAIN, COLUMNS, False,
         )  # fmt: skip
         acc, total, peak = _attend(
-            acc, total, peak, q, constant, key, value, c2p, p2c, mask, seed, near_start, stop, solid, hollow,
-            k_l * UNIT, v_l * UNIT, c2p_pitch * 16, p2c_pitch * 16, mask_i, mask_j, batch_head, m0, present, key_length, query_grains, offset, far_past, far_future,
-            scale, inverse_band_scale, threshold,
+            acc, total, peak, q, constant, scale, keys, bands, table, hiding, dropping, near_start, stop, solid, hollow,
             SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, C2P, P2C, GRAIN, COLUMNS, True,
         )  # fmt: skip
     for side in range(2):
@@ -124,23 +105,19 @@ def forward(
         q = load_rows(query, present, q_l * UNIT, SIZE, BLOCK_SIZE)
         shifted = q
         if P2C:
-            row = load_vector(pos_query + head.to(tl.int64) * pos_query_h + slot * pos_query_l, BLOCK_SIZE, SIZE)
+            row = load_table_row(pos_query, head, slot, pos_query_h, pos_query_l, SIZE, BLOCK_SIZE)
             shifted = (q.to(tl.float32) + row[None, :]).to(q.dtype)
         if C2P:
-            row = load_vector(pos_key + head.to(tl.int64) * pos_key_h + slot * pos_key_l, BLOCK_SIZE, SIZE)
+            row = load_table_row(pos_key, head, slot, pos_key_h, pos_key_l, SIZE, BLOCK_SIZE)
             constant = tl.sum(q.to(tl.float32) * row[None, :], 1) * scale
         solid, hollow = solid_tiles(start, stop, solid_low, solid_high, COLUMNS)
         acc, total, peak = _attend(
-            acc, total, peak, shifted, constant, key, value, c2p, p2c, mask, seed, solid, hollow, 0, 0,
-            k_l * UNIT, v_l * UNIT, 0, 0, mask_i, mask_j, batch_head, m0, present, key_length, query_grains, offset, far_past, far_future,
-            scale, inverse_band_scale, threshold,
+            acc, total, peak, shifted, constant, scale, keys, bands, table, hiding, dropping, solid, hollow, 0, 0,
             SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, False, False, GRAIN, COLUMNS, False,
         )  # fmt: skip
         acc, total, peak = _attend(
-            acc, total, peak, shifted, constant, key, value, c2p, p2c, mask, seed, start, stop, solid, hollow,
-            k_l * UNIT, v_l * UNIT, 0, 0, mask_i, mask_j, batch_head, m0, present, key_length, query_grains, offset, far_past, far_future,
-            scale, inverse_band_scale, threshold,
-            SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, False, False, GRAIN, COLUMNS, True,
+            acc, total, peak, shifted, constant, scale, keys, bands, table, hiding, dropping,
+            start, stop, solid, hollow, SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, False, False, GRAIN, COLUMNS, True,
         )  # fmt: skip
 
     if DROPOUT:
@@ -154,9 +131,7 @@ def forward(
 
 @triton.jit
 def _attend(
-    acc, total, peak, q, constant, key, value, c2p, p2c, mask, seed, start, stop, solid, hollow, k_l, v_l, c2p_pitch, p2c_pitch,
-    mask_i, mask_j, batch_head, m0, present, key_length, query_grains, offset, far_past, far_future,
-    scale, inverse_band_scale, threshold,
+    acc, total, peak, q, constant, scale, keys, bands, table, hiding, dropping, start, stop, solid, hollow,
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     C2P: tl.constexpr, P2C: tl.constexpr, GRAIN: tl.constexpr, COLUMNS: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
@@ -164,14 +139,19 @@ def _attend(
 
     HIDDEN: save those from solid to hollow, which were done without asking whether a key is there and may be seen.
     """
+    key, value, k_l, v_l, key_length = keys
+    c2p, p2c, c2p_pitch, p2c_pitch, inverse_band_scale = bands
+    offset, far_past, far_future, query_grains = table
     local, local_rows = tl.arange(0, COLUMNS), tl.arange(0, q.shape[0])
     eye = identity(q.shape[0], inverse_band_scale, q.dtype)
     for n0 in range(start, stop - (hollow - solid), COLUMNS):
         if HIDDEN:
             n0 = tl.where(n0 < solid, n0, n0 + (hollow - solid))
             k = load_rows_below(key_length - n0, skip_rows(key, n0, k_l), local, k_l, SIZE, BLOCK_SIZE)
+            v = load_rows_below(key_length - n0, skip_rows(value, n0, v_l), local, v_l, SIZE, BLOCK_SIZE)
         else:
             k = load_rows(skip_rows(key, n0, k_l), local, k_l, SIZE, BLOCK_SIZE)
+            v = load_rows(skip_rows(value, n0, v_l), local, v_l, SIZE, BLOCK_SIZE)
         z = matmul(q, tl.trans(k), PRECISION)
         if C2P:
             tile = tl.load(c2p + n0 + (local_rows[:, None] * c2p_pitch + local[None, :]))
@@ -179,12 +159,11 @@ def _attend(
         if P2C:
             grain = n0 // GRAIN * GRAIN
             query_start, _ = near_span(grain, -offset, -far_future, -far_past, 0, query_grains, GRAIN)
-            tile = tl.load(
-                skip_rows(p2c, n0, p2c_pitch) - query_start + (local[:, None] * p2c_pitch + local_rows[None, :])
-            )
+            place = skip_rows(p2c, n0, p2c_pitch) - query_start
+            tile = tl.load(place + (local[:, None] * p2c_pitch + local_rows[None, :]))
             z = add_tile(z, tl.trans(tile), eye, inverse_band_scale, PRECISION)
         if HIDDEN:
-            z = hide(z, mask, m0 + present, n0 + local, key_length, mask_i, mask_j, MASK)
+            z = hide(z, hiding, n0 + local, key_length, MASK)
         new_peak = tl.maximum(peak, tl.max(z, 1) * scale + constant)
         shift = new_peak
         if HIDDEN:
@@ -193,11 +172,7 @@ def _attend(
         fade = tl.exp2(peak - shift)
         total = total * fade + tl.sum(p, 1)
         if DROPOUT:
-            p = tl.where(kept(seed, batch_head, m0 + local_rows, n0, threshold, COLUMNS), p, 0.0)
-        if HIDDEN:
-            v = load_rows_below(key_length - n0, skip_rows(value, n0, v_l), local, v_l, SIZE, BLOCK_SIZE)
-        else:
-            v = load_rows(skip_rows(value, n0, v_l), local, v_l, SIZE, BLOCK_SIZE)
+            p = tl.where(kept(dropping, n0, COLUMNS), p, 0.0)
         acc = matmul_add(p.to(v.dtype), v, acc * fade[:, None], PRECISION)
         peak = new_peak
     return acc, total, peak

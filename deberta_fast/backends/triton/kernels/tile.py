@@ -36,6 +36,12 @@ def place_of(batch, head, room, stride_b, stride_h):
 
 
 @triton.jit
+def band_of(band, batch, head, room, stride_b, stride_h, pitch):
+    """Pointer to a row of a band; strides count rows, the pitch of a row 16 scores."""
+    return band + (batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + room) * pitch * 16
+
+
+@triton.jit
 def find_keys(batch, key_spans, key_length, GRAIN: tl.constexpr, SPANS: tl.constexpr):
     """The keys that a padding mask leaves to a batch row, in whole grains: low <= j < high."""
     low, high = key_length * 0, key_length
@@ -60,7 +66,7 @@ def find_solid_keys(batch, key_spans, key_length, SPANS: tl.constexpr, MASK: tl.
 @triton.jit
 def solid_tiles(start, stop, low, high, COLUMNS: tl.constexpr):
     """The tiles from start to stop that lie in low to high; start is a multiple of COLUMNS."""
-    first = tl.minimum(tl.maximum(tl.cdiv(low, COLUMNS) * COLUMNS, start), tl.maximum(stop, start))
+    first = tl.maximum(tl.cdiv(low, COLUMNS) * COLUMNS, start)
     last = tl.maximum(tl.minimum(high, stop) // COLUMNS * COLUMNS, first)
     return tl.multiple_of(first, COLUMNS), tl.multiple_of(last, COLUMNS)
 
@@ -154,10 +160,11 @@ def store_rows(base, local, limit, stride, tile, SIZE: tl.constexpr, BLOCK_SIZE:
 
 
 @triton.jit
-def load_vector(base, BLOCK_SIZE: tl.constexpr, SIZE: tl.constexpr):
-    """One row as float32."""
+def load_table_row(table, head, row, stride_h, stride_l, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """One row of a position table as float32: what a far segment reads."""
     d = tl.arange(0, BLOCK_SIZE)
-    return tl.load(base + d, mask=d < SIZE, other=0.0).to(tl.float32)
+    table += head.to(tl.int64) * stride_h + row * stride_l
+    return tl.load(table + d, mask=d < SIZE, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -197,23 +204,25 @@ def add_tile(z, tile, eye, inverse_band_scale, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def hide(z, mask, present, columns, key_length, mask_i, mask_j, MASK: tl.constexpr):
-    """Minus infinity where a query may not attend."""
+def hide(z, hiding, columns, key_length, MASK: tl.constexpr):
+    """Minus infinity where a query may not attend. ``hiding``: mask, rows, stride of rows and of columns."""
+    mask, rows, mask_i, mask_j = hiding
     visible = (columns < key_length)[None, :]
     if MASK == "keys":
         visible = tl.load(mask + columns.to(tl.int64) * mask_j, mask=columns < key_length, other=0)[None, :] != 0
     if MASK == "pairs":
-        pairs = mask + present.to(tl.int64)[:, None] * mask_i + columns.to(tl.int64)[None, :] * mask_j
+        pairs = mask + rows.to(tl.int64)[:, None] * mask_i + columns.to(tl.int64)[None, :] * mask_j
         visible = tl.load(pairs, mask=visible, other=0) != 0
     return tl.where(visible, z, float("-inf"))
 
 
 @triton.jit
-def kept(seed, batch_head, rows, first_key, threshold, KEYS: tl.constexpr):
+def kept(dropping, first_key, KEYS: tl.constexpr):
     """Equation 12: True where dropout keeps the probability of (row, key). Four keys a call of the generator.
 
-    ``threshold`` is round(p 2^32) - 2^31, so that it compares as a signed number.
+    ``dropping``: seed, b H + h, rows, and round(p 2^32) - 2^31, which compares as a signed number.
     """
+    seed, batch_head, rows, threshold = dropping
     groups = first_key // 4 + tl.arange(0, KEYS // 4)
     w0, w1, w2, w3 = tl.philox(tl.load(seed), groups[None, :], rows[:, None], batch_head, 0, 7)
     even = tl.join(_above(w0, threshold), _above(w2, threshold))

@@ -1,0 +1,169 @@
+"""Where the Triton backend spends its time on a GPU, and what other settings give: ``python -m bench.triton_kernels``.
+
+    kernels   each kernel of forward and backward, all its launches of a call together
+    settings  whole calls under other limits for the bands, other distances between the rows of a band's programs, other
+              numbers of shares in the tables' gradients
+    tiles     each kernel under other tiles, at the usual settings
+
+16384 tokens, 12 heads of 64, v3's tables, bfloat16. Results go to bench/results/ and the GPU's name, after every row.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from deberta_fast.backends import triton as backend
+from deberta_fast.backends.inputs import AttentionInputs
+from deberta_fast.backends.triton import configuration, plan
+from deberta_fast.backends.triton.configuration import Configuration, Tiles
+
+from . import timing
+from .device import Call, Device, Table
+
+PARTS = ("kernels", "settings", "tiles")
+SECONDS = 0.05  # for each variant
+BAND_MIB = (16, 32, 64, 128, 256)
+STEPS = (1, 2, 4, 8)
+SHARES = (1, 2, 4)
+TILES = {
+    "bands": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 8, 2), (128, 64, 8, 2)],
+    "forward": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)],
+    "backward_key": [(64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2)],
+    "backward_query": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3)],
+    "backward_tables": [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 4, 2), (64, 128, 8, 2)],
+}
+OF_TILES = {"bands": ("band_scores", "backward_rows"), "backward_tables": ("backward_by_distance",)}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.triton_kernels", description=__doc__.split("\n\n")[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(PARTS)}")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192], metavar="L")
+    parser.add_argument("--tokens", type=int, default=16384, metavar="N")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"no part {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
+    options.out = options.out or timing.results_folder()
+    device = Device(options.device)
+    timing.provenance()
+    for part in options.parts or PARTS:
+        table = Table(f"triton-{part}", options.out, __doc__.split("\n\n")[1])
+        for length in options.lengths:
+            work = Work(options.device, length, max(1, options.tokens // length))
+            for row in globals()[part](work, device):
+                table.add({"length": length, "batch": work.batch} | row)
+
+
+class Work:
+    """One call of the operator."""
+
+    def __init__(self, device: str, length: int, batch: int, heads: int = 12, size: int = 64):
+        normal = lambda *shape: torch.randn(shape, device=device).to(torch.bfloat16)
+        query, key, value = (normal(batch, heads, length, size) for _ in range(3))
+        self.batch = batch
+        self.inputs = AttentionInputs(
+            query, key, value, normal(heads, 512, size), normal(heads, 512, size), None, None, None,
+            256, 512, "hf", 0, 0, length, (3 * size) ** -0.5, 0.0,
+        )  # fmt: skip
+        self.output, self.lse = backend.forward(self.inputs)
+        self.gradient = normal(*self.output.shape)
+
+    def forward(self) -> object:
+        return backend.forward(self.inputs)
+
+    def backward(self) -> object:
+        return backend.backward(self.inputs, self.output, self.lse, self.gradient, torch.zeros_like(self.lse))
+
+    def launches(self) -> dict[str, list[plan.Launch]]:
+        """By kernel and pass; run in order they make a call."""
+        inputs, found = self.inputs, {}
+        _, chosen = configuration.choose(inputs.query.device, plan.block_size_of(inputs), inputs.query.element_size())
+        precision = backend._precision(inputs)
+        grads = [torch.empty_like(x) for x in inputs[:5]]
+        passes = {
+            "forward": plan.Plan(inputs, chosen, precision).forward(self.output, self.lse),
+            "backward": plan.Plan(inputs, chosen, precision).backward(
+                self.output, self.lse, self.gradient, torch.zeros_like(self.lse), grads
+            ),
+        }
+        for name, launches in passes.items():
+            for launch in launches:
+                launch.run()
+                found.setdefault(f"{name}: {launch.kernel.__name__}", []).append(launch)
+        return found
+
+
+def kernels(work: Work, device: Device) -> Iterator[dict]:
+    found = work.launches()
+    build = {name: lambda launches=launches: Call(lambda: _run(launches)) for name, launches in found.items()}
+    build |= {"forward": lambda: Call(work.forward), "backward": lambda: Call(work.backward)}
+    for name, taken in device.measure(build, SECONDS).items():
+        count = len(found.get(name, ())) or None
+        yield {"kernel": name, "launches": count, **_ms(taken)}
+
+
+def settings(work: Work, device: Device) -> Iterator[dict]:
+    trials = [("BAND_BYTES", mib << 20, f"bands {mib} MiB") for mib in BAND_MIB]
+    trials += [("step_of", lambda length, step=step: step, f"step {step}") for step in STEPS]
+    trials += [("SHARES", shares, f"shares {shares}") for shares in SHARES]
+    for attribute, value, label in trials:
+        with _set(plan, attribute, value):
+            build = {"forward": lambda: Call(work.forward), "backward": lambda: Call(work.backward)}
+            for name, taken in device.measure(build, SECONDS).items():
+                yield {"setting": label, "pass": name, **_ms(taken)}
+
+
+def tiles(work: Work, device: Device) -> Iterator[dict]:
+    inputs = work.inputs
+    key, usual = configuration.choose(inputs.query.device, plan.block_size_of(inputs), inputs.query.element_size())
+    for kernel, shapes in TILES.items():
+        for shape in shapes:
+            trial = usual._replace(**{kernel: Tiles(*shape)})
+            trial = trial._replace(grain=max(64, *(max(t.rows, t.columns) for t in trial[1:])))
+            with _set(configuration, "_chosen", {key: trial}):
+                for row in _one_kernel(work, device, trial, kernel):
+                    yield {"kernel": kernel, "tiles": "x".join(map(str, shape)), "grain": trial.grain, **row}
+
+
+def _one_kernel(work: Work, device: Device, trial: Configuration, kernel: str) -> Iterator[dict]:
+    try:
+        found = work.launches()
+    except Exception as error:
+        yield {"error": f"{type(error).__name__}: {error}".splitlines()[0][:90]}
+        return
+    names = OF_TILES.get(kernel, (kernel,))
+    build = {
+        name: lambda launches=launches: Call(lambda: _run(launches))
+        for name, launches in found.items()
+        if name.endswith(names)
+    }
+    for name, taken in device.measure(build, SECONDS).items():
+        yield {"pass": name, **_ms(taken)}
+
+
+def _run(launches: list[plan.Launch]) -> None:
+    for launch in launches:
+        launch.run()
+
+
+def _ms(taken) -> dict:
+    return {"ms": taken.seconds and 1000 * taken.seconds, "error": taken.error}
+
+
+@contextmanager
+def _set(module: object, attribute: str, value: object) -> Iterator[None]:
+    before: Callable = getattr(module, attribute)
+    setattr(module, attribute, value)
+    try:
+        yield
+    finally:
+        setattr(module, attribute, before)
+
+
+if __name__ == "__main__":
+    main()

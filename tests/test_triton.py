@@ -1,0 +1,201 @@
+"""The Triton backend without a GPU: right in Triton's interpreter, and compiled for GPUs that are not there."""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bench.compile_report import CAPABILITIES, SHARED_LIMIT, compile_all, launches, plan_launches  # noqa: E402
+from deberta_fast import disentangled_attention  # noqa: E402
+from deberta_fast.backends.triton import configuration  # noqa: E402
+from deberta_fast.backends.triton.configuration import Configuration, Target, Tiles  # noqa: E402
+
+MAIN = ("band_scores", "forward", "backward_key", "backward_rows", "backward_query", "backward_by_distance")
+
+
+def test_interpreted():
+    """In a process of its own, since Triton reads TRITON_INTERPRET when it is imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", "triton_interpreted.py"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    run = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-20000:] + run.stderr[-2000:]
+    assert re.search(r"\d\d passed", run.stdout), run.stdout[-2000:]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """By label and capability."""
+    return compile_all(launches, CAPABILITIES)
+
+
+@pytest.fixture(scope="module")
+def v3(compiled):
+    """The head size and dtype of DeBERTa-v3 in half precision."""
+    return {key: result for key, result in compiled.items() if key[0].startswith("64 bfloat16 ")}
+
+
+def test_every_configuration_fits_its_gpu(compiled):
+    shared = {key: result.shared for key, (result, _) in compiled.items()}
+    assert len({capability for _, capability in shared}) == len(CAPABILITIES)
+    assert {key: size for key, size in shared.items() if size > SHARED_LIMIT[key[1]]} == {}
+
+
+def test_no_spills(compiled, v3):
+    """None at all where it matters most, elsewhere none inside a loop."""
+    assert {key: n for key, (x, _) in v3.items() if (n := x.spill_stores + x.spill_loads)} == {}
+    half = {key: result for key, result in compiled.items() if "float32" not in key[0]}
+    assert {key: n for key, (x, _) in half.items() if (n := sum(loop.spills for loop in x.loops))} == {}
+
+
+def test_no_gather_in_a_loop(compiled):
+    """No look-up table, no element alone: what loops read comes in vectors."""
+    narrow = {
+        (key, loop.function): loop.narrow_loads
+        for key, (result, _) in compiled.items()
+        if key[0].endswith(MAIN)
+        for loop in result.loops
+        if loop.narrow_loads
+    }
+    assert narrow == {}
+
+
+def loops_per_score(v3, kernel, capability):
+    result, tile = v3[f"64 bfloat16 {kernel}", capability]
+    return [loop.per_score(*tile, result.warps) for loop in result.loops]
+
+
+def test_instructions_a_score(v3):
+    """On sm_90. Both peers take 44 for every score, and their products with the tables besides."""
+    near, near_end, far, far_end = loops_per_score(v3, "forward", 90)
+    assert far <= 12 and near <= 14 and far_end <= 14 and near_end <= 16
+    [band] = loops_per_score(v3, "band_scores", 90)
+    assert near + 2 * band <= 26  # with the two position scores that it reads
+    far, near = loops_per_score(v3, "backward_key", 90)
+    assert far <= 16 and near <= 19
+    far, far_end, near = loops_per_score(v3, "backward_query", 90)
+    assert far <= 10 and near <= 7
+    assert loops_per_score(v3, "backward_rows", 90)[0] <= 7
+    assert loops_per_score(v3, "backward_by_distance", 90)[0] <= 9
+
+
+def test_far_tiles_use_no_band(v3):
+    """They cost what plain attention costs: two products, K and V, nothing else."""
+    for capability in (80, 90):
+        near, _, far, _ = v3["64 bfloat16 forward", capability][0].loops
+        assert 2 * far.mma == near.mma and 2 * far.async_copies == near.async_copies
+
+
+OPTIONS = {
+    "keys": dict(mask="keys"),
+    "pairs": dict(mask="pairs"),
+    "packed": dict(packed=True),
+    "dropout": dict(dropout_p=0.1),
+    "c2p": dict(p2c=False),
+    "p2c": dict(c2p=False),
+    "neither": dict(c2p=False, p2c=False),
+    "head-size-80": dict(size=80),
+    "float16": dict(dtype=torch.float16),
+    "short": dict(length=100),
+}
+
+
+def variants(capability):
+    for name, options in OPTIONS.items():
+        given = dict(size=64, dtype=torch.bfloat16) | options
+        yield from plan_launches(name, capability, given.pop("size"), given.pop("dtype"), **given)
+
+
+def test_every_option_compiles():
+    """Masks, packing, dropout, absent tables: on the GPU with the least shared memory and on sm_90."""
+    compiled = compile_all(variants, (86, 90))
+    assert {label.split()[0] for label, _ in compiled} == set(OPTIONS)
+    assert {key: x.shared for key, (x, _) in compiled.items() if x.shared > SHARED_LIMIT[key[1]]} == {}
+
+
+def test_lengths_and_strides_compile_nothing_anew():
+    """No integer of a launch is made a constant of the compiled kernel, nor is its divisibility."""
+    planned = [p for options in ({}, {"mask": "keys"}, {"packed": True}) for p in plan_launches(
+        "x", 90, 64, torch.bfloat16, **options)]  # fmt: skip
+    for _, launch, _ in planned:
+        for parameter in launch.kernel.params:
+            value = launch.arguments[parameter.name]
+            if isinstance(value, int) and not parameter.is_constexpr:
+                assert parameter.do_not_specialize, (launch.kernel.__name__, parameter.name)
+
+
+def test_constants_do_not_depend_on_the_length():
+    """Three classes of length at most."""
+
+    def constants(length):
+        return {
+            (launch.kernel.__name__, name, launch.arguments[name])
+            for _, launch, _ in plan_launches("x", 90, 64, torch.bfloat16, length=length)
+            for name in (p.name for p in launch.kernel.params if p.is_constexpr)
+        }
+
+    assert constants(7) == constants(127) and constants(128) == constants(255)
+    assert constants(256) == constants(513) == constants(20000)
+
+
+def test_smaller_until_nothing_is_left():
+    chosen, sizes = configuration.default(Target(90, 64, 2)), []
+    while chosen is not None:
+        tiles = chosen.backward_key
+        sizes.append((tiles.rows + tiles.columns) * tiles.stages)
+        assert min(tiles.rows, tiles.columns) >= 16 and chosen.grain % tiles.rows == chosen.grain % tiles.columns == 0
+        chosen = chosen.smaller("backward_key")
+    assert len(sizes) > 3 and sizes == sorted(sizes, reverse=True)
+
+
+def test_tuned_configurations_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(configuration, "_chosen", {})
+    device = torch.device("cpu")
+    key, chosen = configuration.choose(device, 64, 2)
+    tuned = chosen._replace(forward=Tiles(128, 64, 8, 3), grain=128)
+    path = configuration.save(key, tuned)
+    other, _ = configuration.choose(device, 32, 4)
+    configuration.save(other, chosen)
+    configuration._chosen.clear()
+    assert configuration.choose(device, 64, 2) == (key, tuned)
+    assert isinstance(configuration.choose(device, 64, 2)[1], Configuration)
+    path.write_text("[]")
+    configuration._chosen.clear()
+    with pytest.raises(ValueError, match="delete it or tune again"):
+        configuration.choose(device, 64, 2)
+
+
+def test_autotune_takes_the_fastest(monkeypatch, tmp_path):
+    """With a clock that likes one candidate best."""
+    from deberta_fast.backends.triton import autotune
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(configuration, "_chosen", {})
+    favourite = Tiles(32, 64, 8, 2)
+
+    def measure(call):
+        chosen = configuration.choose(torch.device("cpu"), 64, 2)[1]
+        return 10.0 - sum(tiles == favourite for tiles in chosen[1:])
+
+    tuned = autotune.tune(
+        candidates=[Tiles(64, 32, 4, 2), favourite], measure=measure, device="cpu", tokens=16, lengths=[16],
+        make_calls=functools.partial(lambda *_: (lambda: None, lambda: None)),
+    )  # fmt: skip
+    assert set(tuned[1:]) == {favourite}
+    configuration._chosen.clear()
+    assert configuration.choose(torch.device("cpu"), 64, 2)[1] == tuned
+
+
+def test_named_without_a_gpu_it_says_why():
+    x = torch.randn(1, 1, 5, 16)
+    with pytest.raises(
+        RuntimeError, match="backend 'triton' cannot serve this call: tensors must be on a GPU, got cpu"
+    ):
+        disentangled_attention(x, x, x, backend="triton")
