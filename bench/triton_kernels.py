@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(PARTS)}")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192], metavar="L")
     parser.add_argument("--tokens", type=int, default=16384, metavar="N")
+    parser.add_argument("--heads", type=int, default=12, metavar="H")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
     options = parser.parse_args(arguments)
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     for part in options.parts or PARTS:
         table = Table(f"triton-{part}", options.out, __doc__.split("\n\n")[1])
         for length in options.lengths:
-            work = Work(options.device, length, max(1, options.tokens // length))
+            work = Work(options.device, length, max(1, options.tokens // length), options.heads)
             for row in globals()[part](work, device):
                 table.add({"length": length, "batch": work.batch} | row)
 
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
 class Work:
     """One call of the operator."""
 
-    def __init__(self, device: str, length: int, batch: int, heads: int = 12, size: int = 64):
+    def __init__(self, device: str, length: int, batch: int, heads: int, size: int = 64):
         normal = lambda *shape: torch.randn(shape, device=device).to(torch.bfloat16)
         query, key, value = (normal(batch, heads, length, size) for _ in range(3))
         self.batch = batch

@@ -3,6 +3,7 @@
 ``test_triton.py`` runs this file in a process of its own: TRITON_INTERPRET=1 has to be there before Triton is imported.
 """
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -187,6 +188,20 @@ def test_compiles_without_graph_breaks():
         tensors += [torch.randn(2, 32, 16, requires_grad=True) for _ in range(2)]
         one, other = (torch.autograd.grad(torch.cos(f(*tensors)).sum(), tensors) for f in (compiled, attend))
         assert all(torch.equal(x, y) for x, y in zip(one, other))
+
+
+def test_benchmark_of_the_kernels(tmp_path, monkeypatch):
+    from bench import device, triton_kernels
+
+    def once(self, build, seconds):
+        return {name: device.Taken(self.seconds(make(), queued=False), 1) for name, make in build.items()}
+
+    monkeypatch.setattr(device.Device, "measure", once)
+    sizes = ["--lengths", "16", "--tokens", "16", "--heads", "1", "--device", "cpu", "--out", str(tmp_path)]
+    triton_kernels.main(["kernels", *sizes])
+    rows = json.loads((tmp_path / "triton-kernels.json").read_text())["rows"]
+    names = [row["kernel"] for row in rows]
+    assert len(names) == 13 and "backward: backward_rows" in names and all("ms" in row for row in rows)
 
 
 def test_refuses_with_reasons():
