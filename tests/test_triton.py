@@ -94,15 +94,18 @@ OPTIONS = {
 
 
 def variants(capability):
+    costly = ("pairs", "dropout", "float16")  # of shared memory
     for name, options in OPTIONS.items():
+        if capability == 86 and name not in costly:
+            continue
         given = dict(size=64, dtype=torch.bfloat16) | options
         yield from plan_launches(name, capability, given.pop("size"), given.pop("dtype"), **given)
 
 
 def test_every_option_compiles():
-    """Masks, packing, dropout, absent tables: on the GPU with the least shared memory and on sm_90."""
+    """Masks, packing, dropout, absent tables: on sm_90, and what takes room on a GPU with little shared memory."""
     compiled = compile_all(variants, (86, 90))
-    assert {label.split()[0] for label, _ in compiled} == set(OPTIONS)
+    assert {label.split()[0] for label, capability in compiled if capability == 90} == set(OPTIONS)
     assert {key: x.shared for key, (x, _) in compiled.items() if x.shared > SHARED_LIMIT[key[1]]} == {}
 
 

@@ -109,20 +109,20 @@ def backward_query(
 
     if C2P or P2C:
         p2c = band_of(p2c, part_batch, part_head, room, p2c_b, p2c_h, p2c_pitch) + m0
-    if C2P:
-        c2p = band_of(c2p, part_batch, part_head, room + m0, c2p_b, c2p_h, c2p_pitch) - near_start
-    c2p_pitch, p2c_pitch = c2p_pitch * 16, p2c_pitch * 16
-    query_grains = tl.cdiv(query_length, GRAIN) * GRAIN
-    columns = tl.arange(0, COLUMNS)
-    for n0 in range(near_start, near_stop, COLUMNS):
-        query_start, _ = near_span(n0 // GRAIN * GRAIN, -offset, -far_future, -far_past, 0, query_grains, GRAIN)
-        band = skip_rows(p2c, n0, p2c_pitch) - query_start + (columns[:, None] * p2c_pitch + local[None, :])
-        da = tl.trans(tl.load(band, mask=(columns < key_length - n0)[:, None], other=0.0))
-        here = tl.minimum(columns, key_length - 1 - n0)
-        k = load_rows(skip_rows(key, n0, k_l * UNIT), here, k_l * UNIT, SIZE, BLOCK_SIZE)
-        dq = matmul_add(da, k, dq, PRECISION)
         if C2P:
-            tl.store(c2p + n0 + (local[:, None] * c2p_pitch + columns[None, :]), da)
+            c2p = band_of(c2p, part_batch, part_head, room + m0, c2p_b, c2p_h, c2p_pitch) - near_start
+        c2p_pitch, p2c_pitch = c2p_pitch * 16, p2c_pitch * 16
+        query_grains = tl.cdiv(query_length, GRAIN) * GRAIN
+        columns = tl.arange(0, COLUMNS)
+        for n0 in range(near_start, near_stop, COLUMNS):
+            query_start, _ = near_span(n0 // GRAIN * GRAIN, -offset, -far_future, -far_past, 0, query_grains, GRAIN)
+            band = skip_rows(p2c, n0, p2c_pitch) - query_start + (columns[:, None] * p2c_pitch + local[None, :])
+            da = tl.trans(tl.load(band, mask=(columns < key_length - n0)[:, None], other=0.0))
+            here = tl.minimum(columns, key_length - 1 - n0)
+            k = load_rows(skip_rows(key, n0, k_l * UNIT), here, k_l * UNIT, SIZE, BLOCK_SIZE)
+            dq = matmul_add(da, k, dq, PRECISION)
+            if C2P:
+                tl.store(c2p + n0 + (local[:, None] * c2p_pitch + columns[None, :]), da)
     if C2P:
         partial = start_of(partial, part_batch, part_head, room + m0, c2p_b * SIZE, c2p_h * SIZE, SIZE, 1)
         store_rows(partial, local, ROWS, SIZE, dq, SIZE, BLOCK_SIZE)
