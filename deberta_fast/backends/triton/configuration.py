@@ -59,7 +59,6 @@ class Target(NamedTuple):
 def default(target: Target) -> Configuration:
     """The configuration that nobody has measured."""
     capability, size, itemsize = target
-    roomy = capability in (80, 90, 100)  # others have 99 KiB of shared memory for a block
     if itemsize == 4:
         return _default_32_bit(size)
     plain = Tiles(64, 64, 4, 2)
@@ -69,12 +68,14 @@ def default(target: Target) -> Configuration:
         query = {90: plain, 100: Tiles(64, 64, 4, 3), 120: Tiles(64, 64, 4, 3)}.get(capability, Tiles(64, 32, 4, 2))
         return Configuration(64, plain, plain, key, query, plain)
     if size == 128 and capability == 90:
-        return Configuration(64, plain, plain, Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2), plain)
+        return Configuration(128, plain, plain, Tiles(64, 32, 4, 2), Tiles(128, 64, 8, 2), plain)
+    small = Tiles(32, 32, 4 if size == 128 else 8, 2)
     if size == 128:
         wide = Tiles(64, 64, 8, 2)
-        return Configuration(128, plain, Tiles(128, 64, 8, 2), wide, wide, Tiles(64, 32, 4, 2))
-    small = Tiles(32, 32, 8, 2)
-    return Configuration(64, Tiles(64, 32, 8, 2), Tiles(64, 64, 8, 2) if roomy else small, small, small, small)
+        key, query = (small, Tiles(64, 32, 4, 1)) if capability == 100 else (wide, wide)
+        return Configuration(128, plain, Tiles(128, 64, 8, 2), key, query, Tiles(64, 32, 4, 2))
+    forward = {80: Tiles(64, 64, 8, 2), 90: Tiles(64, 32, 8, 2)}.get(capability, small)
+    return Configuration(64, Tiles(64, 32, 8, 2), forward, small, small, small)
 
 
 def _default_32_bit(size: int) -> Configuration:
