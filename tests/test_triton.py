@@ -10,8 +10,10 @@ pytest.importorskip("triton")
 
 from bench.compile_report import CAPABILITIES, SHARED_LIMIT, compile_all, launches, plan_launches  # noqa: E402
 from deberta_fast import disentangled_attention  # noqa: E402
+from deberta_fast.backends.inputs import AttentionInputs  # noqa: E402
 from deberta_fast.backends.triton import configuration  # noqa: E402
 from deberta_fast.backends.triton.configuration import Configuration, Target, Tiles  # noqa: E402
+from deberta_fast.backends.triton.plan import Plan  # noqa: E402
 
 MAIN = ("band_scores", "forward", "backward_key", "backward_rows", "backward_query", "backward_by_distance")
 
@@ -132,6 +134,42 @@ def test_constants_do_not_depend_on_the_length():
 
     assert constants(7) == constants(127) and constants(128) == constants(255)
     assert constants(256) == constants(513) == constants(20000)
+
+
+@pytest.mark.parametrize("length", [128, 512, 2048, 16384])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_workspace_is_bounded(length, packed, monkeypatch):
+    """Forward and backward of 16384 tokens, 12 heads of 64: all that is allocated besides results, at most 256 MiB."""
+    made = {}
+
+    def counting(allocate):
+        def call(self, *arguments, **options):
+            x = allocate(self, *arguments, **options)
+            made[id(x)] = x, x.numel() * x.element_size()
+            return x
+
+        return call
+
+    for name in ("new_empty", "new_zeros"):
+        monkeypatch.setattr(torch.Tensor, name, counting(getattr(torch.Tensor, name)))
+    batch, tokens = (1, 16384) if packed else (16384 // length, length)
+    meta = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
+    query, key, value = (meta(batch, 12, tokens, 64) for _ in range(3))
+    ends = meta(16384 // length + 1, dtype=torch.int32) if packed else None
+    inputs = AttentionInputs(
+        query, key, value, meta(12, 512, 64), meta(12, 512, 64), None, ends, None,
+        256, 512, "hf", 0, 0, length, 0.07, 0.0,
+    )  # fmt: skip
+    output, lse = torch.empty_like(query), torch.empty(query.shape[:3], device="meta")
+    grads = [torch.empty_like(x) for x in inputs[:5]]
+    chosen = configuration.default(Target(90, 64, 2))
+    for planned in (
+        Plan(inputs, chosen, "ieee").forward(output, lse),
+        Plan(inputs, chosen, "ieee").backward(output, lse, output, lse, grads),
+    ):
+        made.clear()
+        assert len(list(planned)) >= 5
+        assert 16 << 20 < sum(size for _, size in made.values()) <= 256 << 20
 
 
 def test_smaller_until_nothing_is_left():

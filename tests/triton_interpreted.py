@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import BY_NAME, CASES, DROPOUT_SEED, TENSORS, Case, as_dtype, forward_and_gradients, make_inputs
 from test_attention import HALF_CASES, compare, public, reversed_distance, shifted_slot, swapped_tables
+from triton import OutOfResources
 
 from deberta_fast import disentangled_attention, disentangled_attention_varlen
 from deberta_fast.backends import reference, triton
@@ -202,6 +203,25 @@ def test_benchmark_of_the_kernels(tmp_path, monkeypatch):
     rows = json.loads((tmp_path / "triton-kernels.json").read_text())["rows"]
     names = [row["kernel"] for row in rows]
     assert len(names) == 13 and "backward: backward_rows" in names and all("ms" in row for row in rows)
+
+
+def test_what_does_not_fit_shrinks(monkeypatch):
+    """Kernels that pretend to need more shared memory than there is, until their tiles are small enough."""
+    monkeypatch.setattr(configuration, "_chosen", {})
+    run_launch = plan.Launch.run
+
+    def run_if_it_fits(launch):
+        rows, columns = launch.arguments.get("ROWS"), launch.arguments.get("COLUMNS")
+        if launch.configured in ("forward", "backward_key") and rows * columns > 32 * 64:
+            raise OutOfResources(rows * columns, 32 * 64, "shared memory")
+        run_launch(launch)
+
+    usual = run("L7-D8")
+    monkeypatch.setattr(plan.Launch, "run", run_if_it_fits)
+    assert_equal_but_for_rounding(run("L7-D8"), usual)
+    (shrunk,) = configuration._chosen.values()
+    assert shrunk.forward == shrunk.backward_key == configuration.Tiles(64, 32, 4, 1)
+    assert shrunk.backward_query == configuration.Tiles(64, 64, 4, 1)
 
 
 def test_refuses_with_reasons():
