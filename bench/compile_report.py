@@ -260,9 +260,13 @@ def main() -> None:
         "--archs", type=_capabilities, default=CAPABILITIES, metavar="80,90", help="compute capabilities"
     )
     parser.add_argument("--json", action="store_true", help="the same as JSON")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="also write both, with where they come from, to DIR")
     arguments = parser.parse_args()
+    timing.provenance()
     compiled = compile_all(launches, arguments.archs)
     table = [row for (label, sm), result in compiled.items() for row in rows(label, sm, *result)]
+    if arguments.out:
+        timing.save("compile-report", table, arguments.out, LEGEND)
     print(json.dumps(table, indent=1) if arguments.json else f"{timing.markdown(table)}\n\n{LEGEND}")
 
 
