@@ -70,8 +70,11 @@ class Compiled(NamedTuple):
     seconds: float  # near 0 from Triton's cache
 
 
-def launches(capability: int) -> Iterator[Planned]:
-    """What the report is about: DeBERTa-v3's head size and tables in bfloat16, then the other head sizes and dtypes."""
+def launches(capability: int, only: str = "") -> Iterator[Planned]:
+    """What the report is about: DeBERTa-v3's head size and tables in bfloat16, then the other head sizes and dtypes.
+
+    Labels read "64 bfloat16 forward"; ``only`` is what they begin with.
+    """
     for size, dtype, precision in (
         (64, torch.bfloat16, "ieee"),
         (32, torch.bfloat16, "ieee"),
@@ -83,7 +86,8 @@ def launches(capability: int) -> Iterator[Planned]:
         (256, torch.float32, "tf32"),
     ):
         label = f"{size} {str(dtype).removeprefix('torch.')}" + (f" {precision}" if dtype == torch.float32 else "")
-        yield from plan_launches(label, capability, size, dtype, precision)
+        planned = plan_launches(label, capability, size, dtype, precision)
+        yield from (p for p in planned if p.label.startswith(only))
 
 
 def plan_launches(
@@ -205,7 +209,6 @@ def _without(variable: str) -> Iterator[None]:
             os.environ[variable] = value
 
 
-@functools.cache
 def _built(build: Callable[[int], Iterable[Planned]], capability: int) -> dict[str, Planned]:
     return {planned.label: planned for planned in build(capability)}
 
@@ -259,11 +262,12 @@ def main() -> None:
     parser.add_argument(
         "--archs", type=_capabilities, default=CAPABILITIES, metavar="80,90", help="compute capabilities"
     )
+    parser.add_argument("--only", default="", metavar="TEXT", help='what kernels begin with: "64 bfloat16"')
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write both, with where they come from, to DIR")
     arguments = parser.parse_args()
     timing.provenance()
-    compiled = compile_all(launches, arguments.archs)
+    compiled = compile_all(functools.partial(launches, only=arguments.only), arguments.archs)
     table = [row for (label, sm), result in compiled.items() for row in rows(label, sm, *result)]
     if arguments.out:
         timing.save("compile-report", table, arguments.out, LEGEND)
