@@ -13,7 +13,7 @@ from deberta_fast import disentangled_attention  # noqa: E402
 from deberta_fast.backends.inputs import AttentionInputs  # noqa: E402
 from deberta_fast.backends.triton import configuration  # noqa: E402
 from deberta_fast.backends.triton.configuration import Configuration, Target, Tiles  # noqa: E402
-from deberta_fast.backends.triton.plan import Plan  # noqa: E402
+from deberta_fast.backends.triton.plan import Launch, Part, Plan  # noqa: E402
 
 MAIN = ("band_scores", "forward", "backward_key", "backward_rows", "backward_query", "backward_by_distance")
 
@@ -134,6 +134,34 @@ def test_constants_do_not_depend_on_the_length():
 
     assert constants(7) == constants(127) and constants(128) == constants(255)
     assert constants(256) == constants(513) == constants(20000)
+
+
+def test_parts_are_launched_as_compiled_for_the_first():
+    """Triton looks up what it compiled once for each kernel of a part; grids have three numbers then."""
+
+    class Kernel:
+        def __init__(self):
+            self.looked_up, self.launched = [], []
+
+        def __getitem__(self, grid):
+            def first(**arguments):
+                self.looked_up.append((grid, arguments))
+                return compiled
+
+            return first
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *arguments: kernel.launched.append((grid, arguments))
+
+    kernel, compiled = Kernel(), Compiled()
+    first = Launch(kernel, (3, 2), {"x": "tensor", "first_head": 0, "first_batch": 0, "N": 64}, 4, 2, None, [])
+    for part in (Part(0, 2, 0, 5), Part(2, 2, 0, 5), Part(4, 2, 0, 5)):
+        first.of(part).run()
+    first._replace(grid=(0, 2)).run()
+    expected = {"x": "tensor", "first_head": 0, "first_batch": 0, "N": 64, "num_warps": 4, "num_stages": 2}
+    assert kernel.looked_up == [((3, 2), expected)]
+    assert kernel.launched == [((3, 2, 1), ("tensor", head, 0, 64)) for head in (2, 4)]
 
 
 @pytest.mark.parametrize("length", [128, 512, 2048, 16384])

@@ -13,6 +13,7 @@ from test_attention import HALF_CASES, compare, public, reversed_distance, shift
 from triton import OutOfResources
 from triton.runtime import interpreter
 
+import deberta_fast
 from deberta_fast import disentangled_attention, disentangled_attention_varlen
 from deberta_fast.backends import reference, triton
 from deberta_fast.backends.inputs import AttentionInputs
@@ -216,6 +217,19 @@ def test_benchmark_of_the_kernels(tmp_path, monkeypatch):
     rows = json.loads((tmp_path / "triton-kernels.json").read_text())["rows"]
     names = [row["kernel"] for row in rows]
     assert len(names) == 13 and "backward: backward_rows" in names and all("ms" in row for row in rows)
+
+
+@pytest.mark.parametrize("name", ["v1", "v3"])
+def test_patched_model(name):
+    """Hugging Face's model with padding, forward and backward."""
+    pytest.importorskip("transformers")
+    import hf_models
+
+    model = hf_models.build(name, num_hidden_layers=1)
+    inputs = hf_models.tokens("right")
+    expected = hf_models.results(model, inputs)
+    got = hf_models.results(deberta_fast.patch(model, backend="triton"), inputs)
+    hf_models.assert_close(got, expected, 1e-4)
 
 
 def test_what_does_not_fit_shrinks(monkeypatch):

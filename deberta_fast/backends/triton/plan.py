@@ -5,7 +5,7 @@ A plan holds tensors but never reads them: made of meta tensors, it says what wo
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -32,7 +32,13 @@ _ENDLESS = 1 << 30
 
 
 class Launch(NamedTuple):
-    """One kernel on one grid. ``configured``: the field of the configuration that its tiles are from."""
+    """One kernel on one grid.
+
+    Attributes:
+        configured: the field of the configuration that its tiles are from.
+        compiled: what Triton compiled for it, once it ran; shared with its likes for other parts. To find that takes
+            Triton several times longer than the launch itself.
+    """
 
     kernel: object
     grid: tuple[int, ...]
@@ -40,10 +46,25 @@ class Launch(NamedTuple):
     warps: int
     stages: int
     configured: str | None
+    compiled: list
 
     def run(self) -> None:
-        if 0 not in self.grid:
-            self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages)
+        if 0 in self.grid:
+            return
+        if self.compiled:
+            self.compiled[0][(*self.grid, 1, 1)[:3]](*self.arguments.values())
+            return
+        found = self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages)
+        if found is not None:  # Triton's interpreter compiles nothing
+            self.compiled.append(found)
+
+    def of(self, part: "Part") -> "Launch":
+        """The same for another part of the same size."""
+        if "first_head" not in self.arguments:
+            return self
+        return self._replace(
+            arguments=self.arguments | {"first_head": part.first_head, "first_batch": part.first_batch}
+        )
 
 
 class Part(NamedTuple):
@@ -109,9 +130,7 @@ class Plan:
         self._add_outputs(lse, o=output)
         self.values |= {"output": output}
         yield from self._prepare()
-        for part in self._parts():
-            yield from self._band_scores(part)
-            yield self._rows(forward, "forward", self.query_length, part)
+        yield from self._part_by_part(self._forward_part)
 
     def backward(self, output, lse, grad_output, grad_lse, grads) -> Iterator[Launch]:
         """The launches that fill grads: those of query, key, value and of the tables that are there."""
@@ -125,19 +144,33 @@ class Plan:
         yield self._delta()
         if inputs.has_positions:
             sums = self._table_sums()
-        for part in self._parts():
-            yield from self._band_scores(part)
-            yield self._rows(backward_key, "backward_key", self.key_length, part)
-            if self.p2c:
-                yield self._spread(backward_rows, "p2c", part, grad_x=grads[1])
-            yield self._rows(backward_query, "backward_query", self.query_length, part)
-            if self.c2p:
-                yield self._spread(backward_rows, "c2p", part, grad_x=grads[0])
-            for name in sums:
-                yield self._by_distance(name, sums[name], part)
+        yield from self._part_by_part(lambda part: self._backward_part(part, grads, sums))
         for name, far, grad in (("c2p", "far_pos_key", grads[3]), ("p2c", "far_pos_query", grads[4])):
             if grad is not None:
                 yield self._by_row(sums[name], self.values[far], grad)
+
+    def _part_by_part(self, launches: Callable[[Part], Iterator[Launch]]) -> Iterator[Launch]:
+        known: dict[tuple[int, int], list[Launch]] = {}
+        for part in self._parts():
+            size = part.heads, part.batches
+            if size not in known:
+                known[size] = list(launches(part))
+            yield from (launch.of(part) for launch in known[size])
+
+    def _forward_part(self, part: Part) -> Iterator[Launch]:
+        yield from self._band_scores(part)
+        yield self._rows(forward, "forward", self.query_length, part)
+
+    def _backward_part(self, part: Part, grads: list, sums: dict[str, torch.Tensor]) -> Iterator[Launch]:
+        yield from self._band_scores(part)
+        yield self._rows(backward_key, "backward_key", self.key_length, part)
+        if self.p2c:
+            yield self._spread(backward_rows, "p2c", part, grad_x=grads[1])
+        yield self._rows(backward_query, "backward_query", self.query_length, part)
+        if self.c2p:
+            yield self._spread(backward_rows, "c2p", part, grad_x=grads[0])
+        for name in sums:
+            yield self._by_distance(name, sums[name], part)
 
     def _mask_kind(self) -> str:
         mask = self.inputs.mask
@@ -323,7 +356,7 @@ class Plan:
     def _launch(self, kernel, grid: tuple[int, ...], tiles: Tiles, configured: str | None, **others) -> Launch:
         values = self.values | others
         arguments = {name: values[name] for name in kernel.arg_names}
-        return Launch(kernel, grid, arguments, tiles.warps, tiles.stages, configured)
+        return Launch(kernel, grid, arguments, tiles.warps, tiles.stages, configured, [])
 
 
 def block_size_of(inputs: AttentionInputs) -> int:
