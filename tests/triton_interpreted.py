@@ -6,6 +6,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from cases import BY_NAME, CASES, DROPOUT_SEED, TENSORS, Case, as_dtype, forward_and_gradients, make_inputs
@@ -68,6 +69,37 @@ def checked_promises(monkeypatch):
             assert (handle.data % multiple == 0).all(), f"{handle.data} promised to be multiples of {multiple}"
 
     monkeypatch.setattr(interpreter.TensorHandle, "set_attr", checked)
+
+
+@pytest.fixture(autouse=True)
+def checked_addresses(monkeypatch):
+    """Kernels stay inside their arguments. Here they would be seen outside by luck alone, on a GPU it is a fault."""
+    ranges = []
+    run_launch, builder = plan.Launch.run, interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def run_within(launch):
+        tensors = [x.untyped_storage() for x in launch.arguments.values() if isinstance(x, torch.Tensor)]
+        ranges[:] = [(x.data_ptr(), x.data_ptr() + x.nbytes()) for x in tensors]
+        run_launch(launch)
+
+    def check(pointers, mask):
+        used = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].astype(np.int64)
+        if used.size:
+            low, high = used.min(), used.max()
+            assert any(start <= low and high < stop for start, stop in ranges), "out of bounds"
+
+    def checked_load(self, pointers, mask, *arguments):
+        check(pointers, mask)
+        return load(self, pointers, mask, *arguments)
+
+    def checked_store(self, pointers, value, mask, *arguments):
+        check(pointers, mask)
+        return store(self, pointers, value, mask, *arguments)
+
+    monkeypatch.setattr(plan.Launch, "run", run_within)
+    monkeypatch.setattr(builder, "create_masked_load", checked_load)
+    monkeypatch.setattr(builder, "create_masked_store", checked_store)
 
 
 def test_serves_cpu_tensors():

@@ -9,7 +9,18 @@ lie aligned (see ``band_scores``).
 import triton
 import triton.language as tl
 
-from .tile import band_of, find_band, load_rows, matmul_add, room_of, spread_rows, start_of, store_rows, window_of
+from .tile import (
+    band_of,
+    find_band,
+    load_rows,
+    load_rows_below,
+    matmul_add,
+    room_of,
+    spread_rows,
+    start_of,
+    store_rows,
+    window_of,
+)
 
 INTEGERS = (
     "dx_b", "dx_h", "dx_l", "band_b", "band_h", "pitch", "rows_length", "columns_length", "offset", "past",
@@ -42,7 +53,7 @@ def backward_rows(
     lowest, highest = window_of(start, stop, ROWS, STEP)
     room = room_of(first, batch, PACKED) + r0
     partial = start_of(partial, part_batch, part_head, room, band_b * SIZE, band_h * SIZE, SIZE, 1)
-    acc = load_rows(partial, local, SIZE, SIZE, BLOCK_SIZE)
+    acc = load_rows_below(rows_length - r0, partial, local, SIZE, SIZE, BLOCK_SIZE)
     table += head.to(tl.int64) * distances * SIZE
     band = band_of(band, part_batch, part_head, room, band_b, band_h, pitch)
     places = local * (pitch * 16) - start
