@@ -79,10 +79,7 @@ def default(target: Target) -> Configuration:
 
 
 def _default_32_bit(size: int) -> Configuration:
-    tiles = Tiles(32, 32, 4, 2)
-    if size <= 64:
-        return Configuration(64, tiles, Tiles(64, 32, 4, 2), tiles, tiles, tiles)
-    return Configuration(64, *[tiles if size == 128 else Tiles(16, 16, 4, 1)] * 5)
+    return Configuration(64, *[Tiles(32, 32, 4, 2) if size <= 128 else Tiles(16, 16, 4, 1)] * 5)
 
 
 _chosen: dict[tuple[str, Target], Configuration] = {}

@@ -341,7 +341,7 @@ class Plan:
         return self._launch(
             backward_by_row, (grad.shape[1], grad.shape[0]), SMALL, None, by_distance=sums, far_sums=far,
             grad_table=grad, first_of_slot=self.first_of_slot, splits=len(sums),
-            first_slot=self.inputs.first_slot, ROWS=32,
+            first_slot=self.inputs.first_slot, ROWS=min(32, 2048 // block_size_of(self.inputs)),
         )  # fmt: skip
 
     def _rows(self, kernel, configured: str, length: int, part: Part) -> Launch:
