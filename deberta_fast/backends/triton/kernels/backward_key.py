@@ -5,10 +5,10 @@ keys where forward shifts the query, which leaves one constant a key:
 
     far    Z = C q.(k + K^r_r) + C k.Q^r_r      dK += dA^T q + t Q^r_r,  t_j = sum_i dA_ij
                                                 dK^r_r += sum_j (dA^T q)_j,  dQ^r_r += sum_j t_j k_j
-    near   Z = C q.k + c2p + p2c                dK += dA^T q + sum_e dA^e Q^e
+    near   Z = C (q.k + c2p + p2c)              dK += dA^T q + sum_e dA^e Q^e
 
 dA of a near tile takes the place of its p2c scores, which nobody reads after this program: ``backward_query`` and
-``backward_tables`` find it there. The last sum reads the program's own rows of it by distance.
+``backward_tables`` find it there, and ``backward_rows``, which makes the last sum.
 """
 
 import triton

@@ -3,8 +3,8 @@
     near   dQ += dA K + sum_e dA^e K^e         dA as ``backward_key`` left it: nothing is made a second time
     far    dQ += dA K + t K^r_r                t_i = sum_j dA_ij, dA from Q, K, V and lse as in forward
 
-dA of a near tile is copied to where its c2p scores were, queries along rows: ``backward_tables`` reads it there, and so
-does the sum over distances, the program's own rows of it.
+dA of a near tile is copied to where its c2p scores were, queries along rows: ``backward_tables`` reads it there, and
+``backward_rows``, which makes the sum over distances.
 """
 
 import triton

@@ -1,6 +1,6 @@
 """Forward of one query block (equations 2, 3, 6, 7): online softmax in base 2 over near keys, then both far sides.
 
-near   Z = C q.k + c2p + p2c                two tiles of bands that ``band_scores`` wrote
+near   Z = C (q.k + c2p + p2c)              two tiles of bands that ``band_scores`` wrote
 far    Z = C (q + Q^r_r).k + C q.K^r_r      plain flash attention with a shifted query; the constant of a row joins
                                             the exponent's offset
 """
