@@ -1,7 +1,8 @@
 """Times and peak memory on the CPU against Hugging Face's eager attention: ``python -m bench.cpu``.
 
 What the variants are is said in ``models``. Two series of shapes: one sequence of each length, and as many sequences as
-make the longest length's number of tokens. Results go to bench/results/cpu/, after every row.
+make the longest length's number of tokens; for an encoder also one very short sequence, where it is the overhead of
+every call that counts. Results go to bench/results/cpu/, after every row.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from . import models, timing
 
 MEMORY_LENGTH = 4096
+SHORT = {"attention": [], "encoder": [(1, 16)]}  # batch and length
 UNITS = {
     "attention": "Milliseconds of one DeBERTa-v3-base attention module with its projections, medians.",
     "encoder": f"Milliseconds of {models.ENCODER_LAYERS} whole DeBERTa-v3-base layers, medians.",
@@ -25,16 +27,16 @@ LEGEND = (
 )
 
 
-def main() -> None:
-    arguments = _arguments()
+def main(arguments: list[str] | None = None) -> None:
+    arguments = _arguments(arguments)
     lengths, threads = sorted(arguments.lengths), arguments.threads
-    shapes = dict.fromkeys([(1, length) for length in lengths] + [(lengths[-1] // n, n) for n in lengths])
+    shapes = [(1, length) for length in lengths] + [(lengths[-1] // n, n) for n in lengths]
     times = [
         (level, count, passes, batch, length)
         for level in arguments.levels
         for count in threads
         for passes in models.PASSES
-        for batch, length in shapes
+        for batch, length in dict.fromkeys(SHORT[level] + shapes)
     ]
     peaks = [(level, passes) for level in arguments.levels for passes in models.PASSES if arguments.memory_length]
     timing.provenance()
@@ -87,7 +89,7 @@ def memory_row(level: str, passes: str, length: int) -> dict:
     }
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.cpu", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--quick", action="store_true", help="a look in half a minute: short, one thread, kept in build/"
@@ -98,7 +100,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--memory-length", type=int, metavar="L", help="length of the memory rows; 0 for none")
     parser.add_argument("--seconds", type=float, help="time a row aims at; never fewer than 5 rounds")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(arguments)
     results = timing.REPOSITORY / "bench" / "results" / "cpu"
     whole = dict(lengths=[128, 512, 2048], threads=[1, 2], memory_length=MEMORY_LENGTH, seconds=10.0, out=results)
     quick = dict(lengths=[128, 512], threads=[1], memory_length=1024, seconds=0.5, out=Path("build/bench"))

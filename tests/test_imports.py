@@ -19,7 +19,7 @@ RANKS = [
     {f"backends.triton.{name}" for name in ("configuration", "kernels", "kernels.tile")},
     {f"backends.triton.kernels.{path.stem}" for path in (PACKAGE / "backends/triton/kernels").glob("[a-s]*.py")},
     {"backends.triton.plan"},
-    {"backends.reference", "backends.eager", "backends.triton"},
+    {"backends.reference", "backends.eager", "backends.cpu", "backends.triton"},
     {"backends.triton.autotune"},
     {"backends"},
     {"ops"},

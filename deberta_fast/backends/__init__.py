@@ -7,11 +7,11 @@ above them.
 
 from types import ModuleType
 
-from . import eager, reference, triton
+from . import cpu, eager, reference, triton
 from .inputs import AttentionInputs
 
 # In order of preference.
-BACKENDS: dict[str, ModuleType] = {"eager": eager, "triton": triton, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "eager": eager, "triton": triton, "reference": reference}
 
 
 def why_not(inputs: AttentionInputs) -> dict[str, list[str]]:

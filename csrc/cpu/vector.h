@@ -1,0 +1,120 @@
+// A vector of floats as wide as the registers that this file is compiled for, in the compiler's vector extensions: the
+// same source serves AVX-512, AVX2, SSE2 and NEON.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "../params.h"
+
+#ifndef DEBERTA_FAST_ISA
+#error "compile with -DDEBERTA_FAST_ISA=plain, avx2 or avx512"
+#endif
+
+// Kernels of several instruction sets live in one library: each in a namespace of its own.
+namespace deberta_fast::DEBERTA_FAST_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kPanel = 4;  // kPanel: vectors of a row of a product that are summed in registers
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32, kPanel = 2;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, kPanel = 4;
+#else
+constexpr int kVectorBytes = 16, kPanel = 2;
+#endif
+constexpr int kLanes = kVectorBytes / 4;
+
+typedef float Vector __attribute__((vector_size(kVectorBytes)));
+typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
+// The same in memory, at any address, under any type.
+typedef Vector AnyVector __attribute__((aligned(4), may_alias));
+typedef Halves AnyHalves __attribute__((aligned(2), may_alias));
+typedef Bytes AnyBytes __attribute__((aligned(1), may_alias));
+
+#define INLINE inline __attribute__((always_inline))
+
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+constexpr int64_t round_down(int64_t n, int64_t step) { return n / step * step; }
+
+INLINE Vector load(const float* p) { return *reinterpret_cast<const AnyVector*>(p); }
+INLINE void store(float* p, Vector v) { *reinterpret_cast<AnyVector*>(p) = v; }
+INLINE Vector broadcast(float x) { return x - Vector{}; }  // not +: it would turn -0 into 0
+INLINE Vector max(Vector a, Vector b) { return a > b ? a : b; }
+
+namespace detail {
+
+// Lanes of (a, b) for one step of a transposition: blocks of `half` lanes, the lower or the upper ones of both.
+constexpr int exchanged(int lane, int half, bool upper) {
+  const int within = lane & (half - 1), block = lane & ~(2 * half - 1);
+  return block + within + (upper ? half : 0) + ((lane & half) ? kLanes : 0);
+}
+
+template <int half, bool upper, int... lane>
+INLINE Vector exchange(Vector a, Vector b, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(a, b, exchanged(lane, half, upper)...);
+}
+
+template <int half, int... lane>
+INLINE Vector swap_halves(Vector v, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(v, v, (lane ^ half)...);
+}
+
+using AllLanes = std::make_integer_sequence<int, kLanes>;
+
+template <int half>
+INLINE void transpose_steps(Vector (&rows)[kLanes]) {
+  if constexpr (half > 0) {
+    for (int r = 0; r < kLanes; ++r) {
+      if (r & half) continue;
+      const Vector a = rows[r], b = rows[r + half];
+      rows[r] = exchange<half, false>(a, b, AllLanes{});
+      rows[r + half] = exchange<half, true>(a, b, AllLanes{});
+    }
+    transpose_steps<half / 2>(rows);
+  }
+}
+
+template <int half, class Combine>
+INLINE Vector reduce_steps(Vector v, Combine combine) {
+  if constexpr (half > 0) {
+    return reduce_steps<half / 2>(combine(v, swap_halves<half>(v, AllLanes{})), combine);
+  } else {
+    return v;
+  }
+}
+
+}  // namespace detail
+
+// rows[r][c] becomes rows[c][r].
+INLINE void transpose(Vector (&rows)[kLanes]) { detail::transpose_steps<kLanes / 2>(rows); }
+
+INLINE float sum(Vector v) {
+  return detail::reduce_steps<kLanes / 2>(v, [](Vector a, Vector b) { return a + b; })[0];
+}
+INLINE float maximum(Vector v) {
+  return detail::reduce_steps<kLanes / 2>(v, [](Vector a, Vector b) { return max(a, b); })[0];
+}
+
+// 2^x, to 2e-9 before rounding; 0 below -127, so also for minus infinity. NaN stays NaN.
+INLINE Vector exp2(Vector x) {
+  constexpr float kRound = 0x1.8p23f;  // added, it leaves the nearest integer in the low bits
+  x = x < -127.0f ? broadcast(-127.0f) : x;
+  const Vector shifted = x + kRound;
+  const Vector f = x - (shifted - kRound);
+  // Minimax in the relative error over [-1/2, 1/2], by Remez's exchange.
+  Vector p = f * 0x1.41d334p-13f + 0x1.5f456ap-10f;
+  p = p * f + 0x1.3b2dbcp-7f;
+  p = p * f + 0x1.c6aed4p-5f;
+  p = p * f + 0x1.ebfbdap-3f;
+  p = p * f + 0x1.62e43p-1f;
+  p = p * f + 1.0f;
+  const Words power = ((Words)shifted + 127u) << 23;
+  return p * (Vector)power;
+}
+
+}  // namespace deberta_fast::DEBERTA_FAST_ISA

@@ -1,0 +1,101 @@
+"""Fused disentangled attention in C++ for the CPU, forward and backward (csrc/cpu).
+
+Tiles of scores stay in the caches: c2p and p2c are small products with tables that have one row a distance, added to the
+content scores along a shifted row pointer (equation 6); far tiles are plain attention with other queries (equation 7).
+Everything is computed in float32. The kernels exist for AVX-512, for AVX2 and for any other CPU; which ones run, torch
+decides (``torch.backends.cpu.get_cpu_capability``, hence ATEN_CPU_CAPABILITY).
+"""
+
+import functools
+import importlib
+
+import torch
+
+from ..relative_position import SlotTable
+from .inputs import AttentionInputs
+
+CAPABILITIES = {"AVX512": "avx512", "AVX2": "avx2"}  # torch's names and ours; any other is "plain"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_SHARED = (
+    "Tensor query, Tensor key, Tensor value, Tensor? pos_key, Tensor? pos_query, Tensor? mask, Tensor? cu_seqlens, "
+    "Tensor? seed, Tensor? slots, int far_past, int far_future, int first_slot, int query_offset, float scale, "
+    "float dropout_p, str capability"
+)
+# In the order of the C++ functions; what is written to comes first.
+_SCHEMAS = (
+    f"cpu_forward(Tensor(a!) output, Tensor(b!) lse, {_SHARED}) -> ()",
+    "cpu_backward(Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!)? grad_pos_key, "
+    "Tensor(e!)? grad_pos_query, Tensor output, Tensor lse, Tensor grad_output, Tensor grad_lse, "
+    f"{_SHARED}) -> ()",
+)
+_library = torch.library.Library("deberta_fast", "FRAGMENT")
+for _schema in _SCHEMAS:
+    _library.define(_schema)
+
+
+def _load() -> str | None:
+    """Loads the extension, which implements the schemas; the reason where that fails."""
+    try:
+        importlib.import_module("deberta_fast._C")
+    except ImportError as error:
+        if getattr(error, "name", None) == "deberta_fast._C" and error.path is None:
+            return "the extension deberta_fast._C is not there: it was installed without a C++ compiler"
+        return f"the extension deberta_fast._C does not load: {error}"
+    return None
+
+
+NOT_LOADED = _load()
+
+
+def why_not(inputs: AttentionInputs) -> list[str]:
+    """Reasons not to serve these inputs."""
+    reasons = [] if NOT_LOADED is None else [NOT_LOADED]
+    if inputs.query.device.type != "cpu":
+        reasons.append(f"tensors must be on the CPU, got {inputs.query.device}")
+    if inputs.query.dtype not in DTYPES:
+        reasons.append(f"dtype must be float32, bfloat16 or float16, got {inputs.query.dtype}")
+    return reasons
+
+
+def forward(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output (B, H, Lq, D) and log-sum-exp (B, H, Lq)."""
+    output, lse = inputs.new_like_heads(inputs.query), inputs.new_lse()
+    torch.ops.deberta_fast.cpu_forward(output, lse, *_shared(inputs))
+    return output, lse
+
+
+def backward(
+    inputs: AttentionInputs,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    grad_output: torch.Tensor,
+    grad_lse: torch.Tensor,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of query, key, value, pos_key and pos_query, shaped and typed as these; None for an absent table."""
+    grads = [inputs.new_like_heads(x) for x in (inputs.query, inputs.key, inputs.value)]
+    grads += [None if x is None else x.new_empty(x.shape) for x in (inputs.pos_key, inputs.pos_query)]
+    if grad_output.stride(-1) != 1:
+        grad_output = grad_output.contiguous()
+    torch.ops.deberta_fast.cpu_backward(*grads, output, lse, grad_output, grad_lse, *_shared(inputs))
+    return tuple(grads)
+
+
+def _shared(x: AttentionInputs) -> tuple:
+    slots, far_past, far_future = None, 0, 0
+    if x.has_positions:
+        slots, far_past, far_future = _slots(x.table), x.table.far_past, x.table.far_future
+    return (
+        *(x.query, x.key, x.value, x.pos_key, x.pos_query, x.mask, x.cu_seqlens, x.seed),
+        *(slots, far_past, far_future, x.first_slot, x.query_offset, x.scale, x.dropout_p, _capability()),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _slots(table: SlotTable) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(table.slots, dtype=torch.int32)
+
+
+def _capability() -> str:
+    return CAPABILITIES.get(torch.backends.cpu.get_cpu_capability(), "plain")
