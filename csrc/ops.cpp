@@ -277,7 +277,7 @@ void cpu_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, std::op
       kernels.store_table(a, b, sums, factor, data, begin, end);
     });
   };
-  store_table(b.pos_key_sums, 1 / 1.44269504f, grad_pos_key);  // made with log2(e) s q
+  store_table(b.pos_key_sums, static_cast<float>(1 / 1.4426950408889634), grad_pos_key);  // made with log2(e) s q
   store_table(b.pos_query_sums, a.scale, grad_pos_query);
 }
 

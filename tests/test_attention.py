@@ -60,10 +60,9 @@ def compare(attention, case: Case, dtype: torch.dtype, draws: int = 4) -> None:
         assert_as_precise(name, x, yardstick[name], exact[name])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_float64_equals_reference(case, backend):
-    compare(public(backend), case, torch.float64)
+def test_float64_equals_reference(case):
+    compare(public("eager"), case, torch.float64)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -107,7 +107,7 @@ class BackwardPass {
       run({head_, s, first, next - first, first + a_.query_offset}, keys);
     }
     if (b_.parts == 1) {
-      store_heads(b_.grad_key, grad_key_, sequence.batch, sequence.first_key, sequence.keys, 1 / kLog2e);
+      store_heads(b_.grad_key, grad_key_, sequence.batch, sequence.first_key, sequence.keys, static_cast<float>(1 / kLog2e));
       store_heads(b_.grad_value, grad_value_, sequence.batch, sequence.first_key, sequence.keys, 1.0f);
     }
   }
@@ -156,7 +156,7 @@ class BackwardPass {
     with_element(a_.element, [&](auto element) {
       using E = decltype(element);
       const auto rows = [&](const Heads& heads) { return rows_of<E>(heads, sequence.batch, head_, first); };
-      copy_rows<E>(rows(a_.query), block.rows, a_.size, a_.scale * kLog2e, query_, size_);
+      copy_rows<E>(rows(a_.query), block.rows, a_.size, static_cast<float>(a_.scale * kLog2e), query_, size_);
       copy_rows<E>(rows(b_.grad_output), block.rows, a_.size, 1.0f, grad_output_, size_);
       const auto output = rows(b_.output);
       for (int64_t r = 0; r < block.rows; ++r) {
@@ -165,8 +165,11 @@ class BackwardPass {
       }
     });
     for (int64_t r = 0; r < block.rows; ++r) {
-      const float lse = *at(b_.lse, sequence.batch, head_, first + r);
-      shift_[r] = lse == -kInfinity ? 0.0f : lse * kLog2e;  // rows that see nothing: 2^(-inf - 0) = 0
+      // P = 2^(Z - shift) factor. Near to most scores the shift rounds off less of Z - shift than the log-sum-exp would.
+      const double lse = *at(b_.lse, sequence.batch, head_, first + r) * kLog2e;
+      const bool none = lse == -kInfinity;  // rows that see nothing: 2^(-inf - 0) = 0
+      shift_[r] = none ? 0.0f : static_cast<float>(lse - std::log2(static_cast<double>(sequence.keys)));
+      factor_[r] = none ? 0.0f : static_cast<float>(std::exp2(shift_[r] - lse));
     }
   }
 
@@ -203,12 +206,12 @@ class BackwardPass {
     for (int64_t r = 0; r < block.rows; ++r) {
       float *const p_row = scores_ + r * kGradPitch, *const g_row = grad_scores_ + r * kGradPitch;
       const Vector offset = broadcast((side == kNear ? 0.0f : far_constant_[r]) - shift_[r]);
-      const Vector delta = broadcast(delta_[r]);
+      const Vector factor = broadcast(factor_[r]), delta = broadcast(delta_[r]);
       if (a_.dropout) {
         keep_row(a_, block.sequence * a_.heads + head_, block.first + r, key, columns, keep_);
       }
       for (int64_t c = 0; c < columns; c += kLanes) {
-        Vector p = exp2(load(p_row + c) + offset), grad_p = load(g_row + c);
+        const Vector p = exp2(load(p_row + c) + offset) * factor, grad_p = load(g_row + c);
         if (a_.dropout) {
           const Vector keep = load(keep_ + c);
           store(g_row + c, p * (grad_p * keep - delta));
@@ -326,7 +329,7 @@ class BackwardPass {
   float *bias_, *row_, *keep_, *column_sums_;
   float *far_grad_key_, *far_grad_query_;        // (2, D)
   float *grad_key_by_distance_, *grad_query_by_distance_;  // (distances, D)
-  float far_constant_[kMaxBlockRows], shift_[kMaxBlockRows], delta_[kMaxBlockRows];
+  float far_constant_[kMaxBlockRows], shift_[kMaxBlockRows], factor_[kMaxBlockRows], delta_[kMaxBlockRows];
 };
 
 }  // namespace
@@ -346,7 +349,7 @@ void store_sums(const Attention& a, const Backward& b, int64_t begin, int64_t en
       using E = decltype(element);
       const auto rows = [&](const Heads& heads, int64_t first) { return rows_of<E>(heads, sequence.batch, head, first); };
       store_rows<E>(b.query_sums + query, size, sequence.queries, a.size, a.scale, rows(b.grad_query, sequence.first_query));
-      store_rows<E>(b.key_sums + key, size, sequence.keys, a.size, 1 / kLog2e, rows(b.grad_key, sequence.first_key));
+      store_rows<E>(b.key_sums + key, size, sequence.keys, a.size, static_cast<float>(1 / kLog2e), rows(b.grad_key, sequence.first_key));
       store_rows<E>(b.value_sums + key, size, sequence.keys, a.size, 1.0f, rows(b.grad_value, sequence.first_key));
     });
   }

@@ -73,7 +73,7 @@ class ForwardPass {
     with_element(a_.element, [&](auto element) {
       using E = decltype(element);
       const auto rows = rows_of<E>(a_.query, sequence.batch, block.head, sequence.first_query + block.first);
-      copy_rows<E>(rows, block.rows, a_.size, a_.scale * kLog2e, query_, size_);
+      copy_rows<E>(rows, block.rows, a_.size, static_cast<float>(a_.scale * kLog2e), query_, size_);
     });
     std::fill_n(output_, block.rows * size_, 0.0f);
     std::fill_n(peak_, block.rows, -kInfinity);
@@ -139,7 +139,7 @@ class ForwardPass {
         store(output_ + r * size_ + d, load(output_ + r * size_ + d) * inverse);
       }
       *at(f_.lse, sequence.batch, block.head, sequence.first_query + block.first + r) =
-          (peak_[r] + std::log2(total_[r])) / kLog2e;
+          static_cast<float>((peak_[r] + std::log2(static_cast<double>(total_[r]))) / kLog2e);
     }
     with_element(a_.element, [&](auto element) {
       using E = decltype(element);

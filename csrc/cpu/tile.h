@@ -9,7 +9,7 @@
 
 namespace deberta_fast::DEBERTA_FAST_ISA {
 
-constexpr float kLog2e = 1.44269504f;
+constexpr double kLog2e = 1.4426950408889634;
 constexpr float kInfinity = __builtin_inff();
 constexpr int64_t kTileKeys = 384;      // keys of a tile, at most: a tile of scores stays in the second-level cache
 constexpr int64_t kKeyGroup = 48;       // keys whose p2c scores are made at once: whole strips and whole vectors
@@ -114,7 +114,7 @@ inline void far_row(const Attention& a, const Table& table, int64_t head, Side s
 inline void far_queries(const Attention& a, const Block& block, Side side, const float* query, float* far_query,
                         float* constant, float* row) {
   const int64_t size = round_up(a.size, kLanes);
-  far_row(a, a.pos_query, block.head, side, a.scale * kLog2e, row);
+  far_row(a, a.pos_query, block.head, side, static_cast<float>(a.scale * kLog2e), row);
   for (int64_t r = 0; r < block.rows; ++r) {
     for (int64_t d = 0; d < size; d += kLanes) {
       store(far_query + r * size + d, load(query + r * size + d) + load(row + d));
