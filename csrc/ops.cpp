@@ -104,22 +104,28 @@ struct Call {
     set_distances();
   }
 
-  // The tables by distance, in the memory of the calling thread.
-  void expand_tables(bool with_rows) {
+  // Floats that `expand_tables` needs.
+  int64_t table_floats(bool with_rows) const {
+    const Attention& a = attention;
+    const int64_t rows = with_rows ? a.distances : 0, tables = (a.pos_key.data != nullptr) + (a.pos_query.data != nullptr);
+    return tables * a.heads * round_up(a.size, kernels.lanes) * (a.pitch + rows);
+  }
+
+  // The tables by distance. with_rows: also those that backward reads.
+  void expand_tables(float* memory, bool with_rows) {
     Attention& a = attention;
     const int64_t size = round_up(a.size, kernels.lanes);
-    const int64_t tables = (a.pos_key.data != nullptr) + (a.pos_query.data != nullptr);
-    const int64_t transposed = a.heads * size * a.pitch, rows = with_rows ? a.heads * a.distances * size : 0;
-    memory_ = ThreadMemory(kCallScratch, tables * (transposed + round_up(rows, 16)));
-    float* memory = memory_.data();
     for (auto [table, by_distance_t, by_distance] :
          {std::tuple{&a.pos_key, &a.key_by_distance_t, &a.key_by_distance},
           std::tuple{&a.pos_query, &a.query_by_distance_t, &a.query_by_distance}}) {
       if (table->data == nullptr) continue;
-      *by_distance_t = memory, *by_distance = memory + transposed;
-      memory += transposed + round_up(rows, 16);
+      *by_distance_t = memory;
+      memory += a.heads * size * a.pitch;
+      if (!with_rows) continue;
+      *by_distance = memory;
+      memory += a.heads * size * a.distances;
     }
-    if (tables == 0) return;
+    if (table_floats(false) == 0) return;
     parallel_for(0, a.heads, 1, [&](int64_t begin, int64_t end) { kernels.expand_tables(a, with_rows, begin, end); });
   }
 
@@ -139,8 +145,6 @@ struct Call {
 
  private:
   static constexpr int64_t kFewestItems = 24, kMinBlockRows = 59;
-
-  ThreadMemory memory_;
 
   void add_sequences(const Tensor& query, const Tensor& key, const std::optional<Tensor>& cu_seqlens) {
     if (cu_seqlens) {
@@ -171,6 +175,12 @@ struct Call {
     a.distances = std::max<int64_t>(last - first, 0) + 1 + 2 * kMargin;
     // An odd number of cache lines: the rows of a column then fall into different sets.
     a.pitch = round_up(a.distances, 16) / 16 % 2 ? round_up(a.distances, 16) : round_up(a.distances, 16) + 16;
+    if (a.slots == nullptr) return;
+    const auto row = [&](int64_t delta) {
+      return std::clamp<int64_t>(a.slots[std::clamp(delta, -a.reach, a.reach) + a.reach] - a.first_slot, 0, a.table_rows - 1);
+    };
+    a.first_used_row = row(1 - a.first_distance - a.distances);
+    a.used_rows = row(-a.first_distance) + 1 - a.first_used_row;
   }
 };
 
@@ -182,7 +192,8 @@ void cpu_forward(Tensor output, Tensor lse, Tensor query, Tensor key, Tensor val
             query_offset, scale, dropout_p, capability);
   const Forward f{heads_of(output), statistic_of(lse)};
   call.cut_blocks();
-  call.expand_tables(false);
+  const ThreadMemory memory(kCallScratch, call.table_floats(false));
+  call.expand_tables(memory.data(), false);
   const Attention& a = call.attention;
   parallel_for(0, a.heads * a.blocks_per_head, 1,
                [&](int64_t begin, int64_t end) { call.kernels.forward(a, f, begin, end); });
@@ -204,16 +215,22 @@ struct BackwardCall {
       queries += sequence.queries, keys += sequence.keys;
     }
     backward.query_starts = query_starts_.data(), backward.key_starts = key_starts_.data();
-    if (backward.parts > 1) {
-      sums_.assign((queries + 2 * keys) * a.heads * size, 0.0f);
-      backward.query_sums = sums_.data();
-      backward.key_sums = backward.query_sums + queries * a.heads * size;
-      backward.value_sums = backward.key_sums + keys * a.heads * size;
-    }
-    const int64_t table = items() * a.table_rows * size;
-    if (a.pos_key.data) pos_key_sums_.reset(new float[table]);
-    if (a.pos_query.data) pos_query_sums_.reset(new float[table]);
-    backward.pos_key_sums = pos_key_sums_.get(), backward.pos_query_sums = pos_query_sums_.get();
+    if (backward.parts > 1) query_floats_ = queries * a.heads * size, key_floats_ = keys * a.heads * size;
+    if (a.pos_key.data) pos_key_floats_ = items() * a.used_rows * size;
+    if (a.pos_query.data) pos_query_floats_ = items() * a.used_rows * size;
+  }
+
+  // Floats that `place` needs.
+  int64_t floats() const { return query_floats_ + 2 * key_floats_ + pos_key_floats_ + pos_query_floats_; }
+
+  // Where the shares add up: zeros for those that several items share, one after the other.
+  void place(float* memory) {
+    std::fill_n(memory, query_floats_ + 2 * key_floats_, 0.0f);
+    backward.query_sums = memory;
+    backward.key_sums = backward.query_sums + query_floats_;
+    backward.value_sums = backward.key_sums + key_floats_;
+    backward.pos_key_sums = backward.value_sums + key_floats_;
+    backward.pos_query_sums = backward.pos_key_sums + pos_key_floats_;
   }
 
   int64_t items() const { return call_.attention.heads * backward.groups * backward.parts; }
@@ -225,7 +242,7 @@ struct BackwardCall {
   void cut_groups(int64_t size) {
     const Attention& a = call_.attention;
     const int64_t each = std::max<int64_t>(1, a.heads * backward.parts);
-    const int64_t tables = 2 * a.table_rows * size * each;
+    const int64_t tables = 2 * a.used_rows * size * each;
     const int64_t most = std::max<int64_t>(1, std::min(share(kMostItems, each), tables ? kTableFloats / tables : kMostItems));
     const auto work = [](const Sequence& s) { return static_cast<double>(s.queries) * s.keys + s.queries + s.keys + 1; };
     double total = 0, done = 0;
@@ -240,8 +257,7 @@ struct BackwardCall {
 
   const Call& call_;
   std::vector<int64_t> group_ends_, query_starts_, key_starts_;
-  std::vector<float> sums_;
-  std::unique_ptr<float[]> pos_key_sums_, pos_query_sums_;
+  int64_t query_floats_ = 0, key_floats_ = 0, pos_key_floats_ = 0, pos_query_floats_ = 0;
 };
 
 void cpu_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, std::optional<Tensor> grad_pos_key,
@@ -252,8 +268,10 @@ void cpu_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, std::op
                   int64_t query_offset, double scale, double dropout_p, std::string capability) {
   Call call(query, key, value, pos_key, pos_query, mask, cu_seqlens, seed, slots, far_past, far_future, first_slot,
             query_offset, scale, dropout_p, capability);
-  call.expand_tables(true);
   BackwardCall shares(call);
+  const ThreadMemory memory(kCallScratch, call.table_floats(true) + shares.floats());
+  call.expand_tables(memory.data(), true);
+  shares.place(memory.data() + call.table_floats(true));
   Backward& b = shares.backward;
   b.output = heads_of(output), b.grad_output = heads_of(grad_output);
   b.lse = statistic_of(lse), b.grad_lse = statistic_of(grad_lse);

@@ -52,7 +52,8 @@ struct Attention {
   Table pos_key, pos_query;
   const int32_t* slots;
   int64_t reach, first_slot, table_rows;
-  int64_t far_past, far_future;  // sigma is constant for delta >= far_past and for delta <= far_future
+  int64_t far_past, far_future;        // sigma is constant for delta >= far_past and for delta <= far_future
+  int64_t first_used_row, used_rows;  // the rows that these lengths reach
 
   // The tables with one row a distance e = j - i, from first_distance on (6): K^e and log2(e) s Q^e, transposed for the
   // products that make scores; a row of Q^e stands where -e would, so that both are read forwards.
@@ -88,7 +89,7 @@ struct Backward {
   const int64_t* query_starts;  // (sequence_count) rows of all sequences before
   const int64_t* key_starts;
   float *query_sums, *key_sums, *value_sums;  // (rows, H, D rounded up), where parts > 1
-  float *pos_key_sums, *pos_query_sums;       // (items, table_rows, D rounded up)
+  float *pos_key_sums, *pos_query_sums;       // (items, used_rows, D rounded up)
 };
 
 }  // namespace deberta_fast

@@ -53,7 +53,7 @@ class BackwardPass {
         const Sequence& sequence = a_.sequences[s];
         run(s, Range(sequence.queries, b_.parts, part), Range(sequence.keys, b_.parts, (part + wave) % b_.parts));
       }
-      const int64_t rows = a_.table_rows * size_;
+      const int64_t rows = a_.used_rows * size_;
       const auto last_distance = a_.first_distance + a_.distances - 1;
       if (a_.pos_key.data) {
         sum_by_slot(grad_key_by_distance_, far_grad_key_, -a_.first_distance, -1, wave == 0, b_.pos_key_sums + item * rows);
@@ -294,17 +294,21 @@ class BackwardPass {
   // share the outermost rows of a table, and rounding grows with the length of a sum.
   void sum_by_slot(const float* by_distance, const float* far, int64_t first, int64_t step, bool start, float* sums) {
     constexpr int64_t kRun = 16;
-    if (start) std::fill_n(sums, a_.table_rows * size_, 0.0f);
+    if (start) std::fill_n(sums, a_.used_rows * size_, 0.0f);
+    const auto row_of = [&](int64_t slot) { return sums + (slot - a_.first_used_row) * size_; };
     for (int64_t t = 0; t < a_.distances;) {
       const int64_t slot = slot_of(a_, first + step * t);
       std::fill_n(row_, size_, 0.0f);
       for (int64_t n = 0; n < kRun && t < a_.distances && slot_of(a_, first + step * t) == slot; ++n, ++t) {
         add_scaled(1.0f, by_distance + t * size_, row_, size_);
       }
-      add_scaled(1.0f, row_, sums + slot * size_, size_);
+      add_scaled(1.0f, row_, row_of(slot), size_);
     }
-    add_scaled(1.0f, far + kPast * size_, sums + slot_of(a_, a_.reach) * size_, size_);
-    add_scaled(1.0f, far + kFuture * size_, sums + slot_of(a_, -a_.reach) * size_, size_);
+    for (const Side side : {kPast, kFuture}) {
+      const int64_t slot = slot_of(a_, side == kPast ? a_.reach : -a_.reach);
+      const bool reached = a_.first_used_row <= slot && slot < a_.first_used_row + a_.used_rows;
+      if (reached) add_scaled(1.0f, far + side * size_, row_of(slot), size_);
+    }
   }
 
   void store_heads(const Heads& to, const float* from, int64_t batch, int64_t first, int64_t count, float scale) {
@@ -365,8 +369,9 @@ void store_table(const Attention& a, const Backward& b, const float* sums, float
     for (int64_t head = begin; head < end; ++head) {
       for (int64_t r = 0; r < a.table_rows; ++r, to += a.size) {
         std::fill_n(row.data(), size, 0.0f);
-        for (int64_t item = head * items; item < (head + 1) * items; ++item) {
-          add_scaled(1.0f, sums + (item * a.table_rows + r) * size, row.data(), size);
+        const int64_t used = r - a.first_used_row;
+        for (int64_t item = head * items; item < (head + 1) * items && 0 <= used && used < a.used_rows; ++item) {
+          add_scaled(1.0f, sums + (item * a.used_rows + used) * size, row.data(), size);
         }
         store_rows<E>(row.data(), size, 1, a.size, scale, [&](int64_t) { return to; });
       }

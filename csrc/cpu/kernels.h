@@ -15,7 +15,7 @@ struct Kernels {
   void (*backward)(const Attention&, const Backward&, int64_t wave, int64_t begin, int64_t end);
   // Where parts > 1, after the last wave: heads [begin, end) of heads * sequence_count.
   void (*store_sums)(const Attention&, const Backward&, int64_t begin, int64_t end);
-  // Heads [begin, end) of a table's gradient (11): scale times the items' sums, (items, table_rows, D rounded up), as
+  // Heads [begin, end) of a table's gradient (11): scale times the items' sums, (items, used_rows, D rounded up), as
   // (H, table_rows, D).
   void (*store_table)(const Attention&, const Backward&, const float* sums, float scale, void* gradient, int64_t begin,
                       int64_t end);
