@@ -1,11 +1,19 @@
 # Every target but gpu sets up what it needs. Variables: PYTHON (3.10 or later), DEMO_ARGS, TEST_ARGS, BENCH_ARGS;
-# for gpu, GPU_PYTHON (an interpreter that has torch and triton) and GPU_ARGS (bench/gpu.sh --help).
+# for gpu, GPU_PYTHON (an interpreter that has torch and triton) and GPU_ARGS (bench/gpu.sh --help); for the extension
+# DEBERTA_FAST_CPU (0 does without it, 1, the default here, fails where it cannot be built) and those of setup.py; for
+# sanitize, which needs GCC, SANITIZE_ARGS (what pytest runs).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 OLDEST := build/oldest
 PIP := $(BIN)/python -m pip install -qq
+
+export DEBERTA_FAST_CPU ?= 1
+BUILT := build/extension-$(DEBERTA_FAST_CPU)
+SANITIZED := build/sanitize
+SANITIZERS := -fsanitize=address,undefined
+SANITIZE_ARGS ?= tests/test_cpu.py
 
 GPU_PYTHON ?= python3
 OUTER_PATH := $(PATH)
@@ -14,19 +22,25 @@ OUTER_PATH := $(PATH)
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-oldest bench gpu lint format clean
+.PHONY: setup demo test test-oldest sanitize bench gpu lint format clean
 
-setup: $(READY)
+setup: $(BUILT)
 
 $(READY): pyproject.toml constraints.txt Makefile
 	@echo "Installing torch and the development packages into $(VENV): minutes the first time"
 	@$(PYTHON) -m venv $(VENV)
 	@# torch first and alone: nothing installed later may bring in a second one
 	@$(PIP) -c constraints.txt torch setuptools
-	@$(PIP) -c constraints.txt --no-build-isolation -e '.[dev]'
+	@# Without the extension, which is the next rule's
+	@DEBERTA_FAST_CPU=0 $(PIP) -c constraints.txt --no-build-isolation -e '.[dev]'
 	@# Not in constraints.txt: a GPU build of torch requires another version, and that one has to stay
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) 'triton==3.6.0; sys_platform == "linux"'
 	@touch $@
+
+# setup.py compiles what changed
+$(BUILT): $(READY) setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+	@$(BIN)/python setup.py -q build_ext --inplace
+	@mkdir -p $(@D) && rm -f build/extension-* && touch $@
 
 demo: setup
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
@@ -35,7 +49,7 @@ test: setup
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
 # The oldest transformers that pyproject.toml allows, laid over the environment's own
-test-oldest: $(OLDEST)/ready
+test-oldest: $(OLDEST)/ready $(BUILT)
 	PYTHONPATH=$(abspath $(OLDEST)) $(BIN)/python -m pytest tests/test_hf*.py $(TEST_ARGS)
 
 $(OLDEST)/ready: $(READY)
@@ -45,6 +59,16 @@ $(OLDEST)/ready: $(READY)
 	  requests==2.34.2 urllib3==2.8.0 certifi==2026.10.18 charset-normalizer==3.5.2
 	@touch $@
 
+# The package with another build of the extension lies in $(SANITIZED). Preloaded: Python itself is not instrumented, and
+# ASan has to find libstdc++ before torch throws. Leaks: Python leaves memory to its end
+sanitize: $(READY)
+	@rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -R deberta_fast $(SANITIZED)
+	@CXXFLAGS="-O1 -g -fno-omit-frame-pointer $(SANITIZERS) -fno-sanitize-recover=undefined -D_GLIBCXX_ASSERTIONS" \
+	  LDFLAGS="$(SANITIZERS)" CXX="$(CXX)" DEBERTA_FAST_CPU=1 \
+	  $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) libstdc++.so.6" ASAN_OPTIONS=detect_leaks=0 \
+	  UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(abspath $(SANITIZED)) $(BIN)/pytest --capture=sys $(SANITIZE_ARGS)
+
 bench: setup
 	$(BIN)/python -m bench.cpu $(BENCH_ARGS)
 
@@ -53,15 +77,16 @@ gpu: export PATH := $(OUTER_PATH)
 gpu:
 	PYTHON=$(GPU_PYTHON) bench/gpu.sh $(GPU_ARGS)
 
-lint: setup
+# Not the extension: what does not compile can be formatted
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: setup
+format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # Keeps $(VENV): it takes minutes to make
 clean:
-	rm -rf build dist demo-output *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist deberta_fast/_C.*so demo-output *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,6 +1,6 @@
 """Builds ``deberta_fast._C``, the C++ of the CPU backend; everything else that packaging needs is in pyproject.toml.
 
-csrc/ops.cpp, the host code, is compiled once, on torch's stable ABI and Python's; every csrc/cpu/*.cpp once for each
+csrc/*.cpp, the host code, is compiled once, on torch's stable ABI and Python's; every csrc/cpu/*.cpp once for each
 instruction set, among which the extension chooses when it runs. Where it cannot be built, the package is installed
 without it, and one line says why.
 
@@ -30,7 +30,7 @@ import setuptools.command.build_ext
 import setuptools.errors
 
 OLDEST_TORCH = (2, 11)
-HOST = "csrc/ops.cpp"
+HOST = sorted(map(str, Path("csrc").glob("*.cpp")))
 KERNELS = sorted(map(str, Path("csrc/cpu").glob("*.cpp")))
 HEADERS = sorted(map(str, Path("csrc").rglob("*.h")))
 # Not -ffast-math: softmax meets infinities. No OpenMP: the threads are torch's.
@@ -123,7 +123,7 @@ def plan() -> tuple[Path, list[Command]]:
     key = hashlib.sha256(repr([platform.machine(), compiling, hosting, linking]).encode()).hexdigest()[:8]
     folder = Path("build", f"cpu-{key}")
 
-    units = [(HOST, f"{folder}/ops.o", hosting)]
+    units = [(source, f"{folder}/{Path(source).stem}.o", hosting) for source in HOST]
     for name, flags in INSTRUCTION_SETS.items():
         flags = [f"-DDEBERTA_FAST_ISA={name}", *flags]
         units += [(source, f"{folder}/{Path(source).stem}.{name}.o", flags) for source in KERNELS]
@@ -194,6 +194,6 @@ class build_ext(setuptools.command.build_ext.build_ext):
 
 
 if __name__ == "__main__":
-    extension = setuptools.Extension("deberta_fast._C", [HOST, *KERNELS], depends=HEADERS, py_limited_api=True)
+    extension = setuptools.Extension("deberta_fast._C", [*HOST, *KERNELS], depends=HEADERS, py_limited_api=True)
     options = {"bdist_wheel": {"py_limited_api": PYTHON_ABI}}
     setuptools.setup(ext_modules=[extension], cmdclass={"build_ext": build_ext}, options=options)

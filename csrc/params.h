@@ -5,6 +5,7 @@
 
 namespace deberta_fast {
 
+constexpr double kLog2e = 1.4426950408889634;
 constexpr int64_t kMaxBlockRows = 128;  // queries that a pass takes at once, at most
 
 enum class Element { float32, bfloat16, float16 };
@@ -37,7 +38,7 @@ struct Sequence {
 };
 
 struct Attention {
-  Element element;
+  Element element = Element::float32;
   int64_t heads, size;  // H, D
   float scale;          // s
   int64_t query_offset;

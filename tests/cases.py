@@ -124,6 +124,7 @@ def _mask(case: Case, random: torch.Generator) -> torch.Tensor | None:
         None: lambda: None,
         "right": lambda: valid[:, None, None],
         "left": lambda: valid.flip(-1)[:, None, None],
+        "late": lambda: (torch.arange(keys) > keys * 3 // 5)[None, None, None],
         "holes": lambda: some[:, None, None],
         "empty": lambda: (valid & (torch.arange(batch) > 0)[:, None])[:, None, None],
         "pairwise": lambda: pairwise,

@@ -9,7 +9,6 @@
 
 namespace deberta_fast::DEBERTA_FAST_ISA {
 
-constexpr double kLog2e = 1.4426950408889634;
 constexpr float kInfinity = __builtin_inff();
 constexpr int64_t kTileKeys = 384;      // keys of a tile, at most: a tile of scores stays in the second-level cache
 constexpr int64_t kKeyGroup = 48;       // keys whose p2c scores are made at once: whole strips and whole vectors

@@ -1,9 +1,9 @@
 """Fused disentangled attention in C++ for the CPU, forward and backward (csrc/cpu).
 
-Tiles of scores stay in the caches: c2p and p2c are small products with tables that have one row a distance, added to the
-content scores along a shifted row pointer (equation 6); far tiles are plain attention with other queries (equation 7).
-Everything is computed in float32. The kernels exist for AVX-512, for AVX2 and for any other CPU; which ones run, torch
-decides (``torch.backends.cpu.get_cpu_capability``, hence ATEN_CPU_CAPABILITY).
+Tiles of scores stay in the caches: c2p and p2c are small products with tables that have one row a distance, added to
+the content scores along a shifted row pointer (equation 6); far tiles are plain attention with other queries
+(equation 7). Everything is computed in float32. There are kernels for AVX-512, for AVX2 and for any other CPU; torch
+decides which ones run (``torch.backends.cpu.get_cpu_capability``, hence ATEN_CPU_CAPABILITY).
 """
 
 import functools
@@ -40,7 +40,7 @@ def _load() -> str | None:
         importlib.import_module("deberta_fast._C")
     except ImportError as error:
         if getattr(error, "name", None) == "deberta_fast._C" and error.path is None:
-            return "the extension deberta_fast._C is not there: it was installed without a C++ compiler"
+            return "the extension deberta_fast._C was not built (pip install -v says why)"
         return f"the extension deberta_fast._C does not load: {error}"
     return None
 

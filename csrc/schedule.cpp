@@ -1,0 +1,218 @@
+#include "schedule.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+#include <tuple>
+
+namespace deberta_fast {
+namespace {
+
+constexpr int64_t kFewestItems = 24;   // to share out, where the lengths allow it: small parts cost more
+constexpr int64_t kMinBlockRows = 59;  // of a forward block, where heads and sequences are few
+constexpr int64_t kMinPartRows = 192;  // of queries and keys, where backward is cut into parts
+constexpr int64_t kMostItems = 96;     // of backward: each keeps gradients of the tables of its own,
+constexpr int64_t kMostTableFloats = int64_t{8} << 20;  // no more than these in all
+constexpr int64_t kKeptFloats[kMemoryUses] = {int64_t{4} << 20, int64_t{16} << 20};  // at most, from call to call
+
+int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+int64_t shares(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// A call whose open fields are filled in.
+struct Call {
+  Attention a;
+  std::vector<Sequence> sequences;
+  int64_t size;  // D rounded up
+  int64_t longest_query = 0, longest_key = 0, queries = 0, keys = 0;
+
+  Call(const Kernels& kernels, const Attention& attention, std::vector<Sequence> all)
+      : a(attention), sequences(std::move(all)), size(round_up(attention.size, kernels.lanes)) {
+    for (const Sequence& sequence : sequences) {
+      longest_query = std::max(longest_query, sequence.queries), queries += sequence.queries;
+      longest_key = std::max(longest_key, sequence.keys), keys += sequence.keys;
+    }
+    a.sequences = sequences.data(), a.sequence_count = static_cast<int64_t>(sequences.size());
+    cut_blocks();
+    if (has_positions()) set_distances();
+  }
+  Call(const Call&) = delete;  // a.sequences points into it
+
+  bool has_positions() const { return a.pos_key.data || a.pos_query.data; }
+  int64_t heads_of_sequences() const { return std::max<int64_t>(1, a.heads * a.sequence_count); }
+
+  // Floats of the tables by distance. with_rows: also of those that backward reads.
+  int64_t table_floats(bool with_rows) const {
+    const int64_t tables = (a.pos_key.data != nullptr) + (a.pos_query.data != nullptr);
+    return tables * a.heads * size * (a.pitch + (with_rows ? a.distances : 0));
+  }
+
+  void expand_tables(const Kernels& kernels, float* memory, bool with_rows, const ParallelFor& parallel_for) {
+    for (auto [table, by_distance_t, by_distance] :
+         {std::tuple{&a.pos_key, &a.key_by_distance_t, &a.key_by_distance},
+          std::tuple{&a.pos_query, &a.query_by_distance_t, &a.query_by_distance}}) {
+      if (table->data == nullptr) continue;
+      *by_distance_t = memory;
+      *by_distance = memory + a.heads * size * a.pitch;
+      memory += a.heads * size * (a.pitch + (with_rows ? a.distances : 0));
+    }
+    if (!has_positions()) return;
+    parallel_for(a.heads, [&](int64_t begin, int64_t end) { kernels.expand_tables(a, with_rows, begin, end); });
+  }
+
+ private:
+  // Query blocks of even size; smaller ones where there would be too few.
+  void cut_blocks() {
+    const int64_t wanted = std::min(shares(kFewestItems, heads_of_sequences()), shares(longest_query, kMinBlockRows));
+    const int64_t blocks = std::max({shares(longest_query, kMaxBlockRows), wanted, int64_t{1}});
+    a.block_rows = std::max<int64_t>(1, shares(longest_query, blocks));
+    a.blocks_per_head = 0;
+    for (Sequence& sequence : sequences) {
+      sequence.first_block = a.blocks_per_head;
+      a.blocks_per_head += shares(sequence.queries, a.block_rows);
+    }
+  }
+
+  // The distances that near pairs reach, and beyond them what whole vectors and the keys that fill them up read.
+  void set_distances() {
+    constexpr int64_t kMargin = 32;
+    const int64_t first = std::max(1 - longest_query - a.query_offset, -a.far_past - kMaxBlockRows);
+    const int64_t last = std::min(longest_key - 1 - a.query_offset, -a.far_future + kMaxBlockRows);
+    a.first_distance = first - kMargin;
+    a.distances = std::max<int64_t>(last - first, 0) + 1 + 2 * kMargin;
+    // An odd number of cache lines: the rows of a column then fall into different sets.
+    a.pitch = round_up(a.distances, 16);
+    if (a.pitch / 16 % 2 == 0) a.pitch += 16;
+    const auto row = [&](int64_t delta) {
+      const int64_t slot = a.slots[std::clamp(delta, -a.reach, a.reach) + a.reach] - a.first_slot;
+      return std::clamp<int64_t>(slot, 0, a.table_rows - 1);
+    };
+    a.first_used_row = row(1 - a.first_distance - a.distances);  // slots fall while distances grow
+    a.used_rows = row(-a.first_distance) + 1 - a.first_used_row;
+  }
+};
+
+// How backward is cut, and the memory that its shares add up in.
+class Shares {
+ public:
+  Shares(const Call& call, Backward& b) : call_(call), b_(b) {
+    const int64_t room = std::min(call.longest_query, call.longest_key) / kMinPartRows;
+    b.parts = std::max<int64_t>(1, std::min(shares(kFewestItems, call.heads_of_sequences()), room));
+    cut_groups();
+    int64_t queries = 0, keys = 0;
+    for (const Sequence& sequence : call.sequences) {
+      query_starts_.push_back(queries), key_starts_.push_back(keys);
+      queries += sequence.queries, keys += sequence.keys;
+    }
+    b.query_starts = query_starts_.data(), b.key_starts = key_starts_.data();
+  }
+
+  int64_t items() const { return call_.a.heads * b_.groups * b_.parts; }
+
+  int64_t floats() const { return query_floats() + 2 * key_floats() + 2 * table_floats(); }
+
+  void place(float* memory) {
+    std::fill_n(memory, query_floats() + 2 * key_floats(), 0.0f);
+    b_.query_sums = memory;
+    b_.key_sums = b_.query_sums + query_floats();
+    b_.value_sums = b_.key_sums + key_floats();
+    b_.pos_key_sums = b_.value_sums + key_floats();
+    b_.pos_query_sums = b_.pos_key_sums + table_floats();
+  }
+
+ private:
+  int64_t query_floats() const { return b_.parts > 1 ? call_.queries * call_.a.heads * call_.size : 0; }
+  int64_t key_floats() const { return b_.parts > 1 ? call_.keys * call_.a.heads * call_.size : 0; }
+  int64_t table_floats() const { return call_.has_positions() ? items() * call_.a.used_rows * call_.size : 0; }
+
+  // Groups of sequences of about the same work.
+  void cut_groups() {
+    const int64_t each = std::max<int64_t>(1, call_.a.heads * b_.parts);
+    int64_t most = shares(kMostItems, each);
+    if (call_.has_positions()) most = std::min(most, kMostTableFloats / (2 * call_.a.used_rows * call_.size * each));
+    most = std::max<int64_t>(1, most);
+    const auto work = [](const Sequence& s) { return static_cast<double>(s.queries + 1) * (s.keys + 1); };
+    double total = 0, done = 0;
+    for (const Sequence& sequence : call_.sequences) total += work(sequence);
+    for (const Sequence& sequence : call_.sequences) {
+      done += work(sequence);
+      const bool last = &sequence == &call_.sequences.back();
+      if (last || done * most >= total * (group_ends_.size() + 1)) {
+        group_ends_.push_back(&sequence - call_.sequences.data() + 1);
+      }
+    }
+    b_.groups = static_cast<int64_t>(group_ends_.size()), b_.group_ends = group_ends_.data();
+  }
+
+  const Call& call_;
+  Backward& b_;
+  std::vector<int64_t> group_ends_, query_starts_, key_starts_;
+};
+
+struct Kept {
+  float* data = nullptr;
+  int64_t floats = 0;
+  ~Kept() { std::free(data); }
+};
+thread_local Kept kept[kMemoryUses];
+
+}  // namespace
+
+void run_forward(const Kernels& kernels, Attention attention, std::vector<Sequence> sequences, const Forward& forward,
+                 const ParallelFor& parallel_for) {
+  Call call(kernels, attention, std::move(sequences));
+  const ThreadMemory memory(kCallScratch, call.table_floats(false));
+  call.expand_tables(kernels, memory.data(), false, parallel_for);
+  parallel_for(call.a.heads * call.a.blocks_per_head,
+               [&](int64_t begin, int64_t end) { kernels.forward(call.a, forward, begin, end); });
+}
+
+void run_backward(const Kernels& kernels, Attention attention, std::vector<Sequence> sequences, Backward b,
+                  void* grad_pos_key, void* grad_pos_query, const ParallelFor& parallel_for) {
+  Call call(kernels, attention, std::move(sequences));
+  Shares work(call, b);
+  const Attention& a = call.a;
+  const int64_t tables = call.table_floats(true);
+  const ThreadMemory memory(kCallScratch, tables + work.floats());
+  call.expand_tables(kernels, memory.data(), true, parallel_for);
+  work.place(memory.data() + tables);
+  for (int64_t wave = 0; wave < b.parts; ++wave) {
+    parallel_for(work.items(), [&](int64_t begin, int64_t end) { kernels.backward(a, b, wave, begin, end); });
+  }
+  if (b.parts > 1) {
+    parallel_for(a.heads * a.sequence_count, [&](int64_t begin, int64_t end) { kernels.store_sums(a, b, begin, end); });
+  }
+  for (const auto& [sums, scale, gradient] :
+       {std::tuple{b.pos_key_sums, static_cast<float>(1 / kLog2e), grad_pos_key},  // made with log2(e) s q
+        std::tuple{b.pos_query_sums, a.scale, grad_pos_query}}) {
+    if (gradient == nullptr) continue;
+    parallel_for(a.heads, [&, sums = sums, scale = scale, gradient = gradient](int64_t begin, int64_t end) {
+      kernels.store_table(a, b, sums, scale, gradient, begin, end);
+    });
+  }
+}
+
+ThreadMemory::ThreadMemory(MemoryUse use, int64_t floats) : use_(use) {
+  Kept& memory = kept[use];
+  if (memory.floats < floats) {
+    std::free(memory.data);
+    memory.floats = 0;
+    memory.data = static_cast<float*>(std::aligned_alloc(64, round_up(floats * 4, 64)));
+    if (memory.data == nullptr) throw std::bad_alloc();
+    memory.floats = floats;
+  }
+  data_ = memory.data;
+}
+
+ThreadMemory& ThreadMemory::operator=(ThreadMemory&& other) noexcept {
+  std::swap(use_, other.use_);
+  std::swap(data_, other.data_);
+  return *this;
+}
+
+ThreadMemory::~ThreadMemory() {
+  if (data_ == nullptr || kept[use_].floats <= kKeptFloats[use_]) return;
+  std::free(kept[use_].data);
+  kept[use_].data = nullptr, kept[use_].floats = 0;
+}
+
+}  // namespace deberta_fast
