@@ -17,6 +17,7 @@ from torch import nn
 
 from . import backends
 from .functional import disentangled_attention
+from .projection import project
 from .relative_position import slot_table
 
 _MARK = "_deberta_fast"
@@ -201,9 +202,9 @@ def _attention_v2(
             attention, hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
         )
     heads = attention.num_attention_heads
-    query = _split_heads(attention.query_proj(hidden_states if query_states is None else query_states), heads)
-    key = _split_heads(attention.key_proj(hidden_states), heads)
-    value = _split_heads(attention.value_proj(hidden_states), heads)
+    query = _split_heads(project(attention.query_proj, hidden_states if query_states is None else query_states), heads)
+    key = _split_heads(project(attention.key_proj, hidden_states), heads)
+    value = _split_heads(project(attention.value_proj, hidden_states), heads)
     c2p, p2c = ("c2p" in attention.pos_att_type), ("p2c" in attention.pos_att_type)
     positions = {}
     if attention.relative_attention:
@@ -215,11 +216,11 @@ def _attention_v2(
         )
         table = attention.pos_dropout(table)
         if c2p:
-            project = attention.key_proj if attention.share_att_key else attention.pos_key_proj
-            positions["pos_key"] = _split_table(project(table), heads)
+            linear = attention.key_proj if attention.share_att_key else attention.pos_key_proj
+            positions["pos_key"] = _split_table(project(linear, table), heads)
         if p2c:
-            project = attention.query_proj if attention.share_att_key else attention.pos_query_proj
-            positions["pos_query"] = _split_table(project(table), heads)
+            linear = attention.query_proj if attention.share_att_key else attention.pos_query_proj
+            positions["pos_query"] = _split_table(project(linear, table), heads)
     return _fused(attention, shared, query, key, value, attention_mask, 1 + c2p + p2c, positions)
 
 
@@ -245,7 +246,7 @@ def _attention_v1(
             attention, hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
         )
     heads = attention.num_attention_heads
-    query, key, value = _split_heads(attention.in_proj(hidden_states), heads).chunk(3, dim=-1)
+    query, key, value = _split_heads(project(attention.in_proj, hidden_states), heads).chunk(3, dim=-1)
     query = query + attention.q_bias.view(heads, 1, -1)
     value = value + attention.v_bias.view(heads, 1, -1)
     positions = {}
@@ -254,9 +255,9 @@ def _attention_v1(
         table, positions["first_slot"] = _reachable_rows(rel_embeddings, query.shape[2], key.shape[2], **positions)
         table = attention.pos_dropout(table)
         if "c2p" in attention.pos_att_type:
-            positions["pos_key"] = _split_table(attention.pos_proj(table), heads)
+            positions["pos_key"] = _split_table(project(attention.pos_proj, table), heads)
         if "p2c" in attention.pos_att_type:
-            positions["pos_query"] = _split_table(attention.pos_q_proj(table), heads)
+            positions["pos_query"] = _split_table(project(attention.pos_q_proj, table), heads)
     return _fused(attention, shared, query, key, value, attention_mask, 1 + len(attention.pos_att_type), positions)
 
 
