@@ -11,6 +11,7 @@ PIP := $(BIN)/python -m pip install -qq
 
 export DEBERTA_FAST_CPU ?= 1
 BUILT := build/extension-$(DEBERTA_FAST_CPU)
+CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 SANITIZED := build/sanitize
 SANITIZERS := -fsanitize=address,undefined
 SANITIZE_ARGS ?= tests/test_cpu.py
@@ -38,7 +39,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	@touch $@
 
 # setup.py compiles what changed
-$(BUILT): $(READY) setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+$(BUILT): $(READY) setup.py $(CSRC)
 	@$(BIN)/python setup.py -q build_ext --inplace
 	@mkdir -p $(@D) && rm -f build/extension-* && touch $@
 
@@ -71,6 +72,7 @@ sanitize: $(READY)
 
 bench: setup
 	$(BIN)/python -m bench.cpu $(BENCH_ARGS)
+	$(BIN)/python -m bench.operator_cpu $(BENCH_ARGS)
 
 # A GPU machine brings its own build of torch, so not in $(VENV)
 gpu: export PATH := $(OUTER_PATH)
@@ -81,10 +83,12 @@ gpu:
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CSRC) tests/kernels_alone.cpp
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC) tests/kernels_alone.cpp
 
 # Keeps $(VENV): it takes minutes to make
 clean:

@@ -2,7 +2,6 @@
 // structs of params.h, and at::parallel_for shares out the kernels' work.
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -55,7 +54,8 @@ Table table_of(const std::optional<Tensor>& x) {
 }
 
 Statistic statistic_of(const Tensor& x) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 3 && x.scalar_type() == ScalarType::Float, "deberta_fast: (B, H, L) float32");
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 3 && x.scalar_type() == ScalarType::Float,
+                  "deberta_fast: (B, H, L) float32");
   return {static_cast<float*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
 }
 
@@ -122,10 +122,10 @@ void cpu_forward(Tensor output, Tensor lse, Tensor query, Tensor key, Tensor val
 
 void cpu_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, std::optional<Tensor> grad_pos_key,
                   std::optional<Tensor> grad_pos_query, Tensor output, Tensor lse, Tensor grad_output, Tensor grad_lse,
-                  Tensor query, Tensor key, Tensor value, std::optional<Tensor> pos_key, std::optional<Tensor> pos_query,
-                  std::optional<Tensor> mask, std::optional<Tensor> cu_seqlens, std::optional<Tensor> seed,
-                  std::optional<Tensor> slots, int64_t far_past, int64_t far_future, int64_t first_slot,
-                  int64_t query_offset, double scale, double dropout_p, std::string capability) {
+                  Tensor query, Tensor key, Tensor value, std::optional<Tensor> pos_key,
+                  std::optional<Tensor> pos_query, std::optional<Tensor> mask, std::optional<Tensor> cu_seqlens,
+                  std::optional<Tensor> seed, std::optional<Tensor> slots, int64_t far_past, int64_t far_future,
+                  int64_t first_slot, int64_t query_offset, double scale, double dropout_p, std::string capability) {
   const Arguments given(query, key, value, pos_key, pos_query, mask, cu_seqlens, seed, slots, far_past, far_future,
                         first_slot, query_offset, scale, dropout_p, capability);
   Backward backward{};

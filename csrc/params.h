@@ -30,8 +30,8 @@ struct Table {
 
 // One batch row of a dense call, or one packed sequence.
 struct Sequence {
-  int64_t batch;         // where its rows lie: in batch row `batch`,
-  int64_t first_query;   // from this row on,
+  int64_t batch;        // where its rows lie: in batch row `batch`,
+  int64_t first_query;  // from this row on,
   int64_t first_key;
   int64_t queries, keys;  // so many of them
   int64_t first_block;    // its query blocks follow those of the sequences before it
@@ -53,12 +53,12 @@ struct Attention {
   Table pos_key, pos_query;
   const int32_t* slots;
   int64_t reach, first_slot, table_rows;
-  int64_t far_past, far_future;        // sigma is constant for delta >= far_past and for delta <= far_future
+  int64_t far_past, far_future;       // sigma is constant for delta >= far_past and for delta <= far_future
   int64_t first_used_row, used_rows;  // the rows that these lengths reach
 
   // The tables with one row a distance e = j - i, from first_distance on (6): K^e and log2(e) s Q^e, transposed for the
   // products that make scores; a row of Q^e stands where -e would, so that both are read forwards.
-  int64_t first_distance, distances, pitch;  // pitch: of the transposed ones, in floats
+  int64_t first_distance, distances, pitch;        // pitch: of the transposed ones, in floats
   float *key_by_distance_t, *query_by_distance_t;  // (H, D, pitch)
   float *key_by_distance, *query_by_distance;      // (H, distances, D rounded up): backward alone
 

@@ -12,7 +12,7 @@ constexpr int64_t kFewestItems = 24;   // to share out, where the lengths allow 
 constexpr int64_t kMinBlockRows = 59;  // of a forward block, where heads and sequences are few
 constexpr int64_t kMinPartRows = 192;  // of queries and keys, where backward is cut into parts
 constexpr int64_t kMostItems = 96;     // of backward: each keeps gradients of the tables of its own,
-constexpr int64_t kMostTableFloats = int64_t{8} << 20;  // no more than these in all
+constexpr int64_t kMostTableFloats = int64_t{8} << 20;                               // no more than these in all
 constexpr int64_t kKeptFloats[kMemoryUses] = {int64_t{4} << 20, int64_t{16} << 20};  // at most, from call to call
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }

@@ -1,4 +1,4 @@
-// The CPU kernels without torch, against the definition in float64: for sanitizers, other compilers and other processors.
+// The CPU kernels without torch, against the definition in float64: for sanitizers, other compilers and processors.
 // Prints one line a case and "ok" at the end; leaves with 1 at the first error that is too large.
 #include <cmath>
 #include <cstdio>
@@ -132,7 +132,8 @@ bool check(const Case& c, const char* what, const Doubles& want, const std::func
 bool run(const Case& c, const Kernels& kernels) {
   const int64_t D = c.size, H = c.heads, Lq = c.queries, Lk = c.keys, B = c.batch;
   Numbers q(B * H * Lq * D, c.element), k(B * H * Lk * D, c.element), v(B * H * Lk * D, c.element);
-  Numbers pos_key(H * kRows * D, c.element), pos_query(H * kRows * D, c.element), grad_output(B * H * Lq * D, c.element);
+  Numbers pos_key(H * kRows * D, c.element), pos_query(H * kRows * D, c.element),
+      grad_output(B * H * Lq * D, c.element);
   Numbers grad_lse_given(B * H * Lq, Element::float32);
   std::vector<uint8_t> mask(c.mask == Case::kPairs ? B * Lq * Lk : B * Lk, 1);
   for (size_t i = 0; i < mask.size(); ++i) {
@@ -181,7 +182,8 @@ bool run(const Case& c, const Kernels& kernels) {
           rows[j] = h * kRows + slot(i + c.offset - j);
           for (int64_t d = 0; d < D; ++d) {
             const double qd = q.exact[(q0 + i) * D + d], kd = k.exact[(k0 + j) * D + d];
-            z[j] += qd * kd + c.c2p * qd * pos_key.exact[rows[j] * D + d] + c.p2c * kd * pos_query.exact[rows[j] * D + d];
+            z[j] +=
+                qd * kd + c.c2p * qd * pos_key.exact[rows[j] * D + d] + c.p2c * kd * pos_query.exact[rows[j] * D + d];
           }
           const int64_t cell = sequence.batch * a.mask_batch + i * a.mask_query + j;
           const bool see = a.mask == nullptr || mask[cell];

@@ -1,6 +1,6 @@
 // Gradients, (8) to (11), a block of queries at a time over tiles of keys, with P made anew from the log-sum-exp:
 //
-//     P = 2^(Z - lse log2 e)     dP = dO V^T     dA = P o (dP - Delta)     Delta_i = dO_i . O_i - dlse_i     dV = P^T dO
+//     P = 2^(Z - lse log2 e)    dP = dO V^T    dA = P o (dP - Delta)    Delta_i = dO_i . O_i - dlse_i    dV = P^T dO
 //
 // Near tiles add the position terms of (9) as products along the diagonals of dA: their operand is dA itself, read with
 // skewed strides (gemm.h). A margin of zeros around dA stands for the pairs outside of the tile.
@@ -12,8 +12,8 @@
 namespace deberta_fast::DEBERTA_FAST_ISA {
 namespace {
 
-constexpr int64_t kBackwardKeys = 192;              // keys of a tile: two tiles of scores stay in the second-level cache
-constexpr int64_t kMarginRows = 8, kMargin = 16;    // zeros above and below dA, and left and right of it
+constexpr int64_t kBackwardKeys = 192;            // keys of a tile: two tiles of scores stay in the second-level cache
+constexpr int64_t kMarginRows = 8, kMargin = 16;  // zeros above and below dA, and left and right of it
 constexpr int64_t kGradPitch = kBackwardKeys + 48;  // an odd number of cache lines
 static_assert(kMarginRows >= kStrip - 1 && kMargin >= kStrip - 1 && kGradPitch >= kBackwardKeys + 2 * kMargin);
 static_assert(kTileKeys % kBackwardKeys == 0);
@@ -56,7 +56,8 @@ class BackwardPass {
       const int64_t rows = a_.used_rows * size_;
       const auto last_distance = a_.first_distance + a_.distances - 1;
       if (a_.pos_key.data) {
-        sum_by_slot(grad_key_by_distance_, far_grad_key_, -a_.first_distance, -1, wave == 0, b_.pos_key_sums + item * rows);
+        sum_by_slot(grad_key_by_distance_, far_grad_key_, -a_.first_distance, -1, wave == 0,
+                    b_.pos_key_sums + item * rows);
       }
       if (a_.pos_query.data) {
         sum_by_slot(grad_query_by_distance_, far_grad_query_, -last_distance, 1, wave == 0,
@@ -107,7 +108,8 @@ class BackwardPass {
       run({head_, s, first, next - first, first + a_.query_offset}, keys);
     }
     if (b_.parts == 1) {
-      store_heads(b_.grad_key, grad_key_, sequence.batch, sequence.first_key, sequence.keys, static_cast<float>(1 / kLog2e));
+      store_heads(b_.grad_key, grad_key_, sequence.batch, sequence.first_key, sequence.keys,
+                  static_cast<float>(1 / kLog2e));
       store_heads(b_.grad_value, grad_value_, sequence.batch, sequence.first_key, sequence.keys, 1.0f);
     }
   }
@@ -165,7 +167,7 @@ class BackwardPass {
       }
     });
     for (int64_t r = 0; r < block.rows; ++r) {
-      // P = 2^(Z - shift) factor. Near to most scores the shift rounds off less of Z - shift than the log-sum-exp would.
+      // P = 2^(Z - shift) factor. Nearer to most scores than the log-sum-exp, the shift rounds off less of Z - shift.
       const double lse = *at(b_.lse, sequence.batch, head_, first + r) * kLog2e;
       const bool none = lse == -kInfinity;  // rows that see nothing: 2^(-inf - 0) = 0
       shift_[r] = none ? 0.0f : static_cast<float>(lse - std::log2(static_cast<double>(sequence.keys)));
@@ -183,14 +185,13 @@ class BackwardPass {
       far_scores(a_, block.rows, far_query_, key_t_ + in_tile, columns, scores_, kGradPitch);
     }
     visible_.hide(a_, block.first, block.rows, key, columns, scores_, kGradPitch);
-    gemm(block.rows, columns, a_.size, {grad_output_, size_, 1}, value_t_ + in_tile, kTilePitch, nullptr, 0, grad_scores_,
-         kGradPitch);
+    gemm(block.rows, columns, a_.size, {grad_output_, size_, 1}, value_t_ + in_tile, kTilePitch, nullptr, 0,
+         grad_scores_, kGradPitch);
     softmax_gradient(block, side, key, columns);
 
     const Operand by_query{grad_scores_, kGradPitch, 1}, by_key{grad_scores_, 1, kGradPitch};
     float* const grad_key = grad_key_ + key * size_;
-    gemm_add(count, size_, block.rows, {scores_, 1, kGradPitch}, grad_output_, size_,
-             grad_value_ + key * size_, size_);
+    gemm_add(count, size_, block.rows, {scores_, 1, kGradPitch}, grad_output_, size_, grad_value_ + key * size_, size_);
     gemm_add(count, size_, block.rows, by_key, near ? query_ : far_query_, size_, grad_key, size_);
     gemm_add(block.rows, size_, count, by_query, key_ + local * size_, size_, grad_query_, size_);
     if (near) {
@@ -230,7 +231,7 @@ class BackwardPass {
 
   // (9): dq_i += sum_e dA^e_i K^e by strips of queries, dK^e += sum_i dA^e_i q_i by strips of distances.
   void add_c2p_gradients(const Block& block, int64_t key, int64_t count) {
-    const int64_t first = key - (block.position + block.rows - 1) - a_.first_distance;  // distance of the lower left pair
+    const int64_t first = key - (block.position + block.rows - 1) - a_.first_distance;  // that of the lower left pair
     const float* table = a_.key_by_distance + (head_ * a_.distances + first) * size_;
     for (int64_t r = 0; r < block.rows; r += kStrip) {
       const int64_t strip = std::min<int64_t>(block.rows - r, kStrip);
@@ -242,7 +243,8 @@ class BackwardPass {
     for (int64_t m = 0; m < distances; m += kStrip) {
       const int64_t strip = std::min<int64_t>(distances - m, kStrip);
       const int64_t from = std::max<int64_t>(block.rows - m - strip, 0), to = std::min(block.rows, distances - m);
-      gemm_add(strip, size_, to - from, {grad_scores_ + from * (kGradPitch + 1) + m - (block.rows - 1), 1, kGradPitch + 1},
+      gemm_add(strip, size_, to - from,
+               {grad_scores_ + from * (kGradPitch + 1) + m - (block.rows - 1), 1, kGradPitch + 1},
                query_ + from * size_, size_, grad + m * size_, size_);
     }
   }
@@ -255,8 +257,8 @@ class BackwardPass {
     for (int64_t j = 0; j < count; j += kStrip) {
       const int64_t strip = std::min<int64_t>(count - j, kStrip);
       gemm_add(strip, size_, block.rows + strip - 1,
-               {grad_scores_ - (strip - 1) * kGradPitch + j, kGradPitch + 1, kGradPitch}, table + (count - j - strip) * size_,
-               size_, grad_key + j * size_, size_);
+               {grad_scores_ - (strip - 1) * kGradPitch + j, kGradPitch + 1, kGradPitch},
+               table + (count - j - strip) * size_, size_, grad_key + j * size_, size_);
     }
     float* const grad = grad_query_by_distance_ + first * size_;
     const int64_t distances = block.rows + count - 1;
@@ -324,14 +326,14 @@ class BackwardPass {
   ThreadMemory memory_;
   VisibleKeys visible_;
   Strips strips_;
-  int64_t head_ = 0, first_key_ = 0;             // of the keys that are loaded
-  float *key_t_, *value_t_, *key_;               // tiles of (D, kTilePitch); (keys, D)
-  float *grad_key_, *grad_value_;                // (keys of the sequence, D)
-  float *query_, *far_query_;                    // (rows, D), times log2(e) s
-  float *grad_output_, *grad_query_;             // (rows, D)
-  float *scores_, *margins_, *grad_scores_;      // (rows, kGradPitch): P, and dA with its margins
+  int64_t head_ = 0, first_key_ = 0;         // of the keys that are loaded
+  float *key_t_, *value_t_, *key_;           // tiles of (D, kTilePitch); (keys, D)
+  float *grad_key_, *grad_value_;            // (keys of the sequence, D)
+  float *query_, *far_query_;                // (rows, D), times log2(e) s
+  float *grad_output_, *grad_query_;         // (rows, D)
+  float *scores_, *margins_, *grad_scores_;  // (rows, kGradPitch): P, and dA with its margins
   float *bias_, *row_, *keep_, *column_sums_;
-  float *far_grad_key_, *far_grad_query_;        // (2, D)
+  float *far_grad_key_, *far_grad_query_;                  // (2, D)
   float *grad_key_by_distance_, *grad_query_by_distance_;  // (distances, D)
   float far_constant_[kMaxBlockRows], shift_[kMaxBlockRows], factor_[kMaxBlockRows], delta_[kMaxBlockRows];
 };
@@ -351,9 +353,13 @@ void store_sums(const Attention& a, const Backward& b, int64_t begin, int64_t en
     const int64_t key = (b.key_starts[s] * a.heads + head * sequence.keys) * size;
     with_element(a.element, [&](auto element) {
       using E = decltype(element);
-      const auto rows = [&](const Heads& heads, int64_t first) { return rows_of<E>(heads, sequence.batch, head, first); };
-      store_rows<E>(b.query_sums + query, size, sequence.queries, a.size, a.scale, rows(b.grad_query, sequence.first_query));
-      store_rows<E>(b.key_sums + key, size, sequence.keys, a.size, static_cast<float>(1 / kLog2e), rows(b.grad_key, sequence.first_key));
+      const auto rows = [&](const Heads& heads, int64_t first) {
+        return rows_of<E>(heads, sequence.batch, head, first);
+      };
+      store_rows<E>(b.query_sums + query, size, sequence.queries, a.size, a.scale,
+                    rows(b.grad_query, sequence.first_query));
+      store_rows<E>(b.key_sums + key, size, sequence.keys, a.size, static_cast<float>(1 / kLog2e),
+                    rows(b.grad_key, sequence.first_key));
       store_rows<E>(b.value_sums + key, size, sequence.keys, a.size, 1.0f, rows(b.grad_value, sequence.first_key));
     });
   }

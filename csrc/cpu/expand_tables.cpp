@@ -22,7 +22,8 @@ void expand_tables(const Attention& a, bool with_rows, int64_t begin, int64_t en
   };
   for (int64_t head = begin; head < end; ++head) {
     expand(a.pos_key, head, a.first_distance, 1, 1.0f, a.key_by_distance_t, a.key_by_distance);
-    expand(a.pos_query, head, last_distance, -1, static_cast<float>(a.scale * kLog2e), a.query_by_distance_t, a.query_by_distance);
+    expand(a.pos_query, head, last_distance, -1, static_cast<float>(a.scale * kLog2e), a.query_by_distance_t,
+           a.query_by_distance);
   }
 }
 

@@ -1,10 +1,10 @@
 // O = softmax(A) V and its log-sum-exp, (1) to (3), a block of queries at a time over tiles of keys, with an online
 // softmax in base 2:
 //
-//     m' = max(m, max_j Z_ij)     l' = l 2^(m - m') + sum_j 2^(Z_ij - m')     O' = O 2^(m - m') + sum_j 2^(Z_ij - m') v_j
+//     m' = max(m, max_j Z_ij)   l' = l 2^(m - m') + sum_j 2^(Z_ij - m')   O' = O 2^(m - m') + sum_j 2^(Z_ij - m') v_j
 //
-// A thread takes neighbouring blocks and keeps the keys of a head and sequence, transposed, and its values from one block
-// to the next, as floats.
+// A thread takes neighbouring blocks and keeps the keys of a head and sequence, transposed, and its values from one
+// block to the next, as floats.
 #include <cmath>
 
 #include "dropout.h"
@@ -15,8 +15,7 @@ namespace {
 
 class ForwardPass {
  public:
-  ForwardPass(const Attention& a, const Forward& f)
-      : a_(a), f_(f), size_(round_up(a.size, kLanes)) {
+  ForwardPass(const Attention& a, const Forward& f) : a_(a), f_(f), size_(round_up(a.size, kLanes)) {
     Carver needed;
     carve(needed);
     memory_ = ThreadMemory(kThreadScratch, needed.floats());
@@ -29,8 +28,7 @@ class ForwardPass {
     int64_t head = -1;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t block = item % a_.blocks_per_head;
-      const Sequence* next = std::upper_bound(a_.sequences, a_.sequences + a_.sequence_count, block,
-                                              [](int64_t n, const Sequence& s) { return n < s.first_block; }) - 1;
+      const Sequence* next = sequence_of(block);
       if (next != sequence || item / a_.blocks_per_head != head) {
         sequence = next, head = item / a_.blocks_per_head;
         keys_ = VisibleKeys(a_, *sequence, head, bias_);
@@ -52,6 +50,11 @@ class ForwardPass {
     output_ = carver(kMaxBlockRows * size_), scores_ = carver(kMaxBlockRows * kTilePitch);
     bias_ = carver(longest), far_row_ = carver(size_), keep_ = carver(kTileKeys + 4 * kLanes);
     strips_.carve(carver);
+  }
+
+  const Sequence* sequence_of(int64_t block) const {
+    const auto before = [](int64_t n, const Sequence& sequence) { return n < sequence.first_block; };
+    return std::upper_bound(a_.sequences, a_.sequences + a_.sequence_count, block, before) - 1;
   }
 
   void load_keys(const Sequence& sequence, int64_t head) {
@@ -154,17 +157,15 @@ class ForwardPass {
   ThreadMemory memory_;
   VisibleKeys keys_;
   Strips strips_;
-  float *key_t_, *value_;          // tiles of (D, kTilePitch); (keys, D)
-  float *query_, *far_query_;      // (rows, D), times log2(e) s
-  float *output_, *scores_;        // (rows, D), (rows, kTilePitch)
+  float *key_t_, *value_;      // tiles of (D, kTilePitch); (keys, D)
+  float *query_, *far_query_;  // (rows, D), times log2(e) s
+  float *output_, *scores_;    // (rows, D), (rows, kTilePitch)
   float *bias_, *far_row_, *keep_;
   float far_constant_[kMaxBlockRows], peak_[kMaxBlockRows], total_[kMaxBlockRows];
 };
 
 }  // namespace
 
-void forward(const Attention& a, const Forward& f, int64_t begin, int64_t end) {
-  ForwardPass(a, f).blocks(begin, end);
-}
+void forward(const Attention& a, const Forward& f, int64_t begin, int64_t end) { ForwardPass(a, f).blocks(begin, end); }
 
 }  // namespace deberta_fast::DEBERTA_FAST_ISA

@@ -44,9 +44,10 @@ void micro(int64_t depth, Operand a, const float* b, int64_t b_pitch, const floa
   }
 }
 
+template <int vectors>
+constexpr int kUpTo = vectors < kPanel ? vectors : kPanel;
 template <int rows>
-constexpr Micro kMicroOfRows[4] = {micro<rows, 1>, micro<rows, kPanel >= 2 ? 2 : 1>, micro<rows, kPanel >= 3 ? 3 : 1>,
-                                   micro<rows, kPanel >= 4 ? 4 : 1>};
+constexpr Micro kMicroOfRows[4] = {micro<rows, 1>, micro<rows, kUpTo<2>>, micro<rows, kUpTo<3>>, micro<rows, kUpTo<4>>};
 constexpr const Micro* kMicro[kStrip] = {kMicroOfRows<1>, kMicroOfRows<2>, kMicroOfRows<3>,
                                          kMicroOfRows<4>, kMicroOfRows<5>, kMicroOfRows<6>};
 
@@ -63,8 +64,8 @@ inline void gemm(int64_t rows, int64_t columns, int64_t depth, Operand a, const 
     for (int64_t r = 0; r < rows; r += kStrip) {
       const int64_t strip = rows - r < kStrip ? rows - r : kStrip;
       detail::kMicro[strip - 1][panel - 1](depth, a.from_row(r), b + column, b_pitch,
-                                           in ? in + r * in_pitch + column : nullptr, in_pitch, c + r * c_pitch + column,
-                                           c_pitch);
+                                           in ? in + r * in_pitch + column : nullptr, in_pitch,
+                                           c + r * c_pitch + column, c_pitch);
     }
   }
 }
@@ -76,7 +77,8 @@ inline void gemm_add(int64_t rows, int64_t columns, int64_t depth, Operand a, co
   const int64_t parts = (depth + kDepth - 1) / kDepth;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t p = depth * part / parts, next = depth * (part + 1) / parts;
-    gemm(rows, columns, next - p, {a.data + p * a.step, a.row, a.step}, b + p * b_pitch, b_pitch, c, c_pitch, c, c_pitch);
+    gemm(rows, columns, next - p, {a.data + p * a.step, a.row, a.step}, b + p * b_pitch, b_pitch, c, c_pitch, c,
+         c_pitch);
   }
 }
 

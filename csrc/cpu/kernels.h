@@ -1,5 +1,4 @@
-// What each instruction set's kernels offer to ops.cpp. Ranges are shares of the work, to be run in any order and by any
-// thread.
+// What each instruction set's kernels offer. Ranges are shares of the work, to be run in any order and by any thread.
 #pragma once
 
 #include "../params.h"

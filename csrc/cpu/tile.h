@@ -10,8 +10,8 @@
 namespace deberta_fast::DEBERTA_FAST_ISA {
 
 constexpr float kInfinity = __builtin_inff();
-constexpr int64_t kTileKeys = 384;      // keys of a tile, at most: a tile of scores stays in the second-level cache
-constexpr int64_t kKeyGroup = 48;       // keys whose p2c scores are made at once: whole strips and whole vectors
+constexpr int64_t kTileKeys = 384;  // keys of a tile, at most: a tile of scores stays in the second-level cache
+constexpr int64_t kKeyGroup = 48;   // keys whose p2c scores are made at once: whole strips and whole vectors
 constexpr int64_t kTilePitch = kTileKeys + 16;
 static_assert(kTileKeys % kKeyGroup == 0 && kKeyGroup % kStrip == 0 && kKeyGroup % kLanes == 0);
 
@@ -31,7 +31,7 @@ class Carver {
   int64_t floats_ = 0;
 };
 
-// The rows of one head and sequence: element (r) -> address.
+// The address of a row of one head and sequence.
 template <class E>
 struct RowsOf {
   typename E::Stored* first;
@@ -41,8 +41,9 @@ struct RowsOf {
 
 template <class E>
 RowsOf<E> rows_of(const Heads& heads, int64_t batch, int64_t head, int64_t first_row) {
-  return {static_cast<typename E::Stored*>(heads.data) + batch * heads.batch + head * heads.head + first_row * heads.row,
-          heads.row};
+  return {
+      static_cast<typename E::Stored*>(heads.data) + batch * heads.batch + head * heads.head + first_row * heads.row,
+      heads.row};
 }
 
 inline float* at(const Statistic& statistic, int64_t batch, int64_t head, int64_t row) {
@@ -74,8 +75,8 @@ struct Segment {
   Side side;
 };
 
-// Which of the keys [start, stop) are near to any query of the block, to whole vectors. Without position terms all count
-// as far.
+// Which of the keys [start, stop) are near to any query of the block, to whole vectors. Without position terms all
+// count as far.
 inline void cut_segments(const Attention& a, const Block& block, int64_t start, int64_t stop, Segment (&segments)[3]) {
   int64_t near_start = stop, near_stop = stop;
   if (a.pos_key.data || a.pos_query.data) {
@@ -125,7 +126,7 @@ inline void far_queries(const Attention& a, const Block& block, Side side, const
 
 // Scratch memory of `near_scores`.
 struct Strips {
-  static constexpr int64_t kKeyPitch = kTilePitch + 16;                            // c2p of a strip of queries
+  static constexpr int64_t kKeyPitch = kTilePitch + 16;                           // c2p of a strip of queries
   static constexpr int64_t kQueryPitch = kMaxBlockRows + kKeyGroup + 2 * kLanes;  // p2c of a group of keys
   float *c2p, *p2c;
   void carve(Carver& carver) { c2p = carver(kStrip * kKeyPitch), p2c = carver(kKeyGroup * kQueryPitch); }
@@ -156,8 +157,8 @@ INLINE void add_transposed(const float* p2c, int64_t pitch, int64_t rows, int64_
 
 // (6): scores (rows, columns) of the block's queries, log2(e) s q, and the keys from `first_key` on.
 //
-// c2p: a strip of kStrip queries meets columns + kStrip - 1 distances one after the other; query r of it starts one cell
-// further left than query r - 1. Read with a pitch one less, that product is where the sum of the c2c term begins.
+// c2p: a strip of kStrip queries meets columns + kStrip - 1 distances one after the other; query r of it starts one
+// cell further left than query r - 1. Read with a pitch one less, that product is what the c2c term is added to.
 // p2c: the same with keys for queries; its tile is transposed on the way.
 inline void near_scores(const Attention& a, const Block& block, const float* query, const float* key_t,
                         int64_t first_key, int64_t columns, const Strips& strips, float* scores, int64_t pitch) {

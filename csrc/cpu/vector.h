@@ -43,7 +43,8 @@ constexpr int64_t round_down(int64_t n, int64_t step) { return n / step * step; 
 
 INLINE Vector load(const float* p) { return *reinterpret_cast<const AnyVector*>(p); }
 INLINE void store(float* p, Vector v) { *reinterpret_cast<AnyVector*>(p) = v; }
-INLINE Vector broadcast(float x) { return x - Vector{}; }  // not +: it would turn -0 into 0
+// Not +, which would turn -0 into 0.
+INLINE Vector broadcast(float x) { return x - Vector{}; }
 INLINE Vector max(Vector a, Vector b) { return a > b ? a : b; }
 
 namespace detail {
