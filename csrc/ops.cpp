@@ -42,14 +42,19 @@ Element element_of(const Tensor& x) {
   }
 }
 
+// A stride is only followed where there is a next element: to torch, [:, :, :0] has any.
+bool unit_stride(const Tensor& x, int64_t dim) { return x.stride(dim) == 1 || x.size(dim) == 1 || x.numel() == 0; }
+
 Heads heads_of(const Tensor& x) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && x.stride(3) == 1, "deberta_fast: (B, H, L, D) with a unit last stride");
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && unit_stride(x, 3),
+                  "deberta_fast: (B, H, L, D) with a unit last stride");
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
 Table table_of(const std::optional<Tensor>& x) {
   if (!x) return {};
-  STD_TORCH_CHECK(x->is_cpu() && x->dim() == 3 && x->stride(2) == 1, "deberta_fast: (H, R, D) with a unit last stride");
+  STD_TORCH_CHECK(x->is_cpu() && x->dim() == 3 && unit_stride(*x, 2),
+                  "deberta_fast: (H, R, D) with a unit last stride");
   return {x->data_ptr(), x->stride(0), x->stride(1)};
 }
 
