@@ -14,7 +14,7 @@ BUILT := build/extension-$(DEBERTA_FAST_CPU)
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 SANITIZED := build/sanitize
 SANITIZERS := -fsanitize=address,undefined
-SANITIZE_ARGS ?= tests/test_cpu.py
+SANITIZE_ARGS ?= tests/test_cpu.py tests/test_cpu_calls.py
 
 GPU_PYTHON ?= python3
 OUTER_PATH := $(PATH)
