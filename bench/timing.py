@@ -171,7 +171,7 @@ def _commit() -> str | None:
 
     try:
         # Results do not change what is measured.
-        changed = git("status", "--porcelain", "--", str(REPOSITORY), f":!{REPOSITORY / 'bench' / 'results'}")
+        changed = git("status", "--porcelain", "--", ".", ":!bench/results")
         return git("rev-parse", "HEAD") + (" with uncommitted changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("COMMIT")  # a copy of the working tree without .git: whoever made it knows

@@ -260,3 +260,11 @@ def test_rows_that_the_lengths_reach_are_enough():
     expected = disentangled_attention(query, key, value, pos_key, pos_query, **TABLE)
     narrow = [table[:, start:stop] for table in (pos_key, pos_query)]
     assert torch.equal(disentangled_attention(query, key, value, *narrow, **TABLE, first_slot=start), expected)
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_no_heads(backend):
+    tensors = [torch.randn(shape, requires_grad=True) for shape in [(2, 0, 5, 8)] * 3 + [(0, 32, 8)] * 2]
+    output = disentangled_attention(*tensors, **TABLE, backend=backend)
+    output.sum().backward()
+    assert output.shape == (2, 0, 5, 8) and all(x.grad.shape == x.shape for x in tensors)

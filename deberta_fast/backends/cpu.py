@@ -11,7 +11,7 @@ import importlib
 
 import torch
 
-from ..relative_position import SlotTable
+from ..relative_position import slot_table
 from .inputs import AttentionInputs
 
 CAPABILITIES = {"AVX512": "avx512", "AVX2": "avx2"}  # torch's names and ours; any other is "plain"
@@ -84,7 +84,7 @@ def backward(
 def _shared(x: AttentionInputs) -> tuple:
     slots, far_past, far_future = None, 0, 0
     if x.has_positions:
-        slots, far_past, far_future = _slots(x.table), x.table.far_past, x.table.far_future
+        slots, far_past, far_future = _slots(x.position_buckets, x.max_relative_positions, x.far_negative)
     return (
         *(x.query, x.key, x.value, x.pos_key, x.pos_query, x.mask, x.cu_seqlens, x.seed),
         *(slots, far_past, far_future, x.first_slot, x.query_offset, x.scale, x.dropout_p, _capability()),
@@ -92,9 +92,11 @@ def _shared(x: AttentionInputs) -> tuple:
 
 
 @functools.lru_cache(maxsize=64)
-def _slots(table: SlotTable) -> torch.Tensor:
+def _slots(*numbering) -> tuple[torch.Tensor, int, int]:
+    """``slot_table`` as the kernels read it: sigma as int32 (2N + 1,), far_past and far_future."""
+    table = slot_table(*numbering)
     with torch.inference_mode(False):
-        return torch.tensor(table.slots, dtype=torch.int32)
+        return torch.tensor(table.slots, dtype=torch.int32), table.far_past, table.far_future
 
 
 def _capability() -> str:

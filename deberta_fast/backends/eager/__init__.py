@@ -84,6 +84,8 @@ def _dense_calls(inputs: AttentionInputs) -> Iterator[tuple[int, AttentionInputs
 def _parts(x: AttentionInputs, scratch: Scratch) -> Iterator[tuple[Tables, list[slice]]]:
     """The tables of some heads, and the batch rows to take at once, so that a block of scores fits the budget."""
     batch, heads, query_length, _ = x.query.shape
+    if heads == 0:
+        return
     key_length = x.key.shape[2]
     share = budget = CHUNK_ELEMENTS
     if x.query.device.type == "cpu":
