@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-BACKENDS = [name for name in backends.BACKENDS if name != "reference"]
+BACKENDS = [name for name in backends.BACKENDS if name not in ("reference", "cpu")]
 FUSED = [name for name in BACKENDS if name in ("cuda", "triton")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
