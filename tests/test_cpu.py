@@ -194,6 +194,17 @@ def test_hidden_keys_do_not_matter(length, mask, dtype):
     assert all(torch.equal(result[name], clean[name]) for name in clean if name not in ("grad_query", "grad_pos_query"))
 
 
+@pytest.mark.parametrize("key", [0, 15, 16, 191, 192, 383, 384, 409])
+def test_one_visible_key_is_found(key):
+    """Whatever its place in a tile: each query answers its value."""
+    inputs = make_inputs(Case("", 20, 410, heads=2, size=16), torch.float32)
+    mask = (torch.arange(410) == key).expand(1, 1, 20, -1).contiguous()
+    result = run(inputs._replace(mask=mask))
+    expected = inputs.value[:, :, key : key + 1].expand_as(inputs.query)
+    torch.testing.assert_close(result["output"], expected)
+    assert result["grad_value"][:, :, key].any()
+
+
 @each_set
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_not_a_number_spoils_what_it_meets_alone(backend, capability):
