@@ -1,7 +1,8 @@
 # Every target but gpu sets up what it needs. Variables: PYTHON (3.10 or later), DEMO_ARGS, TEST_ARGS, BENCH_ARGS;
 # for gpu, GPU_PYTHON (an interpreter that has torch and triton) and GPU_ARGS (bench/gpu.sh --help); for the extension
-# DEBERTA_FAST_CPU (0 does without it, 1, the default here, fails where it cannot be built) and those of setup.py; for
-# sanitize, which needs GCC, SANITIZE_ARGS (what pytest runs).
+# DEBERTA_FAST_CPU (0 does without it, 1, the default here, fails where it cannot be built), DEBERTA_FAST_CUDA (the same
+# for its CUDA kernels; by default they are built if there is an nvcc) and those of setup.py; for sanitize, which needs
+# GCC, SANITIZE_ARGS (what pytest runs).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,8 +11,9 @@ OLDEST := build/oldest
 PIP := $(BIN)/python -m pip install -qq
 
 export DEBERTA_FAST_CPU ?= 1
-BUILT := build/extension-$(DEBERTA_FAST_CPU)
-CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+BUILT := build/extension-cpu$(DEBERTA_FAST_CPU)-cuda$(DEBERTA_FAST_CUDA)
+CSRC := $(wildcard $(addprefix csrc/,*.cpp *.h cpu/*.cpp cpu/*.h cuda/*.cu cuda/*.cpp cuda/*.h))
+FORMATTED := $(CSRC) $(wildcard $(addprefix tests/,*.cpp *.h emulator/*.cpp emulator/*.h))
 SANITIZED := build/sanitize
 SANITIZERS := -fsanitize=address,undefined
 SANITIZE_ARGS ?= tests/test_cpu.py tests/test_cpu_calls.py
@@ -33,7 +35,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	@# torch first and alone: nothing installed later may bring in a second one
 	@$(PIP) -c constraints.txt torch setuptools
 	@# Without the extension, which is the next rule's
-	@DEBERTA_FAST_CPU=0 $(PIP) -c constraints.txt --no-build-isolation -e '.[dev]'
+	@DEBERTA_FAST_CPU=0 DEBERTA_FAST_CUDA=0 $(PIP) -c constraints.txt --no-build-isolation -e '.[dev]'
 	@# Not in constraints.txt: a GPU build of torch requires another version, and that one has to stay
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) 'triton==3.6.0; sys_platform == "linux"'
 	@touch $@
@@ -65,7 +67,7 @@ $(OLDEST)/ready: $(READY)
 sanitize: $(READY)
 	@rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -R deberta_fast $(SANITIZED)
 	@CXXFLAGS="-O1 -g -fno-omit-frame-pointer $(SANITIZERS) -fno-sanitize-recover=undefined -D_GLIBCXX_ASSERTIONS" \
-	  LDFLAGS="$(SANITIZERS)" CXX="$(CXX)" DEBERTA_FAST_CPU=1 \
+	  LDFLAGS="$(SANITIZERS)" CXX="$(CXX)" DEBERTA_FAST_CPU=1 DEBERTA_FAST_CUDA=0 \
 	  $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) libstdc++.so.6" ASAN_OPTIONS=detect_leaks=0 \
 	  UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(abspath $(SANITIZED)) $(BIN)/pytest --capture=sys $(SANITIZE_ARGS)
@@ -83,12 +85,12 @@ gpu:
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CSRC) tests/kernels_alone.cpp
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CSRC) tests/kernels_alone.cpp
+	$(BIN)/clang-format -i $(FORMATTED)
 
 # Keeps $(VENV): it takes minutes to make
 clean:

@@ -1,11 +1,14 @@
-"""Builds ``deberta_fast._C``, the C++ of the CPU backend; everything else that packaging needs is in pyproject.toml.
+"""Builds ``deberta_fast._C``, the C++ and CUDA of the compiled backends; the rest of packaging is in pyproject.toml.
 
 csrc/*.cpp, the host code, is compiled once, on torch's stable ABI and Python's; every csrc/cpu/*.cpp once for each
-instruction set, among which the extension chooses when it runs. Where it cannot be built, the package is installed
-without it, and one line says why.
+instruction set, among which the extension chooses when it runs. Where there is an nvcc, with or without a GPU, the same
+extension gets csrc/cuda/*.cu; it loads on machines without CUDA. What cannot be built, the CUDA kernels or all of the
+extension, is left out, and one line says why.
 
-Environment: DEBERTA_FAST_CPU=0 leaves the extension out, 1 makes it an error that it cannot be built; CXX, CXXFLAGS,
-LDFLAGS and MAX_JOBS as everywhere.
+Environment: DEBERTA_FAST_CPU=0 leaves the extension out, 1 makes it an error that it cannot be built;
+DEBERTA_FAST_CUDA=0 or 1, the same for the CUDA kernels in it; CUDA_HOME, where nvcc is looked for first, then on PATH
+and in /usr/local/cuda; TORCH_CUDA_ARCH_LIST, by default "8.0 9.0+PTX", nothing below 8.0; CXX, CXXFLAGS, LDFLAGS and
+MAX_JOBS as everywhere.
 """
 
 import hashlib
@@ -30,8 +33,11 @@ import setuptools.command.build_ext
 import setuptools.errors
 
 OLDEST_TORCH = (2, 11)
-HOST = sorted(map(str, Path("csrc").glob("*.cpp")))
+OLDEST_CUDA = (12, 0)
+HOST = sorted(str(path) for path in Path("csrc").glob("*.cpp") if path.name != "cuda_ops.cpp")
 KERNELS = sorted(map(str, Path("csrc/cpu").glob("*.cpp")))
+CUDA_HOST = sorted(map(str, [*Path("csrc").glob("cuda_ops.cpp"), *Path("csrc/cuda").glob("*.cpp")]))
+CUDA_KERNELS = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
 HEADERS = sorted(map(str, Path("csrc").rglob("*.h")))
 # Not -ffast-math: softmax meets infinities. No OpenMP: the threads are torch's.
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi".split()
@@ -39,12 +45,34 @@ INSTRUCTION_SETS = {"plain": []}
 if platform.machine() == "x86_64":
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma -mf16c".split()
     INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c".split()
+CUDA_FLAGS = "-std=c++17 -O3 --threads=2 -Xcompiler=-fPIC,-fvisibility=hidden".split()
+# Static: the extension has to load where there is no CUDA.
+CUDA_LIBRARIES = "-lcudart_static -lpthread -ldl -lrt -Wl,--exclude-libs,ALL".split()
+CUDA_FALLBACK = "/usr/local/cuda/bin"
+# PTX is for GPUs newer than the code: they compile it when it is loaded.
+ARCHITECTURES = ["8.0", "9.0+PTX"]
 # As in ops.cpp. A Python without the GIL has no such ABI.
 PYTHON_ABI = "" if sysconfig.get_config_var("Py_GIL_DISABLED") else "cp310"
 
 
 class Unavailable(Exception):
-    """The extension cannot be built, and why."""
+    """The extension, or the CUDA kernels in it, cannot be built, and why."""
+
+
+class Host(NamedTuple):
+    """The C++ compiler, and its flags: for all sources, added for those that know torch, and to link."""
+
+    compiler: list[str]
+    compiling: list[str]
+    hosting: list[str]
+    linking: list[str]
+
+
+class Toolkit(NamedTuple):
+    nvcc: str
+    version: str
+    architectures: list[str]
+    libraries: str
 
 
 class Command(NamedTuple):
@@ -65,16 +93,8 @@ def find_compiler() -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "trial.cpp")
         source.write_text("#include <string_view>\nstd::string_view trial = __FILE__;\n")
-        trial = [
-            *compiler,
-            *FLAGS,
-            *words("CXXFLAGS"),
-            "-shared",
-            "-o",
-            f"{folder}/trial.so",
-            source,
-            *words("LDFLAGS"),
-        ]
+        output = ["-shared", "-o", f"{folder}/trial.so"]
+        trial = [*compiler, *FLAGS, *words("CXXFLAGS"), *output, source, *words("LDFLAGS")]
         try:
             run = subprocess.run(trial, stdout=sys.stderr)
         except OSError as error:
@@ -103,10 +123,10 @@ def find_torch() -> Path:
     return folder
 
 
-def plan() -> tuple[Path, list[Command]]:
-    """A folder for all that the compiler writes, and the commands; the last one links."""
+def find_host() -> Host:
     if os.environ.get("DEBERTA_FAST_CPU") == "0":
-        raise Unavailable("DEBERTA_FAST_CPU is 0")
+        contradiction = " but DEBERTA_FAST_CUDA is 1: one extension has both"
+        raise Unavailable(f"DEBERTA_FAST_CPU is 0{contradiction if os.environ.get('DEBERTA_FAST_CUDA') == '1' else ''}")
     if sys.platform != "linux":
         raise Unavailable(f"it is for Linux, this is {sys.platform}")
     if not PYTHON_ABI:
@@ -115,25 +135,95 @@ def plan() -> tuple[Path, list[Command]]:
     if not Path(python, "Python.h").exists():
         raise Unavailable(f"the headers of Python are not installed: no Python.h in {python}")
     torch, compiler = find_torch(), find_compiler()
+    return Host(
+        compiler,
+        [*compiler, *FLAGS, *words("CXXFLAGS")],
+        ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", f"{torch}/include", "-isystem", python],
+        [*words("LDFLAGS"), f"-L{torch}/lib", "-ltorch_cpu"],
+    )
 
-    compiling = [*compiler, *FLAGS, *words("CXXFLAGS")]
-    hosting = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", f"{torch}/include", "-isystem", python]
-    linking = [*words("LDFLAGS"), f"-L{torch}/lib", "-ltorch_cpu"]
-    # Not setuptools' temporary folder: only what changed is compiled again, in editable installs too.
-    key = hashlib.sha256(repr([platform.machine(), compiling, hosting, linking]).encode()).hexdigest()[:8]
-    folder = Path("build", f"cpu-{key}")
 
-    units = [(source, f"{folder}/{Path(source).stem}.o", hosting) for source in HOST]
+def find_architectures() -> list[str]:
+    """nvcc's flags for them."""
+    flags = []
+    for name in os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split() or ARCHITECTURES:
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", name)
+        if match is None:
+            raise Unavailable(f"TORCH_CUDA_ARCH_LIST has {name}, which is not like 9.0, 9.0a or 9.0+PTX")
+        if int(match[1]) < 8:
+            raise Unavailable(f"TORCH_CUDA_ARCH_LIST has {name}, the kernels need 8.0 or newer")
+        number = match[1] + match[2]
+        codes = [f"sm_{number}", *([f"compute_{number}"] if match[3] else [])]
+        flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+    return list(dict.fromkeys(flags))
+
+
+def find_toolkit() -> Toolkit:
+    """CUDA's, whether or not there is a GPU."""
+    places = [os.environ.get("PATH", os.defpath), CUDA_FALLBACK]
+    if os.environ.get("CUDA_HOME"):
+        places.insert(0, f"{os.environ['CUDA_HOME']}/bin")
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(places))
+    if nvcc is None:
+        raise Unavailable("there is no nvcc (CUDA_HOME, PATH)")
+    output = {"capture_output": True, "text": True}
+    try:
+        version = re.search(r"release (\d+)\.(\d+), V([\d.]+)", subprocess.run([nvcc, "--version"], **output).stdout)
+    except OSError as error:
+        raise Unavailable(f"{nvcc} does not run: {error.strerror}") from None
+    if version is None:
+        raise Unavailable(f"{nvcc} does not tell its version")
+    if (int(version[1]), int(version[2])) < OLDEST_CUDA:
+        raise Unavailable(f"{nvcc} is {version[1]}.{version[2]}, it needs {'.'.join(map(str, OLDEST_CUDA))} or newer")
+    # It may be a script that starts another one, elsewhere; it says where, and with what folders it would link.
+    told = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], **output).stderr
+    root = re.search(r"^#\$ TOP=(.*)", told, re.MULTILINE)
+    root = os.path.realpath(root[1] if root else Path(nvcc).resolve().parent.parent)
+    folders = [f"{root}/lib64", f"{root}/lib", *re.findall(r'"-L([^"]*)"', told)]
+    libraries = [folder for folder in folders if Path(folder, "libcudart_static.a").exists()]
+    if not libraries:
+        raise Unavailable(f"there is no libcudart_static.a in {folders[0]}")
+    return Toolkit(nvcc, version[3], find_architectures(), libraries[0])
+
+
+def build_folder(kind: str, *key) -> Path:
+    """Not setuptools' temporary one: only what changed is compiled again, in editable installs too."""
+    return Path("build", f"{kind}-{hashlib.sha256(repr([*key]).encode()).hexdigest()[:8]}")
+
+
+def compilation(compiling: list[str], source: str, output: str) -> Command:
+    return Command([*compiling, "-MD", "-MF", f"{output}.d", "-c", source, "-o", output], [source], output)
+
+
+def link(host: Host, objects: list[str], flags: list[str], library: str) -> Command:
+    return Command([*host.compiler, "-shared", *objects, *flags, "-o", library], objects, library)
+
+
+def plan(host: Host) -> tuple[Path, list[Command]]:
+    """A folder for all that the compiler writes, and the commands; the last one links."""
+    folder = build_folder("cpu", platform.machine(), *host[1:])
+    hosting = [*host.compiling, *host.hosting]
+    commands = [compilation(hosting, source, f"{folder}/{Path(source).stem}.o") for source in HOST]
     for name, flags in INSTRUCTION_SETS.items():
-        flags = [f"-DDEBERTA_FAST_ISA={name}", *flags]
-        units += [(source, f"{folder}/{Path(source).stem}.{name}.o", flags) for source in KERNELS]
-    commands = []
-    for source, output, flags in units:
-        arguments = [*compiling, *flags, "-MD", "-MF", f"{output}.d", "-c", source, "-o", output]
-        commands.append(Command(arguments, [source], output))
-    objects = [output for _, output, _ in units]
-    library = f"{folder}/_C.so"
-    return folder, [*commands, Command([*compiler, "-shared", *objects, *linking, "-o", library], objects, library)]
+        compiling = [*host.compiling, f"-DDEBERTA_FAST_ISA={name}", *flags]
+        commands += [compilation(compiling, source, f"{folder}/{Path(source).stem}.{name}.o") for source in KERNELS]
+    objects = [command.output for command in commands]
+    return folder, [*commands, link(host, objects, host.linking, f"{folder}/_C.so")]
+
+
+def plan_cuda(host: Host, toolkit: Toolkit, objects: list[str]) -> tuple[Path, list[Command]]:
+    """The same for the CUDA kernels, to link with the CPU's objects."""
+    # Only its name: nvcc knows no launchers and no flags there.
+    compiler = next(word for word in host.compiler if Path(word).name not in ("ccache", "distcc", "sccache"))
+    nvcc = [toolkit.nvcc, *CUDA_FLAGS, f"-ccbin={compiler}", *toolkit.architectures]
+    hosting = [*host.compiling, *host.hosting, "-DUSE_CUDA"]
+    linking = [*host.linking, f"-L{toolkit.libraries}", *CUDA_LIBRARIES]
+    implicit = [os.environ.get(f"NVCC_{name}_FLAGS") for name in ("PREPEND", "APPEND")]
+    folder = build_folder("cuda", objects, nvcc, toolkit.version, implicit, hosting, linking)
+    commands = [compilation(hosting, source, f"{folder}/{Path(source).stem}.o") for source in CUDA_HOST]
+    commands += [compilation(nvcc, source, f"{folder}/{Path(source).stem}.cuda.o") for source in CUDA_KERNELS]
+    objects = [*objects, *(command.output for command in commands)]
+    return folder, [*commands, link(host, objects, linking, f"{folder}/_C.so")]
 
 
 def ninja_file(folder: Path, commands: list[Command]) -> str:
@@ -153,8 +243,7 @@ def find_ninja() -> str | None:
     return ninja if ninja and subprocess.run([ninja, "--version"], capture_output=True).returncode == 0 else None
 
 
-def compile_library() -> Path:
-    folder, commands = plan()
+def compile_library(sources: str, folder: Path, commands: list[Command]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     jobs, ninja = os.environ.get("MAX_JOBS"), find_ninja()
     runs = lambda arguments: subprocess.run(arguments).returncode == 0
@@ -168,8 +257,32 @@ def compile_library() -> Path:
             compiled = all(pool.map(runs, compilations)) and runs(link)
             pool.shutdown(cancel_futures=True)
     if not compiled:
-        raise Unavailable("csrc does not compile, the compiler's messages are above")
+        raise Unavailable(f"{sources} does not compile, the compiler's messages are above")
     return Path(commands[-1].output)
+
+
+def without_cuda(reason: Unavailable) -> None:
+    if os.environ.get("DEBERTA_FAST_CUDA") == "1":
+        raise Unavailable(f"DEBERTA_FAST_CUDA is 1, but {reason}") from None
+    print(f"deberta_fast: without CUDA kernels: {reason}", file=sys.stderr)
+
+
+def build_library() -> Path:
+    """The CPU's first: what fails after it is the CUDA kernels' own."""
+    host, toolkit = find_host(), None
+    if os.environ.get("DEBERTA_FAST_CUDA") != "0":
+        try:
+            toolkit = find_toolkit()
+        except Unavailable as reason:
+            without_cuda(reason)
+    folder, commands = plan(host)
+    library = compile_library("csrc", folder, commands)
+    if toolkit:
+        try:
+            library = compile_library("csrc/cuda", *plan_cuda(host, toolkit, commands[-1].inputs))
+        except Unavailable as reason:
+            without_cuda(reason)
+    return library
 
 
 class build_ext(setuptools.command.build_ext.build_ext):
@@ -180,11 +293,11 @@ class build_ext(setuptools.command.build_ext.build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.partial")
         try:
-            shutil.copy(compile_library(), partial)
+            shutil.copy(build_library(), partial)
             partial.replace(target)
         except Unavailable as reason:
             target.unlink(missing_ok=True)
-            if os.environ.get("DEBERTA_FAST_CPU") == "1":
+            if "1" in (os.environ.get("DEBERTA_FAST_CPU"), os.environ.get("DEBERTA_FAST_CUDA")):
                 raise setuptools.errors.CompileError(f"cannot build deberta_fast._C: {reason}") from None
             print(f"deberta_fast: pure Python, without the extension deberta_fast._C: {reason}", file=sys.stderr)
             self.extensions = self.distribution.ext_modules = []
@@ -194,6 +307,7 @@ class build_ext(setuptools.command.build_ext.build_ext):
 
 
 if __name__ == "__main__":
-    extension = setuptools.Extension("deberta_fast._C", [*HOST, *KERNELS], depends=HEADERS, py_limited_api=True)
+    sources = [*HOST, *KERNELS, *CUDA_HOST, *CUDA_KERNELS]
+    extension = setuptools.Extension("deberta_fast._C", sources, depends=HEADERS, py_limited_api=True)
     options = {"bdist_wheel": {"py_limited_api": PYTHON_ABI}}
     setuptools.setup(ext_modules=[extension], cmdclass={"build_ext": build_ext}, options=options)

@@ -12,14 +12,14 @@ PACKAGE = Path(__file__).parents[1] / "deberta_fast"
 # From the bottom up; a module may import those before it. Backends share a rank: none imports another.
 RANKS = [
     {"relative_position", "dropout", "projection"},
-    {"backends.inputs"},
+    {"backends.inputs", "backends.extension"},
     {"backends.eager.scratch"},
     {"backends.eager.tables", "backends.eager.band"},
     {"backends.eager.chunk"},
     {f"backends.triton.{name}" for name in ("configuration", "kernels", "kernels.tile")},
     {f"backends.triton.kernels.{path.stem}" for path in (PACKAGE / "backends/triton/kernels").glob("[a-s]*.py")},
     {"backends.triton.plan"},
-    {"backends.reference", "backends.eager", "backends.cpu", "backends.triton"},
+    {"backends.reference", "backends.eager", "backends.cpu", "backends.cuda", "backends.triton"},
     {"backends.triton.autotune"},
     {"backends"},
     {"ops"},

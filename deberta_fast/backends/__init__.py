@@ -7,11 +7,11 @@ above them.
 
 from types import ModuleType
 
-from . import cpu, eager, reference, triton
+from . import cpu, cuda, eager, reference, triton
 from .inputs import AttentionInputs
 
-# In order of preference.
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "eager": eager, "triton": triton, "reference": reference}
+# In order of preference. What no GPU has run yet stands behind eager, which serves everything: it has to be named.
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "eager": eager, "triton": triton, "cuda": cuda, "reference": reference}
 
 
 def why_not(inputs: AttentionInputs) -> dict[str, list[str]]:

@@ -7,45 +7,22 @@ decides which ones run (``torch.backends.cpu.get_cpu_capability``, hence ATEN_CP
 """
 
 import functools
-import importlib
 
 import torch
 
 from ..relative_position import slot_table
+from .extension import GRADIENTS, NOT_LOADED, SHARED_ARGUMENTS, define
 from .inputs import AttentionInputs
 
 CAPABILITIES = {"AVX512": "avx512", "AVX2": "avx2"}  # torch's names and ours; any other is "plain"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_SHARED = (
-    "Tensor query, Tensor key, Tensor value, Tensor? pos_key, Tensor? pos_query, Tensor? mask, Tensor? cu_seqlens, "
-    "Tensor? seed, Tensor? slots, int far_past, int far_future, int first_slot, int query_offset, float scale, "
-    "float dropout_p, str capability"
-)
-# In the order of the C++ functions; what is written to comes first.
-_SCHEMAS = (
+_SHARED = f"{SHARED_ARGUMENTS}, int query_offset, float scale, float dropout_p, str capability"
+define(
+    # What is written to comes first.
     f"cpu_forward(Tensor(a!) output, Tensor(b!) lse, {_SHARED}) -> ()",
-    "cpu_backward(Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!)? grad_pos_key, "
-    "Tensor(e!)? grad_pos_query, Tensor output, Tensor lse, Tensor grad_output, Tensor grad_lse, "
-    f"{_SHARED}) -> ()",
+    f"cpu_backward({GRADIENTS}, {_SHARED}) -> ()",
 )
-_library = torch.library.Library("deberta_fast", "FRAGMENT")
-for _schema in _SCHEMAS:
-    _library.define(_schema)
-
-
-def _load() -> str | None:
-    """Loads the extension, which implements the schemas; the reason where that fails."""
-    try:
-        importlib.import_module("deberta_fast._C")
-    except ImportError as error:
-        if getattr(error, "name", None) == "deberta_fast._C" and error.path is None:
-            return "the extension deberta_fast._C was not built (pip install -v says why)"
-        return f"the extension deberta_fast._C does not load: {error}"
-    return None
-
-
-NOT_LOADED = _load()
 
 
 def why_not(inputs: AttentionInputs) -> list[str]:

@@ -1,0 +1,279 @@
+// Forward: O and its log-sum-exp by (1) to (3), with near and far tiles of keys by (6) and (7).
+//
+// A block owns S::kRows queries of a head, each warp 16 S::kFragments of them, and meets tiles of 64 keys from left to
+// right: far left, near, far right. Scores, probabilities and sums of O stay in registers; K, V and the bands are in
+// shared memory. K of the next tile is on its way while V is used, V while K is.
+#include "band.h"
+#include "dropout.h"
+#include "kernels.h"
+
+namespace deberta_fast::cuda {
+namespace {
+
+template <int size>
+using ForwardShape = Shape<size, (size <= 64 ? 2 : 1), (size <= 64 ? 4 : 8)>;
+
+// What lies where in shared memory: K, V, then the bands. A warp's rows of Q pass through a stage, which shares its place
+// with that warp's band where there is room: the registers hold Q then.
+template <class S>
+struct Memory {
+  static constexpr bool kRowsInRegisters = S::kSize <= 64;
+  static constexpr int kWarpBytes = S::kRowBandBytes + (kRowsInRegisters ? 0 : S::kStageBytes);
+  static constexpr int kBytes = 2 * S::kTileBytes + S::kWarps * kWarpBytes + S::kColumnBandBytes;
+  static_assert(!kRowsInRegisters || S::kStageBytes <= S::kRowBandBytes, "the stage lies in the band");
+
+  char *keys, *values, *column_band, *row_band, *stage;
+
+  DEVICE Memory() {
+    keys = shared_memory(), values = keys + S::kTileBytes, column_band = values + S::kTileBytes;
+    char* own = column_band + S::kColumnBandBytes + warp() * kWarpBytes;
+    row_band = own + kHalf * kRowBandMargin, stage = own + (kRowsInRegisters ? 0 : S::kRowBandBytes);
+  }
+};
+
+template <class T, class S, bool dropout>
+struct Pass {
+  static constexpr int kFragments = S::kFragments, kSteps = S::kSize / 16;
+  using M = Memory<S>;
+
+  const ForwardCall& arguments;
+  const Call& call;
+  const Place place;
+  const Dropout mask;
+  const M memory;
+  uint32_t rows[M::kRowsInRegisters ? kSteps : 1][kFragments][4];
+  float sums[kFragments][S::kSize / 8][4] = {};
+  float peak[kFragments][2], total[kFragments][2] = {}, constant[kFragments][2] = {};
+
+  DEVICE Pass(const ForwardCall& arguments, const Place& place)
+      : arguments(arguments), call(arguments.call), place(place), mask(call, place.batch, place.head) {
+    UNROLL
+    for (int f = 0; f < kFragments; ++f) peak[f][0] = peak[f][1] = -infinity();
+  }
+
+  DEVICE uint64_t visible(int tile) const {
+    return visible_keys(call, place, place.column_base, tile * kColumns, place.columns);
+  }
+
+  // The first tile from `tile` on with a key that may be attended to.
+  DEVICE int next(int tile, int end) const {
+    if (call.visible == nullptr) return tile;
+    for (; tile < end; tile += 32) {
+      const uint32_t found = ballot(tile + lane() < end && visible(tile + lane()) != 0);
+      if (found != 0) return tile + lowest_bit(found);
+    }
+    return end;
+  }
+
+  DEVICE void left(uint32_t (&a)[kFragments][4], int step) const {
+    UNROLL
+    for (int f = 0; f < kFragments; ++f)
+      if constexpr (M::kRowsInRegisters) {
+        UNROLL
+        for (int w = 0; w < 4; ++w) a[f][w] = rows[step][f][w];
+      } else {
+        load_left<S>(a[f], memory.stage, f, step);
+      }
+  }
+
+  // Q, or for far tiles what stands for it.
+  template <bool near>
+  DEVICE void load_rows(int far_row) {
+    sync_warp();
+    load_own_rows<S>(memory.stage, call.query.x, call, place, own_rows<S>(place));
+    commit_copies();
+    wait_copies<0>();
+    sync_warp();
+    if (!near) shift_rows<T, S>(memory.stage, call, place, call.query, call.key, far_row);
+    UNROLL
+    for (int f = 0; f < kFragments; ++f) {
+      UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const char* row = memory.stage + (16 * f + 8 * half + lane() / 4) * S::kPitch;
+        constant[f][half] = near ? 0 : bits_float(load_shared_word(row + kHalf * S::kSize));
+      }
+      if constexpr (M::kRowsInRegisters) {
+        UNROLL
+        for (int step = 0; step < kSteps; ++step) load_left<S>(rows[step][f], memory.stage, f, step);
+      }
+    }
+    sync_warp();
+  }
+
+  template <bool near>
+  DEVICE void meet(int tile, const int end, int far_row) {
+    tile = next(tile, end);
+    if (tile >= end) return;
+    load_rows<near>(far_row);
+    uint64_t exists = visible(tile);
+    load_columns<S>(memory.keys, call.key.x, call, place, tile * kColumns, exists);
+    commit_copies();
+    bool follows = false;
+    while (tile < end) {
+      wait_copies<0>();
+      sync_block();  // K is there; nobody reads V or the band by columns any more
+      load_columns<S>(memory.values, call.value, call, place, tile * kColumns, exists);
+      commit_copies();
+      float scores[kFragments][kColumns / 8][4];
+      if (near) {
+        const bool c2p = call.query.score_table != nullptr, p2c = call.key.score_table != nullptr;
+        if (p2c) write_column_band<T, S>(memory.column_band, call, place, call.key, memory.keys, tile * kColumns, tile);
+        if (c2p)
+          write_row_band<T, S>(memory.row_band, call, place, call.query, tile * kColumns, follows,
+                               [&](uint32_t (&a)[kFragments][4], int step) { left(a, step); });
+        sync_block();  // the band by columns is complete
+        begin_scores<T, S>(scores, c2p ? memory.row_band : nullptr, p2c ? memory.column_band : nullptr, 0,
+                           1 / call.band_scale);
+      } else {
+        UNROLL
+        for (auto& fragment : scores)
+          UNROLL
+          for (auto& product : fragment)
+            UNROLL
+            for (float& score : product) score = 0;
+      }
+      UNROLL
+      for (int step = 0; step < kSteps; ++step) {
+        uint32_t a[kFragments][4];
+        left(a, step);
+        add_products<T, S>(scores, a, memory.keys, step);
+      }
+      const int following = next(tile + 1, end);
+      const uint64_t seen = exists;
+      wait_copies<0>();
+      sync_block();  // V is there; nobody reads K any more
+      if (following < end) {
+        exists = visible(following);
+        load_columns<S>(memory.keys, call.key.x, call, place, following * kColumns, exists);
+        commit_copies();
+      }
+      if (seen != ~uint64_t{0}) hide(scores, seen);
+      soften(scores, near ? 1 : 2, tile * kColumns);
+      UNROLL
+      for (int step = 0; step < kColumns / 16; ++step) {
+        uint32_t p[kFragments][4];
+        UNROLL
+        for (int f = 0; f < kFragments; ++f) as_left<T>(p[f], scores[f], step);
+        add_weighted<T, S>(sums, p, memory.values, 16 * step);
+      }
+      follows = following == tile + 1;
+      tile = following;
+    }
+  }
+
+  DEVICE void hide(float (&scores)[kFragments][kColumns / 8][4], uint64_t seen) const {
+    UNROLL
+    for (int n = 0; n < kColumns / 8; ++n)
+      UNROLL
+      for (int w = 0; w < 2; ++w) {
+        const bool there = seen >> (column_at(8 * n) + 8 * (lane() % 4) + w) & 1;
+        UNROLL
+        for (int f = 0; f < kFragments; ++f) {
+          scores[f][n][w] = there ? scores[f][n][w] : -infinity();
+          scores[f][n][2 + w] = there ? scores[f][n][2 + w] : -infinity();
+        }
+      }
+  }
+
+  // Scores become probabilities, those so far shrink to the new peak. All in base 2: Z = C (score x doubled + constant).
+  DEVICE void soften(float (&scores)[kFragments][kColumns / 8][4], float doubled, int first_key) {
+    const float unit = call.scale * static_cast<float>(kLog2e), slope = unit * doubled;
+    UNROLL
+    for (int f = 0; f < kFragments; ++f)
+      UNROLL
+      for (int half = 0; half < 2; ++half) {
+        float most = -infinity();
+        UNROLL
+        for (int n = 0; n < kColumns / 8; ++n)
+          most = maximum(most, maximum(scores[f][n][2 * half], scores[f][n][2 * half + 1]));
+        most = maximum(most, shuffle_xor(most, 1));
+        most = maximum(most, shuffle_xor(most, 2));
+        const float before = peak[f][half], shift = unit * constant[f][half];
+        const float now = maximum(before, fused_multiply_add(slope, most, shift));
+        peak[f][half] = now;
+        const float origin = now == -infinity() ? 0 : now;  // no key seen yet
+        const float shrink = exp2_fast(before - origin);
+        float sum = shrink * total[f][half];
+        UNROLL
+        for (int n = 0; n < kColumns / 8; ++n)
+          UNROLL
+          for (int w = 0; w < 2; ++w) {
+            float& score = scores[f][n][2 * half + w];
+            score = exp2_fast(fused_multiply_add(slope, score, shift - origin));
+            sum += score;
+          }
+        total[f][half] = sum;
+        UNROLL
+        for (int n = 0; n < S::kSize / 8; ++n) sums[f][n][2 * half] *= shrink, sums[f][n][2 * half + 1] *= shrink;
+        if (dropout) {
+          const int query = place.first_row + warp() * S::kWarpRows + 16 * f + 8 * half + lane() / 4;
+          UNROLL
+          for (int group = 0; group < kColumns / 32; ++group) {
+            const uint32_t keep = mask.keep_eight(query, first_key + 32 * group + 8 * (lane() % 4));
+            UNROLL
+            for (int k = 0; k < 8; ++k) {
+              float& probability = scores[f][4 * group + k / 2][2 * half + k % 2];
+              probability = keep >> k & 1 ? probability : 0;
+            }
+          }
+        }
+      }
+  }
+
+  DEVICE void finish() {
+    float factors[kFragments][2];
+    UNROLL
+    for (int f = 0; f < kFragments; ++f)
+      UNROLL
+      for (int half = 0; half < 2; ++half) {
+        float sum = total[f][half];
+        sum += shuffle_xor(sum, 1);
+        sum += shuffle_xor(sum, 2);
+        const bool none = peak[f][half] == -infinity() && !(sum > 0) && sum == 0;
+        factors[f][half] = none ? 0 : (dropout ? call.keep_scale : 1.0f) / sum;
+        const int row = place.first_row + warp() * S::kWarpRows + 16 * f + 8 * half + lane() / 4;
+        if (lane() % 4 == 0 && row < place.rows) {
+          const float lse = (peak[f][half] + log2_fast(sum)) * static_cast<float>(1 / kLog2e);
+          *statistic_address(arguments.lse, place, place.row_base + row) = none ? -infinity() : lse;
+        }
+      }
+    store_own_rows<T, S>(arguments.output, memory.stage, call, place, sums, factors);
+  }
+};
+
+template <class T, int size, bool dropout>
+KERNEL(ForwardShape<size>::kThreads, size <= 64 ? 2 : 1) forward_kernel(const ForwardCall arguments) {
+  using S = ForwardShape<size>;
+  const Side& rows = arguments.call.query;
+  const Place place = find_place(arguments.call, rows, arguments.call.key, S::kRows);
+  if (place.outside) return;
+  Pass<T, S, dropout> pass(arguments, place);
+  const Segments segments = find_segments<S>(rows, place);
+  pass.template meet<false>(0, segments.near_begin, rows.far_left);
+  pass.template meet<true>(segments.near_begin, segments.near_end, 0);
+  pass.template meet<false>(segments.near_end, segments.end, rows.far_right);
+  pass.finish();
+}
+
+template <class T, int size>
+const char* start(const ForwardCall& arguments, void* stream) {
+  using S = ForwardShape<size>;
+  const auto kernel = arguments.call.dropout ? &forward_kernel<T, size, true> : &forward_kernel<T, size, false>;
+  return launch(kernel, block_count(arguments.call, arguments.call.query, S::kRows), arguments.call.heads, S::kThreads,
+                Memory<S>::kBytes, stream, arguments);
+}
+
+}  // namespace
+
+int forward_shared_bytes(int padded_size) {
+  return at_size(padded_size, [](auto size) { return Memory<ForwardShape<size()>>::kBytes; });
+}
+
+const char* forward(const ForwardCall& arguments, void* stream) {
+  return at_size(padded_size(arguments.call.size), [&](auto size) {
+    if (arguments.call.element == Element::float16) return start<Float16, size()>(arguments, stream);
+    return start<Bfloat16, size()>(arguments, stream);
+  });
+}
+
+}  // namespace deberta_fast::cuda

@@ -1,0 +1,42 @@
+// A call as launches of the passes, and the device memory they need besides its tensors. No torch here.
+#pragma once
+
+#include "kernels.h"
+
+namespace deberta_fast::cuda {
+
+// What a caller knows: `call` but for tables by distance, far rows and bits of the mask, and what these are made from.
+struct Request {
+  Call call;
+  const int32_t* slots = nullptr;  // sigma over [-reach, reach], on the device
+  int reach = 0, first_slot = 0, table_rows = 0;
+  int far_past = 0, far_future = 0;  // sigma is constant for delta >= far_past and delta <= far_future,
+  int past_row = 0, future_row = 0;  // where it is this row
+  int query_offset = 0;
+  const uint8_t* mask = nullptr;  // of keys; strides in bytes
+  int64_t mask_batch = 0, mask_key = 0;
+};
+
+// Hands out device memory, 256 bytes aligned; without a base it only counts.
+class Workspace {
+ public:
+  explicit Workspace(char* base) : base_(base) {}
+  template <class T>
+  T* take(int64_t count) {
+    char* start = base_ == nullptr ? nullptr : base_ + bytes_;
+    bytes_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    return reinterpret_cast<T*>(start);
+  }
+  int64_t bytes() const { return bytes_; }
+  bool counts() const { return base_ == nullptr; }
+
+ private:
+  char* base_;
+  int64_t bytes_ = 0;
+};
+
+// Each runs the launches, or only counts where the workspace has no memory. The reason for a failure, or null.
+const char* run_forward(const Request& request, const Heads& output, const Statistic& lse, Workspace& workspace,
+                        void* stream);
+
+}  // namespace deberta_fast::cuda

@@ -1,0 +1,419 @@
+// The machine that runs kernels on the CPU: one block after the other, its threads as coroutines which go on in an
+// order that a seed decides. They stop only at collectives, where all lanes of a warp (all threads of a block) meet.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "coroutine.h"
+#include "races.h"
+#include "sites.h"
+
+namespace deberta_fast {
+namespace emulator {
+
+// To be set between launches.
+struct Options {
+  uint64_t seed = 1;             // of the order of blocks, warps and lanes
+  bool check_races = true;       // in shared memory
+  bool count_conflicts = false;  // of banks: conflict_table()
+  int skip_barrier = -1;         // this one of barrier_sites() does nothing
+};
+
+class Random {
+ public:
+  explicit Random(uint64_t seed = 1) : state_(seed * 0x9e3779b97f4a7c15u + 0x2545f4914f6cdd1du) {
+    if (state_ == 0) state_ = 1;
+    for (int i = 0; i < 8; i++) next();
+  }
+  uint32_t next() {
+    state_ ^= state_ << 13;
+    state_ ^= state_ >> 7;
+    state_ ^= state_ << 17;
+    return static_cast<uint32_t>(state_ * 0x2545f4914f6cdd1du >> 32);
+  }
+  uint32_t below(uint32_t n) { return static_cast<uint32_t>(static_cast<uint64_t>(next()) * n >> 32); }
+
+ private:
+  uint64_t state_;
+};
+
+// What the lanes of a warp bring to a collective, and take away.
+struct Operands {
+  const void* from[32];
+  void* to[32];
+  uint32_t x[32], y[32];
+  uint32_t result[32];
+};
+
+class Machine {
+ public:
+  Options options;
+  Sites sites;  // of accesses to shared memory, while conflicts are counted
+  Sites barriers;
+  std::vector<Traffic> traffic;
+
+  using Call = void (*)(const void* kernel, const void* arguments);
+
+  // The first error, or null.
+  const char* run(Call call, const void* kernel, const void* arguments, int64_t blocks_x, int64_t blocks_y, int threads,
+                  int shared_bytes) {
+    std::lock_guard<std::mutex> one_at_a_time(mutex_);
+    if (blocks_x == 0 || blocks_y == 0) return nullptr;
+    if (blocks_x < 0 || blocks_x > 0x7fffffff || blocks_y < 0 || blocks_y > 65535) return "invalid number of blocks";
+    if (threads <= 0 || threads > 1024 || threads % 32 != 0) return "invalid number of threads";
+    if (shared_bytes < 0 || shared_bytes > kSharedLimit) return "invalid size of shared memory";
+    call_ = call;
+    kernel_ = kernel;
+    arguments_ = arguments;
+    shared_bytes_ = shared_bytes;
+    threads_ = threads;
+    random_ = Random(options.seed);
+    stacks_.reserve(threads);
+    if (static_cast<int>(lanes_.size()) < threads) lanes_ = std::vector<Lane>(threads);
+    warps_.resize(threads / 32);
+    failed_ = false;
+    std::vector<int64_t> order(blocks_x * blocks_y);
+    for (size_t i = 0; i < order.size(); i++) {
+      order[i] = static_cast<int64_t>(i);
+      std::swap(order[i], order[random_.below(static_cast<uint32_t>(i + 1))]);
+    }
+    for (int64_t block : order) {
+      run_block(static_cast<int>(block % blocks_x), static_cast<int>(block / blocks_x));
+      if (failed_) return error_.c_str();
+    }
+    return nullptr;
+  }
+
+  int block_x() const { return block_x_; }
+  int block_y() const { return block_y_; }
+  int thread() const { return current_; }
+  char* shared() const { return shared_; }
+
+  // Ends the launch: does not come back. So nothing on the stack is destroyed, and strings must be freed before.
+  void fail(std::string message) {
+    if (!failed_) error_.swap(message);
+    std::string().swap(message);
+    failed_ = true;
+    switch_coroutine(lanes_[current_].coroutine, host_, true);
+    std::abort();
+  }
+  void fail(Kind kind, Site site, std::string what) {
+    std::string message = where(kind, site) + what;
+    std::string().swap(what);
+    fail(std::move(message));
+  }
+
+  // ---- Collectives.
+
+  // The current lane meets the others of its warp: `bring` leaves its operands, the last to come runs `work` for all.
+  template <class Bring, class Work>
+  Operands& meet(Kind kind, Site site, Bring bring, Work work) {
+    Warp& warp = warps_[current_ / 32];
+    arrive(warp, kind, site);
+    bring(warp.operands, current_ % 32);
+    if (++warp.arrived < 32) {
+      go_on_with(warp);
+    } else {
+      work(warp.operands);
+      leave(warp);
+      go_on_with(choose());
+    }
+    return warp.operands;
+  }
+
+  void sync_warp(Site site) {
+    if (barriers.number(Kind::sync_warp, site) == options.skip_barrier) return;
+    meet(Kind::sync_warp, site, [](Operands&, int) {}, [&](Operands&) { races_.warp_barrier(current_ / 32); });
+  }
+
+  void sync_block(Site site) {
+    if (barriers.number(Kind::sync_block, site) == options.skip_barrier) return;
+    Warp& warp = warps_[current_ / 32];
+    arrive(warp, Kind::sync_block, site);
+    if (++warp.arrived < 32) return go_on_with(warp);
+    for (const Warp& other : warps_) {
+      if (other.finished > 0) fail(Kind::sync_block, site, "other threads have ended");
+      if (other.blocked && !(other.site == site)) {
+        fail(Kind::sync_block, site, others("other threads wait", other));
+      }
+    }
+    leave(warp);
+    warp.blocked = true;
+    if (++blocked_ == static_cast<int>(warps_.size())) {
+      for (Warp& other : warps_) other.blocked = false;
+      blocked_ = 0;
+      races_.block_barrier();
+    }
+    go_on_with(choose());
+  }
+
+  // ---- Shared memory.
+
+  // Every access of the current thread comes here before it is made.
+  void reads(Kind kind, Site site, const void* from, int bytes) {
+    const int offset = check(kind, site, from, bytes);
+    if (!options.check_races) return;
+    std::string conflict = races_.read(offset, bytes, current_, site.line);
+    if (!conflict.empty()) race(kind, site, offset, std::move(conflict));
+  }
+  void writes(Kind kind, Site site, const void* to, int bytes, Races::Write write = Races::Write::plain) {
+    const int offset = check(kind, site, to, bytes);
+    if (!options.check_races) return;
+    std::string conflict = races_.write(offset, bytes, current_, site.line, write);
+    if (!conflict.empty()) race(kind, site, offset, std::move(conflict));
+  }
+
+  void copy_async(void* to, const void* from, bool valid, Site site) {
+    if (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0) fail(Kind::copy_async, site, "source not aligned to 16");
+    writes(Kind::copy_async, site, to, 16, Races::Write::issues);
+    std::memset(to, 0xff, 16);
+    lanes_[current_].copies.push_back({to, from, valid, site});
+  }
+
+  void commit_copies() {
+    Lane& lane = lanes_[current_];
+    lane.groups.push_back(lane.copies.size());
+  }
+
+  void wait_copies(int pending) {
+    Lane& lane = lanes_[current_];
+    const size_t keep = std::min<size_t>(pending, lane.groups.size());
+    const size_t groups = lane.groups.size() - keep;
+    if (groups == 0) return;
+    const size_t copies = lane.groups[groups - 1];
+    for (size_t i = 0; i < copies; i++) {
+      const Copy& copy = lane.copies[i];
+      if (options.check_races) {
+        const int offset = static_cast<int>(static_cast<char*>(copy.to) - shared_);
+        std::string conflict = races_.write(offset, 16, current_, copy.site.line, Races::Write::lands);
+        if (!conflict.empty()) race(Kind::wait_copies, copy.site, offset, std::move(conflict));
+      }
+      if (copy.valid) {
+        std::memcpy(copy.to, copy.from, 16);
+      } else {
+        std::memset(copy.to, 0, 16);
+      }
+    }
+    lane.copies.erase(lane.copies.begin(), lane.copies.begin() + copies);
+    lane.groups.erase(lane.groups.begin(), lane.groups.begin() + groups);
+    for (size_t& end : lane.groups) end -= copies;
+  }
+
+  static constexpr int kSharedLimit = 232448;
+
+ private:
+  struct Copy {
+    void* to;
+    const void* from;
+    bool valid;
+    Site site;
+  };
+
+  struct Lane {
+    Coroutine coroutine;
+    std::vector<Copy> copies;    // not landed yet
+    std::vector<size_t> groups;  // where the closed ones end among them
+  };
+
+  struct Warp {
+    int first = 0;      // thread
+    uint8_t order[32];  // in which the lanes go on
+    int next = 0;       // of those
+    int arrived = 0;    // lanes at the collective below
+    Kind kind = Kind::sync_block;
+    Site site = {0, ""};
+    int finished = 0;      // lanes
+    bool blocked = false;  // all at a barrier of the block
+    Operands operands;
+    WarpTraffic traffic;
+  };
+
+  std::string where(Kind kind, Site site) const {
+    return std::string(name(kind)) + " at " + site.text() + ", block (" + std::to_string(block_x_) + ", " +
+           std::to_string(block_y_) + "), thread " + std::to_string(current_) + ": ";
+  }
+
+  static std::string others(const char* what, const Warp& warp) {
+    return std::string(what) + " in " + name(warp.kind) + " at " + warp.site.text();
+  }
+
+  // Out of line, so that an access stays short.
+  __attribute__((noinline)) void race(Kind kind, Site site, int offset, std::string conflict) {
+    conflict.insert(0, "byte " + std::to_string(offset) + " of shared memory: race with ");
+    fail(kind, site, std::move(conflict));
+  }
+
+  __attribute__((noinline)) void fail_access(Kind kind, Site site, int64_t offset, int bytes, const char* what) {
+    fail(kind, site,
+         std::to_string(bytes) + " bytes at byte " + std::to_string(offset) + " of " + std::to_string(shared_bytes_) +
+             " of shared memory: " + what);
+  }
+
+  int check(Kind kind, Site site, const void* at, int bytes) {
+    const int64_t offset = static_cast<int64_t>(reinterpret_cast<uintptr_t>(at)) -
+                           static_cast<int64_t>(reinterpret_cast<uintptr_t>(shared_));
+    if (offset < 0 || offset + bytes > shared_bytes_) fail_access(kind, site, offset, bytes, "out of bounds");
+    if (offset % bytes != 0) fail_access(kind, site, offset, bytes, "not aligned");
+    if (options.count_conflicts) {
+      warps_[current_ / 32].traffic.add(sites.number(kind, site), current_ % 32, static_cast<uint32_t>(offset));
+    }
+    return static_cast<int>(offset);
+  }
+
+  void arrive(Warp& warp, Kind kind, Site site) {
+    if (warp.finished > 0) fail(kind, site, "other lanes of the warp have ended");
+    if (warp.arrived == 0) {
+      warp.kind = kind;
+      warp.site = site;
+    } else if (warp.kind != kind || !(warp.site == site)) {
+      fail(kind, site, others("other lanes of the warp wait", warp));
+    }
+  }
+
+  // The meeting is over: all lanes of the warp may go on.
+  void leave(Warp& warp) {
+    warp.arrived = 0;
+    warp.next = 0;
+    for (int i = 31; i > 0; i--) std::swap(warp.order[i], warp.order[random_.below(i + 1)]);
+    if (options.count_conflicts) warp.traffic.flush(sites, traffic);
+  }
+
+  void go_on_with(Warp& warp) {
+    const int from = current_;
+    current_ = warp.first + warp.order[warp.next++];
+    if (current_ != from) switch_coroutine(lanes_[from].coroutine, lanes_[current_].coroutine);
+  }
+
+  // A warp to go on: often the same again, so that others fall far behind.
+  Warp& choose() {
+    Warp& warp = warps_[current_ / 32];
+    if (!warp.blocked && warp.finished < 32 && random_.below(16) < stay_) return warp;
+    int candidates[32];
+    int n = 0;
+    for (const Warp& other : warps_) {
+      if (!other.blocked && other.finished < 32) candidates[n++] = other.first / 32;
+    }
+    return warps_[candidates[random_.below(n)]];
+  }
+
+  static void enter();
+
+  // The current thread has returned from the kernel.
+  void finish() {
+    const int from = current_;
+    Warp& warp = warps_[from / 32];
+    if (Stacks::overflowed(lanes_[from].coroutine)) fail("stack overflow");
+    if (warp.arrived > 0) fail(warp.kind, warp.site, "this thread ends while other lanes of the warp wait");
+    if (blocked_ > 0) {
+      for (const Warp& other : warps_) {
+        if (other.blocked) fail(Kind::sync_block, other.site, "this thread ends while others of the block wait");
+      }
+    }
+    Coroutine* to = &host_;
+    finished_++;
+    if (++warp.finished < 32) {
+      current_ = warp.first + warp.order[warp.next++];
+      to = &lanes_[current_].coroutine;
+    } else {
+      if (options.count_conflicts) warp.traffic.flush(sites, traffic);
+      if (finished_ < threads_) {
+        Warp& other = choose();
+        current_ = other.first + other.order[other.next++];
+        to = &lanes_[current_].coroutine;
+      }
+    }
+    switch_coroutine(lanes_[from].coroutine, *to, true);
+    std::abort();
+  }
+
+  void run_block(int x, int y) {
+    block_x_ = x;
+    block_y_ = y;
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 16, shared_bytes_) != 0) std::abort();
+    shared_ = static_cast<char*>(memory);
+    if (shared_bytes_ > 0) std::memset(shared_, 0xff, shared_bytes_);
+    const uint32_t stays[] = {0, 8, 15};
+    stay_ = stays[random_.below(3)];
+    finished_ = blocked_ = 0;
+    races_.start(shared_bytes_, static_cast<int>(warps_.size()));
+    for (int i = 0; i < threads_; i++) {
+      stacks_.prepare(lanes_[i].coroutine, i, enter, dirty_);
+      lanes_[i].copies.clear();
+      lanes_[i].groups.clear();
+    }
+    dirty_ = false;
+    for (size_t i = 0; i < warps_.size(); i++) {
+      Warp& warp = warps_[i];
+      warp.first = static_cast<int>(i) * 32;
+      warp.finished = 0;
+      warp.blocked = false;
+      warp.traffic = WarpTraffic();
+      for (int j = 0; j < 32; j++) warp.order[j] = static_cast<uint8_t>(j);
+      leave(warp);
+    }
+    current_ = static_cast<int>(random_.below(static_cast<uint32_t>(warps_.size()))) * 32;
+    Warp& first = warps_[current_ / 32];
+    current_ = first.first + first.order[first.next++];
+    from_host_ = true;
+    switch_coroutine(host_, lanes_[current_].coroutine);
+    dirty_ = failed_;
+    std::free(memory);
+    shared_ = nullptr;
+  }
+
+  std::mutex mutex_;
+  Call call_ = nullptr;
+  const void* kernel_ = nullptr;
+  const void* arguments_ = nullptr;
+  int shared_bytes_ = 0, threads_ = 0;
+  int block_x_ = 0, block_y_ = 0;
+  int current_ = 0;    // thread
+  int finished_ = 0;   // threads
+  int blocked_ = 0;    // warps
+  uint32_t stay_ = 0;  // in 16 times, with the same warp
+  char* shared_ = nullptr;
+  Random random_;
+  Races races_;
+  Stacks stacks_;
+  Coroutine host_;
+  std::vector<Lane> lanes_;
+  std::vector<Warp> warps_;
+  bool from_host_ = false;
+  bool failed_ = false, dirty_ = false;
+  std::string error_;
+};
+
+// Never freed: reached without the check that a static of a function would need each time.
+inline Machine* const the_machine = new Machine;
+
+inline void Machine::enter() {
+  Machine& machine = *the_machine;
+  entered_coroutine(machine.from_host_ ? &machine.host_ : nullptr);
+  machine.from_host_ = false;
+  machine.call_(machine.kernel_, machine.arguments_);
+  machine.finish();
+}
+
+inline Options& options() { return the_machine->options; }
+// Barriers in the source of the kernels that have run: skip_barrier is less than this.
+inline int barrier_sites() { return the_machine->barriers.size(); }
+inline std::string barrier_site(int i) {
+  return std::string(name(the_machine->barriers.kind(i))) + " at " + the_machine->barriers.site(i).text();
+}
+// Bank conflicts since they were last cleared.
+inline const std::vector<Traffic>& conflicts() { return the_machine->traffic; }
+inline std::string conflict_table() { return table(the_machine->traffic); }
+inline void clear_conflicts() {
+  for (Traffic& t : the_machine->traffic) t.requests = t.wavefronts = t.ideal = 0;
+}
+
+}  // namespace emulator
+}  // namespace deberta_fast

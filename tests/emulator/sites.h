@@ -1,0 +1,183 @@
+// Places in the source of a kernel, and what is asked of shared memory there: bank conflicts.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <vector>
+
+namespace deberta_fast {
+namespace emulator {
+
+struct Site {
+  int line;
+  const char* file;
+
+  static constexpr Site here(int line = __builtin_LINE(), const char* file = __builtin_FILE()) { return {line, file}; }
+
+  bool operator==(const Site& other) const {
+    return line == other.line && (file == other.file || std::strcmp(file, other.file) == 0);
+  }
+
+  std::string text() const {
+    const char* slash = std::strrchr(file, '/');
+    return std::string(slash ? slash + 1 : file) + ":" + std::to_string(line);
+  }
+};
+
+enum class Kind {
+  sync_block,
+  sync_warp,
+  shuffle_xor,
+  ballot,
+  multiply_add,
+  load_matrices,
+  load_matrices_transposed,
+  load_shared,
+  store_shared,
+  load_shared_word,
+  store_shared_word,
+  store_shared_half,
+  copy_async,
+  wait_copies,
+};
+
+inline const char* name(Kind kind) {
+  static const char* const names[] = {"sync_block",
+                                      "sync_warp",
+                                      "shuffle_xor",
+                                      "ballot",
+                                      "multiply_add",
+                                      "load_matrices",
+                                      "load_matrices_transposed",
+                                      "load_shared",
+                                      "store_shared",
+                                      "load_shared_word",
+                                      "store_shared_word",
+                                      "store_shared_half",
+                                      "copy_async",
+                                      "wait_copies"};
+  return names[static_cast<int>(kind)];
+}
+
+// Sites by number, in the order in which they were met first.
+class Sites {
+ public:
+  int number(Kind kind, Site site) {
+    const uintptr_t file = reinterpret_cast<uintptr_t>(site.file);
+    Slot& slot = recent_[(site.line * 29u + static_cast<unsigned>(kind) * 7u + (file >> 3)) % kSlots];
+    if (slot.number >= 0 && slot.kind == kind && slot.site.line == site.line && slot.site.file == site.file) {
+      return slot.number;
+    }
+    int i = 0;
+    while (i < size() && !(all_[i].kind == kind && all_[i].site == site)) i++;
+    if (i == size()) all_.push_back({kind, site, i});
+    slot = {kind, site, i};
+    return i;
+  }
+
+  int size() const { return static_cast<int>(all_.size()); }
+  Site site(int i) const { return all_[i].site; }
+  Kind kind(int i) const { return all_[i].kind; }
+
+ private:
+  struct Slot {
+    Kind kind = Kind::sync_block;
+    Site site = {0, nullptr};
+    int number = -1;
+  };
+  static constexpr int kSlots = 256;
+  Slot recent_[kSlots];
+  std::vector<Slot> all_;
+};
+
+// What shared memory was asked for at one site: requests are those of a warp; a wavefront serves each of the 32 banks
+// once; ideal are the wavefronts without a conflict.
+struct Traffic {
+  Kind kind;
+  Site site;
+  int64_t requests = 0, wavefronts = 0, ideal = 0;
+};
+
+// The accesses of one warp since its lanes last met: the k-th of a lane at a site belongs with the k-th of the others
+// there. Meetings end that, so that a lane which skipped one is out of step no longer than to the next of them.
+class WarpTraffic {
+ public:
+  void add(int site, int lane, uint32_t offset) {
+    if (site >= static_cast<int>(open_.size())) open_.resize(site + 1);
+    Open& open = open_[site];
+    if (open.requests.empty()) touched_.push_back(site);
+    const size_t k = open.seen[lane]++;
+    if (k >= open.requests.size()) open.requests.resize(k + 1);
+    open.requests[k].lanes |= 1u << lane;
+    open.requests[k].offset[lane] = offset;
+  }
+
+  void flush(const Sites& sites, std::vector<Traffic>& traffic) {
+    for (int i : touched_) {
+      while (static_cast<int>(traffic.size()) <= i) {
+        const int site = static_cast<int>(traffic.size());
+        traffic.push_back({sites.kind(site), sites.site(site)});
+      }
+      for (const Request& request : open_[i].requests) count(request, traffic[i]);
+      open_[i].requests.clear();
+      std::memset(open_[i].seen, 0, sizeof(open_[i].seen));
+    }
+    touched_.clear();
+  }
+
+ private:
+  struct Request {
+    uint32_t lanes = 0;
+    uint32_t offset[32];
+  };
+  struct Open {
+    uint32_t seen[32] = {};
+    std::vector<Request> requests;
+  };
+
+  static void count(const Request& request, Traffic& traffic) {
+    // 16 bytes a lane are served by eight lanes at a time.
+    const bool narrow = traffic.kind == Kind::load_shared_word || traffic.kind == Kind::store_shared_word ||
+                        traffic.kind == Kind::store_shared_half;
+    const int lanes = narrow ? 32 : 8, words = narrow ? 1 : 4;
+    traffic.requests++;
+    for (int first = 0; first < 32; first += lanes) {
+      uint32_t touched[32];
+      int n = 0;
+      for (int i = first; i < first + lanes; i++) {
+        for (int j = 0; j < words && (request.lanes >> i & 1); j++) touched[n++] = request.offset[i] / 4 + j;
+      }
+      if (n == 0) continue;
+      std::sort(touched, touched + n);
+      n = static_cast<int>(std::unique(touched, touched + n) - touched);
+      int banks[32] = {};
+      for (int i = 0; i < n; i++) banks[touched[i] % 32]++;
+      traffic.wavefronts += *std::max_element(banks, banks + 32);
+      traffic.ideal++;
+    }
+  }
+
+  std::vector<Open> open_;
+  std::vector<int> touched_;
+};
+
+inline std::string table(const std::vector<Traffic>& traffic) {
+  std::string text;
+  char line[256];
+  std::snprintf(line, sizeof(line), "%-28s %-26s %10s %10s %10s\n", "site", "kind", "requests", "wavefronts", "ideal");
+  text += line;
+  for (const Traffic& t : traffic) {
+    if (t.requests == 0) continue;
+    std::snprintf(line, sizeof(line), "%-28s %-26s %10lld %10lld %10lld\n", t.site.text().c_str(), name(t.kind),
+                  static_cast<long long>(t.requests), static_cast<long long>(t.wavefronts),
+                  static_cast<long long>(t.ideal));
+    text += line;
+  }
+  return text;
+}
+
+}  // namespace emulator
+}  // namespace deberta_fast
