@@ -54,13 +54,14 @@ DEVICE void as_pairs(uint32_t (&pairs)[4], const float (&products)[4][4], int ha
 template <class T, class S, int fragments, class Left>
 DEVICE void add_table_scores(float (&sums)[fragments][4][4], const char* block, Left left) {
   constexpr int reads = S::kSize / 32;
+  const char* from = block + 16 * lane();
   UNROLL
   for (int read = 0; read < reads; ++read) {
     uint32_t a[2][fragments][4];
     left(a[0], 2 * read), left(a[1], 2 * read + 1);
     UNROLL
     for (int k = 0; k < 4; ++k) {
-      const Words b = load_global(block + 16 * ((k * reads + read) * 32 + lane()));
+      const Words b = load_global(from + 512 * (k * reads + read));
       UNROLL
       for (int f = 0; f < fragments; ++f) {
         multiply_add<T>(sums[f][k], a[0][f], b.x[0], b.x[1]);
@@ -79,11 +80,11 @@ DEVICE void add_table_gradients(float (&sums)[S::kFragments][S::kSize / 8][4], c
   for (int step = 0; step < 2; ++step)
     UNROLL
     for (int f = 0; f < S::kFragments; ++f)
-      load_matrices(a[step][f], band + kHalf * ((16 * f + lane() % 16) * kRowBandPitch + columns + 16 * step +
-                                                8 * (lane() / 16)));
+      load_matrices(a[step][f], band + (16 * f + lane() % 16) * S::kRowBandPitch + kHalf * (columns + 16 * step + 8 * (lane() / 16)));
+  const char* from = block + 16 * lane();
   UNROLL
   for (int n = 0; n < S::kSize / 8; ++n) {
-    const Words b = load_global(block + 16 * (n * 32 + lane()));
+    const Words b = load_global(from + 512 * n);
     UNROLL
     for (int f = 0; f < S::kFragments; ++f) {
       multiply_add<T>(sums[f][n], a[0][f], b.x[0], b.x[1]);
@@ -92,47 +93,48 @@ DEVICE void add_table_gradients(float (&sums)[S::kFragments][S::kSize / 8][4], c
   }
 }
 
-// Block of 32 distances of a head's table, `first` being the first of them, a multiple of 32 from the table's.
-DEVICE const char* table_block(const char* table, const Side& side, const Place& place, int first, int block_bytes) {
-  const int block = (first - side.first_distance) / kDistances;
-  return table + (int64_t{place.head} * side.blocks + block) * block_bytes;
+// The block of a head's table that begins with this distance, 32 times a whole number.
+template <class S>
+DEVICE const char* table_block(const char* table, const Side& side, const Place& place, int distance) {
+  constexpr int bytes = kHalf * S::kSize;
+  return table + (int64_t{place.head} * side.blocks * kDistances + (distance - side.first_distance)) * bytes;
 }
 
 // The band by rows of a warp, and the tile's column where it begins. Tiles that follow one another keep what they share.
 template <class T, class S, class Left>
 DEVICE void write_row_band(char* band, const Call& call, const Place& place, const Side& rows, int first_column,
                            bool follows, Left left) {
-  constexpr int block_bytes = kHalf * kDistances * S::kSize;
   const int before = warp() * S::kWarpRows % kDistances;  // rows of a group of 32 that the warp before owns
   const int first = first_column - place.first_row - (warp() * S::kWarpRows - before);
-  const EightHalves to(band, row_band(lane() / 4, before + 8 * (lane() % 4)));
+  const EightHalves to(band, row_band(lane() / 4, before + 8 * (lane() % 4), S::kColumns));
+  const char* table = table_block<S>(rows.score_table, rows, place, first);
   const auto write = [&](int distance) {
     float sums[S::kFragments][4][4] = {};
-    add_table_scores<T, S>(sums, table_block(rows.score_table, rows, place, first + distance, block_bytes), left);
+    add_table_scores<T, S>(sums, table + distance * kHalf * S::kSize, left);
     UNROLL
     for (int f = 0; f < S::kFragments; ++f)
       UNROLL
       for (int half = 0; half < 2; ++half) {
         uint32_t pairs[4];
         as_pairs<T>(pairs, sums[f], half, call.band_scale);
-        to.store(kHalf * row_band(16 * f + 8 * half, distance), pairs);
+        to.store(kHalf * row_band(16 * f + 8 * half, distance, S::kColumns), pairs);
       }
   };
   if (follows) {
     Words overhang[S::kWarpRows / 8];
     const auto cell = [&](int i, int column) {
-      return band + kHalf * ((8 * i + lane() / 4) * kRowBandPitch + column + 8 * (lane() % 4));
+      return band + (8 * i + lane() / 4) * S::kRowBandPitch + kHalf * (column + 8 * (lane() % 4));
     };
     UNROLL
-    for (int i = 0; i < S::kWarpRows / 8; ++i) overhang[i] = load_shared(cell(i, kColumns));
+    for (int i = 0; i < S::kWarpRows / 8; ++i) overhang[i] = load_shared(cell(i, S::kColumns));
     UNROLL
     for (int i = 0; i < S::kWarpRows / 8; ++i) store_shared(cell(i, 0), overhang[i]);
   } else {
     write(-kDistances);
   }
   sync_warp();
-  write(0);
-  write(kDistances);
+  UNROLL
+  for (int distance = 0; distance < S::kColumns; distance += kDistances) write(distance);
   sync_warp();
 }
 
@@ -140,52 +142,64 @@ DEVICE void write_row_band(char* band, const Call& call, const Place& place, con
 template <class T, class S>
 DEVICE void write_column_band(char* band, const Call& call, const Place& place, const Side& columns,
                               const char* column_tile, int first_column, int turn) {
-  constexpr int block_bytes = kHalf * kDistances * S::kSize;
-  constexpr int blocks = S::kRows / kDistances + 1, groups = kColumns / 32;
-  for (int item = (warp() + turn) % S::kWarps; item < groups * blocks; item += S::kWarps) {
-    const int group = item % groups, distance = kDistances * (item / groups - 1);
-    const char* tile = column_tile + 32 * group * S::kPitch;
+  constexpr int blocks = S::kRows / kDistances + 1, groups = S::kColumns / 32;
+  static_assert(S::kWarps % groups == 0, "a warp keeps to its group of columns");
+  const int first = (warp() + turn) % S::kWarps, group = first % groups;
+  const char* tile = column_tile + 32 * group * S::kPitch;
+  // Here the columns are rows, and distances row minus column.
+  const char* table = table_block<S>(columns.score_table, columns, place, place.first_row - first_column - 32 * group);
+  const EightHalves to(band, column_band(32 * group + lane() / 4, 8 * (lane() % 4), S::kRows));
+  for (int item = first / groups; item < blocks; item += S::kWarps / groups) {
+    const int distance = kDistances * (item - 1);
     float sums[2][4][4] = {};
-    // Here the columns are rows, and distances row minus column.
-    const int first = place.first_row - first_column - 32 * group + distance;
-    add_table_scores<T, S>(sums, table_block(columns.score_table, columns, place, first, block_bytes),
-                           [&](uint32_t (&a)[2][4], int step) {
-                             load_left<S>(a[0], tile, 0, step), load_left<S>(a[1], tile, 1, step);
-                           });
-    const EightHalves to(band, column_band(32 * group + lane() / 4, distance + 8 * (lane() % 4), S::kRows));
+    add_table_scores<T, S>(sums, table + distance * kHalf * S::kSize, [&](uint32_t (&a)[2][4], int step) {
+      load_left<S>(a[0], tile, 0, step), load_left<S>(a[1], tile, 1, step);
+    });
     UNROLL
     for (int f = 0; f < 2; ++f)
       UNROLL
       for (int half = 0; half < 2; ++half) {
         uint32_t pairs[4];
         as_pairs<T>(pairs, sums[f], half, call.band_scale);
-        to.store(kHalf * (column_band(16 * f + 8 * half, 0, S::kRows) - column_band(0, 0, S::kRows)), pairs);
+        const int cell = column_band(16 * f + 8 * half, 0, S::kRows) - column_band(0, 0, S::kRows);
+        to.store(kHalf * (cell + distance), pairs);
       }
   }
 }
 
-// Scores of `products` times eight columns begin as the sum of what the bands hold; null where a term is absent.
-template <class T, class S, int products>
-DEVICE void begin_scores(float (&scores)[S::kFragments][products][4], const char* row_band, const char* column_band,
-                         int first_position, float unscale) {
+// A band of a term that is absent: zeros, once.
+template <class S>
+DEVICE void clear_row_band(char* band) {
+  sync_warp();
+  for (int i = lane(); i < S::kWarpRows * S::kRowBandPitch / 16; i += 32) store_shared(band + 16 * i, {});
+  sync_warp();
+}
+
+template <class S>
+DEVICE void clear_column_band(char* band) {
+  for (int i = thread(); i < S::kColumnBandBytes / 16; i += S::kThreads) store_shared(band + 16 * i, {});
+}
+
+// Scores begin as the sum of what the bands hold.
+template <class T, class S>
+DEVICE void begin_scores(float (&scores)[S::kFragments][S::kColumns / 8][4], const char* row_band,
+                         const char* column_band, float unscale) {
+  const char* by_row_from = row_band + lane() / 4 * S::kRowBandPitch + 16 * (lane() % 4);
+  const char* by_column_from = column_band + (lane() / 16 * 8 + lane() % 8) * S::kColumnPitch +
+                               kHalf * (32 + warp() * S::kWarpRows + 8 * (lane() / 8 % 2));
   UNROLL
   for (int f = 0; f < S::kFragments; ++f)
     UNROLL
-    for (int group = 0; group < products / 4; ++group) {
-      Words by_row[2] = {};
-      if (row_band != nullptr)
-        UNROLL
-        for (int half = 0; half < 2; ++half)
-          by_row[half] = load_shared(row_band + kHalf * ((16 * f + 8 * half + lane() / 4) * kRowBandPitch +
-                                                         first_position + 32 * group + 8 * (lane() % 4)));
+    for (int group = 0; group < S::kColumns / 32; ++group) {
+      Words by_row[2];
+      UNROLL
+      for (int half = 0; half < 2; ++half)
+        by_row[half] = load_shared(by_row_from + (16 * f + 8 * half) * S::kRowBandPitch + kHalf * 32 * group);
       UNROLL
       for (int k = 0; k < 4; k += 2) {
-        uint32_t by_column[4] = {};
-        if (column_band != nullptr) {
-          const int position = first_position + 32 * group + 8 * (k + lane() / 16) + lane() % 8;
-          const int row = 32 + warp() * S::kWarpRows + 16 * f + 8 * (lane() / 8 % 2);
-          load_matrices_transposed(by_column, column_band + position * S::kColumnPitch + kHalf * row);
-        }
+        uint32_t by_column[4];
+        load_matrices_transposed(by_column,
+                                 by_column_from + (32 * group + 8 * k) * S::kColumnPitch + kHalf * 16 * f);
         UNROLL
         for (int w = 0; w < 4; ++w) {
           const uint32_t pair = add_pairs<T>(by_row[w % 2].x[k + w / 2], by_column[w]);

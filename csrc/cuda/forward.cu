@@ -11,7 +11,7 @@ namespace deberta_fast::cuda {
 namespace {
 
 template <int size>
-using ForwardShape = Shape<size, (size <= 64 ? 2 : 1), (size <= 64 ? 4 : 8)>;
+using ForwardShape = Shape<size, (size <= 64 ? 2 : 1), (size <= 64 ? 4 : 8), 64>;
 
 // What lies where in shared memory: K, V, then the bands. A warp's rows of Q pass through a stage, which shares its place
 // with that warp's band where there is room: the registers hold Q then.
@@ -52,7 +52,7 @@ struct Pass {
   }
 
   DEVICE uint64_t visible(int tile) const {
-    return visible_keys(call, place, place.column_base, tile * kColumns, place.columns);
+    return visible_keys(call, place, place.column_base, tile * S::kColumns, place.columns, S::kColumns);
   }
 
   // The first tile from `tile` on with a key that may be attended to.
@@ -106,24 +106,25 @@ struct Pass {
     if (tile >= end) return;
     load_rows<near>(far_row);
     uint64_t exists = visible(tile);
-    load_columns<S>(memory.keys, call.key.x, call, place, tile * kColumns, exists);
+    load_columns<S>(memory.keys, call.key.x, call, place, tile * S::kColumns, exists);
     commit_copies();
+    const bool c2p = call.query.score_table != nullptr, p2c = call.key.score_table != nullptr;
+    if (near && !c2p) clear_row_band<S>(memory.row_band);
+    if (near && !p2c) clear_column_band<S>(memory.column_band);
     bool follows = false;
     while (tile < end) {
       wait_copies<0>();
       sync_block();  // K is there; nobody reads V or the band by columns any more
-      load_columns<S>(memory.values, call.value, call, place, tile * kColumns, exists);
+      load_columns<S>(memory.values, call.value, call, place, tile * S::kColumns, exists);
       commit_copies();
-      float scores[kFragments][kColumns / 8][4];
+      float scores[kFragments][S::kColumns / 8][4];
       if (near) {
-        const bool c2p = call.query.score_table != nullptr, p2c = call.key.score_table != nullptr;
-        if (p2c) write_column_band<T, S>(memory.column_band, call, place, call.key, memory.keys, tile * kColumns, tile);
+        if (p2c) write_column_band<T, S>(memory.column_band, call, place, call.key, memory.keys, tile * S::kColumns, tile);
         if (c2p)
-          write_row_band<T, S>(memory.row_band, call, place, call.query, tile * kColumns, follows,
+          write_row_band<T, S>(memory.row_band, call, place, call.query, tile * S::kColumns, follows,
                                [&](uint32_t (&a)[kFragments][4], int step) { left(a, step); });
         sync_block();  // the band by columns is complete
-        begin_scores<T, S>(scores, c2p ? memory.row_band : nullptr, p2c ? memory.column_band : nullptr, 0,
-                           1 / call.band_scale);
+        begin_scores<T, S>(scores, memory.row_band, memory.column_band, 1 / call.band_scale);
       } else {
         UNROLL
         for (auto& fragment : scores)
@@ -144,13 +145,13 @@ struct Pass {
       sync_block();  // V is there; nobody reads K any more
       if (following < end) {
         exists = visible(following);
-        load_columns<S>(memory.keys, call.key.x, call, place, following * kColumns, exists);
+        load_columns<S>(memory.keys, call.key.x, call, place, following * S::kColumns, exists);
         commit_copies();
       }
-      if (seen != ~uint64_t{0}) hide(scores, seen);
-      soften(scores, near ? 1 : 2, tile * kColumns);
+      if (seen != first_bits(S::kColumns)) hide(scores, seen);
+      soften(scores, near ? 1 : 2, tile * S::kColumns);
       UNROLL
-      for (int step = 0; step < kColumns / 16; ++step) {
+      for (int step = 0; step < S::kColumns / 16; ++step) {
         uint32_t p[kFragments][4];
         UNROLL
         for (int f = 0; f < kFragments; ++f) as_left<T>(p[f], scores[f], step);
@@ -161,9 +162,9 @@ struct Pass {
     }
   }
 
-  DEVICE void hide(float (&scores)[kFragments][kColumns / 8][4], uint64_t seen) const {
+  DEVICE void hide(float (&scores)[kFragments][S::kColumns / 8][4], uint64_t seen) const {
     UNROLL
-    for (int n = 0; n < kColumns / 8; ++n)
+    for (int n = 0; n < S::kColumns / 8; ++n)
       UNROLL
       for (int w = 0; w < 2; ++w) {
         const bool there = seen >> (column_at(8 * n) + 8 * (lane() % 4) + w) & 1;
@@ -176,48 +177,69 @@ struct Pass {
   }
 
   // Scores become probabilities, those so far shrink to the new peak. All in base 2: Z = C (score x doubled + constant).
-  DEVICE void soften(float (&scores)[kFragments][kColumns / 8][4], float doubled, int first_key) {
+  DEVICE void soften(float (&scores)[kFragments][S::kColumns / 8][4], float doubled, int first_key) {
     const float unit = call.scale * static_cast<float>(kLog2e), slope = unit * doubled;
+    float shrink[kFragments][2], origin[kFragments][2];
+    bool shrinks = false;
     UNROLL
     for (int f = 0; f < kFragments; ++f)
       UNROLL
       for (int half = 0; half < 2; ++half) {
         float most = -infinity();
         UNROLL
-        for (int n = 0; n < kColumns / 8; ++n)
+        for (int n = 0; n < S::kColumns / 8; ++n)
           most = maximum(most, maximum(scores[f][n][2 * half], scores[f][n][2 * half + 1]));
         most = maximum(most, shuffle_xor(most, 1));
         most = maximum(most, shuffle_xor(most, 2));
         const float before = peak[f][half], shift = unit * constant[f][half];
         const float now = maximum(before, fused_multiply_add(slope, most, shift));
-        peak[f][half] = now;
-        const float origin = now == -infinity() ? 0 : now;  // no key seen yet
-        const float shrink = exp2_fast(before - origin);
-        float sum = shrink * total[f][half];
+        const float base = now == -infinity() ? 0 : now;  // no key seen yet
+        peak[f][half] = now, origin[f][half] = shift - base, shrink[f][half] = exp2_fast(before - base);
+        shrinks |= shrink[f][half] != 1;
+      }
+    // After the first tiles a new peak is rare.
+    if (ballot(shrinks) != 0) {
+      UNROLL
+      for (int f = 0; f < kFragments; ++f)
         UNROLL
-        for (int n = 0; n < kColumns / 8; ++n)
+        for (int half = 0; half < 2; ++half) {
+          total[f][half] *= shrink[f][half];
+          UNROLL
+          for (int n = 0; n < S::kSize / 8; ++n)
+            sums[f][n][2 * half] *= shrink[f][half], sums[f][n][2 * half + 1] *= shrink[f][half];
+        }
+    }
+    UNROLL
+    for (int f = 0; f < kFragments; ++f)
+      UNROLL
+      for (int half = 0; half < 2; ++half) {
+        UNROLL
+        for (int n = 0; n < S::kColumns / 8; ++n)
           UNROLL
           for (int w = 0; w < 2; ++w) {
             float& score = scores[f][n][2 * half + w];
-            score = exp2_fast(fused_multiply_add(slope, score, shift - origin));
-            sum += score;
+            score = exp2_fast(fused_multiply_add(slope, score, origin[f][half]));
+            total[f][half] += score;
           }
-        total[f][half] = sum;
-        UNROLL
-        for (int n = 0; n < S::kSize / 8; ++n) sums[f][n][2 * half] *= shrink, sums[f][n][2 * half + 1] *= shrink;
-        if (dropout) {
-          const int query = place.first_row + warp() * S::kWarpRows + 16 * f + 8 * half + lane() / 4;
-          UNROLL
-          for (int group = 0; group < kColumns / 32; ++group) {
-            const uint32_t keep = mask.keep_eight(query, first_key + 32 * group + 8 * (lane() % 4));
-            UNROLL
-            for (int k = 0; k < 8; ++k) {
-              float& probability = scores[f][4 * group + k / 2][2 * half + k % 2];
-              probability = keep >> k & 1 ? probability : 0;
-            }
-          }
-        }
+        if (dropout) drop(scores[f], half, first_key + 8 * (lane() % 4), own_row(f, half));
       }
+  }
+
+  DEVICE int own_row(int f, int half) const {
+    return place.first_row + warp() * S::kWarpRows + 16 * f + 8 * half + lane() / 4;
+  }
+
+  // The sum keeps what dropout takes.
+  DEVICE void drop(float (&probabilities)[S::kColumns / 8][4], int half, int key, int query) const {
+    UNROLL
+    for (int group = 0; group < S::kColumns / 32; ++group) {
+      const uint32_t keep = mask.keep_eight(query, key + 32 * group);
+      UNROLL
+      for (int k = 0; k < 8; ++k) {
+        float& probability = probabilities[4 * group + k / 2][2 * half + k % 2];
+        probability = keep >> k & 1 ? probability : 0;
+      }
+    }
   }
 
   DEVICE void finish() {
@@ -231,7 +253,7 @@ struct Pass {
         sum += shuffle_xor(sum, 2);
         const bool none = peak[f][half] == -infinity() && !(sum > 0) && sum == 0;
         factors[f][half] = none ? 0 : (dropout ? call.keep_scale : 1.0f) / sum;
-        const int row = place.first_row + warp() * S::kWarpRows + 16 * f + 8 * half + lane() / 4;
+        const int row = own_row(f, half);
         if (lane() % 4 == 0 && row < place.rows) {
           const float lse = (peak[f][half] + log2_fast(sum)) * static_cast<float>(1 / kLog2e);
           *statistic_address(arguments.lse, place, place.row_base + row) = none ? -infinity() : lse;
@@ -248,7 +270,7 @@ KERNEL(ForwardShape<size>::kThreads, size <= 64 ? 2 : 1) forward_kernel(const Fo
   const Place place = find_place(arguments.call, rows, arguments.call.key, S::kRows);
   if (place.outside) return;
   Pass<T, S, dropout> pass(arguments, place);
-  const Segments segments = find_segments<S>(rows, place);
+  const Segments segments = find_segments(rows, place, S::kRows, S::kColumns);
   pass.template meet<false>(0, segments.near_begin, rows.far_left);
   pass.template meet<true>(segments.near_begin, segments.near_end, 0);
   pass.template meet<false>(segments.near_end, segments.end, rows.far_right);

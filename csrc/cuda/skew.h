@@ -5,8 +5,7 @@
 
 namespace deberta_fast {
 
-// A block of rows meets this many columns at once; a table by distance is cut into blocks of kDistances.
-constexpr int kColumns = 64;
+// A table by distance is cut into blocks of so many.
 constexpr int kDistances = 32;
 
 // Eight neighbouring columns to a lane. Tensor cores give lane 4g + t the columns 2t and 2t + 1 of eight, so the four
@@ -22,9 +21,16 @@ ANYWHERE int column_at(int position) {
 // brings 64 new distances to each row; those that lie beyond it are the next tile's, hence the overhang. What lies before
 // the tile is the end of the row above, which nobody has written yet; the first row has a margin. Tables are read from a
 // multiple of 32 distances on, so where a warp owns 16 rows, `row` counts from the warp before for every other one.
-constexpr int kRowBandPitch = kColumns + 32, kRowBandMargin = 32;
-ANYWHERE int row_band(int row, int distance) { return row * (kRowBandPitch + 1) + distance; }
-ANYWHERE int row_band_halves(int rows) { return kRowBandMargin + rows * kRowBandPitch; }
+// The pitches are those with the fewest bank conflicts.
+constexpr int kRowBandMargin = 32;
+ANYWHERE int row_band_pitch(int columns) { return columns + (columns == 64 ? 32 : 40); }
+ANYWHERE int row_band(int row, int distance, int columns) { return row * (row_band_pitch(columns) + 1) + distance; }
+ANYWHERE int row_band_halves(int rows, int columns) { return kRowBandMargin + rows * row_band_pitch(columns); }
+
+// Its counterpart for gradients: column c of row r goes to distance c - r, counted from -32.
+ANYWHERE int gradient_band(int row, int column, int columns) {
+  return row * (row_band_pitch(columns) - 1) + 32 + column;
+}
 
 // By columns: its cell is (position of the column, row of the block). Distances run from -32 to the last row; what lies
 // outside of the rows is written to the margins and never read.

@@ -11,7 +11,7 @@ namespace deberta_fast::cuda {
 constexpr int kHalf = 2;  // bytes of an element
 
 // How a kernel cuts its work: each of kWarps warps owns 16 kFragments rows.
-template <int size, int fragments, int warps>
+template <int size, int fragments, int warps, int columns>
 struct Shape {
   static constexpr int kSize = size;  // D, padded to a multiple of 32
   static constexpr int kFragments = fragments;
@@ -19,12 +19,14 @@ struct Shape {
   static constexpr int kWarpRows = 16 * fragments;
   static constexpr int kRows = kWarpRows * warps;
   static constexpr int kThreads = 32 * warps;
+  static constexpr int kColumns = columns;  // met at once
   // Rows of shared memory are 16 bytes apart modulo 128: eight of them under each other meet all banks once.
   static constexpr int kPitch = kHalf * (size + 8);
-  static constexpr int kTileBytes = kColumns * kPitch;
-  static constexpr int kRowBandBytes = kHalf * row_band_halves(kWarpRows);
+  static constexpr int kTileBytes = columns * kPitch;
+  static constexpr int kRowBandBytes = kHalf * row_band_halves(kWarpRows, columns);
+  static constexpr int kRowBandPitch = kHalf * row_band_pitch(columns);
   static constexpr int kColumnPitch = kHalf * column_band_pitch(kRows);
-  static constexpr int kColumnBandBytes = kColumns * kColumnPitch;
+  static constexpr int kColumnBandBytes = columns * kColumnPitch;
   static constexpr int kStageBytes = kWarpRows * kPitch;
   static_assert(kRows % 32 == 0, "tables by distance are read from multiples of 32 on");
 };
@@ -43,9 +45,9 @@ struct Place {
 
 // Blocks of the first dimension: dense, those of a batch row after those of the one before. Packed, sequence s has room
 // for blocks from (its start / rows a block) + s on, which is enough and needs no table.
-DEVICE Place find_place(const Call& call, const Side& rows, const Side& columns, int block_rows) {
+DEVICE Place find_place(const Call& call, const Side& rows, const Side& columns, int block_rows, int first_head = 0) {
   Place place;
-  place.head = block_y();
+  place.head = first_head + block_y();
   if (call.ends == nullptr) {
     const int blocks = (rows.length + block_rows - 1) / block_rows;
     place.batch = place.batch_index = block_x() / blocks;
@@ -73,19 +75,18 @@ inline int64_t block_count(const Call& call, const Side& rows, int block_rows) {
   return int64_t{call.batches} * ((rows.length + block_rows - 1) / block_rows);
 }
 
-// Tiles of columns of a block of rows: far left up to near_begin, near up to near_end, far right up to end (7).
+// Tiles of columns that a block of rows meets: far left up to near_begin, near up to near_end, far right up to end (7).
 struct Segments {
   int near_begin, near_end, end;
 };
 
-template <class S>
-DEVICE Segments find_segments(const Side& rows, const Place& place) {
-  const auto tiles = [](int columns) { return columns <= 0 ? 0 : (columns - 1) / kColumns + 1; };
+DEVICE Segments find_segments(const Side& rows, const Place& place, int block_rows, int tile_columns) {
+  const auto tiles = [=](int columns) { return columns <= 0 ? 0 : (columns - 1) / tile_columns + 1; };
   Segments found;
   found.end = tiles(place.columns);
-  // The largest distance of tile n is 64 n + 63 - first_row, the smallest one 64 n - (first_row + S::kRows - 1).
-  found.near_begin = minimum(tiles(rows.near_after + place.first_row - kColumns + 2), found.end);
-  found.near_end = minimum(tiles(rows.near_before + place.first_row + S::kRows - 1), found.end);
+  // Distances of tile n: from n tile_columns - (first_row + block_rows - 1) to (n + 1) tile_columns - 1 - first_row.
+  found.near_begin = minimum(tiles(rows.near_after + place.first_row - tile_columns + 2), found.end);
+  found.near_end = minimum(tiles(rows.near_before + place.first_row + block_rows - 1), found.end);
   if (found.near_end < found.near_begin) found.near_end = found.near_begin;
   return found;
 }
@@ -98,11 +99,13 @@ DEVICE float* statistic_address(const Statistic& x, const Place& place, int64_t 
   return x.data + place.batch_index * x.batch + place.head * x.head + row * x.row;
 }
 
-// Which of 64 keys from `first` on exist and may be attended to, a bit each.
-DEVICE uint64_t visible_keys(const Call& call, const Place& place, int64_t base, int first, int length) {
-  const int count = length - first;
+ANYWHERE uint64_t first_bits(int count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
+
+// Which of `most` keys, 64 at most, from `first` on exist and may be attended to, a bit each.
+DEVICE uint64_t visible_keys(const Call& call, const Place& place, int64_t base, int first, int length, int most) {
+  const int count = minimum(length - first, most);
   if (count <= 0) return 0;
-  uint64_t bits = count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
+  uint64_t bits = first_bits(count);
   if (call.visible != nullptr) {
     const int64_t bit = base + first;
     const uint32_t* words = call.visible + place.batch_index * call.visible_words + bit / 32;
@@ -115,21 +118,25 @@ DEVICE uint64_t visible_keys(const Call& call, const Place& place, int64_t base,
 
 // ---- Rows in shared memory.
 
-// 64 rows of a column side by position, zeros for those whose bit is not set. A block's threads share the work.
+// A tile of a column side by position, zeros for those whose bit is not set. A block's threads share the work.
 template <class S>
 DEVICE void load_columns(char* tile, const Heads& x, const Call& call, const Place& place, int first, uint64_t exists) {
-  constexpr int chunks = S::kSize / 8;
-  const char* from = row_address(x, place, place.column_base + first);
+  constexpr int chunks = S::kSize / 8, across = chunks <= 4 ? 4 : chunks <= 8 ? 8 : 16, down = S::kThreads / across;
+  static_assert(S::kColumns % down == 0, "every thread takes as many");
+  const int chunk = thread() % across, position = thread() / across, row = column_at(position);
+  if (across > chunks && chunk >= chunks) return;
+  char* to = tile + position * S::kPitch + 16 * chunk;
+  const char* from = row_address(x, place, place.column_base + first + row) + 16 * chunk;
+  const uint64_t wanted = 8 * chunk < call.size ? exists >> row : 0;
   UNROLL
-  for (int i = 0; i < kColumns * chunks / S::kThreads; ++i) {
-    const int item = i * S::kThreads + thread(), position = item / chunks, chunk = item % chunks;
-    const int row = column_at(position);
-    const bool valid = (exists >> row & 1) && 8 * chunk < call.size;
-    copy_async(tile + position * S::kPitch + 16 * chunk, valid ? from + kHalf * row * x.row + 16 * chunk : from, valid);
+  for (int i = 0; i < S::kColumns / down; ++i) {
+    // Positions so far apart are columns that far apart, whatever the thread.
+    const int further = column_at(i * down);
+    copy_async(to + i * down * S::kPitch, from + kHalf * further * x.row, wanted >> further & 1);
   }
 }
 
-// The rows that a warp owns, zeros beyond the last one. Only this warp may read them, after wait_copies and sync_warp.
+// The rows that a warp owns, zeros where they do not exist. Only this warp may read them, after wait_copies and sync_warp.
 template <class S>
 DEVICE void load_own_rows(char* stage, const Heads& x, const Call& call, const Place& place, uint32_t exists) {
   constexpr int chunks = S::kSize / 8;
