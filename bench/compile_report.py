@@ -1,7 +1,8 @@
-"""Compiles the Triton kernels for GPUs that need not be there: ``python -m bench.compile_report --archs 80,90``.
+"""Compiles the kernels, Triton's and CUDA's, for GPUs that need not be there: ``python -m bench.compile_report``.
 
 Prints registers, spills and shared memory of every kernel, and for each of its innermost loops what an iteration is
-made of, above all the instructions a score: what can be known of a kernel's speed before it has run.
+made of, above all the instructions a score: what can be known of a kernel's speed before it has run. The CUDA kernels
+are in compile_cuda.py.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +31,7 @@ from triton.runtime.jit import create_function_from_signature
 from deberta_fast.backends.inputs import AttentionInputs
 from deberta_fast.backends.triton import configuration, plan
 
-from . import sass, timing
+from . import compile_cuda, sass, timing
 from .sass import Loop
 
 # Bytes of shared memory that a block may ask for: CUDA C++ Programming Guide, technical specifications per compute
@@ -41,6 +43,13 @@ LEGEND = (
     "most two bytes. async: copies from global to shared memory through no register. from: line of the kernel from "
     "where the loop was reached. spilled: loads and stores of spilled registers in the loop. seconds: near 0 from "
     "Triton's cache."
+)
+CUDA_LEGEND = (
+    "instr/score: executed over scores. executed: instructions of a warp in a common iteration, with the loops in it; "
+    "common are no masked keys, both position terms, and neither first nor last tile of a segment; of other branches "
+    "the longer one counts. mma to stores, barriers: of those executed. scores: of a lane. instr: in the machine code. "
+    "from: line of the kernel from where the loop was reached. spill stores, spill loads: bytes a thread. spilled: "
+    "loads and stores of spilled registers in the loop."
 )
 
 
@@ -260,18 +269,38 @@ def rows(label: str, capability: int, compiled: Compiled, tile: tuple[int, int])
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.compile_report", description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "--archs", type=_capabilities, default=CAPABILITIES, metavar="80,90", help="compute capabilities"
+        "--archs", type=_capabilities, metavar="80,90", help="compute capabilities (all, and for CUDA 80,90,100)"
     )
-    parser.add_argument("--only", default="", metavar="TEXT", help='what kernels begin with: "64 bfloat16"')
+    parser.add_argument("--kernels", choices=("triton", "cuda"), help="only these")
+    parser.add_argument("--only", default="", metavar="TEXT", help='what kernels begin with: "64 bfloat16", "forward_"')
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write both, with where they come from, to DIR")
     arguments = parser.parse_args()
     timing.provenance()
-    compiled = compile_all(functools.partial(launches, only=arguments.only), arguments.archs)
-    table = [row for (label, sm), result in compiled.items() for row in rows(label, sm, *result)]
+    tables = []
+    if arguments.kernels != "cuda":
+        build = functools.partial(launches, only=arguments.only)
+        compiled = compile_all(build, arguments.archs or CAPABILITIES)
+        table = [row for (label, sm), result in compiled.items() for row in rows(label, sm, *result)]
+        tables.append(("compile-report", table, LEGEND))
+    if arguments.kernels != "triton":
+        try:
+            kernels = compile_cuda.compile_all(arguments.archs or compile_cuda.CAPABILITIES)
+        except FileNotFoundError as error:
+            if arguments.kernels:
+                parser.error(str(error))
+            print(f"without the CUDA kernels: {error}", file=sys.stderr)
+        else:
+            table = [row for x in kernels if x.name.startswith(arguments.only) for row in compile_cuda.rows(x)]
+            tables.append(("compile-report-cuda", table, CUDA_LEGEND))
+    tables = [table for table in tables if table[1]]
     if arguments.out:
-        timing.save("compile-report", table, arguments.out, LEGEND)
-    print(json.dumps(table, indent=1) if arguments.json else f"{timing.markdown(table)}\n\n{LEGEND}")
+        for name, table, legend in tables:
+            timing.save(name, table, arguments.out, legend)
+    if arguments.json:
+        print(json.dumps([row for _, table, _ in tables for row in table], indent=1))
+    else:
+        print("\n\n".join(f"{timing.markdown(table)}\n\n{legend}" for _, table, legend in tables))
 
 
 def _capabilities(text: str) -> list[int]:

@@ -1,7 +1,8 @@
-"""Loops of a disassembled kernel: where each comes from in the Python source, and what it is made of.
+"""Loops of a disassembled kernel: where each comes from in the source, what it is made of, and what of it is executed.
 
 Works on what comes with Triton: ``nvdisasm`` names the line of the PTX that an instruction belongs to, and Triton's PTX
-says for every line which Python lines it stems from, through all the device functions that were inlined.
+says for every line which Python lines it stems from, through all the device functions that were inlined. What nvcc
+compiled with ``-lineinfo`` tells the same of the CUDA source at once.
 """
 
 import ast
@@ -10,15 +11,19 @@ import re
 import textwrap
 import types
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import median_low
 from typing import NamedTuple
 
-from triton import JITFunction
+try:
+    from triton import JITFunction
+except ModuleNotFoundError:  # CUDA kernels do without
+    JITFunction = None
 
 _LABEL = re.compile(r"([.$\w]+):")
-_PTX_LINE = re.compile(r'\s*//## File "\.nv_debug_ptx_txt", line (\d+)')
+_SOURCE_LINE = re.compile(r'\s*//## File "([^"]+)", line (\d+)')
+_PTX = ".nv_debug_ptx_txt"
 _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 _TARGET = re.compile(r"([^`]*)`\((\.L\w+)\)")
 _FRAME = re.compile(r"([^\s@\[]+):(\d+):\d+")
@@ -34,7 +39,11 @@ class Instruction(NamedTuple):
     opcode: str  # with its modifiers, LDG.E.U16
     target: str | None  # the label that it may jump to
     falls_through: bool
-    ptx_line: int | None
+    frames: tuple[tuple[str, int], ...]  # lines that it comes from, as (file, line): the innermost inlined one first
+
+    @property
+    def ptx_line(self) -> int | None:
+        return next((line for file, line in self.frames if file == _PTX), None)
 
     @property
     def name(self) -> str:
@@ -72,8 +81,8 @@ class Loop(NamedTuple):
 
 
 def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
-    """Instructions of ``nvdisasm -c -gp``, and the index of the one that follows each label."""
-    instructions, labels, ptx_line = [], {}, None
+    """Instructions of ``nvdisasm -c``, with -gp or -gi, and the index of the one that follows each label."""
+    instructions, labels, frames, complete = [], {}, (), True
     for line in text.splitlines():
         if match := _INSTRUCTION.match(line):
             guard, opcode, operands = match.groups()
@@ -83,9 +92,11 @@ def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
             # A uniform branch has its condition among the operands.
             always = not guard and not (jump and jump[1].strip())
             ends = always and (jump or name in ("BRA", "JMP", "BRX", "EXIT", "RET"))
-            instructions.append(Instruction(opcode, jump and jump[2], not ends, ptx_line))
-        elif match := _PTX_LINE.match(line):
-            ptx_line = int(match[1])
+            instructions.append(Instruction(opcode, jump and jump[2], not ends, frames))
+            complete = True
+        elif match := _SOURCE_LINE.match(line):
+            frame = (match[1].rpartition("/")[2], int(match[2]))
+            frames, complete = (frame,) if complete else (*frames, frame), False
         elif match := _LABEL.match(line):
             labels[match[1]] = len(instructions)
     return instructions, labels
@@ -121,6 +132,77 @@ def _blocks(instructions: list[Instruction], labels: dict[str, int]) -> tuple[di
         targets = [labels.get(last.target)] if last.target else []
         follow[start] = [i for i in [*targets, *([end] if last.falls_through else [])] if i in ends]
     return ends, follow
+
+
+class Flow(NamedTuple):
+    """A kernel as basic blocks, named by the index of their first instruction, and its natural loops by their heads."""
+
+    instructions: list[Instruction]
+    ends: dict[int, int]
+    follow: dict[int, list[int]]
+    loops: dict[int, set[int]]  # indices of instructions
+
+    @classmethod
+    def of(cls, instructions: list[Instruction], labels: dict[str, int]) -> "Flow":
+        ends, follow = _blocks(instructions, labels)
+        return cls(instructions, ends, follow, _natural_loops(ends, follow))
+
+    def inside(self, head: int) -> list[int]:
+        """Heads of the loops directly inside one."""
+        within = [h for h, body in self.loops.items() if body < self.loops[head]]
+        return [h for h in within if not any(self.loops[h] < self.loops[other] for other in within)]
+
+    def iteration(
+        self, head: int, rare: Callable[[Instruction], bool], trips: Callable[[int], float]
+    ) -> dict[int, float]:
+        """How often each instruction is executed by a warp in a common iteration of a loop.
+
+        It is the path from the loop's head back to it that has the most instructions, where those of blocks that are
+        ``rare`` for the most part count against it: of two branches the longer one is taken, and a rare one only if
+        there is no other. A loop inside is passed ``trips(its head)`` times in the same way.
+        """
+        loop = self.loops[head]
+        inner = {h: self.iteration(h, rare, trips) for h in self.inside(head)}
+        owner = {i: h for h in inner for i in self.loops[h] if i in self.ends}
+
+        def value(start: int) -> float:
+            block = [i for i in self.instructions[start : self.ends[start]] if i.name != "NOP"]
+            return -len(block) if 2 * sum(map(rare, block)) > len(block) else len(block)
+
+        def own(start: int) -> dict[int, float]:
+            if start in inner:
+                return {i: trips(start) * n for i, n in inner[start].items()}
+            return {i: 1 for i in range(start, self.ends[start]) if self.instructions[i].name != "NOP"}
+
+        def worth(start: int) -> float:
+            if start in inner:
+                return trips(start) * sum(value(i) for i in inner[start] if i in self.ends)
+            return value(start)
+
+        def after(start: int) -> set[int]:
+            """Blocks and loops inside that follow; ``head`` among them ends the iteration."""
+            parts = [i for i in self.loops[start] if i in self.ends] if start in inner else [start]
+            return {owner.get(b, b) for part in parts for b in self.follow[part] if b in loop} - {start}
+
+        best: dict[int, tuple[float, int]] = {}  # from there to the end, and what to go on with
+        seen, stack = set(), [(head, False)]
+        while stack:
+            start, done = stack.pop()
+            if done:
+                ways = [(0 if b == head else best[b][0], b) for b in after(start) if b == head or b in best]
+                if start == head and head in self.follow[start]:
+                    ways.append((0, head))
+                if ways:
+                    most, way = max(ways)
+                    best[start] = worth(start) + most, way
+            elif start not in seen:
+                seen.add(start)
+                stack += [(start, True), *((b, False) for b in after(start) - {head})]
+        times, at = own(head), best[head][1]
+        while at != head:
+            times |= own(at)
+            at = best[at][1]
+        return times
 
 
 def _natural_loops(ends: dict[int, int], follow: dict[int, list[int]]) -> dict[int, set[int]]:

@@ -150,7 +150,35 @@ void cuda_forward(Tensor output, Tensor lse, Tensor query, Tensor key, Tensor va
   run(query, [&](Workspace& workspace, void* stream) { return run_forward(request, to, to_lse, workspace, stream); });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(deberta_fast, DEBERTA_FAST_DEVICE, m) { m.impl("cuda_forward", TORCH_BOX(&cuda_forward)); }
+void* contiguous(Given table) {
+  STD_TORCH_CHECK(!table || table->is_contiguous(), "deberta_fast: the gradient of a table must be contiguous");
+  return table ? table->data_ptr() : nullptr;
+}
+
+void cuda_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, std::optional<Tensor> grad_pos_key,
+                   std::optional<Tensor> grad_pos_query, Tensor output, Tensor lse, Tensor grad_output, Tensor grad_lse,
+                   Tensor query, Tensor key, Tensor value, std::optional<Tensor> pos_key,
+                   std::optional<Tensor> pos_query, std::optional<Tensor> mask, std::optional<Tensor> cu_seqlens,
+                   std::optional<Tensor> seed, std::optional<Tensor> slots, int64_t far_past, int64_t far_future,
+                   int64_t first_slot, int64_t past_row, int64_t future_row, int64_t query_offset, int64_t max_seqlen,
+                   double scale, double dropout_p, std::optional<Tensor> first_of_slot) {
+  const Request request = request_of(query, key, value, pos_key, pos_query, mask, cu_seqlens, seed, slots, far_past,
+                                     far_future, first_slot, past_row, future_row, query_offset, max_seqlen, scale,
+                                     dropout_p);
+  Gradients gradients;
+  gradients.output = heads_of(output), gradients.grad_output = heads_of(grad_output);
+  gradients.grad_query = heads_of(grad_query), gradients.grad_key = heads_of(grad_key);
+  gradients.grad_value = heads_of(grad_value);
+  gradients.lse = statistic_of(lse), gradients.grad_lse = statistic_of(grad_lse);
+  gradients.grad_pos_key = contiguous(grad_pos_key), gradients.grad_pos_query = contiguous(grad_pos_query);
+  if (first_of_slot) gradients.first_of_slot = static_cast<const int32_t*>(first_of_slot->data_ptr());
+  run(query, [&](Workspace& workspace, void* stream) { return run_backward(request, gradients, workspace, stream); });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(deberta_fast, DEBERTA_FAST_DEVICE, m) {
+  m.impl("cuda_forward", TORCH_BOX(&cuda_forward));
+  m.impl("cuda_backward", TORCH_BOX(&cuda_backward));
+}
 
 }  // namespace
 }  // namespace deberta_fast::cuda

@@ -39,4 +39,14 @@ class Workspace {
 const char* run_forward(const Request& request, const Heads& output, const Statistic& lse, Workspace& workspace,
                         void* stream);
 
+// What backward is given and fills. The gradients of tables are (H, table_rows, D), contiguous, or null; first_of_slot is
+// on the device: the first delta of each row of the whole relative-position table, and of the one after its last.
+struct Gradients {
+  Heads output, grad_output, grad_query, grad_key, grad_value;
+  Statistic lse, grad_lse;
+  void *grad_pos_key = nullptr, *grad_pos_query = nullptr;
+  const int32_t* first_of_slot = nullptr;
+};
+const char* run_backward(const Request& request, const Gradients& gradients, Workspace& workspace, void* stream);
+
 }  // namespace deberta_fast::cuda

@@ -70,11 +70,6 @@ DEVICE Place find_place(const Call& call, const Side& rows, const Side& columns,
   return place;
 }
 
-inline int64_t block_count(const Call& call, const Side& rows, int block_rows) {
-  if (call.ends != nullptr) return call.packed_rows / block_rows + call.batches;
-  return int64_t{call.batches} * ((rows.length + block_rows - 1) / block_rows);
-}
-
 // Tiles of columns that a block of rows meets: far left up to near_begin, near up to near_end, far right up to end (7).
 struct Segments {
   int near_begin, near_end, end;

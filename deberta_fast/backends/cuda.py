@@ -4,12 +4,13 @@ Position scores never leave the chip: each tile near the diagonal makes its own 
 shared memory (equation 6); far tiles are plain flash attention (equation 7). Gradients are sums in a fixed order.
 """
 
+import bisect
 import functools
 
 import torch
 
 from ..relative_position import slot_table
-from .extension import NOT_LOADED, SHARED_ARGUMENTS, define, implements
+from .extension import GRADIENTS, NOT_LOADED, SHARED_ARGUMENTS, define, implements
 from .inputs import AttentionInputs
 
 CAPABILITY = (8, 0)
@@ -20,7 +21,10 @@ EMULATED = False  # an emulator runs the kernels on CPU tensors: tests/emulator
 _SHARED = (
     f"{SHARED_ARGUMENTS}, int past_row, int future_row, int query_offset, int max_seqlen, float scale, float dropout_p"
 )
-define(f"cuda_forward(Tensor(a!) output, Tensor(b!) lse, {_SHARED}) -> ()")
+define(
+    f"cuda_forward(Tensor(a!) output, Tensor(b!) lse, {_SHARED}) -> ()",
+    f"cuda_backward({GRADIENTS}, {_SHARED}, Tensor? first_of_slot) -> ()",
+)
 
 
 def why_not(inputs: AttentionInputs) -> list[str]:
@@ -56,13 +60,30 @@ def forward(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
     return output, lse
 
 
+def backward(
+    inputs: AttentionInputs,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    grad_output: torch.Tensor,
+    grad_lse: torch.Tensor,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of query, key, value, pos_key and pos_query, shaped and typed as these; None for an absent table."""
+    grads = [inputs.new_like_heads(x) for x in (inputs.query, inputs.key, inputs.value)]
+    grads += [None if x is None else x.new_empty(x.shape) for x in (inputs.pos_key, inputs.pos_query)]
+    first_of_slot = _tables_on(*_numbering(inputs))[1] if inputs.has_positions else None
+    torch.ops.deberta_fast.cuda_backward(
+        *grads, _aligned(output), lse, _aligned(grad_output), grad_lse, *_shared(inputs), first_of_slot
+    )
+    return tuple(grads)
+
+
 def _shared(x: AttentionInputs) -> tuple:
     heads = (_aligned(heads) for heads in x[:5])
     ends = None if x.cu_seqlens is None else x.cu_seqlens.contiguous()
     positions = (None, 0, 0, 0, 0, 0)
     if x.has_positions:
         table = x.table
-        slots = _slots_on(x.position_buckets, x.max_relative_positions, x.far_negative, x.query.device)
+        slots, _ = _tables_on(*_numbering(x))
         far_rows = table.slots[-1] - x.first_slot, table.slots[0] - x.first_slot
         positions = (slots, table.far_past, table.far_future, x.first_slot, *far_rows)
     return *heads, x.mask, ends, x.seed, *positions, x.query_offset, x.max_seqlen, x.scale, x.dropout_p
@@ -78,8 +99,21 @@ def _aligned(x: torch.Tensor | None) -> torch.Tensor | None:
     return x.contiguous() if not x.is_contiguous() else x.clone()
 
 
+def _numbering(x: AttentionInputs) -> tuple:
+    return x.position_buckets, x.max_relative_positions, x.far_negative, x.query.device
+
+
 @functools.lru_cache(maxsize=64)
-def _slots_on(buckets: int, longest: int, far_negative: str, device: torch.device) -> torch.Tensor:
-    """sigma over the distances [-N, N], int32 (2N + 1,), on the device: copied there once."""
+def _tables_on(buckets: int, longest: int, far_negative: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """sigma over the distances [-N, N], and the first distance of each row and of the one past the last: int32, on the
+    device, copied there once.
+    """
+    table = slot_table(buckets, longest, far_negative)
+    first = [bisect.bisect_left(table.slots, row) - table.reach for row in range(table.rows + 1)]
+    # The ends read one row each, however far: nothing lies before the first row that is read, nor after the last.
+    first = [
+        -LONGEST * 2 if row <= table.slots[0] else LONGEST * 2 if row > table.slots[-1] else distance
+        for row, distance in enumerate(first)
+    ]
     with torch.inference_mode(False):
-        return torch.tensor(slot_table(buckets, longest, far_negative).slots, dtype=torch.int32, device=device)
+        return tuple(torch.tensor(x, dtype=torch.int32, device=device) for x in (table.slots, first))

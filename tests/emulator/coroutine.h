@@ -1,4 +1,4 @@
-// Coroutines for the threads of a block: each has a stack of its own, all run on the one thread of the CPU that launched.
+// Coroutines for the threads of a block: each has a stack of its own, all run on the thread of the CPU that launched.
 #pragma once
 
 #include <cstddef>

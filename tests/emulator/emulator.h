@@ -69,7 +69,8 @@ inline Words load_global(const void* from, Site site = Site::here()) {
 }
 
 inline void store_global(void* to, Words words, Site site = Site::here()) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) the_machine->fail("store_global at " + site.text() + ": not aligned to 16");
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0)
+    the_machine->fail("store_global at " + site.text() + ": not aligned to 16");
   std::memcpy(to, &words, 16);
 }
 

@@ -1,5 +1,4 @@
-// Checks the emulator itself: that kernels which are right run and give what the PTX manual says, and that kernels which
-// are wrong are found out.
+// Checks the emulator: that right kernels run and give what the PTX manual says, and that wrong ones are found out.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -236,6 +235,29 @@ void test_copies() {
   emulator::options().check_races = true;
 }
 
+// What a thread sees of its own copy over zeros: before the wait, after a wait without a group, after the wait.
+KERNEL(32, 1) landing(Arguments arguments) {
+  char* at = shared_memory() + thread() * 16;
+  uint32_t* out = static_cast<uint32_t*>(arguments.out) + thread() * 3;
+  store_shared(at, Words{});
+  copy_async(at, arguments.in, true);
+  out[0] = load_shared_word(at);
+  wait_copies<0>();
+  out[1] = load_shared_word(at);
+  commit_copies();
+  wait_copies<0>();
+  out[2] = load_shared_word(at);
+}
+
+void test_landing() {
+  const Words in = {{5, 6, 7, 8}};
+  std::vector<uint32_t> out(96);
+  emulator::options().check_races = false;
+  CHECK(!run(landing, 32, 512, &in, out.data()));
+  for (int i = 0; i < 96; i++) CHECK(out[i] == (i % 3 == 2 ? 5 : ~0u));
+  emulator::options() = emulator::Options();
+}
+
 // ---- Barriers.
 
 // Reverses its input once within warps, then within the block, again and again. A sum besides, in the same memory.
@@ -340,18 +362,30 @@ KERNEL(64, 1) accesses(Arguments arguments) {
     case 12:  // Not yet written: poison.
       static_cast<uint32_t*>(arguments.out)[thread()] = load_shared_word(shared + thread() * 4);
       break;
+    case 13:  // A thread of another warp reads between a thread's read and write, if not after both.
+      if (thread() == 40 || warp() == 0) load_shared_word(shared);
+      for (int i = 0; i < 5; i++) ballot(true);
+      if (thread() == 40) store_shared_word(shared, 1);
+      break;
+    case 14:  // The same within a warp.
+      if (thread() == 4 || thread() == 5) load_shared_word(shared);
+      ballot(true);
+      if (thread() == 4) store_shared_word(shared, 1);
+      break;
   }
 }
 
 void test_accesses() {
   Words in = {};
   std::vector<uint32_t> out(64);
-  const char* const expected[] = {nullptr,       "race with a write",  "race with a", "race with a", "race with a",
-                                  nullptr,       "out of bounds",      "byte -4 of",  "not aligned", "not aligned",
-                                  "not aligned", "load_global at emu", nullptr};
-  for (uint64_t seed = 1; seed <= 5; seed++) {
+  const char* const expected[] = {nullptr,         "race with a write", "race with a",
+                                  "race with a",   "race with a",       nullptr,
+                                  "out of bounds", "byte -4 of",        "not aligned",
+                                  "not aligned",   "not aligned",       "load_global at emulator_test",
+                                  nullptr,         "race with a",       "race with a read"};
+  for (uint64_t seed = 1; seed <= 20; seed++) {
     emulator::options().seed = seed;
-    for (int variant = 0; variant < 13; variant++) {
+    for (int variant = 0; variant < 15; variant++) {
       const char* error = run(accesses, 64, 1024, &in, out.data(), variant);
       CHECK(expected[variant] ? fails_with(error, expected[variant]) : !error);
     }
@@ -489,6 +523,7 @@ int main() {
   test_matrices();
   test_exchanges();
   test_copies();
+  test_landing();
   test_barriers();
   test_accesses();
   test_divergence();

@@ -1,0 +1,43 @@
+// Backward, first: of each query Delta = dO · O - dlse (8), and its log-sum-exp in base 2. Eight lanes a query.
+#include "backward_tile.h"
+
+namespace deberta_fast::cuda {
+namespace {
+
+constexpr int kThreads = 128, kRows = kThreads / 8;
+
+template <class T>
+KERNEL(kThreads, 1) delta_kernel(const BackwardCall arguments) {
+  const Call& call = arguments.call;
+  const Place place = find_place(call, call.query, call.key, kRows);
+  if (place.outside) return;
+  const int row = place.first_row + thread() / 8;
+  const bool exists = row < place.rows;
+  float sum = 0;
+  if (exists)
+    for (int chunk = thread() % 8; 8 * chunk < call.size; chunk += 8) {
+      const Words o = load_global(row_address(arguments.output, place, place.row_base + row) + 16 * chunk);
+      const Words d = load_global(row_address(arguments.grad_output, place, place.row_base + row) + 16 * chunk);
+      for (int w = 0; w < 4; ++w) {
+        sum = fused_multiply_add(low<T>(o.x[w]), low<T>(d.x[w]), sum);
+        sum = fused_multiply_add(high<T>(o.x[w]), high<T>(d.x[w]), sum);
+      }
+    }
+  for (int mask = 1; mask < 8; mask *= 2) sum += shuffle_xor(sum, mask);
+  if (!exists || thread() % 8 != 0) return;
+  const float lse = *statistic_address(arguments.lse, place, place.row_base + row);
+  const int64_t at = place.head * arguments.statistic_rows + int64_t{place.batch_index} * call.query.length +
+                     place.row_base + row;
+  arguments.lse2[at] = lse == -infinity() ? infinity() : lse * static_cast<float>(kLog2e);
+  arguments.delta[at] = sum - *statistic_address(arguments.grad_lse, place, place.row_base + row);
+}
+
+}  // namespace
+
+const char* backward_delta(const BackwardCall& arguments, void* stream) {
+  const auto kernel = arguments.call.element == Element::float16 ? &delta_kernel<Float16> : &delta_kernel<Bfloat16>;
+  return launch(kernel, block_count(arguments.call, arguments.call.query, kRows), arguments.call.heads, kThreads, 0,
+                stream, arguments);
+}
+
+}  // namespace deberta_fast::cuda

@@ -1,0 +1,76 @@
+"""What nvcc makes of the CUDA kernels, without a GPU: registers, shared memory, and the instructions of their loops."""
+
+import re
+
+import pytest
+
+from bench import compile_cuda
+
+if compile_cuda.find_nvcc() is None:
+    pytest.skip("there is no nvcc", allow_module_level=True)
+
+# Each takes half a minute of a processor and source.
+CAPABILITIES = (90,)
+# Of a block on sm_86, as on 89 and 120; on sm_80, and 90 and 100 have more.
+SMALLEST_SHARED, A100_SHARED = 99 << 10, 163 << 10
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return compile_cuda.compile_all(CAPABILITIES)
+
+
+@pytest.fixture(scope="module")
+def passes(kernels):
+    """Those that make scores, by name, capability and head size."""
+    found = {(x.name, x.capability): x for x in kernels}
+    sizes = {key: re.search(r"\b(32|64|96|128)\b", key[0]) for key in found}
+    return {(*key, int(size[0])): found[key] for key, size in sizes.items() if size}
+
+
+def test_all_kernels_are_there(kernels, passes):
+    """Compiled here, and launched by the host code."""
+    names = {name for name, _, _ in passes}
+    variants = {
+        f"<{t}, {size}, {p}>" for t in ("Bfloat16", "Float16") for size in (32, 64, 96, 128) for p in ("false", "true")
+    }
+    assert {f"forward_kernel{variant}" for variant in variants} <= names
+    assert [x.name for x in kernels if x.threads is None or x.shared is None] == []
+
+
+def test_no_spills(kernels):
+    assert {(x.name, x.capability): x.spill_loads for x in kernels if x.spill_stores or x.spill_loads} == {}
+    assert {(x.name, x.capability) for x in kernels for loop in x.loops if loop.spills} == set()
+
+
+def test_shared_memory(passes):
+    """Head sizes up to 64 on every GPU from sm_80 on, all of them on those of data centres."""
+    limits = {key: SMALLEST_SHARED if key[-1] <= 64 else A100_SHARED for key in passes}
+    assert {key: x.shared for key, x in passes.items() if x.shared > limits[key]} == {}
+
+
+def test_every_loop_is_understood(passes):
+    """Of every loop that makes products it is known how often it is passed."""
+    assert {(key, loop.place) for key, x in passes.items() for loop in x.loops if loop.executed is None} == set()
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_instructions_a_score_of_forward(passes, capability):
+    """Both peers take 44 for every score, and their products with the tables besides."""
+    loops = passes["forward_kernel<Bfloat16, 64, false>", capability, 64].loops
+    left, near, right = (loop for loop in loops if loop.scores)
+    assert near.mma > 1.5 * left.mma and left.mma == right.mma  # which is which
+    assert (left.scores, near.scores, right.scores) == (64, 64, 64)
+    assert max(left.per_score, right.per_score) <= 11
+    assert near.per_score <= 20
+
+
+def test_far_tiles_use_no_band(passes):
+    """They cost what plain attention costs: two products, K and V, nothing else."""
+    for (name, _, size), kernel in passes.items():
+        if name.startswith("forward_kernel"):
+            left, near, right = (loop for loop in kernel.loops if loop.scores)
+            for far in (left, right):
+                assert far.mma == 2 * far.scores * size / 64 and near.mma > far.mma
+                assert not {"LDG", "STS", "STG"} & set(far.opcodes), name
+                assert far.opcodes["LDGSTS"] == near.opcodes["LDGSTS"]
