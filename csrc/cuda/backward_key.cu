@@ -36,7 +36,7 @@ struct Pass {
   const Memory<S> memory;
   const uint32_t exists;  // keys of this warp that may be attended to
   float grad_key[kFragments][S::kSize / 8][4] = {}, grad_value[kFragments][S::kSize / 8][4] = {};
-  float constant[kFragments][2], far[kFragments][2];
+  float far[kFragments][2];
 
   DEVICE Pass(const BackwardCall& arguments, const Place& place, uint32_t exists)
       : arguments(arguments),
@@ -45,7 +45,8 @@ struct Pass {
         mask(call, place.batch, place.head),
         exists(exists) {}
 
-  // V, and K or for far tiles what stands for it. Keys that nobody sees have a constant of minus infinity.
+  // V, and K or for far tiles what stands for it. The constants of rows, minus infinity for keys that nobody sees, stay in
+  // the padding of K: registers are scarce.
   template <bool near>
   DEVICE void load_rows(int far_row) {
     sync_warp();
@@ -55,15 +56,13 @@ struct Pass {
     wait_copies<0>();
     sync_warp();
     if (!near) shift_rows<T, S>(memory.keys, call, place, call.key, call.query, far_row);
+    if (lane() < S::kWarpRows) {
+      char* constant = memory.keys + lane() * S::kPitch + kHalf * S::kSize;
+      const float far_constant = near ? 0 : bits_float(load_shared_word(constant));
+      store_shared_word(constant, float_bits(exists >> lane() & 1 ? far_constant : -infinity()));
+    }
     UNROLL
-    for (int f = 0; f < kFragments; ++f)
-      UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int row = 16 * f + 8 * half + lane() / 4;
-        const float far_constant = near ? 0 : bits_float(load_shared_word(memory.keys + row * S::kPitch + kHalf * S::kSize));
-        constant[f][half] = exists >> row & 1 ? far_constant : -infinity();
-        far[f][half] = 0;
-      }
+    for (int f = 0; f < kFragments; ++f) far[f][0] = far[f][1] = 0;
     sync_warp();
   }
 
@@ -114,7 +113,7 @@ struct Pass {
     for (int first_tile = tile; tile < end; ++tile) {
       wait_copies<0>();
       sync_block();
-      float scores[kFragments][kProducts][4] = {}, grads[kFragments][kProducts][4] = {};
+      float scores[kFragments][kProducts][4] = {};
       if (near) {
         if (c2p)
           write_column_band<T, S>(memory.column_band, call, place, call.query, memory.queries, tile * S::kColumns, tile);
@@ -129,16 +128,41 @@ struct Pass {
         uint32_t a[kFragments][4];
         left(a, memory.keys, step);
         add_products<T, S>(scores, a, memory.queries, step);
+      }
+      // P as halves: as float32 it would not fit into the registers besides dP.
+      uint32_t p[kFragments][2][4], kept[kFragments][2];
+      soften<near>(p, scores);
+      if (dropout)
+        UNROLL
+        for (int f = 0; f < kFragments; ++f)
+          UNROLL
+          for (int half = 0; half < 2; ++half) kept[f][half] = keep(f, half, tile * S::kColumns + 8 * (lane() % 4));
+      UNROLL
+      for (int step = 0; step < S::kColumns / 16; ++step) {
+        uint32_t a[kFragments][4];
+        UNROLL
+        for (int f = 0; f < kFragments; ++f)
+          UNROLL
+          for (int w = 0; w < 4; ++w) {
+            const int pair = 2 * step + w / 2;
+            a[f][w] = p[f][w % 2][pair];
+            if (dropout) a[f][w] &= pair_mask(kept[f][w % 2] >> (8 * pair));
+          }
+        add_weighted<T, S>(grad_value, a, memory.grads, 16 * step);
+      }
+      float grads[kFragments][kProducts][4] = {};
+      UNROLL
+      for (int step = 0; step < kSteps; ++step) {
+        uint32_t a[kFragments][4];
         left(a, memory.values, step);
         add_products<T, S>(grads, a, memory.grads, step);
       }
-      differentiate(scores, grads, near ? 1 : 2, tile * S::kColumns);
+      differentiate<near>(grads, p, kept);
       UNROLL
       for (int step = 0; step < S::kColumns / 16; ++step) {
-        uint32_t p[kFragments][4], d[kFragments][4];
+        uint32_t d[kFragments][4];
         UNROLL
-        for (int f = 0; f < kFragments; ++f) as_left<T>(p[f], scores[f], step), as_left<T>(d[f], grads[f], step);
-        add_weighted<T, S>(grad_value, p, memory.grads, 16 * step);
+        for (int f = 0; f < kFragments; ++f) as_left<T>(d[f], grads[f], step);
         add_weighted<T, S>(grad_key, d, memory.queries, 16 * step);
       }
       if (near) {
@@ -172,31 +196,50 @@ struct Pass {
     for (int f = 0; f < kFragments; ++f) load_left<S>(a[f], rows, f, step);
   }
 
-  // Scores become P with dropout, dP becomes dA.
-  DEVICE void differentiate(float (&scores)[kFragments][kProducts][4], float (&grads)[kFragments][kProducts][4],
-                            float doubled, int first_query) {
-    const float unit = call.scale * static_cast<float>(kLog2e), slope = unit * doubled;
-    const char* from = memory.statistics + 32 * (lane() % 4);
-    Words lse2[2], delta[2];
-    UNROLL
-    for (int i = 0; i < 2; ++i)
-      lse2[i] = load_shared(from + 16 * i), delta[i] = load_shared(from + 4 * S::kColumns + 16 * i);
+  // Bits 0 and 4 of `kept` for both halves of a pair.
+  static DEVICE uint32_t pair_mask(uint32_t kept) { return (kept & 1 ? 0x0000ffffu : 0) | (kept & 16 ? 0xffff0000u : 0); }
+
+  DEVICE Words statistics(int which, int four) const {
+    return load_shared(memory.statistics + 4 * S::kColumns * which + 32 * (lane() % 4) + 16 * four);
+  }
+
+  // P without dropout, eight columns of a row in four pairs.
+  template <bool near>
+  DEVICE void soften(uint32_t (&p)[kFragments][2][4], const float (&scores)[kFragments][kProducts][4]) const {
+    const float unit = call.scale * static_cast<float>(kLog2e), slope = near ? unit : 2 * unit;
+    const Words lse2[2] = {statistics(0, 0), statistics(0, 1)};
     UNROLL
     for (int f = 0; f < kFragments; ++f)
       UNROLL
       for (int half = 0; half < 2; ++half) {
-        const float shift = unit * constant[f][half];
-        const uint32_t kept = dropout ? keep(f, half, first_query + 8 * (lane() % 4)) : 0;
+        const char* row = memory.keys + (16 * f + 8 * half + lane() / 4) * S::kPitch;
+        const float shift = unit * bits_float(load_shared_word(row + kHalf * S::kSize));
+        const auto probability = [&](int c) {
+          return exp2_fast(fused_multiply_add(slope, scores[f][c / 2][2 * half + c % 2],
+                                              shift - bits_float(lse2[c / 4].x[c % 4])));
+        };
         UNROLL
-        for (int c = 0; c < S::kColumns / 4; ++c) {
-          float &score = scores[f][c / 2][2 * half + c % 2], &grad = grads[f][c / 2][2 * half + c % 2];
-          const float p = exp2_fast(fused_multiply_add(slope, score, shift - bits_float(lse2[c / 4].x[c % 4])));
-          const float factor = dropout ? (kept >> (4 * c) & 1 ? call.keep_scale : 0) : 1;
-          score = factor * p;
-          grad = p * (factor * grad - bits_float(delta[c / 4].x[c % 4]));
-          far[f][half] += grad;
-        }
+        for (int pair = 0; pair < 4; ++pair) p[f][half][pair] = pack<T>(probability(2 * pair), probability(2 * pair + 1));
       }
+  }
+
+  // dP becomes dA.
+  template <bool near>
+  DEVICE void differentiate(float (&grads)[kFragments][kProducts][4], const uint32_t (&p)[kFragments][2][4],
+                            const uint32_t (&kept)[kFragments][2]) {
+    const Words delta[2] = {statistics(1, 0), statistics(1, 1)};
+    UNROLL
+    for (int f = 0; f < kFragments; ++f)
+      UNROLL
+      for (int half = 0; half < 2; ++half)
+        UNROLL
+        for (int c = 0; c < 8; ++c) {
+          float& grad = grads[f][c / 2][2 * half + c % 2];
+          const float factor = dropout ? (kept[f][half] >> (4 * c) & 1 ? call.keep_scale : 0) : 1;
+          const uint32_t pair = p[f][half][c / 2];
+          grad = (c % 2 ? high<T>(pair) : low<T>(pair)) * (factor * grad - bits_float(delta[c / 4].x[c % 4]));
+          if (!near) far[f][half] += grad;
+        }
   }
 
   DEVICE void finish() {
@@ -204,7 +247,10 @@ struct Pass {
     UNROLL
     for (int f = 0; f < kFragments; ++f)
       UNROLL
-      for (int half = 0; half < 2; ++half) key_factors[f][half] = call.scale, value_factors[f][half] = 1;
+      for (int half = 0; half < 2; ++half) {
+        key_factors[f][half] = call.scale;
+        value_factors[f][half] = dropout ? call.keep_scale : 1;
+      }
     store_own_rows<T, S>(arguments.grad_key, memory.keys, call, place, grad_key, key_factors);
     store_own_rows<T, S>(arguments.grad_value, memory.keys, call, place, grad_value, value_factors);
   }

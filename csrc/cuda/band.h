@@ -54,7 +54,7 @@ DEVICE void as_pairs(uint32_t (&pairs)[4], const float (&products)[4][4], int ha
 template <class T, class S, int fragments, class Left>
 DEVICE void add_table_scores(float (&sums)[fragments][4][4], const char* block, Left left) {
   constexpr int reads = S::kSize / 32;
-  const char* from = block + 16 * lane();
+  const char* from = opaque(block + 16 * lane());
   UNROLL
   for (int read = 0; read < reads; ++read) {
     uint32_t a[2][fragments][4];
@@ -81,7 +81,7 @@ DEVICE void add_table_gradients(float (&sums)[S::kFragments][S::kSize / 8][4], c
     UNROLL
     for (int f = 0; f < S::kFragments; ++f)
       load_matrices(a[step][f], band + (16 * f + lane() % 16) * S::kRowBandPitch + kHalf * (columns + 16 * step + 8 * (lane() / 16)));
-  const char* from = block + 16 * lane();
+  const char* from = opaque(block + 16 * lane());
   UNROLL
   for (int n = 0; n < S::kSize / 8; ++n) {
     const Words b = load_global(from + 512 * n);
@@ -144,7 +144,7 @@ DEVICE void write_column_band(char* band, const Call& call, const Place& place, 
                               const char* column_tile, int first_column, int turn) {
   constexpr int blocks = S::kRows / kDistances + 1, groups = S::kColumns / 32;
   static_assert(S::kWarps % groups == 0, "a warp keeps to its group of columns");
-  const int first = (warp() + turn) % S::kWarps, group = first % groups;
+  const int first = (warp() ^ (turn & 1) * groups) % S::kWarps, group = first % groups;  // odd turns: the other half
   const char* tile = column_tile + 32 * group * S::kPitch;
   // Here the columns are rows, and distances row minus column.
   const char* table = table_block<S>(columns.score_table, columns, place, place.first_row - first_column - 32 * group);

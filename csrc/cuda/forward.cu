@@ -177,6 +177,8 @@ struct Pass {
   }
 
   // Scores become probabilities, those so far shrink to the new peak. All in base 2: Z = C (score x doubled + constant).
+  // Any number near the largest score serves as the peak, so it follows only where probabilities would pass 2^kHeadroom.
+  static constexpr float kHeadroom = 8;
   DEVICE void soften(float (&scores)[kFragments][S::kColumns / 8][4], float doubled, int first_key) {
     const float unit = call.scale * static_cast<float>(kLog2e), slope = unit * doubled;
     float shrink[kFragments][2], origin[kFragments][2];
@@ -192,13 +194,13 @@ struct Pass {
         most = maximum(most, shuffle_xor(most, 1));
         most = maximum(most, shuffle_xor(most, 2));
         const float before = peak[f][half], shift = unit * constant[f][half];
-        const float now = maximum(before, fused_multiply_add(slope, most, shift));
+        const float highest = fused_multiply_add(slope, most, shift);
+        const float now = highest > before + kHeadroom ? highest : before;
         const float base = now == -infinity() ? 0 : now;  // no key seen yet
         peak[f][half] = now, origin[f][half] = shift - base, shrink[f][half] = exp2_fast(before - base);
-        shrinks |= shrink[f][half] != 1;
+        shrinks |= now != before;
       }
-    // After the first tiles a new peak is rare.
-    if (ballot(shrinks) != 0) {
+    if (ballot(shrinks) != 0) {  // a new peak
       UNROLL
       for (int f = 0; f < kFragments; ++f)
         UNROLL

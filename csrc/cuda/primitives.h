@@ -38,8 +38,7 @@ DEVICE int block_x() { return blockIdx.x; }
 DEVICE int block_y() { return blockIdx.y; }
 DEVICE int thread() { return threadIdx.x; }
 DEVICE int lane() { return threadIdx.x % 32; }
-// The same in all lanes, which the compiler cannot know otherwise.
-DEVICE int warp() { return __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0); }
+DEVICE int warp() { return threadIdx.x / 32; }
 
 // ---- Barriers. What was written to shared (block: also to global) memory before them is seen after them.
 
@@ -194,6 +193,11 @@ DEVICE float exp2_fast(float x) {
 DEVICE float log2_fast(float x) { return __log2f(x); }
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+// The same address, of which the compiler knows nothing: it may not trade one pointer and constants for many pointers.
+DEVICE const char* opaque(const char* address) {
+  asm("" : "+l"(address));
+  return address;
+}
 DEVICE int minimum(int a, int b) { return a < b ? a : b; }
 DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }

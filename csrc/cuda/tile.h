@@ -122,12 +122,17 @@ DEVICE void load_columns(char* tile, const Heads& x, const Call& call, const Pla
   if (across > chunks && chunk >= chunks) return;
   char* to = tile + position * S::kPitch + 16 * chunk;
   const char* from = row_address(x, place, place.column_base + first + row) + 16 * chunk;
-  const uint64_t wanted = 8 * chunk < call.size ? exists >> row : 0;
-  UNROLL
-  for (int i = 0; i < S::kColumns / down; ++i) {
+  const auto copy = [&](int i, bool valid) {
     // Positions so far apart are columns that far apart, whatever the thread.
-    const int further = column_at(i * down);
-    copy_async(to + i * down * S::kPitch, from + kHalf * further * x.row, wanted >> further & 1);
+    copy_async(to + i * down * S::kPitch, from + kHalf * column_at(i * down) * x.row, valid);
+  };
+  if (exists == first_bits(S::kColumns) && call.size == S::kSize) {
+    UNROLL
+    for (int i = 0; i < S::kColumns / down; ++i) copy(i, true);
+  } else {
+    const uint64_t wanted = 8 * chunk < call.size ? exists >> row : 0;
+    UNROLL
+    for (int i = 0; i < S::kColumns / down; ++i) copy(i, wanted >> column_at(i * down) & 1);
   }
 }
 
