@@ -30,11 +30,14 @@ FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xptxas=-v"]
 ARCHITECTURES = {80: "80", 86: "86", 89: "89", 90: "90a", 100: "100", 120: "120"}  # by capability
 CAPABILITIES = (80, 90, 100)
 
-# Code that a common iteration does without: lines that contain these, and up to its end the block that such a line
-# opens, but not the condition of an ``if``. Common are a call without a mask and with both position terms, and a tile neither first, nor last of a segment.
+# Code that a common iteration does without: from a line that contains one of these on, up to the end of the block that
+# it opens, but for the condition of an ``if``, or else of the block that it is in. Common are a call without a mask and
+# with both position terms, head sizes that need no padding, and a tile that is neither the first nor the last of its
+# segment.
 RARE = (
     "for (; tile < end; tile += 32) {",  # looks for a tile that is not masked as a whole
     "if (call.visible != nullptr) {",  # reads the mask
+    "const uint64_t wanted = ",  # copies rows that may not be there
     "void hide(",  # keys that are masked or do not exist
     "write(-kDistances);",  # begins the band by rows
     "if (c2p && tile != expected) {",  # begins the band of gradients
@@ -52,11 +55,12 @@ class Shape(NamedTuple):
 TRIPS: dict[str, Callable[[Shape], float]] = {
     # Of the band by columns: blocks of 32 columns by 32 distances, shared among the warps.
     r"for \(int item = .*blocks; item \+= ": lambda s: s.columns / 32 * (s.rows / 32 + 1) / s.warps,
+    r"for \(int step = 0; step < 4; ": lambda s: 4,
 }
 
 
 class Loop(NamedTuple):
-    """A loop with products on tensor cores outside of the loops in it; or an innermost one of a kernel without such."""
+    """A loop that makes products on tensor cores, itself or in a loop of TRIPS; or an innermost one, without such."""
 
     place: str  # file and line of the statement
     origin: str  # of the line of the kernel from where it was reached: tells copies of a loop apart
@@ -118,7 +122,9 @@ def compile_all(capabilities: Iterable[int], processes: int = 2) -> list[Kernel]
             key = hashlib.sha256(repr([capability, unit, sorted(needed.items()), FLAGS, version, analysis]).encode())
             jobs.append((nvcc, capability, unit, needed, f"build/compile-cuda/{key.hexdigest()[:16]}.json"))
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        return [kernel for kernels in pool.map(_compile_unit, *zip(*jobs)) for kernel in kernels]
+        longest_first = sorted(jobs, key=lambda job: -len(texts[job[2]]))
+        results = {job[-1]: pool.submit(_compile_unit, *job) for job in longest_first}
+        return [kernel for job in jobs for kernel in results[job[-1]].result()]
 
 
 def _sources() -> list[Path]:
@@ -179,7 +185,7 @@ def _analyse_unit(nvcc: str, capability: int, folder: Path, unit: str) -> list[K
                 spill_stores=used["spill stores"],
                 spill_loads=used["spill loads"],
                 code=16 * len(flow.instructions),
-                loops=[_describe(flow, head, source, shape) for head in _interesting(flow)],
+                loops=[_describe(flow, head, source, shape) for head in _interesting(flow, source)],
             )
         )
     return kernels
@@ -287,6 +293,12 @@ def _probe(folder: Path, unit: str) -> tuple[dict[str, tuple[int, int]], dict[tu
     body = [f"each_call(&{name});" for name in passes if re.search(rf"^const char\* {name}\(", text, re.MULTILINE)]
     for kernel, alias in re.findall(r"\b(\w+_kernel)\([^)]*\) \{\s+using S = (\w+)<size>;", text):
         body += [f'shape<{alias}<{size}>>("{kernel}", {size});' for size in (32, 64, 96, 128)]
+    if "kSquare" in text:
+        body += [
+            f'std::printf("shape {kernel} {size} %d %d %d\\n", kSquare, kSquare, kThreads / 32);'
+            for kernel in re.findall(r"\b(\w+_kernel)\(", text)
+            for size in (32, 64, 96, 128)
+        ]
     include = folder / "probe"
     include.mkdir()
     (include / "emulator.h").write_text(_PROBE_EMULATOR.replace("EMULATOR", str(EMULATOR)))
@@ -323,19 +335,36 @@ class Statement(NamedTuple):
     def __str__(self) -> str:
         return f"{self.file}:{self.lines.start}"
 
-    def made(self, instruction: sass.Instruction) -> bool:
-        return any(file == self.file and line in self.lines for file, line in instruction.frames)
+    def call(self, instruction: sass.Instruction) -> int | None:
+        """The number of calls from it to the instruction, None where it did not make it."""
+        frames = enumerate(instruction.frames)
+        return next((calls for calls, (file, line) in frames if file == self.file and line in self.lines), None)
 
 
 def _statement(file: str, lines: list[str], start: int) -> Statement:
     """The line, with the block that it opens or what is indented below it."""
-    indent = lambda line: len(line) - len(line.lstrip())
     end = start + 1
-    while end < len(lines) and (not lines[end].strip() or indent(lines[end]) > indent(lines[start])):
+    while end < len(lines) and (not lines[end].strip() or _indent(lines[end]) > _indent(lines[start])):
         end += 1
     if lines[start].endswith("{"):
         end += 1
     return Statement(file, range(start + 1, end + 1), lines[start].strip())
+
+
+def _rare_statement(file: str, lines: list[str], start: int) -> Statement:
+    statement = _statement(file, lines, start)
+    if statement.text.startswith("if"):
+        return statement._replace(lines=statement.lines[1:])
+    if statement.text.endswith("{"):
+        return statement
+    end = start + 1
+    while end < len(lines) and lines[end].strip() and _indent(lines[end]) >= _indent(lines[start]):
+        end += 1
+    return statement._replace(lines=range(start + 1, end + 1))
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
 
 
 class Source:
@@ -348,25 +377,34 @@ class Source:
             lines = path.read_text().splitlines()
             for i, line in enumerate(lines):
                 if any(text in line for text in RARE):
-                    statement = _statement(path.name, lines, i)
-                    is_if = statement.text.startswith("if")
-                    self.rare.append(statement._replace(lines=statement.lines[1:]) if is_if else statement)
+                    self.rare.append(_rare_statement(path.name, lines, i))
                 if re.match(r"\s*(for|while) \(", line) and lines[i - 1].strip() != "UNROLL":
                     self.loops.append(_statement(path.name, lines, i))
 
     def is_rare(self, instruction: sass.Instruction) -> bool:
-        return any(statement.made(instruction) for statement in self.rare)
+        return any(statement.call(instruction) is not None for statement in self.rare)
 
     def loop(self, body: list[sass.Instruction]) -> Statement | None:
-        """The smallest loop that most of these instructions come from."""
-        around = [s for s in self.loops if 2 * sum(map(s.made, body)) > len(body)]
-        return min(around, key=lambda s: len(s.lines), default=None)
+        """The innermost loop that most of these instructions come from.
+
+        Loops around it made more of them, or the same through more calls, or are longer.
+        """
+        found = []
+        for statement in self.loops:
+            calls = [n for n in map(statement.call, body) if n is not None]
+            if 2 * len(calls) > len(body):
+                found.append((len(calls), sum(calls), len(statement.lines), statement))
+        return min(found, key=lambda x: x[:3])[-1] if found else None
 
 
-def _interesting(flow: sass.Flow) -> list[int]:
+def _interesting(flow: sass.Flow, source: Source) -> list[int]:
+    """Heads of the loops to tell of."""
+    body = lambda indices: [flow.instructions[i] for i in indices]
     own = {head: flow.loops[head].difference(*(flow.loops[h] for h in flow.inside(head))) for head in flow.loops}
-    heads = [head for head, body in own.items() if any(flow.instructions[i].is_mma for i in body)]
-    return sorted(heads or (head for head in own if not flow.inside(head)))
+    making = {head for head in own if any(i.is_mma for i in body(own[head]))}
+    for head in own:
+        making |= {head for h in flow.inside(head) if h in making and _passes(source.loop(body(flow.loops[h])))}
+    return sorted(making or (head for head in own if not flow.inside(head)))
 
 
 def _passes(statement: Statement | None) -> Callable[[Shape], float] | None:

@@ -171,7 +171,8 @@ class Flow(NamedTuple):
 
         def own(start: int) -> dict[int, float]:
             if start in inner:
-                return {i: trips(start) * n for i, n in inner[start].items()}
+                passes = trips(start)
+                return {i: passes * n for i, n in inner[start].items()}
             return {i: 1 for i in range(start, self.ends[start]) if self.instructions[i].name != "NOP"}
 
         def worth(start: int) -> float:

@@ -1,5 +1,6 @@
 """The compile report tells what is in a kernel: on kernels of which that is known."""
 
+import functools
 import inspect
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import torch
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from bench import sass  # noqa: E402
+from bench import compile_cuda, sass  # noqa: E402
 from bench.compile_report import SHARED_LIMIT, Planned, _source, compile_all, rows  # noqa: E402
 
 CAPABILITIES = (80, 90, 100)
@@ -240,3 +241,112 @@ def test_code_out_of_line():
     expected = ["SYNCS", "BRA", "BRA", "LDG", "CALL", "BRA", "BRA", "STS", "BRA"]
     assert [instructions[i].name for i in body] == expected
     assert [instructions[i].opcode for i in one] == ["BRA.U"]
+
+
+CUDA_SOURCE = """
+DEVICE void hide(float (&scores)[4]) {
+  scores[0] = 0;
+}
+DEVICE void band(int turn) {
+  for (int item = turn; item < blocks; item += 4) {
+    write(item);
+  }
+  UNROLL
+  for (int i = 0; i < 4; ++i) other(i);
+}
+KERNEL(128, 1) some_kernel(const Call call) {
+  while (tile < end) {
+    band(tile);
+    if (seen != all) hide(scores);
+    multiply();
+    if (call.visible != nullptr) {
+      look();
+    }
+    copy();
+  }
+}
+"""
+CUDA_CODE = """
+.text.kernel:
+	//## File "some/folder/some.cu", line 12
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_0:
+	//## File "some/folder/some.cu", line 7 inlined at "some/folder/some.cu", line 14
+	//## File "some/folder/some.cu", line 14
+        /*0010*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
+        /*0020*/              @!P0 BRA `(.L_x_0) ;
+	//## File "some/folder/some.cu", line 12
+        /*0030*/                   EXIT ;
+"""
+
+
+def test_lines_of_cuda():
+    """Through inlined functions, the innermost one first; they stay until others are named."""
+    instructions, _ = sass.parse(CUDA_CODE)
+    inlined = (("some.cu", 7), ("some.cu", 14))
+    assert [i.frames for i in instructions] == [(("some.cu", 12),), inlined, inlined, (("some.cu", 12),)]
+    assert [i.ptx_line for i in instructions] == [None] * 4
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "some.cu"
+    path.write_text(CUDA_SOURCE)
+    return compile_cuda.Source([path])
+
+
+def made_at(*lines):
+    """An instruction that comes from these lines."""
+    return sass.Instruction("FADD", None, True, tuple(("some.cu", line) for line in lines))
+
+
+def test_statements_of_cuda(source):
+    assert [(str(s), len(s.lines)) for s in source.loops] == [("some.cu:6", 3), ("some.cu:13", 9)]
+    assert str(source.loop([made_at(7, 14), made_at(6, 14), made_at(14)])) == "some.cu:6"
+    assert str(source.loop([made_at(7, 14), made_at(16), made_at(14)])) == "some.cu:13"
+    assert source.loop([made_at(12)]) is None
+    rare = [made_at(3, 15), made_at(18)]
+    common = [made_at(15), made_at(17), made_at(20), made_at(10, 14)]
+    assert all(map(source.is_rare, rare)) and not any(map(source.is_rare, common))
+
+
+def test_common_iteration():
+    """Rare code is passed by, unless there is no other way; of other branches the longer one is taken."""
+    code = """
+.text.kernel:
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_head:
+        /*0010*/                   FADD R0, R0, R1 ;
+.L_inner:
+        /*0020*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
+        /*0030*/               @P0 BRA `(.L_inner) ;
+        /*0040*/               @P1 BRA `(.L_long) ;
+        /*0050*/                   BRA `(.L_join) ;
+.L_long:
+        /*0060*/                   FMUL R0, R0, R1 ;
+        /*0070*/                   FMUL R0, R0, R1 ;
+.L_join:
+        /*0080*/               @P2 BRA `(.L_rare) ;
+.L_after:
+        /*0090*/                   MUFU.EX2 R0, R0 ;
+        /*00a0*/                   MUFU.RCP R0, R0 ;
+        /*00b0*/                   NOP ;
+        /*00c0*/               @P3 BRA `(.L_head) ;
+        /*00d0*/                   EXIT ;
+.L_rare:
+        /*00e0*/                   FSEL R0, R0, R1, P2 ;
+        /*00f0*/                   BRA `(.L_after) ;
+"""
+    flow = sass.Flow.of(*sass.parse(code))
+    head, inner = sorted(flow.loops)
+    assert flow.inside(head) == [inner] and flow.inside(inner) == []
+    iteration = functools.partial(flow.iteration, head, trips=lambda loop: 2.5 if loop == inner else 1)
+    executed = {}
+    is_out_of_line = lambda x: x.name == "FSEL" or x.target == ".L_after"
+    for i, times in iteration(is_out_of_line).items():
+        executed[flow.instructions[i].name] = executed.get(flow.instructions[i].name, 0) + times
+    # The branches: two of the inner loop and a half, and three.
+    assert executed == {"FADD": 1, "HMMA": 2.5, "BRA": 5.5, "FMUL": 2, "MUFU": 2}
+    assert sum(iteration(lambda x: False).values()) == 13 + 2
+    # What every iteration has to pass counts, rare or not.
+    assert sum(iteration(lambda x: is_out_of_line(x) or x.name == "MUFU").values()) == 13

@@ -89,15 +89,17 @@ struct Pass {
     const char* from = near_tile(backward, key_block_of(call, place, first_key), block_y(),
                                  first_query / 32 - kTilesPerBlock * near_begin) +
                        64 * (first_key % kBackwardRows);
-    for (int item = thread(); item < kSquare * kSquare / 8; item += kThreads) {
-      const int row = item / 8, chunk = item % 8, key = keys ? row : column_at(row);
+    UNROLL
+    for (int i = 0; i < kSquare * kSquare / 8 / kThreads; ++i) {
+      const int item = i * kThreads + thread(), row = item / 8, chunk = item % 8, key = keys ? row : column_at(row);
       // The last tile of 32 queries may not be there.
       const bool valid = first_query + 8 * chunk < (keys ? place.columns : place.rows);
       copy_async(square + row * kPitch + 16 * chunk, from + chunk / 4 * kNearTileBytes + 64 * key + 16 * (chunk % 4), valid);
     }
     const char* x = row_address(rows.x, place, place.row_base + place.first_row);
-    for (int item = thread(); item < kSquare * size / 8; item += kThreads) {
-      const int row = item / (size / 8), chunk = item % (size / 8);
+    UNROLL
+    for (int i = 0; i < kSquare * size / 8 / kThreads; ++i) {
+      const int item = i * kThreads + thread(), row = item / (size / 8), chunk = item % (size / 8);
       const bool valid = place.first_row + row < place.rows && 8 * chunk < call.size;
       copy_async(own + row * kRowPitch + 16 * chunk, x + kHalf * row * rows.x.row + 16 * chunk, valid);
     }

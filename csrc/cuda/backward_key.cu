@@ -16,8 +16,8 @@ struct Memory {
 
   char *queries, *grads, *statistics, *column_band, *keys, *values, *row_band, *gradient_band;
 
-  DEVICE Memory() {
-    queries = shared_memory(), grads = queries + S::kTileBytes, statistics = grads + S::kTileBytes;
+  DEVICE explicit Memory(char* shared) {
+    queries = shared, grads = queries + S::kTileBytes, statistics = grads + S::kTileBytes;
     column_band = statistics + kStatisticBytes;
     keys = column_band + S::kColumnBandBytes + warp() * kWarpBytes, values = keys + S::kStageBytes;
     row_band = values + S::kStageBytes + kHalf * kRowBandMargin;
@@ -33,7 +33,7 @@ struct Pass {
   const Call& call;
   const Place place;
   const Dropout mask;
-  const Memory<S> memory;
+  Memory<S> memory;
   const uint32_t exists;  // keys of this warp that may be attended to
   float grad_key[kFragments][S::kSize / 8][4] = {}, grad_value[kFragments][S::kSize / 8][4] = {};
   float far[kFragments][2];
@@ -43,6 +43,7 @@ struct Pass {
         call(arguments.call),
         place(place),
         mask(call, place.batch, place.head),
+        memory(shared_memory()),
         exists(exists) {}
 
   // V, and K or for far tiles what stands for it. The constants of rows, minus infinity for keys that nobody sees, stay in
@@ -106,11 +107,10 @@ struct Pass {
     const bool c2p = call.query.score_table != nullptr, p2c = call.key.score_table != nullptr;
     if (near && !p2c) clear_row_band<S>(memory.row_band);
     if (near && !c2p) clear_column_band<S>(memory.column_band);
-    GradientBand<T, S> band(memory.gradient_band, place, call.key, tile * S::kColumns);
-    if (near && p2c) band.clear();
-    char* out = near ? near_tile(arguments, block_x(), block_y(), 0) : nullptr;
+    if (near && p2c) gradient_band(tile).clear();
     load_tile(tile);
-    for (int first_tile = tile; tile < end; ++tile) {
+    for (const int first_tile = tile; tile < end; ++tile) {
+      memory = Memory<S>(shared_memory_anew());
       wait_copies<0>();
       sync_block();
       float scores[kFragments][kProducts][4] = {};
@@ -166,6 +166,8 @@ struct Pass {
         add_weighted<T, S>(grad_key, d, memory.queries, 16 * step);
       }
       if (near) {
+        char* out = near_tile(arguments, block_x(), block_y(), tile - first_tile);
+        const GradientBand<T, S> band = gradient_band(tile);
         UNROLL
         for (int f = 0; f < kFragments; ++f)
           UNROLL
@@ -176,19 +178,22 @@ struct Pass {
             store_global(out + 64 * row + 16 * (lane() % 4), {{pairs[0], pairs[1], pairs[2], pairs[3]}});
             if (p2c) band.put(f, half, pairs);
           }
-        out += kNearTileBytes;
         if (p2c) band.take(grad_key);
       }
       sync_block();  // nobody reads the tiles any more
       if (tile + 1 < end) load_tile(tile + 1);
     }
-    if (near && p2c) band.finish(grad_key);
+    if (near && p2c) gradient_band(end).finish(grad_key);
     if (!near) {
       add_far_row<T, S>(grad_key, far, call, place, call.key, far_row);
       if (call.key.table.data != nullptr)
         store_far_sum<T, S>(far_sum<S>(arguments.far_key_sums, arguments.key_far_count, side), memory.keys, far,
                             call.key.x, call, place, exists);
     }
+  }
+
+  DEVICE GradientBand<T, S> gradient_band(int tile) const {
+    return {memory.gradient_band, place, call.key, tile * S::kColumns};
   }
 
   DEVICE void left(uint32_t (&a)[kFragments][4], const char* rows, int step) const {

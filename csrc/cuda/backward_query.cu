@@ -181,13 +181,16 @@ struct Pass {
     return find_segments(call.key, keys, S::kRows, kBackwardRows).near_begin;
   }
 
+  DEVICE GradientBand<T, S> gradient_band(int tile) const {
+    return {memory.gradient_band, place, call.query, tile * S::kColumns};
+  }
+
   DEVICE void meet_near(int tile, const int end) {
     tile = next(tile, end);
     if (tile >= end) return;
     const bool c2p = call.query.gradient_table != nullptr;
     int expected = tile;  // what the band goes on with
-    GradientBand<T, S> band(memory.gradient_band, place, call.query, tile * S::kColumns);
-    if (c2p) band.clear();
+    if (c2p) gradient_band(tile).clear();
     const auto load = [&] {
       load_columns<S>(memory.keys, call.key.x, call, place, tile * S::kColumns, visible(tile));
       load_near(tile, near_begin(tile));
@@ -197,10 +200,10 @@ struct Pass {
       wait_copies<0>();
       sync_block();
       if (c2p && tile != expected) {
-        band.finish(sums);
-        band = GradientBand<T, S>(memory.gradient_band, place, call.query, tile * S::kColumns);
-        band.clear();
+        gradient_band(expected).finish(sums);
+        gradient_band(tile).clear();
       }
+      const GradientBand<T, S> band = gradient_band(tile);
       uint32_t pairs[kFragments][2][4];
       UNROLL
       for (int f = 0; f < kFragments; ++f)
@@ -225,7 +228,7 @@ struct Pass {
       sync_block();  // nobody reads K any more
       if (tile < end) load();
     }
-    if (c2p) band.finish(sums);
+    if (c2p) gradient_band(expected).finish(sums);
   }
 
   DEVICE void finish() {

@@ -33,18 +33,17 @@ DEVICE bool any_visible(const Call& call, const Place& place, int64_t base, int 
   return (visible_keys(call, place, base, first, length, 64) | visible_keys(call, place, base, first + 64, length, 64)) != 0;
 }
 
-// ---- A warp's band of gradients: dA skewed by rows. After a tile, its first 32 columns have met all of their pairs.
+// ---- A warp's band of gradients: dA skewed by rows. Tiles that follow one another go through it, each in turn puts its
+// dA there, takes the products of 32 distances that have met all of their pairs, and leaves the others to the next one.
 
 template <class T, class S>
 struct GradientBand {
   char* band;
-  const char* table;  // of the head, from the block before the first tile's on
+  const char* table;  // the distances that this tile completes
   EightHalves to;
 
   DEVICE GradientBand(char* memory, const Place& place, const Side& rows, int first_column)
-      : band(memory),
-        table(nullptr),
-        to(memory, gradient_band(lane() / 4, 8 * (lane() % 4), S::kColumns) - before()) {
+      : band(memory), to(memory, gradient_band(lane() / 4, 8 * (lane() % 4), S::kColumns) - before()) {
     const int first = first_column - place.first_row - (warp() * S::kWarpRows - before());
     table = table_block<S>(rows.gradient_table, rows, place, first - kDistances);
   }
@@ -55,23 +54,23 @@ struct GradientBand {
     return band + (8 * i + lane() / 4) * S::kRowBandPitch + kHalf * (column + 8 * (lane() % 4));
   }
 
-  DEVICE void clear() {
+  // Before the first tile.
+  DEVICE void clear() const {
     sync_warp();
     UNROLL
     for (int i = 0; i < S::kWarpRows / 8; ++i) store_shared(cell(i, 0), {});
     sync_warp();
   }
 
-  // dA of the next tile: eight columns of row 16 f + 8 half + lane / 4.
+  // dA of the tile: eight columns of row 16 f + 8 half + lane / 4.
   DEVICE void put(int f, int half, const uint32_t (&pairs)[4]) const {
     to.store(kHalf * gradient_band(16 * f + 8 * half, 0, S::kColumns) - kHalf * gradient_band(0, 0, S::kColumns), pairs);
   }
 
-  // Once all is put: sums += dA of 32 distances times their rows, and on to the next ones.
-  DEVICE void take(float (&sums)[S::kFragments][S::kSize / 8][4]) {
+  // Once all is put: sums += dA of 32 distances times their rows.
+  DEVICE void take(float (&sums)[S::kFragments][S::kSize / 8][4]) const {
     sync_warp();
     add_table_gradients<T, S>(sums, band, 0, table);
-    table += kHalf * kDistances * S::kSize;
     Words overhang[S::kWarpRows / 8];
     UNROLL
     for (int i = 0; i < S::kWarpRows / 8; ++i) overhang[i] = load_shared(cell(i, S::kColumns));
@@ -81,8 +80,8 @@ struct GradientBand {
     sync_warp();
   }
 
-  // What is left of the last tile.
-  DEVICE void finish(float (&sums)[S::kFragments][S::kSize / 8][4]) {
+  // For the tile after the last one: what is left.
+  DEVICE void finish(float (&sums)[S::kFragments][S::kSize / 8][4]) const {
     UNROLL
     for (int f = 0; f < S::kFragments; ++f)
       UNROLL

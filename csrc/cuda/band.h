@@ -149,11 +149,26 @@ DEVICE void write_column_band(char* band, const Call& call, const Place& place, 
   // Here the columns are rows, and distances row minus column.
   const char* table = table_block<S>(columns.score_table, columns, place, place.first_row - first_column - 32 * group);
   const EightHalves to(band, column_band(32 * group + lane() / 4, 8 * (lane() % 4), S::kRows));
+  // The left operand of all products of a warp, where there are some and registers hold it.
+  constexpr bool keeps = S::kSize <= 64 && groups * blocks >= 2 * S::kWarps;
+  uint32_t left[keeps ? S::kSize / 16 : 1][2][4];
+  if constexpr (keeps) {
+    UNROLL
+    for (int step = 0; step < S::kSize / 16; ++step)
+      load_left<S>(left[step][0], tile, 0, step), load_left<S>(left[step][1], tile, 1, step);
+  }
   for (int item = first / groups; item < blocks; item += S::kWarps / groups) {
     const int distance = kDistances * (item - 1);
     float sums[2][4][4] = {};
     add_table_scores<T, S>(sums, table + distance * kHalf * S::kSize, [&](uint32_t (&a)[2][4], int step) {
-      load_left<S>(a[0], tile, 0, step), load_left<S>(a[1], tile, 1, step);
+      UNROLL
+      for (int f = 0; f < 2; ++f)
+        if constexpr (keeps) {
+          UNROLL
+          for (int w = 0; w < 4; ++w) a[f][w] = left[step][f][w];
+        } else {
+          load_left<S>(a[f], tile, f, step);
+        }
     });
     UNROLL
     for (int f = 0; f < 2; ++f)

@@ -52,6 +52,14 @@ DEVICE char* shared_memory() {
   return bytes;
 }
 
+// The same, of which the compiler knows nothing yet: in a loop it makes addresses anew then, where it would else keep more
+// of them than there are registers.
+DEVICE char* shared_memory_anew() {
+  int zero = 0;
+  asm volatile("" : "+r"(zero));
+  return shared_memory() + zero;
+}
+
 DEVICE Words load_shared(const void* from) { return *static_cast<const Words*>(from); }
 DEVICE void store_shared(void* to, Words words) { *static_cast<Words*>(to) = words; }
 DEVICE uint32_t load_shared_word(const void* from) { return *static_cast<const uint32_t*>(from); }
@@ -112,7 +120,7 @@ DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
 #define DEBERTA_FAST_MMA(Type, name)                                                                \
   template <>                                                                                       \
   DEVICE void multiply_add<Type>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                      \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                      \
         ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                      \
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                            \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                            \

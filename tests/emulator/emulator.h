@@ -33,6 +33,7 @@ inline void sync_warp(Site site = Site::here()) { the_machine->sync_warp(site); 
 // ---- Shared memory.
 
 inline char* shared_memory() { return the_machine->shared(); }
+inline char* shared_memory_anew() { return the_machine->shared(); }
 
 inline Words load_shared(const void* from, Site site = Site::here()) {
   the_machine->reads(Kind::load_shared, site, from, 16);
@@ -211,6 +212,7 @@ inline uint32_t ballot(bool x, Site site = Site::here()) {
 
 inline uint32_t float_bits(float x) { return emulator::as_bits(x); }
 inline float bits_float(uint32_t x) { return emulator::as_float(x); }
+inline const char* opaque(const char* address) { return address; }
 inline int minimum(int a, int b) { return a < b ? a : b; }
 
 // ---- Launches. The blocks have run when it returns; where something was wrong, what it returns is kept until the next
