@@ -132,7 +132,8 @@ void run(const Tensor& query, Launches launches) {
   const Device device(query);
   Tensor memory = torch::stable::new_empty(query, {counted.bytes()}, ScalarType::Byte);
   // A workspace of no bytes is none that only counts.
-  Workspace workspace(counted.bytes() == 0 ? static_cast<char*>(query.data_ptr()) : static_cast<char*>(memory.data_ptr()));
+  Workspace workspace(counted.bytes() == 0 ? static_cast<char*>(query.data_ptr())
+                                           : static_cast<char*>(memory.data_ptr()));
   const char* error = launches(workspace, device.stream);
   STD_TORCH_CHECK(error == nullptr, "deberta_fast: a kernel did not start: ", error);
 }
@@ -142,9 +143,9 @@ void cuda_forward(Tensor output, Tensor lse, Tensor query, Tensor key, Tensor va
                   std::optional<Tensor> seed, std::optional<Tensor> slots, int64_t far_past, int64_t far_future,
                   int64_t first_slot, int64_t past_row, int64_t future_row, int64_t query_offset, int64_t max_seqlen,
                   double scale, double dropout_p) {
-  const Request request = request_of(query, key, value, pos_key, pos_query, mask, cu_seqlens, seed, slots, far_past,
-                                     far_future, first_slot, past_row, future_row, query_offset, max_seqlen, scale,
-                                     dropout_p);
+  const Request request =
+      request_of(query, key, value, pos_key, pos_query, mask, cu_seqlens, seed, slots, far_past, far_future, first_slot,
+                 past_row, future_row, query_offset, max_seqlen, scale, dropout_p);
   const Heads to = heads_of(output);
   const Statistic to_lse = statistic_of(lse);
   run(query, [&](Workspace& workspace, void* stream) { return run_forward(request, to, to_lse, workspace, stream); });
@@ -162,9 +163,9 @@ void cuda_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, std::o
                    std::optional<Tensor> seed, std::optional<Tensor> slots, int64_t far_past, int64_t far_future,
                    int64_t first_slot, int64_t past_row, int64_t future_row, int64_t query_offset, int64_t max_seqlen,
                    double scale, double dropout_p, std::optional<Tensor> first_of_slot) {
-  const Request request = request_of(query, key, value, pos_key, pos_query, mask, cu_seqlens, seed, slots, far_past,
-                                     far_future, first_slot, past_row, future_row, query_offset, max_seqlen, scale,
-                                     dropout_p);
+  const Request request =
+      request_of(query, key, value, pos_key, pos_query, mask, cu_seqlens, seed, slots, far_past, far_future, first_slot,
+                 past_row, future_row, query_offset, max_seqlen, scale, dropout_p);
   Gradients gradients;
   gradients.output = heads_of(output), gradients.grad_output = heads_of(grad_output);
   gradients.grad_query = heads_of(grad_query), gradients.grad_key = heads_of(grad_key);

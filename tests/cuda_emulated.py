@@ -25,7 +25,7 @@ from deberta_fast.relative_position import slot_table
 SOURCES = Path(__file__).parents[1] / "csrc/cuda"
 LIBRARY = os.environ["EMULATED_LIBRARY"]
 torch.ops.load_library(LIBRARY)
-cuda.EMULATED, cuda.NOT_LOADED = True, None
+cuda.EMULATED = True
 emulator = ctypes.CDLL(LIBRARY)
 emulator.emulator_conflicts.restype = emulator.emulator_barrier_site.restype = ctypes.c_char_p
 
@@ -292,7 +292,6 @@ def test_scratch_is_poisoned():
 @each_half
 @pytest.mark.parametrize("mask", ["left", "holes", "empty", "late"])
 def test_hidden_keys_do_not_matter(mask, dtype):
-    """What is not finite in a key spoils the gradient of Q^r alone, which has dA_ij k_j in it: the reference's, too."""
     case = Case("", 200, 200, heads=2, mask=mask)
     hidden = ~make_inputs(case, dtype).mask.any(2).expand(2, 2, 200)
 
@@ -304,7 +303,7 @@ def test_hidden_keys_do_not_matter(mask, dtype):
     assert (clean["grad_key"][hidden] == 0).all() and (clean["grad_value"][hidden] == 0).all()
     for number in (6e4, torch.inf, torch.nan):
         got = run(case, dtype, lambda inputs, number=number: spoiled(inputs, number))
-        assert all(torch.equal(got[name], x) for name, x in clean.items() if number == 6e4 or name != "grad_pos_query")
+        assert all(torch.equal(got[name], x) for name, x in clean.items())
 
 
 @each_half
@@ -366,18 +365,7 @@ def test_half_precision_survives_large_weights(c2p, p2c):
     torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-3, atol=2e-3)
 
 
-OVERFLOWS = pytest.mark.xfail(reason="far scores of 1e5 are rounded otherwise in backward: exp(score - lse) overflows")
-
-
-@pytest.mark.parametrize(
-    "c2p, p2c",
-    [
-        (False, False),
-        (True, False),
-        pytest.param(True, True, marks=OVERFLOWS),
-        pytest.param(False, True, marks=OVERFLOWS),
-    ],
-)
+@pytest.mark.parametrize("c2p, p2c", [(False, False), (True, False), (True, True), (False, True)])
 def test_gradients_of_large_weights_are_finite(c2p, p2c):
     assert all(torch.isfinite(x).all() for x in forward_and_gradients(public("cuda"), large(c2p, p2c)).values())
 
@@ -510,23 +498,6 @@ def hide_a_tile(inputs):
     return inputs
 
 
-SPARE = {  # there is another one between what they keep apart
-    "forward.cu load_rows 1",
-    "forward.cu load_rows 3",
-    "backward_key.cu load_rows 1",
-    "backward_key.cu load_rows 3",
-    "backward_query.cu load_rows 1",
-    "backward_query.cu load_rows 3",
-    "backward_tile.h clear 1",
-    "backward_tile.h take 3",
-    "backward_tile.h store_far_sum 1",
-    "backward_tile.h store_far_sum 3",
-    "band.h clear_row_band 1",
-    "band.h clear_row_band 2",
-    "band.h write_row_band 2",
-}
-
-
 def barrier(site: int) -> str:
     """The file, the function, and which of its barriers."""
     file, line = emulator.emulator_barrier_site(site).decode().split(" at ")[1].split(":")
@@ -552,7 +523,7 @@ def test_every_barrier_is_needed():
     for site in range(sites):
         if not any(noticed(*pair, site) for pair in zip(EVERYWHERE, usual)):
             unnoticed.add(barrier(site))
-    assert sites > 5 and unnoticed == SPARE
+    assert sites > 5 and unnoticed == set()
 
 
 NARROW = ("store_shared_word", "store_shared_half", "load_shared_word")
@@ -577,3 +548,22 @@ def test_bank_conflicts(backward, size):
     for kind, wavefronts, ideal in rows:
         most = 3 if kind in NARROW else 2 if backward else 1
         assert wavefronts <= most * ideal or wavefronts <= total / 100, table
+
+
+# What it takes
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("length", [16, 128, 512, 1000, 2048, 4096, 8192, 16384])
+def test_device_memory_is_bounded(length, packed):
+    """At 16384 tokens, 12 heads of 64 and v3's tables."""
+    table, batches = slot_table(256, 512), 16384 // length
+    ends = (ctypes.c_int32 * (batches + 1))(*range(0, length * batches + 1, length)) if packed else None
+    shape = batches, 12, length, 64, ends, table.far_past, table.far_future, table.rows
+    assert emulator.emulator_workspace_bytes(*shape, False) <= 16 << 20
+    assert 3 << 20 < emulator.emulator_workspace_bytes(*shape, True) <= 256 << 20
+
+
+def test_shared_memory_is_what_refusals_say():
+    for size, expected in cuda.SHARED_BYTES.items():
+        assert max(emulator.emulator_shared_bytes(size, backward) for backward in (False, True)) == expected

@@ -32,10 +32,10 @@ FLAGS = [
     *("-isystem", TORCH / "include"),
 ]
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined".split()
-# Tables of absent terms are null, and addresses are reckoned from them before anyone looks.
+# Under sanitizers, backward takes one head after the other, as it does where dA of more would be too much.
 BUILDS = {
     "plain": ["-O2"],
-    "sanitized": ["-O1", "-fno-omit-frame-pointer", *SANITIZERS, "-fno-sanitize=pointer-overflow"],
+    "sanitized": ["-O1", "-fno-omit-frame-pointer", *SANITIZERS, "-DDEBERTA_FAST_NEAR_BYTES=1"],
 }
 # Of cuda_emulated.py, under sanitizers
 SOME = (
@@ -140,14 +140,12 @@ REASONS = {
 def test_refuses_with_reasons(reason, monkeypatch):
     """One reason each, where an emulator makes up for the GPU that is not there."""
     monkeypatch.setattr(cuda, "EMULATED", True)
-    monkeypatch.setattr(cuda, "NOT_LOADED", None)
     case, dtype = REASONS[reason]
     assert cuda.why_not(make_inputs(case, dtype)) == [reason]
 
 
 def test_more_reasons(monkeypatch):
     monkeypatch.setattr(cuda, "EMULATED", True)
-    monkeypatch.setattr(cuda, "NOT_LOADED", None)
     inputs = make_inputs(Case("", 5, 5, size=16), torch.bfloat16)
     assert cuda.why_not(inputs) == []
     assert cuda.why_not(inputs._replace(scale=-1.0)) == ["scale must be positive, got -1.0"]

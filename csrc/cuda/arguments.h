@@ -27,8 +27,8 @@ struct Call {
   int64_t packed_rows = 0;               // of all sequences
   Side query, key;
   Heads value;
-  float scale = 0;           // s
-  float band_scale = 1;      // b: position scores are held as b times themselves, a power of two
+  float scale = 0;                    // s
+  float band_scale = 1;               // b: position scores are held as b times themselves, a power of two
   const uint32_t* visible = nullptr;  // a bit for each key, or null; `visible_words` a batch row, one row if packed
   int64_t visible_words = 0;
   bool dropout = false;

@@ -57,7 +57,8 @@ struct Pass {
         place.rows = place.columns = call.ends[s + 1] - call.ends[s];
       }
       const int first = diagonal < 0 ? -diagonal : 0;
-      const int last = minimum((place.rows + kSquare - 1) / kSquare, (place.columns + kSquare - 1) / kSquare - diagonal);
+      const int last =
+          minimum((place.rows + kSquare - 1) / kSquare, (place.columns + kSquare - 1) / kSquare - diagonal);
       for (int row = first; row < last; ++row, ++turn)
         if (turn % arguments.splits == share) meet(place, row * kSquare, (row + diagonal) * kSquare);
     }
@@ -71,7 +72,7 @@ struct Pass {
                                        keys ? place.rows : place.columns, kSquare);
     if (seen == 0) return;
     place.first_row = first_row;
-    load(place, first_key, first_query);
+    load(place, first_key, first_query, seen);
     wait_copies<0>();
     sync_block();
     skew();
@@ -80,8 +81,9 @@ struct Pass {
     sync_block();
   }
 
-  // dA by keys: their order, or by position where they are columns. And the rows themselves.
-  DEVICE void load(const Place& place, int first_key, int first_query) const {
+  // dA by keys: their order, or by position where they are columns. And the rows themselves; what a key that nobody sees
+  // holds is never read.
+  DEVICE void load(const Place& place, int first_key, int first_query, uint64_t seen) const {
     Place of_keys = place;
     of_keys.first_row = first_key / kBackwardRows * kBackwardRows;
     of_keys.rows = keys ? place.rows : place.columns, of_keys.columns = keys ? place.columns : place.rows;
@@ -94,13 +96,15 @@ struct Pass {
       const int item = i * kThreads + thread(), row = item / 8, chunk = item % 8, key = keys ? row : column_at(row);
       // The last tile of 32 queries may not be there.
       const bool valid = first_query + 8 * chunk < (keys ? place.columns : place.rows);
-      copy_async(square + row * kPitch + 16 * chunk, from + chunk / 4 * kNearTileBytes + 64 * key + 16 * (chunk % 4), valid);
+      copy_async(square + row * kPitch + 16 * chunk, from + chunk / 4 * kNearTileBytes + 64 * key + 16 * (chunk % 4),
+                 valid);
     }
     const char* x = row_address(rows.x, place, place.row_base + place.first_row);
     UNROLL
     for (int i = 0; i < kSquare * size / 8 / kThreads; ++i) {
       const int item = i * kThreads + thread(), row = item / (size / 8), chunk = item % (size / 8);
-      const bool valid = place.first_row + row < place.rows && 8 * chunk < call.size;
+      const bool exists = keys ? seen >> row & 1 : place.first_row + row < place.rows;
+      const bool valid = exists && 8 * chunk < call.size;
       copy_async(own + row * kRowPitch + 16 * chunk, x + kHalf * row * rows.x.row + 16 * chunk, valid);
     }
     commit_copies();
@@ -135,8 +139,10 @@ struct Pass {
       for (int n = 0; n < size / 8; n += 2) {
         uint32_t b[4];
         load_matrices_transposed(b, own + (16 * step + lane() % 16) * kRowPitch + 16 * n + 16 * (lane() / 16));
-        if (step >= both) multiply_add<T>(sums[0][n], a[0], b[0], b[1]), multiply_add<T>(sums[0][n + 1], a[0], b[2], b[3]);
-        if (step <= both) multiply_add<T>(sums[1][n], a[1], b[0], b[1]), multiply_add<T>(sums[1][n + 1], a[1], b[2], b[3]);
+        if (step >= both)
+          multiply_add<T>(sums[0][n], a[0], b[0], b[1]), multiply_add<T>(sums[0][n + 1], a[0], b[2], b[3]);
+        if (step <= both)
+          multiply_add<T>(sums[1][n], a[1], b[0], b[1]), multiply_add<T>(sums[1][n + 1], a[1], b[2], b[3]);
       }
     }
   }
@@ -145,17 +151,16 @@ struct Pass {
     float* to = arguments.sums +
                 ((int64_t{block_y()} * arguments.diagonals + diagonal) * arguments.splits + share) * kSpan * size;
     UNROLL
-    for (int i = 0; i < 2; ++i)
-      UNROLL
-      for (int n = 0; n < size / 8; ++n)
-        UNROLL
-        for (int w = 0; w < 4; ++w)
-          to[(16 * (warp() + 4 * i) + w / 2 * 8 + lane() / 4) * size + 8 * n + 2 * (lane() % 4) + w % 2] = sums[i][n][w];
+    for (int i = 0; i < 2; ++i) UNROLL
+    for (int n = 0; n < size / 8; ++n) UNROLL
+    for (int w = 0; w < 4; ++w)
+      to[(16 * (warp() + 4 * i) + w / 2 * 8 + lane() / 4) * size + 8 * n + 2 * (lane() % 4) + w % 2] = sums[i][n][w];
   }
 };
 
 template <class T, int size, bool keys>
-KERNEL(kThreads, size <= 64 ? 3 : 2) by_distance_kernel(const TableCall arguments) {
+KERNEL(kThreads, size <= 64 ? 3 : 2)
+by_distance_kernel(const TableCall arguments) {
   const int diagonal = block_x() / arguments.splits, share = block_x() % arguments.splits;
   Pass<T, size, keys> pass(arguments);
   pass.walk(arguments.first_diagonal + diagonal, share);

@@ -9,7 +9,8 @@ constexpr int kThreads = 256, kSquare = 64, kSpan = 2 * kSquare;
 
 // A block owns a row of a head, a thread two of its elements and a share of the terms; shares are added in order.
 template <class T>
-KERNEL(kThreads, 1) by_row_kernel(const RowCall arguments) {
+KERNEL(kThreads, 1)
+by_row_kernel(const RowCall arguments) {
   const int row = block_x(), pairs = arguments.padded_size / 2, shares = kThreads / pairs;
   const int pair = thread() % pairs, share = thread() / pairs;
   float sum[2] = {};
@@ -20,7 +21,8 @@ KERNEL(kThreads, 1) by_row_kernel(const RowCall arguments) {
     const int to = arguments.first_of_slot[row + arguments.first_slot + 1];
     const int first = kSquare * (arguments.first_diagonal - 1) + 1;
     const int last = kSquare * (arguments.first_diagonal + arguments.diagonals) - 1;
-    int begin = arguments.direction * (from - arguments.offset), end = arguments.direction * (to - 1 - arguments.offset);
+    int begin = arguments.direction * (from - arguments.offset),
+        end = arguments.direction * (to - 1 - arguments.offset);
     if (begin > end) begin = end, end = arguments.direction * (from - arguments.offset);
     begin = begin < first ? first : begin, end = minimum(end, last);
     int turn = 0;
@@ -39,9 +41,10 @@ KERNEL(kThreads, 1) by_row_kernel(const RowCall arguments) {
     }
     for (int side = 0; side < 2; ++side)
       if (row == (side == 0 ? arguments.left_row : arguments.right_row)) {
-        const float* sums = arguments.far_sums +
-                            (int64_t{block_y()} * 2 + side) * arguments.far_count * arguments.padded_size;
-        for (int part = share; part < arguments.far_count; part += shares) add(sums + int64_t{part} * arguments.padded_size);
+        const float* sums =
+            arguments.far_sums + (int64_t{block_y()} * 2 + side) * arguments.far_count * arguments.padded_size;
+        for (int part = share; part < arguments.far_count; part += shares)
+          add(sums + int64_t{part} * arguments.padded_size);
       }
   }
   char* memory = shared_memory();

@@ -7,7 +7,8 @@ namespace {
 constexpr int kThreads = 128, kRows = kThreads / 8;
 
 template <class T>
-KERNEL(kThreads, 1) delta_kernel(const BackwardCall arguments) {
+KERNEL(kThreads, 1)
+delta_kernel(const BackwardCall arguments) {
   const Call& call = arguments.call;
   const Place place = find_place(call, call.query, call.key, kRows);
   if (place.outside) return;
@@ -26,8 +27,8 @@ KERNEL(kThreads, 1) delta_kernel(const BackwardCall arguments) {
   for (int mask = 1; mask < 8; mask *= 2) sum += shuffle_xor(sum, mask);
   if (!exists || thread() % 8 != 0) return;
   const float lse = *statistic_address(arguments.lse, place, place.row_base + row);
-  const int64_t at = place.head * arguments.statistic_rows + int64_t{place.batch_index} * call.query.length +
-                     place.row_base + row;
+  const int64_t at =
+      place.head * arguments.statistic_rows + int64_t{place.batch_index} * call.query.length + place.row_base + row;
   arguments.lse2[at] = lse == -infinity() ? infinity() : lse * static_cast<float>(kLog2e);
   arguments.delta[at] = sum - *statistic_address(arguments.grad_lse, place, place.row_base + row);
 }

@@ -50,7 +50,6 @@ struct Pass {
   // the padding of K: registers are scarce.
   template <bool near>
   DEVICE void load_rows(int far_row) {
-    sync_warp();
     load_own_rows<S>(memory.keys, call.key.x, call, place, exists);
     load_own_rows<S>(memory.values, call.value, call, place, exists);
     commit_copies();
@@ -64,7 +63,6 @@ struct Pass {
     }
     UNROLL
     for (int f = 0; f < kFragments; ++f) far[f][0] = far[f][1] = 0;
-    sync_warp();
   }
 
   DEVICE void load_tile(int tile) const {
@@ -74,8 +72,8 @@ struct Pass {
     load_columns<S>(memory.grads, arguments.grad_output, call, place, first, there);
     commit_copies();
     if (thread() < S::kColumns) {
-      const int64_t at = place.head * arguments.statistic_rows +
-                         int64_t{place.batch_index} * call.query.length + place.column_base + first + thread();
+      const int64_t at = place.head * arguments.statistic_rows + int64_t{place.batch_index} * call.query.length +
+                         place.column_base + first + thread();
       const bool valid = there >> thread() & 1;
       // Of a query that is not there P is nothing.
       store_shared_word(memory.statistics + 4 * thread(), float_bits(valid ? arguments.lse2[at] : infinity()));
@@ -116,7 +114,8 @@ struct Pass {
       float scores[kFragments][kProducts][4] = {};
       if (near) {
         if (c2p)
-          write_column_band<T, S>(memory.column_band, call, place, call.query, memory.queries, tile * S::kColumns, tile);
+          write_column_band<T, S>(memory.column_band, call, place, call.query, memory.queries, tile * S::kColumns,
+                                  tile);
         if (p2c)
           write_row_band<T, S>(memory.row_band, call, place, call.key, tile * S::kColumns, tile > first_tile,
                                [&](uint32_t (&a)[kFragments][4], int step) { left(a, memory.keys, step); });
@@ -132,22 +131,19 @@ struct Pass {
       // P as halves: as float32 it would not fit into the registers besides dP.
       uint32_t p[kFragments][2][4], kept[kFragments][2];
       soften<near>(p, scores);
-      if (dropout)
-        UNROLL
-        for (int f = 0; f < kFragments; ++f)
-          UNROLL
-          for (int half = 0; half < 2; ++half) kept[f][half] = keep(f, half, tile * S::kColumns + 8 * (lane() % 4));
+      if (dropout) UNROLL
+      for (int f = 0; f < kFragments; ++f) UNROLL
+      for (int half = 0; half < 2; ++half) kept[f][half] = keep(f, half, tile * S::kColumns + 8 * (lane() % 4));
       UNROLL
       for (int step = 0; step < S::kColumns / 16; ++step) {
         uint32_t a[kFragments][4];
         UNROLL
-        for (int f = 0; f < kFragments; ++f)
-          UNROLL
-          for (int w = 0; w < 4; ++w) {
-            const int pair = 2 * step + w / 2;
-            a[f][w] = p[f][w % 2][pair];
-            if (dropout) a[f][w] &= pair_mask(kept[f][w % 2] >> (8 * pair));
-          }
+        for (int f = 0; f < kFragments; ++f) UNROLL
+        for (int w = 0; w < 4; ++w) {
+          const int pair = 2 * step + w / 2;
+          a[f][w] = p[f][w % 2][pair];
+          if (dropout) a[f][w] &= pair_mask(kept[f][w % 2] >> (8 * pair));
+        }
         add_weighted<T, S>(grad_value, a, memory.grads, 16 * step);
       }
       float grads[kFragments][kProducts][4] = {};
@@ -169,15 +165,14 @@ struct Pass {
         char* out = near_tile(arguments, block_x(), block_y(), tile - first_tile);
         const GradientBand<T, S> band = gradient_band(tile);
         UNROLL
-        for (int f = 0; f < kFragments; ++f)
-          UNROLL
-          for (int half = 0; half < 2; ++half) {
-            uint32_t pairs[4];
-            as_pairs<T>(pairs, grads[f], half, 1);
-            const int row = warp() * S::kWarpRows + 16 * f + 8 * half + lane() / 4;
-            store_global(out + 64 * row + 16 * (lane() % 4), {{pairs[0], pairs[1], pairs[2], pairs[3]}});
-            if (p2c) band.put(f, half, pairs);
-          }
+        for (int f = 0; f < kFragments; ++f) UNROLL
+        for (int half = 0; half < 2; ++half) {
+          uint32_t pairs[4];
+          as_pairs<T>(pairs, grads[f], half, 1);
+          const int row = warp() * S::kWarpRows + 16 * f + 8 * half + lane() / 4;
+          store_global(out + 64 * row + 16 * (lane() % 4), {{pairs[0], pairs[1], pairs[2], pairs[3]}});
+          if (p2c) band.put(f, half, pairs);
+        }
         if (p2c) band.take(grad_key);
       }
       sync_block();  // nobody reads the tiles any more
@@ -202,7 +197,9 @@ struct Pass {
   }
 
   // Bits 0 and 4 of `kept` for both halves of a pair.
-  static DEVICE uint32_t pair_mask(uint32_t kept) { return (kept & 1 ? 0x0000ffffu : 0) | (kept & 16 ? 0xffff0000u : 0); }
+  static DEVICE uint32_t pair_mask(uint32_t kept) {
+    return (kept & 1 ? 0x0000ffffu : 0) | (kept & 16 ? 0xffff0000u : 0);
+  }
 
   DEVICE Words statistics(int which, int four) const {
     return load_shared(memory.statistics + 4 * S::kColumns * which + 32 * (lane() % 4) + 16 * four);
@@ -214,18 +211,17 @@ struct Pass {
     const float unit = call.scale * static_cast<float>(kLog2e), slope = near ? unit : 2 * unit;
     const Words lse2[2] = {statistics(0, 0), statistics(0, 1)};
     UNROLL
-    for (int f = 0; f < kFragments; ++f)
+    for (int f = 0; f < kFragments; ++f) UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const char* row = memory.keys + (16 * f + 8 * half + lane() / 4) * S::kPitch;
+      const float shift = unit * bits_float(load_shared_word(row + kHalf * S::kSize));
+      const auto probability = [&](int c) {
+        return probability_of(
+            fused_multiply_add(slope, scores[f][c / 2][2 * half + c % 2], shift - bits_float(lse2[c / 4].x[c % 4])));
+      };
       UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const char* row = memory.keys + (16 * f + 8 * half + lane() / 4) * S::kPitch;
-        const float shift = unit * bits_float(load_shared_word(row + kHalf * S::kSize));
-        const auto probability = [&](int c) {
-          return exp2_fast(fused_multiply_add(slope, scores[f][c / 2][2 * half + c % 2],
-                                              shift - bits_float(lse2[c / 4].x[c % 4])));
-        };
-        UNROLL
-        for (int pair = 0; pair < 4; ++pair) p[f][half][pair] = pack<T>(probability(2 * pair), probability(2 * pair + 1));
-      }
+      for (int pair = 0; pair < 4; ++pair) p[f][half][pair] = pack<T>(probability(2 * pair), probability(2 * pair + 1));
+    }
   }
 
   // dP becomes dA.
@@ -234,35 +230,33 @@ struct Pass {
                             const uint32_t (&kept)[kFragments][2]) {
     const Words delta[2] = {statistics(1, 0), statistics(1, 1)};
     UNROLL
-    for (int f = 0; f < kFragments; ++f)
-      UNROLL
-      for (int half = 0; half < 2; ++half)
-        UNROLL
-        for (int c = 0; c < 8; ++c) {
-          float& grad = grads[f][c / 2][2 * half + c % 2];
-          const float factor = dropout ? (kept[f][half] >> (4 * c) & 1 ? call.keep_scale : 0) : 1;
-          const uint32_t pair = p[f][half][c / 2];
-          grad = (c % 2 ? high<T>(pair) : low<T>(pair)) * (factor * grad - bits_float(delta[c / 4].x[c % 4]));
-          if (!near) far[f][half] += grad;
-        }
+    for (int f = 0; f < kFragments; ++f) UNROLL
+    for (int half = 0; half < 2; ++half) UNROLL
+    for (int c = 0; c < 8; ++c) {
+      float& grad = grads[f][c / 2][2 * half + c % 2];
+      const float factor = dropout ? (kept[f][half] >> (4 * c) & 1 ? call.keep_scale : 0) : 1;
+      const uint32_t pair = p[f][half][c / 2];
+      grad = (c % 2 ? high<T>(pair) : low<T>(pair)) * (factor * grad - bits_float(delta[c / 4].x[c % 4]));
+      if (!near) far[f][half] += grad;
+    }
   }
 
   DEVICE void finish() {
     float key_factors[kFragments][2], value_factors[kFragments][2];
     UNROLL
-    for (int f = 0; f < kFragments; ++f)
-      UNROLL
-      for (int half = 0; half < 2; ++half) {
-        key_factors[f][half] = call.scale;
-        value_factors[f][half] = dropout ? call.keep_scale : 1;
-      }
+    for (int f = 0; f < kFragments; ++f) UNROLL
+    for (int half = 0; half < 2; ++half) {
+      key_factors[f][half] = call.scale;
+      value_factors[f][half] = dropout ? call.keep_scale : 1;
+    }
     store_own_rows<T, S>(arguments.grad_key, memory.keys, call, place, grad_key, key_factors);
     store_own_rows<T, S>(arguments.grad_value, memory.keys, call, place, grad_value, value_factors);
   }
 };
 
 template <class T, int size, bool dropout>
-KERNEL(BackwardShape<size>::kThreads, size <= 64 ? 2 : 1) backward_key_kernel(const BackwardCall arguments) {
+KERNEL(BackwardShape<size>::kThreads, size <= 64 ? 2 : 1)
+backward_key_kernel(const BackwardCall arguments) {
   using S = BackwardShape<size>;
   static_assert(S::kRows == kBackwardRows, "blocks of all backward passes are alike");
   const Call& call = arguments.call;

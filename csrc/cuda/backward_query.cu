@@ -69,7 +69,6 @@ struct Pass {
   // ---- Far tiles: what stands for Q, dO, and the statistics of the rows, the constant of which is in lse2.
 
   DEVICE void load_rows(int far_row) {
-    sync_warp();
     load_own_rows<S>(memory.queries, call.query.x, call, place, exists);
     load_own_rows<S>(memory.grads, arguments.grad_output, call, place, exists);
     commit_copies();
@@ -78,19 +77,17 @@ struct Pass {
     shift_rows<T, S>(memory.queries, call, place, call.query, call.key, far_row);
     const float unit = call.scale * static_cast<float>(kLog2e);
     UNROLL
-    for (int f = 0; f < kFragments; ++f)
-      UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int row = 16 * f + 8 * half + lane() / 4;
-        const float constant = bits_float(load_shared_word(memory.queries + row * S::kPitch + kHalf * S::kSize));
-        const int64_t at = place.head * arguments.statistic_rows +
-                           int64_t{place.batch_index} * call.query.length + place.row_base + own_row(f, half);
-        const bool valid = exists >> row & 1;
-        lse2[f][half] = (valid ? arguments.lse2[at] : infinity()) - unit * constant;
-        delta[f][half] = valid ? arguments.delta[at] : 0;
-        far[f][half] = 0;
-      }
-    sync_warp();
+    for (int f = 0; f < kFragments; ++f) UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int row = 16 * f + 8 * half + lane() / 4;
+      const float constant = bits_float(load_shared_word(memory.queries + row * S::kPitch + kHalf * S::kSize));
+      const int64_t at = place.head * arguments.statistic_rows + int64_t{place.batch_index} * call.query.length +
+                         place.row_base + own_row(f, half);
+      const bool valid = exists >> row & 1;
+      lse2[f][half] = (valid ? arguments.lse2[at] : infinity()) - unit * constant;
+      delta[f][half] = valid ? arguments.delta[at] : 0;
+      far[f][half] = 0;
+    }
   }
 
   DEVICE void left(uint32_t (&a)[kFragments][4], const char* rows, int step) const {
@@ -140,19 +137,18 @@ struct Pass {
     const float slope = 2 * call.scale * static_cast<float>(kLog2e);
     const uint32_t seen = static_cast<uint32_t>(there) >> (8 * (lane() % 4));
     UNROLL
-    for (int f = 0; f < kFragments; ++f)
+    for (int f = 0; f < kFragments; ++f) UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t kept = dropout ? mask.keep_eight(own_row(f, half), first_key + 8 * (lane() % 4)) : 0;
       UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t kept = dropout ? mask.keep_eight(own_row(f, half), first_key + 8 * (lane() % 4)) : 0;
-        UNROLL
-        for (int c = 0; c < S::kColumns / 4; ++c) {
-          float& grad = grads[f][c / 2][2 * half + c % 2];
-          const float p = exp2_fast(fused_multiply_add(slope, scores[f][c / 2][2 * half + c % 2], -lse2[f][half]));
-          const float factor = dropout ? (kept >> c & 1 ? call.keep_scale : 0) : 1;
-          grad = (seen >> c & 1 ? p : 0) * (factor * grad - delta[f][half]);
-          far[f][half] += grad;
-        }
+      for (int c = 0; c < S::kColumns / 4; ++c) {
+        float& grad = grads[f][c / 2][2 * half + c % 2];
+        const float p = probability_of(fused_multiply_add(slope, scores[f][c / 2][2 * half + c % 2], -lse2[f][half]));
+        const float factor = dropout ? (kept >> c & 1 ? call.keep_scale : 0) : 1;
+        grad = (seen >> c & 1 ? p : 0) * (factor * grad - delta[f][half]);
+        far[f][half] += grad;
       }
+    }
   }
 
   // ---- Near tiles.
@@ -206,20 +202,18 @@ struct Pass {
       const GradientBand<T, S> band = gradient_band(tile);
       uint32_t pairs[kFragments][2][4];
       UNROLL
-      for (int f = 0; f < kFragments; ++f)
-        UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const char* at = memory.near + lane() * Memory<S>::kNearPitch + kHalf * (16 * f + 8 * half);
-          load_matrices_transposed(pairs[f][half], at);
-          if (c2p) band.put(f, half, pairs[f][half]);
-        }
+      for (int f = 0; f < kFragments; ++f) UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const char* at = memory.near + lane() * Memory<S>::kNearPitch + kHalf * (16 * f + 8 * half);
+        load_matrices_transposed(pairs[f][half], at);
+        if (c2p) band.put(f, half, pairs[f][half]);
+      }
       UNROLL
       for (int step = 0; step < S::kColumns / 16; ++step) {
         uint32_t d[kFragments][4];
         UNROLL
-        for (int f = 0; f < kFragments; ++f)
-          UNROLL
-          for (int w = 0; w < 4; ++w) d[f][w] = pairs[f][w % 2][2 * step + w / 2];
+        for (int f = 0; f < kFragments; ++f) UNROLL
+        for (int w = 0; w < 4; ++w) d[f][w] = pairs[f][w % 2][2 * step + w / 2];
         add_weighted<T, S>(sums, d, memory.keys, 16 * step);
       }
       if (c2p) band.take(sums);
@@ -240,7 +234,8 @@ struct Pass {
 };
 
 template <class T, int size, bool dropout>
-KERNEL(BackwardShape<size>::kThreads, size <= 64 ? 2 : 1) backward_query_kernel(const BackwardCall arguments) {
+KERNEL(BackwardShape<size>::kThreads, size <= 64 ? 2 : 1)
+backward_query_kernel(const BackwardCall arguments) {
   using S = BackwardShape<size>;
   const Call& call = arguments.call;
   if (call.query.table.data != nullptr) clear_far_sums<S>(arguments.far_query_sums, arguments.query_far_count);

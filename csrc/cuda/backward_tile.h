@@ -10,6 +10,10 @@ namespace deberta_fast::cuda {
 template <int size>
 using BackwardShape = Shape<size, (size <= 64 ? 2 : 1), (size <= 64 ? 4 : 8), 32>;
 
+// P from the exponent: at most one, though far scores of queries and of keys are rounded in different places, which in
+// float16 can be much.
+DEVICE float probability_of(float exponent) { return exp2_fast(exponent < 0 ? exponent : 0); }
+
 // ---- dA of near pairs, on its way from the pass that owns keys to those that need it again.
 
 constexpr int kTilesPerBlock = kBackwardRows / 32;
@@ -30,7 +34,8 @@ DEVICE int64_t key_block_of(const Call& call, const Place& place, int first_key)
 
 // Whether a block of keys has any that may be attended to. Where it has none, nobody writes or reads its dA.
 DEVICE bool any_visible(const Call& call, const Place& place, int64_t base, int first, int length) {
-  return (visible_keys(call, place, base, first, length, 64) | visible_keys(call, place, base, first + 64, length, 64)) != 0;
+  return (visible_keys(call, place, base, first, length, 64) |
+          visible_keys(call, place, base, first + 64, length, 64)) != 0;
 }
 
 // ---- A warp's band of gradients: dA skewed by rows. Tiles that follow one another go through it, each in turn puts its
@@ -43,9 +48,9 @@ struct GradientBand {
   EightHalves to;
 
   DEVICE GradientBand(char* memory, const Place& place, const Side& rows, int first_column)
-      : band(memory), to(memory, gradient_band(lane() / 4, 8 * (lane() % 4), S::kColumns) - before()) {
+      : band(memory), table(nullptr), to(memory, gradient_band(lane() / 4, 8 * (lane() % 4), S::kColumns) - before()) {
     const int first = first_column - place.first_row - (warp() * S::kWarpRows - before());
-    table = table_block<S>(rows.gradient_table, rows, place, first - kDistances);
+    if (rows.gradient_table != nullptr) table = table_block<S>(rows.gradient_table, rows, place, first - kDistances);
   }
 
   static DEVICE int before() { return warp() * S::kWarpRows % kDistances; }
@@ -56,7 +61,6 @@ struct GradientBand {
 
   // Before the first tile.
   DEVICE void clear() const {
-    sync_warp();
     UNROLL
     for (int i = 0; i < S::kWarpRows / 8; ++i) store_shared(cell(i, 0), {});
     sync_warp();
@@ -64,7 +68,8 @@ struct GradientBand {
 
   // dA of the tile: eight columns of row 16 f + 8 half + lane / 4.
   DEVICE void put(int f, int half, const uint32_t (&pairs)[4]) const {
-    to.store(kHalf * gradient_band(16 * f + 8 * half, 0, S::kColumns) - kHalf * gradient_band(0, 0, S::kColumns), pairs);
+    to.store(kHalf * gradient_band(16 * f + 8 * half, 0, S::kColumns) - kHalf * gradient_band(0, 0, S::kColumns),
+             pairs);
   }
 
   // Once all is put: sums += dA of 32 distances times their rows.
@@ -77,15 +82,13 @@ struct GradientBand {
     sync_warp();
     UNROLL
     for (int i = 0; i < S::kWarpRows / 8; ++i) store_shared(cell(i, 0), overhang[i]);
-    sync_warp();
   }
 
   // For the tile after the last one: what is left.
   DEVICE void finish(float (&sums)[S::kFragments][S::kSize / 8][4]) const {
     UNROLL
-    for (int f = 0; f < S::kFragments; ++f)
-      UNROLL
-      for (int half = 0; half < 2; ++half) put(f, half, {0, 0, 0, 0});
+    for (int f = 0; f < S::kFragments; ++f) UNROLL
+    for (int half = 0; half < 2; ++half) put(f, half, {0, 0, 0, 0});
     take(sums);
   }
 };
@@ -97,26 +100,24 @@ template <class T, class S>
 DEVICE void add_far_row(float (&sums)[S::kFragments][S::kSize / 8][4], float (&t)[S::kFragments][2], const Call& call,
                         const Place& place, const Side& rows, int far_row) {
   UNROLL
-  for (int f = 0; f < S::kFragments; ++f)
-    UNROLL
-    for (int half = 0; half < 2; ++half) {
-      t[f][half] += shuffle_xor(t[f][half], 1);
-      t[f][half] += shuffle_xor(t[f][half], 2);
-    }
+  for (int f = 0; f < S::kFragments; ++f) UNROLL
+  for (int half = 0; half < 2; ++half) {
+    t[f][half] += shuffle_xor(t[f][half], 1);
+    t[f][half] += shuffle_xor(t[f][half], 2);
+  }
   if (rows.table.data == nullptr) return;
-  const char* row = static_cast<const char*>(rows.table.data) +
-                    kHalf * (place.head * rows.table.head + far_row * rows.table.row);
+  const char* row =
+      static_cast<const char*>(rows.table.data) + kHalf * (place.head * rows.table.head + far_row * rows.table.row);
   UNROLL
   for (int n = 0; n < S::kSize / 8; ++n) {
     if (8 * n >= call.size) break;
     const uint32_t pair = *reinterpret_cast<const uint32_t*>(row + 16 * n + 4 * (lane() % 4));
     UNROLL
-    for (int f = 0; f < S::kFragments; ++f)
-      UNROLL
-      for (int half = 0; half < 2; ++half) {
-        sums[f][n][2 * half] = fused_multiply_add(t[f][half], low<T>(pair), sums[f][n][2 * half]);
-        sums[f][n][2 * half + 1] = fused_multiply_add(t[f][half], high<T>(pair), sums[f][n][2 * half + 1]);
-      }
+    for (int f = 0; f < S::kFragments; ++f) UNROLL
+    for (int half = 0; half < 2; ++half) {
+      sums[f][n][2 * half] = fused_multiply_add(t[f][half], low<T>(pair), sums[f][n][2 * half]);
+      sums[f][n][2 * half + 1] = fused_multiply_add(t[f][half], high<T>(pair), sums[f][n][2 * half + 1]);
+    }
   }
 }
 
@@ -140,13 +141,11 @@ DEVICE void clear_far_sums(float* far, int far_count) {
 template <class T, class S>
 DEVICE void store_far_sum(float* to, char* stage, const float (&t)[S::kFragments][2], const Heads& x, const Call& call,
                           const Place& place, uint32_t exists) {
-  sync_warp();
   UNROLL
-  for (int f = 0; f < S::kFragments; ++f)
-    UNROLL
-    for (int half = 0; half < 2; ++half)
-      store_shared_word(stage + (16 * f + 8 * half + lane() / 4) * S::kPitch + kHalf * S::kSize + 4 * (lane() % 4),
-                        float_bits(t[f][half]));
+  for (int f = 0; f < S::kFragments; ++f) UNROLL
+  for (int half = 0; half < 2; ++half)
+    store_shared_word(stage + (16 * f + 8 * half + lane() / 4) * S::kPitch + kHalf * S::kSize + 4 * (lane() % 4),
+                      float_bits(t[f][half]));
   sync_warp();
   const char* from = row_address(x, place, place.row_base + place.first_row + warp() * S::kWarpRows);
   for (int pair = lane(); pair < S::kSize / 2; pair += 32) {
@@ -160,7 +159,6 @@ DEVICE void store_far_sum(float* to, char* stage, const float (&t)[S::kFragments
     }
     to[2 * pair] = sum[0], to[2 * pair + 1] = sum[1];
   }
-  sync_warp();
 }
 
 }  // namespace deberta_fast::cuda

@@ -77,10 +77,10 @@ DEVICE void add_table_gradients(float (&sums)[S::kFragments][S::kSize / 8][4], c
                                 const char* block) {
   uint32_t a[2][S::kFragments][4];
   UNROLL
-  for (int step = 0; step < 2; ++step)
-    UNROLL
-    for (int f = 0; f < S::kFragments; ++f)
-      load_matrices(a[step][f], band + (16 * f + lane() % 16) * S::kRowBandPitch + kHalf * (columns + 16 * step + 8 * (lane() / 16)));
+  for (int step = 0; step < 2; ++step) UNROLL
+  for (int f = 0; f < S::kFragments; ++f)
+    load_matrices(a[step][f],
+                  band + (16 * f + lane() % 16) * S::kRowBandPitch + kHalf * (columns + 16 * step + 8 * (lane() / 16)));
   const char* from = opaque(block + 16 * lane());
   UNROLL
   for (int n = 0; n < S::kSize / 8; ++n) {
@@ -100,7 +100,8 @@ DEVICE const char* table_block(const char* table, const Side& side, const Place&
   return table + (int64_t{place.head} * side.blocks * kDistances + (distance - side.first_distance)) * bytes;
 }
 
-// The band by rows of a warp, and the tile's column where it begins. Tiles that follow one another keep what they share.
+// The band by rows of a warp, for the tile that begins with this column. Tiles that follow one another keep what they
+// share. The block meets before it is read.
 template <class T, class S, class Left>
 DEVICE void write_row_band(char* band, const Call& call, const Place& place, const Side& rows, int first_column,
                            bool follows, Left left) {
@@ -112,13 +113,12 @@ DEVICE void write_row_band(char* band, const Call& call, const Place& place, con
     float sums[S::kFragments][4][4] = {};
     add_table_scores<T, S>(sums, table + distance * kHalf * S::kSize, left);
     UNROLL
-    for (int f = 0; f < S::kFragments; ++f)
-      UNROLL
-      for (int half = 0; half < 2; ++half) {
-        uint32_t pairs[4];
-        as_pairs<T>(pairs, sums[f], half, call.band_scale);
-        to.store(kHalf * row_band(16 * f + 8 * half, distance, S::kColumns), pairs);
-      }
+    for (int f = 0; f < S::kFragments; ++f) UNROLL
+    for (int half = 0; half < 2; ++half) {
+      uint32_t pairs[4];
+      as_pairs<T>(pairs, sums[f], half, call.band_scale);
+      to.store(kHalf * row_band(16 * f + 8 * half, distance, S::kColumns), pairs);
+    }
   };
   if (follows) {
     Words overhang[S::kWarpRows / 8];
@@ -135,7 +135,6 @@ DEVICE void write_row_band(char* band, const Call& call, const Place& place, con
   sync_warp();
   UNROLL
   for (int distance = 0; distance < S::kColumns; distance += kDistances) write(distance);
-  sync_warp();
 }
 
 // The band by columns of a block; its warps share the work, in turns, and must meet before they read it.
@@ -171,23 +170,21 @@ DEVICE void write_column_band(char* band, const Call& call, const Place& place, 
         }
     });
     UNROLL
-    for (int f = 0; f < 2; ++f)
-      UNROLL
-      for (int half = 0; half < 2; ++half) {
-        uint32_t pairs[4];
-        as_pairs<T>(pairs, sums[f], half, call.band_scale);
-        const int cell = column_band(16 * f + 8 * half, 0, S::kRows) - column_band(0, 0, S::kRows);
-        to.store(kHalf * (cell + distance), pairs);
-      }
+    for (int f = 0; f < 2; ++f) UNROLL
+    for (int half = 0; half < 2; ++half) {
+      uint32_t pairs[4];
+      as_pairs<T>(pairs, sums[f], half, call.band_scale);
+      const int cell = column_band(16 * f + 8 * half, 0, S::kRows) - column_band(0, 0, S::kRows);
+      to.store(kHalf * (cell + distance), pairs);
+    }
   }
 }
 
-// A band of a term that is absent: zeros, once.
+// A band of a term that is absent: zeros, once. The block meets before it is read, as for the bands that are written.
 template <class S>
 DEVICE void clear_row_band(char* band) {
   sync_warp();
   for (int i = lane(); i < S::kWarpRows * S::kRowBandPitch / 16; i += 32) store_shared(band + 16 * i, {});
-  sync_warp();
 }
 
 template <class S>
@@ -203,27 +200,25 @@ DEVICE void begin_scores(float (&scores)[S::kFragments][S::kColumns / 8][4], con
   const char* by_column_from = column_band + (lane() / 16 * 8 + lane() % 8) * S::kColumnPitch +
                                kHalf * (32 + warp() * S::kWarpRows + 8 * (lane() / 8 % 2));
   UNROLL
-  for (int f = 0; f < S::kFragments; ++f)
+  for (int f = 0; f < S::kFragments; ++f) UNROLL
+  for (int group = 0; group < S::kColumns / 32; ++group) {
+    Words by_row[2];
     UNROLL
-    for (int group = 0; group < S::kColumns / 32; ++group) {
-      Words by_row[2];
+    for (int half = 0; half < 2; ++half)
+      by_row[half] = load_shared(by_row_from + (16 * f + 8 * half) * S::kRowBandPitch + kHalf * 32 * group);
+    UNROLL
+    for (int k = 0; k < 4; k += 2) {
+      uint32_t by_column[4];
+      load_matrices_transposed(by_column, by_column_from + (32 * group + 8 * k) * S::kColumnPitch + kHalf * 16 * f);
       UNROLL
-      for (int half = 0; half < 2; ++half)
-        by_row[half] = load_shared(by_row_from + (16 * f + 8 * half) * S::kRowBandPitch + kHalf * 32 * group);
-      UNROLL
-      for (int k = 0; k < 4; k += 2) {
-        uint32_t by_column[4];
-        load_matrices_transposed(by_column,
-                                 by_column_from + (32 * group + 8 * k) * S::kColumnPitch + kHalf * 16 * f);
-        UNROLL
-        for (int w = 0; w < 4; ++w) {
-          const uint32_t pair = add_pairs<T>(by_row[w % 2].x[k + w / 2], by_column[w]);
-          float(&score)[4] = scores[f][4 * group + k + w / 2];
-          score[2 * (w % 2)] = band_factor<T>(unscale) * low<T>(pair);
-          score[2 * (w % 2) + 1] = band_factor<T>(unscale) * high<T>(pair);
-        }
+      for (int w = 0; w < 4; ++w) {
+        const uint32_t pair = add_pairs<T>(by_row[w % 2].x[k + w / 2], by_column[w]);
+        float (&score)[4] = scores[f][4 * group + k + w / 2];
+        score[2 * (w % 2)] = band_factor<T>(unscale) * low<T>(pair);
+        score[2 * (w % 2) + 1] = band_factor<T>(unscale) * high<T>(pair);
       }
     }
+  }
 }
 
 }  // namespace deberta_fast::cuda

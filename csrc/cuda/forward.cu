@@ -79,7 +79,6 @@ struct Pass {
   // Q, or for far tiles what stands for it.
   template <bool near>
   DEVICE void load_rows(int far_row) {
-    sync_warp();
     load_own_rows<S>(memory.stage, call.query.x, call, place, own_rows<S>(place));
     commit_copies();
     wait_copies<0>();
@@ -97,7 +96,6 @@ struct Pass {
         for (int step = 0; step < kSteps; ++step) load_left<S>(rows[step][f], memory.stage, f, step);
       }
     }
-    sync_warp();
   }
 
   template <bool near>
@@ -119,7 +117,8 @@ struct Pass {
       commit_copies();
       float scores[kFragments][S::kColumns / 8][4];
       if (near) {
-        if (p2c) write_column_band<T, S>(memory.column_band, call, place, call.key, memory.keys, tile * S::kColumns, tile);
+        if (p2c)
+          write_column_band<T, S>(memory.column_band, call, place, call.key, memory.keys, tile * S::kColumns, tile);
         if (c2p)
           write_row_band<T, S>(memory.row_band, call, place, call.query, tile * S::kColumns, follows,
                                [&](uint32_t (&a)[kFragments][4], int step) { left(a, step); });
@@ -127,11 +126,9 @@ struct Pass {
         begin_scores<T, S>(scores, memory.row_band, memory.column_band, 1 / call.band_scale);
       } else {
         UNROLL
-        for (auto& fragment : scores)
-          UNROLL
-          for (auto& product : fragment)
-            UNROLL
-            for (float& score : product) score = 0;
+        for (auto& fragment : scores) UNROLL
+        for (auto& product : fragment) UNROLL
+        for (float& score : product) score = 0;
       }
       UNROLL
       for (int step = 0; step < kSteps; ++step) {
@@ -164,16 +161,15 @@ struct Pass {
 
   DEVICE void hide(float (&scores)[kFragments][S::kColumns / 8][4], uint64_t seen) const {
     UNROLL
-    for (int n = 0; n < S::kColumns / 8; ++n)
+    for (int n = 0; n < S::kColumns / 8; ++n) UNROLL
+    for (int w = 0; w < 2; ++w) {
+      const bool there = seen >> (column_at(8 * n) + 8 * (lane() % 4) + w) & 1;
       UNROLL
-      for (int w = 0; w < 2; ++w) {
-        const bool there = seen >> (column_at(8 * n) + 8 * (lane() % 4) + w) & 1;
-        UNROLL
-        for (int f = 0; f < kFragments; ++f) {
-          scores[f][n][w] = there ? scores[f][n][w] : -infinity();
-          scores[f][n][2 + w] = there ? scores[f][n][2 + w] : -infinity();
-        }
+      for (int f = 0; f < kFragments; ++f) {
+        scores[f][n][w] = there ? scores[f][n][w] : -infinity();
+        scores[f][n][2 + w] = there ? scores[f][n][2 + w] : -infinity();
       }
+    }
   }
 
   // Scores become probabilities, those so far shrink to the new peak. All in base 2: Z = C (score x doubled + constant).
@@ -184,47 +180,43 @@ struct Pass {
     float shrink[kFragments][2], origin[kFragments][2];
     bool shrinks = false;
     UNROLL
-    for (int f = 0; f < kFragments; ++f)
+    for (int f = 0; f < kFragments; ++f) UNROLL
+    for (int half = 0; half < 2; ++half) {
+      float most = -infinity();
       UNROLL
-      for (int half = 0; half < 2; ++half) {
-        float most = -infinity();
-        UNROLL
-        for (int n = 0; n < S::kColumns / 8; ++n)
-          most = maximum(most, maximum(scores[f][n][2 * half], scores[f][n][2 * half + 1]));
-        most = maximum(most, shuffle_xor(most, 1));
-        most = maximum(most, shuffle_xor(most, 2));
-        const float before = peak[f][half], shift = unit * constant[f][half];
-        const float highest = fused_multiply_add(slope, most, shift);
-        const float now = highest > before + kHeadroom ? highest : before;
-        const float base = now == -infinity() ? 0 : now;  // no key seen yet
-        peak[f][half] = now, origin[f][half] = shift - base, shrink[f][half] = exp2_fast(before - base);
-        shrinks |= now != before;
-      }
+      for (int n = 0; n < S::kColumns / 8; ++n)
+        most = maximum(most, maximum(scores[f][n][2 * half], scores[f][n][2 * half + 1]));
+      most = maximum(most, shuffle_xor(most, 1));
+      most = maximum(most, shuffle_xor(most, 2));
+      const float before = peak[f][half], shift = unit * constant[f][half];
+      const float highest = fused_multiply_add(slope, most, shift);
+      const float now = highest > before + kHeadroom ? highest : before;
+      const float base = now == -infinity() ? 0 : now;  // no key seen yet
+      peak[f][half] = now, origin[f][half] = shift - base, shrink[f][half] = exp2_fast(before - base);
+      shrinks |= now != before;
+    }
     if (ballot(shrinks) != 0) {  // a new peak
       UNROLL
-      for (int f = 0; f < kFragments; ++f)
+      for (int f = 0; f < kFragments; ++f) UNROLL
+      for (int half = 0; half < 2; ++half) {
+        total[f][half] *= shrink[f][half];
         UNROLL
-        for (int half = 0; half < 2; ++half) {
-          total[f][half] *= shrink[f][half];
-          UNROLL
-          for (int n = 0; n < S::kSize / 8; ++n)
-            sums[f][n][2 * half] *= shrink[f][half], sums[f][n][2 * half + 1] *= shrink[f][half];
-        }
+        for (int n = 0; n < S::kSize / 8; ++n)
+          sums[f][n][2 * half] *= shrink[f][half], sums[f][n][2 * half + 1] *= shrink[f][half];
+      }
     }
     UNROLL
-    for (int f = 0; f < kFragments; ++f)
+    for (int f = 0; f < kFragments; ++f) UNROLL
+    for (int half = 0; half < 2; ++half) {
       UNROLL
-      for (int half = 0; half < 2; ++half) {
-        UNROLL
-        for (int n = 0; n < S::kColumns / 8; ++n)
-          UNROLL
-          for (int w = 0; w < 2; ++w) {
-            float& score = scores[f][n][2 * half + w];
-            score = exp2_fast(fused_multiply_add(slope, score, origin[f][half]));
-            total[f][half] += score;
-          }
-        if (dropout) drop(scores[f], half, first_key + 8 * (lane() % 4), own_row(f, half));
+      for (int n = 0; n < S::kColumns / 8; ++n) UNROLL
+      for (int w = 0; w < 2; ++w) {
+        float& score = scores[f][n][2 * half + w];
+        score = exp2_fast(fused_multiply_add(slope, score, origin[f][half]));
+        total[f][half] += score;
       }
+      if (dropout) drop(scores[f], half, first_key + 8 * (lane() % 4), own_row(f, half));
+    }
   }
 
   DEVICE int own_row(int f, int half) const {
@@ -247,26 +239,26 @@ struct Pass {
   DEVICE void finish() {
     float factors[kFragments][2];
     UNROLL
-    for (int f = 0; f < kFragments; ++f)
-      UNROLL
-      for (int half = 0; half < 2; ++half) {
-        float sum = total[f][half];
-        sum += shuffle_xor(sum, 1);
-        sum += shuffle_xor(sum, 2);
-        const bool none = peak[f][half] == -infinity() && !(sum > 0) && sum == 0;
-        factors[f][half] = none ? 0 : (dropout ? call.keep_scale : 1.0f) / sum;
-        const int row = own_row(f, half);
-        if (lane() % 4 == 0 && row < place.rows) {
-          const float lse = (peak[f][half] + log2_fast(sum)) * static_cast<float>(1 / kLog2e);
-          *statistic_address(arguments.lse, place, place.row_base + row) = none ? -infinity() : lse;
-        }
+    for (int f = 0; f < kFragments; ++f) UNROLL
+    for (int half = 0; half < 2; ++half) {
+      float sum = total[f][half];
+      sum += shuffle_xor(sum, 1);
+      sum += shuffle_xor(sum, 2);
+      const bool none = peak[f][half] == -infinity() && !(sum > 0) && sum == 0;
+      factors[f][half] = none ? 0 : (dropout ? call.keep_scale : 1.0f) / sum;
+      const int row = own_row(f, half);
+      if (lane() % 4 == 0 && row < place.rows) {
+        const float lse = (peak[f][half] + log2_fast(sum)) * static_cast<float>(1 / kLog2e);
+        *statistic_address(arguments.lse, place, place.row_base + row) = none ? -infinity() : lse;
       }
+    }
     store_own_rows<T, S>(arguments.output, memory.stage, call, place, sums, factors);
   }
 };
 
 template <class T, int size, bool dropout>
-KERNEL(ForwardShape<size>::kThreads, size <= 64 ? 2 : 1) forward_kernel(const ForwardCall arguments) {
+KERNEL(ForwardShape<size>::kThreads, size <= 64 ? 2 : 1)
+forward_kernel(const ForwardCall arguments) {
   using S = ForwardShape<size>;
   const Side& rows = arguments.call.query;
   const Place place = find_place(arguments.call, rows, arguments.call.key, S::kRows);

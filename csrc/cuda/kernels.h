@@ -20,7 +20,7 @@ struct Expansion {
   int reach, first_slot, table_rows;
   int size, padded_size, heads, blocks;  // D, D rounded up as the kernels need it, H, of 32 distances each
   int first_distance;
-  int offset, direction;  // delta = offset + direction x distance: -1 for queries, 1 for keys
+  int offset, direction;     // delta = offset + direction x distance: -1 for queries, 1 for keys
   char *scores, *gradients;  // gradients may be null
 };
 const char* expand_table(const Expansion& expansion, void* stream);
@@ -91,7 +91,7 @@ struct RowCall {
   void* grad_table;  // (H, rows, D), contiguous
   int rows, size, padded_size, first_head, head_count;
   float scale;
-  const int32_t* first_of_slot;  // the first delta of each row of the whole table, and of the one after the last
+  const int32_t* first_of_slot;         // the first delta of each row of the whole table, and of the one after the last
   int first_slot, left_row, right_row;  // rows of far pairs
   int offset, direction;                // delta = offset + direction x distance
   int first_diagonal, diagonals, splits;

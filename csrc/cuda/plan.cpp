@@ -5,7 +5,7 @@
 namespace deberta_fast::cuda {
 namespace {
 
-constexpr int kDistances = 32;  // as in skew.h, which is for the kernels' compiler
+constexpr int kDistances = 32;   // as in skew.h, which is for the kernels' compiler
 constexpr int kNever = 1 << 29;  // a distance beyond any
 
 // Blocks of 128 rows and tiles of 64 columns read bands that begin and end up to this far beyond what is near.
@@ -98,8 +98,11 @@ class Launches {
   bool counts_;
 };
 
-constexpr int64_t kNearBytes = int64_t{160} << 20;  // of dA at once, or that of one head
-constexpr int kPrograms = 512;                      // of a pass over diagonals, if there is work for them
+#ifndef DEBERTA_FAST_NEAR_BYTES
+#define DEBERTA_FAST_NEAR_BYTES (int64_t{160} << 20)
+#endif
+constexpr int64_t kNearBytes = DEBERTA_FAST_NEAR_BYTES;  // of dA at once, or that of one head
+constexpr int kPrograms = 512;                           // of a pass over diagonals, if there is work for them
 
 // The gradients of one table, for the heads at work.
 struct TablePass {

@@ -17,7 +17,8 @@ KERNEL(kThreads, 1) expand_kernel(const Expansion e) {
     int delta = e.offset + e.direction * distance;
     delta = minimum(delta < -e.reach ? -e.reach : delta, e.reach);
     int row = e.slots[delta + e.reach] - e.first_slot;
-    row = minimum(row < 0 ? 0 : row, e.table_rows - 1);  // rows beyond those given belong to distances that do not occur
+    row =
+        minimum(row < 0 ? 0 : row, e.table_rows - 1);  // rows beyond those given belong to distances that do not occur
     return cell.element < e.size ? table[row * e.table_row + cell.element] : 0;
   };
   for (int item = thread(); item < reads * 32; item += kThreads) {

@@ -34,13 +34,13 @@ struct Shape {
 // ---- Where a block stands.
 
 struct Place {
-  int batch;                 // batch row or sequence
+  int batch;  // batch row or sequence
   int head;
-  int first_row;             // of the block, within its sequence
-  int rows, columns;         // lengths of the sequence
+  int first_row;                  // of the block, within its sequence
+  int rows, columns;              // lengths of the sequence
   int64_t row_base, column_base;  // where it begins, along the length
-  int batch_index;           // what strides along the batch count: 0 for packed sequences
-  bool outside;              // there is no such block
+  int batch_index;                // what strides along the batch count: 0 for packed sequences
+  bool outside;                   // there is no such block
 };
 
 // Blocks of the first dimension: dense, those of a batch row after those of the one before. Packed, sequence s has room
@@ -195,8 +195,8 @@ DEVICE void shift_rows(char* stage, const Call& call, const Place& place, const 
 
 // scores += rows · columnsᵀ for 8 n columns from a position on.
 template <class T, class S, int fragments, int products>
-DEVICE void add_products(float (&scores)[fragments][products][4], const uint32_t (&a)[fragments][4], const char* columns,
-                         int step) {
+DEVICE void add_products(float (&scores)[fragments][products][4], const uint32_t (&a)[fragments][4],
+                         const char* columns, int step) {
   UNROLL
   for (int n = 0; n < products; n += 2) {
     uint32_t b[4];
@@ -236,18 +236,17 @@ DEVICE void as_left(uint32_t (&a)[4], const float (&tile)[products][4], int step
 // Writes a warp's rows: through its stage, so that 16 bytes go at once. factors: of rows g and g + 8 of each fragment.
 template <class T, class S>
 DEVICE void store_own_rows(const Heads& x, char* stage, const Call& call, const Place& place,
-                           const float (&sums)[S::kFragments][S::kSize / 8][4], const float (&factors)[S::kFragments][2]) {
+                           const float (&sums)[S::kFragments][S::kSize / 8][4],
+                           const float (&factors)[S::kFragments][2]) {
   sync_warp();
   UNROLL
-  for (int f = 0; f < S::kFragments; ++f)
-    UNROLL
-    for (int n = 0; n < S::kSize / 8; ++n)
-      UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const float factor = factors[f][half];
-        store_shared_word(stage + (16 * f + 8 * half + lane() / 4) * S::kPitch + 16 * n + 4 * (lane() % 4),
-                          pack<T>(factor * sums[f][n][2 * half], factor * sums[f][n][2 * half + 1]));
-      }
+  for (int f = 0; f < S::kFragments; ++f) UNROLL
+  for (int n = 0; n < S::kSize / 8; ++n) UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const float factor = factors[f][half];
+    store_shared_word(stage + (16 * f + 8 * half + lane() / 4) * S::kPitch + 16 * n + 4 * (lane() % 4),
+                      pack<T>(factor * sums[f][n][2 * half], factor * sums[f][n][2 * half + 1]));
+  }
   sync_warp();
   constexpr int chunks = S::kSize / 8;
   const uint32_t exists = own_rows<S>(place);

@@ -15,6 +15,7 @@ from .inputs import AttentionInputs
 
 CAPABILITY = (8, 0)
 LARGEST_HEAD = 128
+SHARED_BYTES = {32: 76032, 64: 96512, 96: 117504, 128: 137984}  # of a block, by the head size rounded up
 LONGEST = 1 << 28  # positions and distances are 32-bit numbers in the kernels
 EMULATED = False  # an emulator runs the kernels on CPU tensors: tests/emulator
 
@@ -30,7 +31,7 @@ define(
 def why_not(inputs: AttentionInputs) -> list[str]:
     """Reasons not to serve these inputs."""
     query, mask, reasons = inputs.query, inputs.mask, []
-    if NOT_LOADED is not None:
+    if NOT_LOADED is not None and not EMULATED:
         reasons.append(NOT_LOADED)
     elif not EMULATED and not implements("cuda_forward", "CUDA"):
         reasons.append("the extension deberta_fast._C was built without CUDA kernels (pip install -v says why)")
@@ -48,6 +49,11 @@ def why_not(inputs: AttentionInputs) -> list[str]:
         gpu = torch.cuda.get_device_properties(query.device)
         if (gpu.major, gpu.minor) < CAPABILITY:
             reasons.append(f"compute capability must be at least {CAPABILITY}, got {(gpu.major, gpu.minor)}")
+        room, needed = gpu.shared_memory_per_block_optin, SHARED_BYTES.get(-(-query.shape[-1] // 32) * 32, 0)
+        if needed > room:
+            reasons.append(
+                f"head size {query.shape[-1]} needs {needed} bytes of shared memory a block, the GPU has {room}"
+            )
     elif query.device.type != "cpu" or not EMULATED:
         reasons.append(f"tensors must be on an NVIDIA GPU, got {query.device}")
     return reasons
@@ -104,7 +110,9 @@ def _numbering(x: AttentionInputs) -> tuple:
 
 
 @functools.lru_cache(maxsize=64)
-def _tables_on(buckets: int, longest: int, far_negative: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _tables_on(
+    buckets: int, longest: int, far_negative: str, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """sigma over the distances [-N, N], and the first distance of each row and of the one past the last: int32, on the
     device, copied there once.
     """

@@ -2,6 +2,7 @@
 #include <string>
 
 #include "emulator.h"
+#include "plan.h"
 
 using namespace deberta_fast;
 
@@ -29,5 +30,30 @@ EXPORTED const char* emulator_conflicts() {
   static std::string table;
   table = emulator::conflict_table();
   return table.c_str();
+}
+
+// Of a block, in forward and in backward.
+EXPORTED int emulator_shared_bytes(int padded_size, bool backward) {
+  return backward ? cuda::backward_shared_bytes(padded_size) : cuda::forward_shared_bytes(padded_size);
+}
+
+// Device memory of a call with both terms beside its tensors; packed where `ends` are not null.
+EXPORTED int64_t emulator_workspace_bytes(int batches, int heads, int length, int size, const int32_t* ends,
+                                          int far_past, int far_future, int table_rows, bool backward) {
+  static char something[16];
+  cuda::Request request;
+  cuda::Call& call = request.call;
+  call.batches = batches, call.heads = heads, call.size = size, call.ends = ends;
+  call.query.length = call.key.length = length;
+  if (ends != nullptr) call.packed_rows = ends[batches];
+  call.query.table.data = call.key.table.data = something;
+  request.far_past = far_past, request.far_future = far_future, request.table_rows = table_rows;
+  cuda::Workspace workspace(nullptr);
+  if (backward) {
+    cuda::run_backward(request, {}, workspace, nullptr);
+  } else {
+    cuda::run_forward(request, {}, {}, workspace, nullptr);
+  }
+  return workspace.bytes();
 }
 }
