@@ -123,7 +123,7 @@ struct Pass {
       } else {
         load_matrices_transposed(pairs, square + (group + lane()) * kPitch + kHalf * (16 * warp() + 8 * half));
       }
-      EightHalves(band, square_band(row, group + 8 * (lane() % 4))).store(0, pairs);
+      RowOfEight(band, square_band(row, group + 8 * (lane() % 4))).store(0, pairs);
     }
   }
 

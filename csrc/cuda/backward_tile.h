@@ -45,7 +45,7 @@ template <class T, class S>
 struct GradientBand {
   char* band;
   const char* table;  // the distances that this tile completes
-  EightHalves to;
+  RowOfEight to;
 
   DEVICE GradientBand(char* memory, const Place& place, const Side& rows, int first_column)
       : band(memory), table(nullptr), to(memory, gradient_band(lane() / 4, 8 * (lane() % 4), S::kColumns) - before()) {

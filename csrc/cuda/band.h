@@ -8,27 +8,38 @@
 
 namespace deberta_fast::cuda {
 
-// Where a lane writes eight halves, by whether it begins at an odd one.
+// Where a lane writes eight halves, by whether it begins at an odd one: three words, which an odd row takes from the
+// middle, and two halves. Of an even row these are the first two or the last two, whatever means fewer bank conflicts.
+template <bool even_ends_in_halves>
 struct EightHalves {
-  char *words, *single, *last;
-  uint32_t select;
+  char *words, *first, *last;
+  uint32_t select, select_last;
   bool odd;
 
   DEVICE EightHalves(char* band, int element) {
     odd = element & 1;
-    char* first = band + kHalf * element;
-    words = first + (odd ? 2 : 0), single = first + (odd ? 0 : 12), last = first + 14;
-    select = odd ? 0x5432 : 0x3210;
+    char* begin = band + kHalf * element;
+    if (even_ends_in_halves) {
+      words = begin + (odd ? 2 : 0), first = begin + (odd ? 0 : 12), last = begin + 14;
+      select = odd ? 0x5432 : 0x3210;
+    } else {
+      words = begin + (odd ? 2 : 4), first = begin, last = begin + (odd ? 14 : 2);
+      select = odd ? 0x5432 : 0x7654, select_last = odd ? 0x7676 : 0x3232;
+    }
   }
 
   DEVICE void store(int offset, const uint32_t (&pairs)[4]) const {
     UNROLL
     for (int k = 0; k < 3; ++k)
       store_shared_word(words + offset + 4 * k, permute_bytes(pairs[k], pairs[k + 1], select));
-    store_shared_half(single + offset, static_cast<uint16_t>(odd ? pairs[0] : pairs[3]));
-    store_shared_half(last + offset, static_cast<uint16_t>(pairs[3] >> 16));
+    const uint32_t low = even_ends_in_halves && !odd ? pairs[3] : pairs[0];
+    const uint32_t high = even_ends_in_halves ? pairs[3] >> 16 : permute_bytes(pairs[0], pairs[3], select_last);
+    store_shared_half(first + offset, static_cast<uint16_t>(low));
+    store_shared_half(last + offset, static_cast<uint16_t>(high));
   }
 };
+using RowOfEight = EightHalves<false>;    // where rows are a row band's pitch apart
+using ColumnOfEight = EightHalves<true>;  // a column band's
 
 // Float16 alone is short of room: a band holds b times its scores. Elsewhere the factor costs nothing.
 template <class T>
@@ -107,7 +118,7 @@ DEVICE void write_row_band(char* band, const Call& call, const Place& place, con
                            bool follows, Left left) {
   const int before = warp() * S::kWarpRows % kDistances;  // rows of a group of 32 that the warp before owns
   const int first = first_column - place.first_row - (warp() * S::kWarpRows - before);
-  const EightHalves to(band, row_band(lane() / 4, before + 8 * (lane() % 4), S::kColumns));
+  const RowOfEight to(band, row_band(lane() / 4, before + 8 * (lane() % 4), S::kColumns));
   const char* table = table_block<S>(rows.score_table, rows, place, first);
   const auto write = [&](int distance) {
     float sums[S::kFragments][4][4] = {};
@@ -147,7 +158,7 @@ DEVICE void write_column_band(char* band, const Call& call, const Place& place, 
   const char* tile = column_tile + 32 * group * S::kPitch;
   // Here the columns are rows, and distances row minus column.
   const char* table = table_block<S>(columns.score_table, columns, place, place.first_row - first_column - 32 * group);
-  const EightHalves to(band, column_band(32 * group + lane() / 4, 8 * (lane() % 4), S::kRows));
+  const ColumnOfEight to(band, column_band(32 * group + lane() / 4, 8 * (lane() % 4), S::kRows));
   // The left operand of all products of a warp, where there are some and registers hold it.
   constexpr bool keeps = S::kSize <= 64 && groups * blocks >= 2 * S::kWarps;
   uint32_t left[keeps ? S::kSize / 16 : 1][2][4];
