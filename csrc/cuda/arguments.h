@@ -20,6 +20,7 @@ struct Side {
   int near_after = 0, near_before = 0, far_left = 0, far_right = 0;
 };
 
+// Packed sequences are rows of one batch row, so nothing strides along the batch: all such strides are 0.
 struct Call {
   Element element = Element::bfloat16;
   int batches = 0, heads = 0, size = 0;  // packed: sequences; H; D
@@ -29,8 +30,8 @@ struct Call {
   Heads value;
   float scale = 0;                    // s
   float band_scale = 1;               // b: position scores are held as b times themselves, a power of two
-  const uint32_t* visible = nullptr;  // a bit for each key, or null; `visible_words` a batch row, one row if packed
-  int64_t visible_words = 0;
+  const uint32_t* visible = nullptr;  // a bit for each key, or null; `visible_words` a batch row
+  int64_t visible_words = 0, visible_batch = 0;
   bool dropout = false;
   const int64_t* seed = nullptr;  // on the device
   uint32_t drop_below = 0;

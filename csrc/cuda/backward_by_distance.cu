@@ -50,10 +50,10 @@ struct Pass {
     for (int s = 0; s < call.batches; ++s) {
       place.batch = s;
       if (call.ends == nullptr) {
-        place.batch_index = s, place.row_base = place.column_base = 0;
+        place.base = 0;
         place.rows = rows.length, place.columns = columns.length;
       } else {
-        place.batch_index = 0, place.row_base = place.column_base = call.ends[s];
+        place.base = call.ends[s];
         place.rows = place.columns = call.ends[s + 1] - call.ends[s];
       }
       const int first = diagonal < 0 ? -diagonal : 0;
@@ -68,7 +68,7 @@ struct Pass {
     const int distance = first_column / kBackwardRows - first_row / kBackwardRows;
     if (distance < arguments.first_block || distance > arguments.last_block) return;
     const int first_key = keys ? first_row : first_column, first_query = keys ? first_column : first_row;
-    const uint64_t seen = visible_keys(call, place, keys ? place.row_base : place.column_base, first_key,
+    const uint64_t seen = visible_keys(call, place, place.base, first_key,
                                        keys ? place.rows : place.columns, kSquare);
     if (seen == 0) return;
     place.first_row = first_row;
@@ -99,7 +99,7 @@ struct Pass {
       copy_async(square + row * kPitch + 16 * chunk, from + chunk / 4 * kNearTileBytes + 64 * key + 16 * (chunk % 4),
                  valid);
     }
-    const char* x = row_address(rows.x, place, place.row_base + place.first_row);
+    const char* x = row_address(rows.x, place, place.base + place.first_row);
     UNROLL
     for (int i = 0; i < kSquare * size / 8 / kThreads; ++i) {
       const int item = i * kThreads + thread(), row = item / (size / 8), chunk = item % (size / 8);
@@ -123,7 +123,7 @@ struct Pass {
       } else {
         load_matrices_transposed(pairs, square + (group + lane()) * kPitch + kHalf * (16 * warp() + 8 * half));
       }
-      RowOfEight(band, square_band(row, group + 8 * (lane() % 4))).store(0, pairs);
+      EightHalves<true>(band, square_band(row, group + 8 * (lane() % 4))).store(0, pairs);
     }
   }
 

@@ -17,8 +17,8 @@ delta_kernel(const BackwardCall arguments) {
   float sum = 0;
   if (exists)
     for (int chunk = thread() % 8; 8 * chunk < call.size; chunk += 8) {
-      const Words o = load_global(row_address(arguments.output, place, place.row_base + row) + 16 * chunk);
-      const Words d = load_global(row_address(arguments.grad_output, place, place.row_base + row) + 16 * chunk);
+      const Words o = load_global(row_address(arguments.output, place, place.base + row) + 16 * chunk);
+      const Words d = load_global(row_address(arguments.grad_output, place, place.base + row) + 16 * chunk);
       for (int w = 0; w < 4; ++w) {
         sum = fused_multiply_add(low<T>(o.x[w]), low<T>(d.x[w]), sum);
         sum = fused_multiply_add(high<T>(o.x[w]), high<T>(d.x[w]), sum);
@@ -26,11 +26,11 @@ delta_kernel(const BackwardCall arguments) {
     }
   for (int mask = 1; mask < 8; mask *= 2) sum += shuffle_xor(sum, mask);
   if (!exists || thread() % 8 != 0) return;
-  const float lse = *statistic_address(arguments.lse, place, place.row_base + row);
+  const float lse = *statistic_address(arguments.lse, place, place.base + row);
   const int64_t at =
-      place.head * arguments.statistic_rows + int64_t{place.batch_index} * call.query.length + place.row_base + row;
+      place.head * arguments.statistic_rows + place.batch * arguments.statistic_batch + place.base + row;
   arguments.lse2[at] = lse == -infinity() ? infinity() : lse * static_cast<float>(kLog2e);
-  arguments.delta[at] = sum - *statistic_address(arguments.grad_lse, place, place.row_base + row);
+  arguments.delta[at] = sum - *statistic_address(arguments.grad_lse, place, place.base + row);
 }
 
 }  // namespace

@@ -72,8 +72,8 @@ struct Pass {
     load_columns<S>(memory.grads, arguments.grad_output, call, place, first, there);
     commit_copies();
     if (thread() < S::kColumns) {
-      const int64_t at = place.head * arguments.statistic_rows + int64_t{place.batch_index} * call.query.length +
-                         place.column_base + first + thread();
+      const int64_t at = place.head * arguments.statistic_rows + place.batch * arguments.statistic_batch +
+                         place.base + first + thread();
       const bool valid = there >> thread() & 1;
       // Of a query that is not there P is nothing.
       store_shared_word(memory.statistics + 4 * thread(), float_bits(valid ? arguments.lse2[at] : infinity()));
@@ -265,9 +265,9 @@ backward_key_kernel(const BackwardCall arguments) {
   if (place.outside) return;
   const int first = warp() * S::kWarpRows;
   const uint32_t exists = static_cast<uint32_t>(
-      visible_keys(call, place, place.row_base, place.first_row + first, place.rows, S::kWarpRows));
+      visible_keys(call, place, place.base, place.first_row + first, place.rows, S::kWarpRows));
   Pass<T, S, dropout> pass(arguments, place, exists);
-  if (!any_visible(call, place, place.row_base, place.first_row, place.rows)) return pass.finish();
+  if (!any_visible(call, place, place.base, place.first_row, place.rows)) return pass.finish();
   const Segments near = find_segments(call.key, place, S::kRows, kBackwardRows);
   const int tiles = (place.columns + S::kColumns - 1) / S::kColumns;
   const int begin = minimum(kTilesPerBlock * near.near_begin, tiles);

@@ -48,7 +48,7 @@ struct Pass {
   }
 
   DEVICE uint64_t visible(int tile) const {
-    return visible_keys(call, place, place.column_base, tile * S::kColumns, place.columns, S::kColumns);
+    return visible_keys(call, place, place.base, tile * S::kColumns, place.columns, S::kColumns);
   }
 
   DEVICE int next(int tile, int end) const {
@@ -81,8 +81,8 @@ struct Pass {
     for (int half = 0; half < 2; ++half) {
       const int row = 16 * f + 8 * half + lane() / 4;
       const float constant = bits_float(load_shared_word(memory.queries + row * S::kPitch + kHalf * S::kSize));
-      const int64_t at = place.head * arguments.statistic_rows + int64_t{place.batch_index} * call.query.length +
-                         place.row_base + own_row(f, half);
+      const int64_t at = place.head * arguments.statistic_rows + place.batch * arguments.statistic_batch +
+                         place.base + own_row(f, half);
       const bool valid = exists >> row & 1;
       lse2[f][half] = (valid ? arguments.lse2[at] : infinity()) - unit * constant;
       delta[f][half] = valid ? arguments.delta[at] : 0;

@@ -28,7 +28,7 @@ DEVICE char* near_tile(const BackwardCall& arguments, int64_t key_block, int hea
 // The block of keys that begins with this one, counted as find_place does.
 DEVICE int64_t key_block_of(const Call& call, const Place& place, int first_key) {
   const int block = first_key / kBackwardRows;
-  if (call.ends != nullptr) return place.row_base / kBackwardRows + place.batch + block;
+  if (call.ends != nullptr) return place.base / kBackwardRows + place.batch + block;
   return int64_t{place.batch} * ((call.key.length + kBackwardRows - 1) / kBackwardRows) + block;
 }
 
@@ -45,7 +45,7 @@ template <class T, class S>
 struct GradientBand {
   char* band;
   const char* table;  // the distances that this tile completes
-  RowOfEight to;
+  EightHalves<true> to;
 
   DEVICE GradientBand(char* memory, const Place& place, const Side& rows, int first_column)
       : band(memory), table(nullptr), to(memory, gradient_band(lane() / 4, 8 * (lane() % 4), S::kColumns) - before()) {
@@ -147,7 +147,7 @@ DEVICE void store_far_sum(float* to, char* stage, const float (&t)[S::kFragments
     store_shared_word(stage + (16 * f + 8 * half + lane() / 4) * S::kPitch + kHalf * S::kSize + 4 * (lane() % 4),
                       float_bits(t[f][half]));
   sync_warp();
-  const char* from = row_address(x, place, place.row_base + place.first_row + warp() * S::kWarpRows);
+  const char* from = row_address(x, place, place.base + place.first_row + warp() * S::kWarpRows);
   for (int pair = lane(); pair < S::kSize / 2; pair += 32) {
     float sum[2] = {};
     for (int row = 0; row < S::kWarpRows; ++row) {

@@ -13,7 +13,7 @@ namespace deberta_fast::cuda {
 template <bool even_ends_in_halves>
 struct EightHalves {
   char *words, *first, *last;
-  uint32_t select, select_last;
+  uint32_t select;
   bool odd;
 
   DEVICE EightHalves(char* band, int element) {
@@ -24,7 +24,7 @@ struct EightHalves {
       select = odd ? 0x5432 : 0x3210;
     } else {
       words = begin + (odd ? 2 : 4), first = begin, last = begin + (odd ? 14 : 2);
-      select = odd ? 0x5432 : 0x7654, select_last = odd ? 0x7676 : 0x3232;
+      select = odd ? 0x5432 : 0x7654;
     }
   }
 
@@ -33,14 +33,11 @@ struct EightHalves {
     for (int k = 0; k < 3; ++k)
       store_shared_word(words + offset + 4 * k, permute_bytes(pairs[k], pairs[k + 1], select));
     const uint32_t low = even_ends_in_halves && !odd ? pairs[3] : pairs[0];
-    const uint32_t high = even_ends_in_halves ? pairs[3] >> 16 : permute_bytes(pairs[0], pairs[3], select_last);
+    const uint32_t high = (even_ends_in_halves || odd ? pairs[3] : pairs[0]) >> 16;
     store_shared_half(first + offset, static_cast<uint16_t>(low));
     store_shared_half(last + offset, static_cast<uint16_t>(high));
   }
 };
-using RowOfEight = EightHalves<false>;    // where rows are a row band's pitch apart
-using ColumnOfEight = EightHalves<true>;  // a column band's
-
 // Float16 alone is short of room: a band holds b times its scores. Elsewhere the factor costs nothing.
 template <class T>
 DEVICE float band_factor(float x) {
@@ -118,7 +115,7 @@ DEVICE void write_row_band(char* band, const Call& call, const Place& place, con
                            bool follows, Left left) {
   const int before = warp() * S::kWarpRows % kDistances;  // rows of a group of 32 that the warp before owns
   const int first = first_column - place.first_row - (warp() * S::kWarpRows - before);
-  const RowOfEight to(band, row_band(lane() / 4, before + 8 * (lane() % 4), S::kColumns));
+  const EightHalves<S::kColumns != 64> to(band, row_band(lane() / 4, before + 8 * (lane() % 4), S::kColumns));
   const char* table = table_block<S>(rows.score_table, rows, place, first);
   const auto write = [&](int distance) {
     float sums[S::kFragments][4][4] = {};
@@ -158,7 +155,7 @@ DEVICE void write_column_band(char* band, const Call& call, const Place& place, 
   const char* tile = column_tile + 32 * group * S::kPitch;
   // Here the columns are rows, and distances row minus column.
   const char* table = table_block<S>(columns.score_table, columns, place, place.first_row - first_column - 32 * group);
-  const ColumnOfEight to(band, column_band(32 * group + lane() / 4, 8 * (lane() % 4), S::kRows));
+  const EightHalves<true> to(band, column_band(32 * group + lane() / 4, 8 * (lane() % 4), S::kRows));
   // The left operand of all products of a warp, where there are some and registers hold it.
   constexpr bool keeps = S::kSize <= 64 && groups * blocks >= 2 * S::kWarps;
   uint32_t left[keeps ? S::kSize / 16 : 1][2][4];

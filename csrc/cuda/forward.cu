@@ -43,7 +43,7 @@ struct Pass {
   const M memory;
   uint32_t rows[M::kRowsInRegisters ? kSteps : 1][kFragments][4];
   float sums[kFragments][S::kSize / 8][4] = {};
-  float peak[kFragments][2], total[kFragments][2] = {}, constant[kFragments][2] = {};
+  float peak[kFragments][2], total[kFragments][2] = {}, constant[kFragments][2];
 
   DEVICE Pass(const ForwardCall& arguments, const Place& place)
       : arguments(arguments), call(arguments.call), place(place), mask(call, place.batch, place.head) {
@@ -52,7 +52,7 @@ struct Pass {
   }
 
   DEVICE uint64_t visible(int tile) const {
-    return visible_keys(call, place, place.column_base, tile * S::kColumns, place.columns, S::kColumns);
+    return visible_keys(call, place, place.base, tile * S::kColumns, place.columns, S::kColumns);
   }
 
   // The first tile from `tile` on with a key that may be attended to.
@@ -86,11 +86,12 @@ struct Pass {
     if (!near) shift_rows<T, S>(memory.stage, call, place, call.query, call.key, far_row);
     UNROLL
     for (int f = 0; f < kFragments; ++f) {
-      UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const char* row = memory.stage + (16 * f + 8 * half + lane() / 4) * S::kPitch;
-        constant[f][half] = near ? 0 : bits_float(load_shared_word(row + kHalf * S::kSize));
-      }
+      if (!near)
+        UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const char* row = memory.stage + (16 * f + 8 * half + lane() / 4) * S::kPitch;
+          constant[f][half] = bits_float(load_shared_word(row + kHalf * S::kSize));
+        }
       if constexpr (M::kRowsInRegisters) {
         UNROLL
         for (int step = 0; step < kSteps; ++step) load_left<S>(rows[step][f], memory.stage, f, step);
@@ -146,7 +147,7 @@ struct Pass {
         commit_copies();
       }
       if (seen != first_bits(S::kColumns)) hide(scores, seen);
-      soften(scores, near ? 1 : 2, tile * S::kColumns);
+      soften<near>(scores, tile * S::kColumns);
       UNROLL
       for (int step = 0; step < S::kColumns / 16; ++step) {
         uint32_t p[kFragments][4];
@@ -172,11 +173,13 @@ struct Pass {
     }
   }
 
-  // Scores become probabilities, those so far shrink to the new peak. All in base 2: Z = C (score x doubled + constant).
+  // Scores become probabilities, those so far shrink to the new peak. All in base 2: Z = C score, or of far ones,
+  // which are halved, C (2 score + constant).
   // Any number near the largest score serves as the peak, so it follows only where probabilities would pass 2^kHeadroom.
   static constexpr float kHeadroom = 8;
-  DEVICE void soften(float (&scores)[kFragments][S::kColumns / 8][4], float doubled, int first_key) {
-    const float unit = call.scale * static_cast<float>(kLog2e), slope = unit * doubled;
+  template <bool near>
+  DEVICE void soften(float (&scores)[kFragments][S::kColumns / 8][4], int first_key) {
+    const float unit = call.scale * static_cast<float>(kLog2e), slope = near ? unit : 2 * unit;
     float shrink[kFragments][2], origin[kFragments][2];
     bool shrinks = false;
     UNROLL
@@ -188,7 +191,7 @@ struct Pass {
         most = maximum(most, maximum(scores[f][n][2 * half], scores[f][n][2 * half + 1]));
       most = maximum(most, shuffle_xor(most, 1));
       most = maximum(most, shuffle_xor(most, 2));
-      const float before = peak[f][half], shift = unit * constant[f][half];
+      const float before = peak[f][half], shift = near ? 0 : unit * constant[f][half];
       const float highest = fused_multiply_add(slope, most, shift);
       const float now = highest > before + kHeadroom ? highest : before;
       const float base = now == -infinity() ? 0 : now;  // no key seen yet
@@ -249,7 +252,7 @@ struct Pass {
       const int row = own_row(f, half);
       if (lane() % 4 == 0 && row < place.rows) {
         const float lse = (peak[f][half] + log2_fast(sum)) * static_cast<float>(1 / kLog2e);
-        *statistic_address(arguments.lse, place, place.row_base + row) = none ? -infinity() : lse;
+        *statistic_address(arguments.lse, place, place.base + row) = none ? -infinity() : lse;
       }
     }
     store_own_rows<T, S>(arguments.output, memory.stage, call, place, sums, factors);

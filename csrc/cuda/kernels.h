@@ -57,7 +57,7 @@ struct BackwardCall {
   Statistic lse, grad_lse;
   // Of each query (H, statistic_rows): the log-sum-exp in base 2, infinite where no key is seen, and Delta (8).
   float *lse2, *delta;
-  int64_t statistic_rows;
+  int64_t statistic_rows, statistic_batch;  // of a head, of a batch row
   // dA of near pairs, halves: for each block of keys and head, for each near block of queries after the first, four
   // tiles of (128 keys, 32 queries).
   char* near;

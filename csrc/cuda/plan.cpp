@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <initializer_list>
 
 namespace deberta_fast::cuda {
 namespace {
@@ -43,9 +44,16 @@ const char* prepare_side(Side& side, const Side& other, const Request& request, 
                       stream);
 }
 
+template <class Strided>
+Strided unpacked(Strided x, const Call& call) {
+  if (call.ends != nullptr) x.batch = 0;
+  return x;
+}
+
 // `call` with tables by distance and bits of the mask.
 const char* prepare(Call& call, const Request& request, bool gradients, Workspace& workspace, void* stream) {
   call = request.call;
+  for (Heads* x : {&call.query.x, &call.key.x, &call.value}) *x = unpacked(*x, call);
   if (call.query.table.data == nullptr && call.key.table.data == nullptr) {
     call.query.near_after = call.query.near_before = kNever;  // all is far left, of tables that are not there
     call.key.near_after = call.key.near_before = kNever;
@@ -58,6 +66,7 @@ const char* prepare(Call& call, const Request& request, bool gradients, Workspac
     const int64_t rows = call.ends == nullptr ? call.batches : 1;
     const int64_t keys = call.ends == nullptr ? call.key.length : call.packed_rows;
     call.visible_words = keys / 32 + 4;
+    call.visible_batch = call.ends == nullptr ? call.visible_words : 0;
     uint32_t* bits = workspace.take<uint32_t>(rows * call.visible_words);
     call.visible = bits;
     if (!workspace.counts())
@@ -142,8 +151,8 @@ TablePass table_pass(const BackwardCall& backward, const Request& request, const
 const char* run_forward(const Request& request, const Heads& output, const Statistic& lse, Workspace& workspace,
                         void* stream) {
   ForwardCall arguments;
-  arguments.output = output, arguments.lse = lse;
   const char* error = prepare(arguments.call, request, false, workspace, stream);
+  arguments.output = unpacked(output, arguments.call), arguments.lse = unpacked(lse, arguments.call);
   return error != nullptr || workspace.counts() ? error : forward(arguments, stream);
 }
 
@@ -152,9 +161,11 @@ const char* run_backward(const Request& request, const Gradients& gradients, Wor
   Call& call = backward.call;
   Launches launches(workspace.counts());
   launches.error = prepare(call, request, true, workspace, stream);
-  backward.output = gradients.output, backward.grad_output = gradients.grad_output;
-  backward.grad_query = gradients.grad_query, backward.grad_key = gradients.grad_key;
-  backward.grad_value = gradients.grad_value, backward.lse = gradients.lse, backward.grad_lse = gradients.grad_lse;
+  backward.output = unpacked(gradients.output, call), backward.grad_output = unpacked(gradients.grad_output, call);
+  backward.grad_query = unpacked(gradients.grad_query, call), backward.grad_key = unpacked(gradients.grad_key, call);
+  backward.grad_value = unpacked(gradients.grad_value, call);
+  backward.lse = unpacked(gradients.lse, call), backward.grad_lse = unpacked(gradients.grad_lse, call);
+  backward.statistic_batch = call.ends == nullptr ? call.query.length : 0;
   backward.statistic_rows = call.ends == nullptr ? int64_t{call.batches} * call.query.length : call.packed_rows;
   backward.lse2 = workspace.take<float>(call.heads * backward.statistic_rows);
   backward.delta = workspace.take<float>(call.heads * backward.statistic_rows);

@@ -34,13 +34,12 @@ struct Shape {
 // ---- Where a block stands.
 
 struct Place {
-  int batch;  // batch row or sequence
+  int batch;          // batch row or sequence
   int head;
-  int first_row;                  // of the block, within its sequence
-  int rows, columns;              // lengths of the sequence
-  int64_t row_base, column_base;  // where it begins, along the length
-  int batch_index;                // what strides along the batch count: 0 for packed sequences
-  bool outside;                   // there is no such block
+  int first_row;      // of the block, within its sequence
+  int rows, columns;  // lengths of the sequence
+  int base;           // where it begins along the length: only packed ones are not at 0
+  bool outside;       // there is no such block
 };
 
 // Blocks of the first dimension: dense, those of a batch row after those of the one before. Packed, sequence s has room
@@ -50,10 +49,10 @@ DEVICE Place find_place(const Call& call, const Side& rows, const Side& columns,
   place.head = first_head + block_y();
   if (call.ends == nullptr) {
     const int blocks = (rows.length + block_rows - 1) / block_rows;
-    place.batch = place.batch_index = block_x() / blocks;
+    place.batch = block_x() / blocks;
     place.first_row = (block_x() % blocks) * block_rows;
     place.rows = rows.length, place.columns = columns.length;
-    place.row_base = place.column_base = 0;
+    place.base = 0;
   } else {
     int low = 0, high = call.batches;  // the last sequence that begins at or before this block
     while (high - low > 1) {
@@ -61,10 +60,10 @@ DEVICE Place find_place(const Call& call, const Side& rows, const Side& columns,
       (call.ends[middle] / block_rows + middle <= block_x() ? low : high) = middle;
     }
     const int start = call.ends[low];
-    place.batch = low, place.batch_index = 0;
+    place.batch = low;
     place.first_row = (block_x() - (start / block_rows + low)) * block_rows;
     place.rows = place.columns = call.ends[low + 1] - start;
-    place.row_base = place.column_base = start;
+    place.base = start;
   }
   place.outside = place.first_row >= place.rows;
   return place;
@@ -87,11 +86,11 @@ DEVICE Segments find_segments(const Side& rows, const Place& place, int block_ro
 }
 
 DEVICE char* row_address(const Heads& x, const Place& place, int64_t row) {
-  return static_cast<char*>(x.data) + kHalf * (place.batch_index * x.batch + place.head * x.head + row * x.row);
+  return static_cast<char*>(x.data) + kHalf * (place.batch * x.batch + place.head * x.head + row * x.row);
 }
 
 DEVICE float* statistic_address(const Statistic& x, const Place& place, int64_t row) {
-  return x.data + place.batch_index * x.batch + place.head * x.head + row * x.row;
+  return x.data + place.batch * x.batch + place.head * x.head + row * x.row;
 }
 
 ANYWHERE uint64_t first_bits(int count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
@@ -103,7 +102,7 @@ DEVICE uint64_t visible_keys(const Call& call, const Place& place, int64_t base,
   uint64_t bits = first_bits(count);
   if (call.visible != nullptr) {
     const int64_t bit = base + first;
-    const uint32_t* words = call.visible + place.batch_index * call.visible_words + bit / 32;
+    const uint32_t* words = call.visible + place.batch * call.visible_batch + bit / 32;
     const int shift = static_cast<int>(bit % 32);
     const uint64_t low = words[0] | uint64_t{words[1]} << 32;  // two words more than needed are there
     bits &= shift == 0 ? low : low >> shift | uint64_t{words[2]} << (64 - shift);
@@ -121,7 +120,7 @@ DEVICE void load_columns(char* tile, const Heads& x, const Call& call, const Pla
   const int chunk = thread() % across, position = thread() / across, row = column_at(position);
   if (across > chunks && chunk >= chunks) return;
   char* to = tile + position * S::kPitch + 16 * chunk;
-  const char* from = row_address(x, place, place.column_base + first + row) + 16 * chunk;
+  const char* from = row_address(x, place, place.base + first + row) + 16 * chunk;
   const auto copy = [&](int i, bool valid) {
     // Positions so far apart are columns that far apart, whatever the thread.
     copy_async(to + i * down * S::kPitch, from + kHalf * column_at(i * down) * x.row, valid);
@@ -141,7 +140,7 @@ template <class S>
 DEVICE void load_own_rows(char* stage, const Heads& x, const Call& call, const Place& place, uint32_t exists) {
   constexpr int chunks = S::kSize / 8;
   const int first = place.first_row + warp() * S::kWarpRows;
-  const char* from = row_address(x, place, place.row_base);
+  const char* from = row_address(x, place, place.base);
   UNROLL
   for (int i = 0; i < S::kWarpRows * chunks / 32; ++i) {
     const int item = 32 * i + lane(), row = item / chunks, chunk = item % chunks;
@@ -250,7 +249,7 @@ DEVICE void store_own_rows(const Heads& x, char* stage, const Call& call, const 
   sync_warp();
   constexpr int chunks = S::kSize / 8;
   const uint32_t exists = own_rows<S>(place);
-  char* to = row_address(x, place, place.row_base + place.first_row + warp() * S::kWarpRows);
+  char* to = row_address(x, place, place.base + place.first_row + warp() * S::kWarpRows);
   UNROLL
   for (int i = 0; i < S::kWarpRows * chunks / 32; ++i) {
     const int item = 32 * i + lane(), row = item / chunks, chunk = item % chunks;
