@@ -68,8 +68,7 @@ struct Pass {
     const int distance = first_column / kBackwardRows - first_row / kBackwardRows;
     if (distance < arguments.first_block || distance > arguments.last_block) return;
     const int first_key = keys ? first_row : first_column, first_query = keys ? first_column : first_row;
-    const uint64_t seen = visible_keys(call, place, place.base, first_key,
-                                       keys ? place.rows : place.columns, kSquare);
+    const uint64_t seen = visible_keys(call, place, place.base, first_key, keys ? place.rows : place.columns, kSquare);
     if (seen == 0) return;
     place.first_row = first_row;
     load(place, first_key, first_query, seen);
@@ -91,8 +90,7 @@ struct Pass {
     const char* from = near_tile(backward, key_block_of(call, place, first_key), block_y(),
                                  first_query / 32 - kTilesPerBlock * near_begin) +
                        64 * (first_key % kBackwardRows);
-    UNROLL
-    for (int i = 0; i < kSquare * kSquare / 8 / kThreads; ++i) {
+    EACH(i, kSquare * kSquare / 8 / kThreads) {
       const int item = i * kThreads + thread(), row = item / 8, chunk = item % 8, key = keys ? row : column_at(row);
       // The last tile of 32 queries may not be there.
       const bool valid = first_query + 8 * chunk < (keys ? place.columns : place.rows);
@@ -100,8 +98,7 @@ struct Pass {
                  valid);
     }
     const char* x = row_address(rows.x, place, place.base + place.first_row);
-    UNROLL
-    for (int i = 0; i < kSquare * size / 8 / kThreads; ++i) {
+    EACH(i, kSquare * size / 8 / kThreads) {
       const int item = i * kThreads + thread(), row = item / (size / 8), chunk = item % (size / 8);
       const bool exists = keys ? seen >> row & 1 : place.first_row + row < place.rows;
       const bool valid = exists && 8 * chunk < call.size;
@@ -112,14 +109,12 @@ struct Pass {
 
   // Sixteen rows a warp. Eight columns of a row come at once; its cells in the band are always the same ones.
   DEVICE void skew() const {
-    UNROLL
-    for (int i = 0; i < 4; ++i) {
+    EACH(i, 4) {
       const int half = i / 2, group = 32 * (i % 2), row = 16 * warp() + 8 * half + lane() / 4;
       uint32_t pairs[4];
       if (keys) {
         const Words words = load_shared(square + row * kPitch + kHalf * group + 16 * (lane() % 4));
-        UNROLL
-        for (int w = 0; w < 4; ++w) pairs[w] = words.x[w];
+        EACH(w, 4) pairs[w] = words.x[w];
       } else {
         load_matrices_transposed(pairs, square + (group + lane()) * kPitch + kHalf * (16 * warp() + 8 * half));
       }
@@ -131,8 +126,7 @@ struct Pass {
     const int both = 3 - warp();  // the step in which both of this warp's fragments meet rows
     for (int step = 0; step < 4; ++step) {
       uint32_t a[2][4];
-      UNROLL
-      for (int i = 0; i < 2; ++i)
+      EACH(i, 2)
         load_matrices_transposed(a[i], band + (16 * step + lane() / 16 * 8 + lane() % 8) * kBandPitch +
                                            kHalf * (16 * (warp() + 4 * i) + 8 * (lane() / 8 % 2)));
       UNROLL
@@ -150,11 +144,11 @@ struct Pass {
   DEVICE void finish(int diagonal, int share) const {
     float* to = arguments.sums +
                 ((int64_t{block_y()} * arguments.diagonals + diagonal) * arguments.splits + share) * kSpan * size;
-    UNROLL
-    for (int i = 0; i < 2; ++i) UNROLL
-    for (int n = 0; n < size / 8; ++n) UNROLL
-    for (int w = 0; w < 4; ++w)
-      to[(16 * (warp() + 4 * i) + w / 2 * 8 + lane() / 4) * size + 8 * n + 2 * (lane() % 4) + w % 2] = sums[i][n][w];
+    EACH(i, 2)
+      EACH(n, size / 8)
+        EACH(w, 4)
+          to[(16 * (warp() + 4 * i) + w / 2 * 8 + lane() / 4) * size + 8 * n + 2 * (lane() % 4) + w % 2] =
+              sums[i][n][w];
   }
 };
 

@@ -27,8 +27,7 @@ delta_kernel(const BackwardCall arguments) {
   for (int mask = 1; mask < 8; mask *= 2) sum += shuffle_xor(sum, mask);
   if (!exists || thread() % 8 != 0) return;
   const float lse = *statistic_address(arguments.lse, place, place.base + row);
-  const int64_t at =
-      place.head * arguments.statistic_rows + place.batch * arguments.statistic_batch + place.base + row;
+  const int64_t at = place.head * arguments.statistic_rows + place.batch * arguments.statistic_batch + place.base + row;
   arguments.lse2[at] = lse == -infinity() ? infinity() : lse * static_cast<float>(kLog2e);
   arguments.delta[at] = sum - *statistic_address(arguments.grad_lse, place, place.base + row);
 }

@@ -61,8 +61,7 @@ struct Pass {
       const float far_constant = near ? 0 : bits_float(load_shared_word(constant));
       store_shared_word(constant, float_bits(exists >> lane() & 1 ? far_constant : -infinity()));
     }
-    UNROLL
-    for (int f = 0; f < kFragments; ++f) far[f][0] = far[f][1] = 0;
+    EACH(f, kFragments) far[f][0] = far[f][1] = 0;
   }
 
   DEVICE void load_tile(int tile) const {
@@ -72,8 +71,8 @@ struct Pass {
     load_columns<S>(memory.grads, arguments.grad_output, call, place, first, there);
     commit_copies();
     if (thread() < S::kColumns) {
-      const int64_t at = place.head * arguments.statistic_rows + place.batch * arguments.statistic_batch +
-                         place.base + first + thread();
+      const int64_t at = place.head * arguments.statistic_rows + place.batch * arguments.statistic_batch + place.base +
+                         first + thread();
       const bool valid = there >> thread() & 1;
       // Of a query that is not there P is nothing.
       store_shared_word(memory.statistics + 4 * thread(), float_bits(valid ? arguments.lse2[at] : infinity()));
@@ -86,12 +85,9 @@ struct Pass {
   DEVICE uint32_t keep(int f, int half, int query) const {
     const int own = lane() / 4 % 4, key = place.first_row + warp() * S::kWarpRows + 16 * f + 8 * half + lane() / 4;
     uint32_t all = 0;
-    UNROLL
-    for (int i = 0; i < 2; ++i) {
+    EACH(i, 2) {
       const Words words = philox(mask.seed_low, mask.seed_high, key / 4, query + 2 * own + i, mask.batch_head);
-      UNROLL
-      for (int w = 0; w < 4; ++w)
-        all |= static_cast<uint32_t>(words.x[w] >= mask.drop_below) << (4 * (2 * own + i) + w);
+      EACH(w, 4) all |= static_cast<uint32_t>(words.x[w] >= mask.drop_below) << (4 * (2 * own + i) + w);
     }
     all |= shuffle_xor(all, 4);
     all |= shuffle_xor(all, 8);
@@ -122,8 +118,7 @@ struct Pass {
         sync_block();
         begin_scores<T, S>(scores, memory.row_band, memory.column_band, 1 / call.band_scale);
       }
-      UNROLL
-      for (int step = 0; step < kSteps; ++step) {
+      EACH(step, kSteps) {
         uint32_t a[kFragments][4];
         left(a, memory.keys, step);
         add_products<T, S>(scores, a, memory.queries, step);
@@ -131,48 +126,42 @@ struct Pass {
       // P as halves: as float32 it would not fit into the registers besides dP.
       uint32_t p[kFragments][2][4], kept[kFragments][2];
       soften<near>(p, scores);
-      if (dropout) UNROLL
-      for (int f = 0; f < kFragments; ++f) UNROLL
-      for (int half = 0; half < 2; ++half) kept[f][half] = keep(f, half, tile * S::kColumns + 8 * (lane() % 4));
-      UNROLL
-      for (int step = 0; step < S::kColumns / 16; ++step) {
+      if (dropout)
+        EACH(f, kFragments)
+          EACH(half, 2) kept[f][half] = keep(f, half, tile * S::kColumns + 8 * (lane() % 4));
+      EACH(step, S::kColumns / 16) {
         uint32_t a[kFragments][4];
-        UNROLL
-        for (int f = 0; f < kFragments; ++f) UNROLL
-        for (int w = 0; w < 4; ++w) {
-          const int pair = 2 * step + w / 2;
-          a[f][w] = p[f][w % 2][pair];
-          if (dropout) a[f][w] &= pair_mask(kept[f][w % 2] >> (8 * pair));
-        }
+        EACH(f, kFragments)
+          EACH(w, 4) {
+            const int pair = 2 * step + w / 2;
+            a[f][w] = p[f][w % 2][pair];
+            if (dropout) a[f][w] &= pair_mask(kept[f][w % 2] >> (8 * pair));
+          }
         add_weighted<T, S>(grad_value, a, memory.grads, 16 * step);
       }
       float grads[kFragments][kProducts][4] = {};
-      UNROLL
-      for (int step = 0; step < kSteps; ++step) {
+      EACH(step, kSteps) {
         uint32_t a[kFragments][4];
         left(a, memory.values, step);
         add_products<T, S>(grads, a, memory.grads, step);
       }
       differentiate<near>(grads, p, kept);
-      UNROLL
-      for (int step = 0; step < S::kColumns / 16; ++step) {
+      EACH(step, S::kColumns / 16) {
         uint32_t d[kFragments][4];
-        UNROLL
-        for (int f = 0; f < kFragments; ++f) as_left<T>(d[f], grads[f], step);
+        EACH(f, kFragments) as_left<T>(d[f], grads[f], step);
         add_weighted<T, S>(grad_key, d, memory.queries, 16 * step);
       }
       if (near) {
         char* out = near_tile(arguments, block_x(), block_y(), tile - first_tile);
         const GradientBand<T, S> band = gradient_band(tile);
-        UNROLL
-        for (int f = 0; f < kFragments; ++f) UNROLL
-        for (int half = 0; half < 2; ++half) {
-          uint32_t pairs[4];
-          as_pairs<T>(pairs, grads[f], half, 1);
-          const int row = warp() * S::kWarpRows + 16 * f + 8 * half + lane() / 4;
-          store_global(out + 64 * row + 16 * (lane() % 4), {{pairs[0], pairs[1], pairs[2], pairs[3]}});
-          if (p2c) band.put(f, half, pairs);
-        }
+        EACH(f, kFragments)
+          EACH(half, 2) {
+            uint32_t pairs[4];
+            as_pairs<T>(pairs, grads[f], half, 1);
+            const int row = warp() * S::kWarpRows + 16 * f + 8 * half + lane() / 4;
+            store_global(out + 64 * row + 16 * (lane() % 4), {{pairs[0], pairs[1], pairs[2], pairs[3]}});
+            if (p2c) band.put(f, half, pairs);
+          }
         if (p2c) band.take(grad_key);
       }
       sync_block();  // nobody reads the tiles any more
@@ -192,8 +181,7 @@ struct Pass {
   }
 
   DEVICE void left(uint32_t (&a)[kFragments][4], const char* rows, int step) const {
-    UNROLL
-    for (int f = 0; f < kFragments; ++f) load_left<S>(a[f], rows, f, step);
+    EACH(f, kFragments) load_left<S>(a[f], rows, f, step);
   }
 
   // Bits 0 and 4 of `kept` for both halves of a pair.
@@ -210,18 +198,16 @@ struct Pass {
   DEVICE void soften(uint32_t (&p)[kFragments][2][4], const float (&scores)[kFragments][kProducts][4]) const {
     const float unit = call.scale * static_cast<float>(kLog2e), slope = near ? unit : 2 * unit;
     const Words lse2[2] = {statistics(0, 0), statistics(0, 1)};
-    UNROLL
-    for (int f = 0; f < kFragments; ++f) UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const char* row = memory.keys + (16 * f + 8 * half + lane() / 4) * S::kPitch;
-      const float shift = unit * bits_float(load_shared_word(row + kHalf * S::kSize));
-      const auto probability = [&](int c) {
-        return probability_of(
-            fused_multiply_add(slope, scores[f][c / 2][2 * half + c % 2], shift - bits_float(lse2[c / 4].x[c % 4])));
-      };
-      UNROLL
-      for (int pair = 0; pair < 4; ++pair) p[f][half][pair] = pack<T>(probability(2 * pair), probability(2 * pair + 1));
-    }
+    EACH(f, kFragments)
+      EACH(half, 2) {
+        const char* row = memory.keys + (16 * f + 8 * half + lane() / 4) * S::kPitch;
+        const float shift = unit * bits_float(load_shared_word(row + kHalf * S::kSize));
+        const auto probability = [&](int c) {
+          return probability_of(
+              fused_multiply_add(slope, scores[f][c / 2][2 * half + c % 2], shift - bits_float(lse2[c / 4].x[c % 4])));
+        };
+        EACH(pair, 4) p[f][half][pair] = pack<T>(probability(2 * pair), probability(2 * pair + 1));
+      }
   }
 
   // dP becomes dA.
@@ -229,26 +215,24 @@ struct Pass {
   DEVICE void differentiate(float (&grads)[kFragments][kProducts][4], const uint32_t (&p)[kFragments][2][4],
                             const uint32_t (&kept)[kFragments][2]) {
     const Words delta[2] = {statistics(1, 0), statistics(1, 1)};
-    UNROLL
-    for (int f = 0; f < kFragments; ++f) UNROLL
-    for (int half = 0; half < 2; ++half) UNROLL
-    for (int c = 0; c < 8; ++c) {
-      float& grad = grads[f][c / 2][2 * half + c % 2];
-      const float factor = dropout ? (kept[f][half] >> (4 * c) & 1 ? call.keep_scale : 0) : 1;
-      const uint32_t pair = p[f][half][c / 2];
-      grad = (c % 2 ? high<T>(pair) : low<T>(pair)) * (factor * grad - bits_float(delta[c / 4].x[c % 4]));
-      if (!near) far[f][half] += grad;
-    }
+    EACH(f, kFragments)
+      EACH(half, 2)
+        EACH(c, 8) {
+          float& grad = grads[f][c / 2][2 * half + c % 2];
+          const float factor = dropout ? (kept[f][half] >> (4 * c) & 1 ? call.keep_scale : 0) : 1;
+          const uint32_t pair = p[f][half][c / 2];
+          grad = (c % 2 ? high<T>(pair) : low<T>(pair)) * (factor * grad - bits_float(delta[c / 4].x[c % 4]));
+          if (!near) far[f][half] += grad;
+        }
   }
 
   DEVICE void finish() {
     float key_factors[kFragments][2], value_factors[kFragments][2];
-    UNROLL
-    for (int f = 0; f < kFragments; ++f) UNROLL
-    for (int half = 0; half < 2; ++half) {
-      key_factors[f][half] = call.scale;
-      value_factors[f][half] = dropout ? call.keep_scale : 1;
-    }
+    EACH(f, kFragments)
+      EACH(half, 2) {
+        key_factors[f][half] = call.scale;
+        value_factors[f][half] = dropout ? call.keep_scale : 1;
+      }
     store_own_rows<T, S>(arguments.grad_key, memory.keys, call, place, grad_key, key_factors);
     store_own_rows<T, S>(arguments.grad_value, memory.keys, call, place, grad_value, value_factors);
   }
@@ -264,8 +248,8 @@ backward_key_kernel(const BackwardCall arguments) {
   const Place place = find_place(call, call.key, call.query, S::kRows, arguments.first_head);
   if (place.outside) return;
   const int first = warp() * S::kWarpRows;
-  const uint32_t exists = static_cast<uint32_t>(
-      visible_keys(call, place, place.base, place.first_row + first, place.rows, S::kWarpRows));
+  const uint32_t exists =
+      static_cast<uint32_t>(visible_keys(call, place, place.base, place.first_row + first, place.rows, S::kWarpRows));
   Pass<T, S, dropout> pass(arguments, place, exists);
   if (!any_visible(call, place, place.base, place.first_row, place.rows)) return pass.finish();
   const Segments near = find_segments(call.key, place, S::kRows, kBackwardRows);

@@ -76,23 +76,21 @@ struct Pass {
     sync_warp();
     shift_rows<T, S>(memory.queries, call, place, call.query, call.key, far_row);
     const float unit = call.scale * static_cast<float>(kLog2e);
-    UNROLL
-    for (int f = 0; f < kFragments; ++f) UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int row = 16 * f + 8 * half + lane() / 4;
-      const float constant = bits_float(load_shared_word(memory.queries + row * S::kPitch + kHalf * S::kSize));
-      const int64_t at = place.head * arguments.statistic_rows + place.batch * arguments.statistic_batch +
-                         place.base + own_row(f, half);
-      const bool valid = exists >> row & 1;
-      lse2[f][half] = (valid ? arguments.lse2[at] : infinity()) - unit * constant;
-      delta[f][half] = valid ? arguments.delta[at] : 0;
-      far[f][half] = 0;
-    }
+    EACH(f, kFragments)
+      EACH(half, 2) {
+        const int row = 16 * f + 8 * half + lane() / 4;
+        const float constant = bits_float(load_shared_word(memory.queries + row * S::kPitch + kHalf * S::kSize));
+        const int64_t at = place.head * arguments.statistic_rows + place.batch * arguments.statistic_batch +
+                           place.base + own_row(f, half);
+        const bool valid = exists >> row & 1;
+        lse2[f][half] = (valid ? arguments.lse2[at] : infinity()) - unit * constant;
+        delta[f][half] = valid ? arguments.delta[at] : 0;
+        far[f][half] = 0;
+      }
   }
 
   DEVICE void left(uint32_t (&a)[kFragments][4], const char* rows, int step) const {
-    UNROLL
-    for (int f = 0; f < kFragments; ++f) load_left<S>(a[f], rows, f, step);
+    EACH(f, kFragments) load_left<S>(a[f], rows, f, step);
   }
 
   DEVICE void meet_far(int tile, const int end, int far_row, int side) {
@@ -105,8 +103,7 @@ struct Pass {
       wait_copies<0>();
       sync_block();
       float scores[kFragments][kProducts][4] = {}, grads[kFragments][kProducts][4] = {};
-      UNROLL
-      for (int step = 0; step < kSteps; ++step) {
+      EACH(step, kSteps) {
         uint32_t a[kFragments][4];
         left(a, memory.queries, step);
         add_products<T, S>(scores, a, memory.keys, step);
@@ -114,11 +111,9 @@ struct Pass {
         add_products<T, S>(grads, a, memory.values, step);
       }
       differentiate(scores, grads, tile * S::kColumns, there);
-      UNROLL
-      for (int step = 0; step < S::kColumns / 16; ++step) {
+      EACH(step, S::kColumns / 16) {
         uint32_t d[kFragments][4];
-        UNROLL
-        for (int f = 0; f < kFragments; ++f) as_left<T>(d[f], grads[f], step);
+        EACH(f, kFragments) as_left<T>(d[f], grads[f], step);
         add_weighted<T, S>(sums, d, memory.keys, 16 * step);
       }
       tile = next(tile + 1, end);
@@ -136,19 +131,17 @@ struct Pass {
                             int first_key, uint64_t there) {
     const float slope = 2 * call.scale * static_cast<float>(kLog2e);
     const uint32_t seen = static_cast<uint32_t>(there) >> (8 * (lane() % 4));
-    UNROLL
-    for (int f = 0; f < kFragments; ++f) UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t kept = dropout ? mask.keep_eight(own_row(f, half), first_key + 8 * (lane() % 4)) : 0;
-      UNROLL
-      for (int c = 0; c < S::kColumns / 4; ++c) {
-        float& grad = grads[f][c / 2][2 * half + c % 2];
-        const float p = probability_of(fused_multiply_add(slope, scores[f][c / 2][2 * half + c % 2], -lse2[f][half]));
-        const float factor = dropout ? (kept >> c & 1 ? call.keep_scale : 0) : 1;
-        grad = (seen >> c & 1 ? p : 0) * (factor * grad - delta[f][half]);
-        far[f][half] += grad;
+    EACH(f, kFragments)
+      EACH(half, 2) {
+        const uint32_t kept = dropout ? mask.keep_eight(own_row(f, half), first_key + 8 * (lane() % 4)) : 0;
+        EACH(c, S::kColumns / 4) {
+          float& grad = grads[f][c / 2][2 * half + c % 2];
+          const float p = probability_of(fused_multiply_add(slope, scores[f][c / 2][2 * half + c % 2], -lse2[f][half]));
+          const float factor = dropout ? (kept >> c & 1 ? call.keep_scale : 0) : 1;
+          grad = (seen >> c & 1 ? p : 0) * (factor * grad - delta[f][half]);
+          far[f][half] += grad;
+        }
       }
-    }
   }
 
   // ---- Near tiles.
@@ -160,8 +153,7 @@ struct Pass {
     const char* from = near_tile(arguments, key_block_of(call, place, first_key), block_y(), query_tile) +
                        64 * (first_key % kBackwardRows) + kHalf * (first_query % 32);
     constexpr int chunks = S::kWarpRows / 8;
-    UNROLL
-    for (int i = 0; i < S::kColumns * chunks / 32; ++i) {
+    EACH(i, S::kColumns * chunks / 32) {
       const int item = 32 * i + lane(), position = item / chunks, chunk = item % chunks;
       copy_async(memory.near + position * Memory<S>::kNearPitch + 16 * chunk,
                  from + 64 * column_at(position) + 16 * chunk, true);
@@ -201,19 +193,16 @@ struct Pass {
       }
       const GradientBand<T, S> band = gradient_band(tile);
       uint32_t pairs[kFragments][2][4];
-      UNROLL
-      for (int f = 0; f < kFragments; ++f) UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const char* at = memory.near + lane() * Memory<S>::kNearPitch + kHalf * (16 * f + 8 * half);
-        load_matrices_transposed(pairs[f][half], at);
-        if (c2p) band.put(f, half, pairs[f][half]);
-      }
-      UNROLL
-      for (int step = 0; step < S::kColumns / 16; ++step) {
+      EACH(f, kFragments)
+        EACH(half, 2) {
+          const char* at = memory.near + lane() * Memory<S>::kNearPitch + kHalf * (16 * f + 8 * half);
+          load_matrices_transposed(pairs[f][half], at);
+          if (c2p) band.put(f, half, pairs[f][half]);
+        }
+      EACH(step, S::kColumns / 16) {
         uint32_t d[kFragments][4];
-        UNROLL
-        for (int f = 0; f < kFragments; ++f) UNROLL
-        for (int w = 0; w < 4; ++w) d[f][w] = pairs[f][w % 2][2 * step + w / 2];
+        EACH(f, kFragments)
+          EACH(w, 4) d[f][w] = pairs[f][w % 2][2 * step + w / 2];
         add_weighted<T, S>(sums, d, memory.keys, 16 * step);
       }
       if (c2p) band.take(sums);
@@ -227,8 +216,7 @@ struct Pass {
 
   DEVICE void finish() {
     float factors[kFragments][2];
-    UNROLL
-    for (int f = 0; f < kFragments; ++f) factors[f][0] = factors[f][1] = call.scale;
+    EACH(f, kFragments) factors[f][0] = factors[f][1] = call.scale;
     store_own_rows<T, S>(arguments.grad_query, memory.queries, call, place, sums, factors);
   }
 };

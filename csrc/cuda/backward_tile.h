@@ -61,8 +61,7 @@ struct GradientBand {
 
   // Before the first tile.
   DEVICE void clear() const {
-    UNROLL
-    for (int i = 0; i < S::kWarpRows / 8; ++i) store_shared(cell(i, 0), {});
+    EACH(i, S::kWarpRows / 8) store_shared(cell(i, 0), {});
     sync_warp();
   }
 
@@ -77,18 +76,15 @@ struct GradientBand {
     sync_warp();
     add_table_gradients<T, S>(sums, band, 0, table);
     Words overhang[S::kWarpRows / 8];
-    UNROLL
-    for (int i = 0; i < S::kWarpRows / 8; ++i) overhang[i] = load_shared(cell(i, S::kColumns));
+    EACH(i, S::kWarpRows / 8) overhang[i] = load_shared(cell(i, S::kColumns));
     sync_warp();
-    UNROLL
-    for (int i = 0; i < S::kWarpRows / 8; ++i) store_shared(cell(i, 0), overhang[i]);
+    EACH(i, S::kWarpRows / 8) store_shared(cell(i, 0), overhang[i]);
   }
 
   // For the tile after the last one: what is left.
   DEVICE void finish(float (&sums)[S::kFragments][S::kSize / 8][4]) const {
-    UNROLL
-    for (int f = 0; f < S::kFragments; ++f) UNROLL
-    for (int half = 0; half < 2; ++half) put(f, half, {0, 0, 0, 0});
+    EACH(f, S::kFragments)
+      EACH(half, 2) put(f, half, {0, 0, 0, 0});
     take(sums);
   }
 };
@@ -99,25 +95,22 @@ struct GradientBand {
 template <class T, class S>
 DEVICE void add_far_row(float (&sums)[S::kFragments][S::kSize / 8][4], float (&t)[S::kFragments][2], const Call& call,
                         const Place& place, const Side& rows, int far_row) {
-  UNROLL
-  for (int f = 0; f < S::kFragments; ++f) UNROLL
-  for (int half = 0; half < 2; ++half) {
-    t[f][half] += shuffle_xor(t[f][half], 1);
-    t[f][half] += shuffle_xor(t[f][half], 2);
-  }
+  EACH(f, S::kFragments)
+    EACH(half, 2) {
+      t[f][half] += shuffle_xor(t[f][half], 1);
+      t[f][half] += shuffle_xor(t[f][half], 2);
+    }
   if (rows.table.data == nullptr) return;
   const char* row =
       static_cast<const char*>(rows.table.data) + kHalf * (place.head * rows.table.head + far_row * rows.table.row);
-  UNROLL
-  for (int n = 0; n < S::kSize / 8; ++n) {
+  EACH(n, S::kSize / 8) {
     if (8 * n >= call.size) break;
     const uint32_t pair = *reinterpret_cast<const uint32_t*>(row + 16 * n + 4 * (lane() % 4));
-    UNROLL
-    for (int f = 0; f < S::kFragments; ++f) UNROLL
-    for (int half = 0; half < 2; ++half) {
-      sums[f][n][2 * half] = fused_multiply_add(t[f][half], low<T>(pair), sums[f][n][2 * half]);
-      sums[f][n][2 * half + 1] = fused_multiply_add(t[f][half], high<T>(pair), sums[f][n][2 * half + 1]);
-    }
+    EACH(f, S::kFragments)
+      EACH(half, 2) {
+        sums[f][n][2 * half] = fused_multiply_add(t[f][half], low<T>(pair), sums[f][n][2 * half]);
+        sums[f][n][2 * half + 1] = fused_multiply_add(t[f][half], high<T>(pair), sums[f][n][2 * half + 1]);
+      }
   }
 }
 
@@ -141,11 +134,10 @@ DEVICE void clear_far_sums(float* far, int far_count) {
 template <class T, class S>
 DEVICE void store_far_sum(float* to, char* stage, const float (&t)[S::kFragments][2], const Heads& x, const Call& call,
                           const Place& place, uint32_t exists) {
-  UNROLL
-  for (int f = 0; f < S::kFragments; ++f) UNROLL
-  for (int half = 0; half < 2; ++half)
-    store_shared_word(stage + (16 * f + 8 * half + lane() / 4) * S::kPitch + kHalf * S::kSize + 4 * (lane() % 4),
-                      float_bits(t[f][half]));
+  EACH(f, S::kFragments)
+    EACH(half, 2)
+      store_shared_word(stage + (16 * f + 8 * half + lane() / 4) * S::kPitch + kHalf * S::kSize + 4 * (lane() % 4),
+                        float_bits(t[f][half]));
   sync_warp();
   const char* from = row_address(x, place, place.base + place.first_row + warp() * S::kWarpRows);
   for (int pair = lane(); pair < S::kSize / 2; pair += 32) {

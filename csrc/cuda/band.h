@@ -29,9 +29,7 @@ struct EightHalves {
   }
 
   DEVICE void store(int offset, const uint32_t (&pairs)[4]) const {
-    UNROLL
-    for (int k = 0; k < 3; ++k)
-      store_shared_word(words + offset + 4 * k, permute_bytes(pairs[k], pairs[k + 1], select));
+    EACH(k, 3) store_shared_word(words + offset + 4 * k, permute_bytes(pairs[k], pairs[k + 1], select));
     const uint32_t low = even_ends_in_halves && !odd ? pairs[3] : pairs[0];
     const uint32_t high = (even_ends_in_halves || odd ? pairs[3] : pairs[0]) >> 16;
     store_shared_half(first + offset, static_cast<uint16_t>(low));
@@ -51,8 +49,7 @@ DEVICE float band_factor<Float16>(float x) {
 // The eight halves of row g + 8 half of a fragment.
 template <class T>
 DEVICE void as_pairs(uint32_t (&pairs)[4], const float (&products)[4][4], int half, float factor) {
-  UNROLL
-  for (int k = 0; k < 4; ++k) {
+  EACH(k, 4) {
     const float b = band_factor<T>(factor);
     pairs[k] = pack<T>(b * products[k][2 * half], b * products[k][2 * half + 1]);
   }
@@ -63,15 +60,12 @@ template <class T, class S, int fragments, class Left>
 DEVICE void add_table_scores(float (&sums)[fragments][4][4], const char* block, Left left) {
   constexpr int reads = S::kSize / 32;
   const char* from = opaque(block + 16 * lane());
-  UNROLL
-  for (int read = 0; read < reads; ++read) {
+  EACH(read, reads) {
     uint32_t a[2][fragments][4];
     left(a[0], 2 * read), left(a[1], 2 * read + 1);
-    UNROLL
-    for (int k = 0; k < 4; ++k) {
+    EACH(k, 4) {
       const Words b = load_global(from + 512 * (k * reads + read));
-      UNROLL
-      for (int f = 0; f < fragments; ++f) {
+      EACH(f, fragments) {
         multiply_add<T>(sums[f][k], a[0][f], b.x[0], b.x[1]);
         multiply_add<T>(sums[f][k], a[1][f], b.x[2], b.x[3]);
       }
@@ -84,17 +78,14 @@ template <class T, class S>
 DEVICE void add_table_gradients(float (&sums)[S::kFragments][S::kSize / 8][4], const char* band, int columns,
                                 const char* block) {
   uint32_t a[2][S::kFragments][4];
-  UNROLL
-  for (int step = 0; step < 2; ++step) UNROLL
-  for (int f = 0; f < S::kFragments; ++f)
-    load_matrices(a[step][f],
-                  band + (16 * f + lane() % 16) * S::kRowBandPitch + kHalf * (columns + 16 * step + 8 * (lane() / 16)));
+  EACH(step, 2)
+    EACH(f, S::kFragments)
+      load_matrices(a[step][f], band + (16 * f + lane() % 16) * S::kRowBandPitch +
+                                    kHalf * (columns + 16 * step + 8 * (lane() / 16)));
   const char* from = opaque(block + 16 * lane());
-  UNROLL
-  for (int n = 0; n < S::kSize / 8; ++n) {
+  EACH(n, S::kSize / 8) {
     const Words b = load_global(from + 512 * n);
-    UNROLL
-    for (int f = 0; f < S::kFragments; ++f) {
+    EACH(f, S::kFragments) {
       multiply_add<T>(sums[f][n], a[0][f], b.x[0], b.x[1]);
       multiply_add<T>(sums[f][n], a[1][f], b.x[2], b.x[3]);
     }
@@ -120,23 +111,20 @@ DEVICE void write_row_band(char* band, const Call& call, const Place& place, con
   const auto write = [&](int distance) {
     float sums[S::kFragments][4][4] = {};
     add_table_scores<T, S>(sums, table + distance * kHalf * S::kSize, left);
-    UNROLL
-    for (int f = 0; f < S::kFragments; ++f) UNROLL
-    for (int half = 0; half < 2; ++half) {
-      uint32_t pairs[4];
-      as_pairs<T>(pairs, sums[f], half, call.band_scale);
-      to.store(kHalf * row_band(16 * f + 8 * half, distance, S::kColumns), pairs);
-    }
+    EACH(f, S::kFragments)
+      EACH(half, 2) {
+        uint32_t pairs[4];
+        as_pairs<T>(pairs, sums[f], half, call.band_scale);
+        to.store(kHalf * row_band(16 * f + 8 * half, distance, S::kColumns), pairs);
+      }
   };
   if (follows) {
     Words overhang[S::kWarpRows / 8];
     const auto cell = [&](int i, int column) {
       return band + (8 * i + lane() / 4) * S::kRowBandPitch + kHalf * (column + 8 * (lane() % 4));
     };
-    UNROLL
-    for (int i = 0; i < S::kWarpRows / 8; ++i) overhang[i] = load_shared(cell(i, S::kColumns));
-    UNROLL
-    for (int i = 0; i < S::kWarpRows / 8; ++i) store_shared(cell(i, 0), overhang[i]);
+    EACH(i, S::kWarpRows / 8) overhang[i] = load_shared(cell(i, S::kColumns));
+    EACH(i, S::kWarpRows / 8) store_shared(cell(i, 0), overhang[i]);
   } else {
     write(-kDistances);
   }
@@ -160,31 +148,26 @@ DEVICE void write_column_band(char* band, const Call& call, const Place& place, 
   constexpr bool keeps = S::kSize <= 64 && groups * blocks >= 2 * S::kWarps;
   uint32_t left[keeps ? S::kSize / 16 : 1][2][4];
   if constexpr (keeps) {
-    UNROLL
-    for (int step = 0; step < S::kSize / 16; ++step)
-      load_left<S>(left[step][0], tile, 0, step), load_left<S>(left[step][1], tile, 1, step);
+    EACH(step, S::kSize / 16) load_left<S>(left[step][0], tile, 0, step), load_left<S>(left[step][1], tile, 1, step);
   }
   for (int item = first / groups; item < blocks; item += S::kWarps / groups) {
     const int distance = kDistances * (item - 1);
     float sums[2][4][4] = {};
     add_table_scores<T, S>(sums, table + distance * kHalf * S::kSize, [&](uint32_t (&a)[2][4], int step) {
-      UNROLL
-      for (int f = 0; f < 2; ++f)
+      EACH(f, 2)
         if constexpr (keeps) {
-          UNROLL
-          for (int w = 0; w < 4; ++w) a[f][w] = left[step][f][w];
+          EACH(w, 4) a[f][w] = left[step][f][w];
         } else {
           load_left<S>(a[f], tile, f, step);
         }
     });
-    UNROLL
-    for (int f = 0; f < 2; ++f) UNROLL
-    for (int half = 0; half < 2; ++half) {
-      uint32_t pairs[4];
-      as_pairs<T>(pairs, sums[f], half, call.band_scale);
-      const int cell = column_band(16 * f + 8 * half, 0, S::kRows) - column_band(0, 0, S::kRows);
-      to.store(kHalf * (cell + distance), pairs);
-    }
+    EACH(f, 2)
+      EACH(half, 2) {
+        uint32_t pairs[4];
+        as_pairs<T>(pairs, sums[f], half, call.band_scale);
+        const int cell = column_band(16 * f + 8 * half, 0, S::kRows) - column_band(0, 0, S::kRows);
+        to.store(kHalf * (cell + distance), pairs);
+      }
   }
 }
 
@@ -207,26 +190,23 @@ DEVICE void begin_scores(float (&scores)[S::kFragments][S::kColumns / 8][4], con
   const char* by_row_from = row_band + lane() / 4 * S::kRowBandPitch + 16 * (lane() % 4);
   const char* by_column_from = column_band + (lane() / 16 * 8 + lane() % 8) * S::kColumnPitch +
                                kHalf * (32 + warp() * S::kWarpRows + 8 * (lane() / 8 % 2));
-  UNROLL
-  for (int f = 0; f < S::kFragments; ++f) UNROLL
-  for (int group = 0; group < S::kColumns / 32; ++group) {
-    Words by_row[2];
-    UNROLL
-    for (int half = 0; half < 2; ++half)
-      by_row[half] = load_shared(by_row_from + (16 * f + 8 * half) * S::kRowBandPitch + kHalf * 32 * group);
-    UNROLL
-    for (int k = 0; k < 4; k += 2) {
-      uint32_t by_column[4];
-      load_matrices_transposed(by_column, by_column_from + (32 * group + 8 * k) * S::kColumnPitch + kHalf * 16 * f);
+  EACH(f, S::kFragments)
+    EACH(group, S::kColumns / 32) {
+      Words by_row[2];
+      EACH(half, 2)
+        by_row[half] = load_shared(by_row_from + (16 * f + 8 * half) * S::kRowBandPitch + kHalf * 32 * group);
       UNROLL
-      for (int w = 0; w < 4; ++w) {
-        const uint32_t pair = add_pairs<T>(by_row[w % 2].x[k + w / 2], by_column[w]);
-        float (&score)[4] = scores[f][4 * group + k + w / 2];
-        score[2 * (w % 2)] = band_factor<T>(unscale) * low<T>(pair);
-        score[2 * (w % 2) + 1] = band_factor<T>(unscale) * high<T>(pair);
+      for (int k = 0; k < 4; k += 2) {
+        uint32_t by_column[4];
+        load_matrices_transposed(by_column, by_column_from + (32 * group + 8 * k) * S::kColumnPitch + kHalf * 16 * f);
+        EACH(w, 4) {
+          const uint32_t pair = add_pairs<T>(by_row[w % 2].x[k + w / 2], by_column[w]);
+          float (&score)[4] = scores[f][4 * group + k + w / 2];
+          score[2 * (w % 2)] = band_factor<T>(unscale) * low<T>(pair);
+          score[2 * (w % 2) + 1] = band_factor<T>(unscale) * high<T>(pair);
+        }
       }
     }
-  }
 }
 
 }  // namespace deberta_fast::cuda

@@ -9,8 +9,7 @@ namespace deberta_fast::cuda {
 // Philox-4x32 with 7 rounds: four words, for four neighbouring keys from 4 `group` on.
 DEVICE Words philox(uint32_t seed_low, uint32_t seed_high, uint32_t group, uint32_t query, uint32_t batch_head) {
   uint32_t c[4] = {group, query, batch_head, 0}, k0 = seed_low, k1 = seed_high;
-  UNROLL
-  for (int round = 0; round < 7; ++round) {
+  EACH(round, 7) {
     const uint32_t high0 = high_product(0xD2511F53u, c[0]), low0 = 0xD2511F53u * c[0];
     const uint32_t high1 = high_product(0xCD9E8D57u, c[2]), low1 = 0xCD9E8D57u * c[2];
     c[0] = high1 ^ c[1] ^ k0, c[1] = low1, c[2] = high0 ^ c[3] ^ k1, c[3] = low0;
@@ -32,11 +31,9 @@ struct Dropout {
   // A bit for each of the eight keys from `key`, a multiple of eight, on: whether it is kept.
   DEVICE uint32_t keep_eight(int query, int key) const {
     uint32_t bits = 0;
-    UNROLL
-    for (int group = 0; group < 2; ++group) {
+    EACH(group, 2) {
       const Words words = philox(seed_low, seed_high, key / 4 + group, query, batch_head);
-      UNROLL
-      for (int w = 0; w < 4; ++w) bits |= static_cast<uint32_t>(words.x[w] >= drop_below) << (4 * group + w);
+      EACH(w, 4) bits |= static_cast<uint32_t>(words.x[w] >= drop_below) << (4 * group + w);
     }
     return bits;
   }

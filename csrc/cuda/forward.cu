@@ -47,8 +47,7 @@ struct Pass {
 
   DEVICE Pass(const ForwardCall& arguments, const Place& place)
       : arguments(arguments), call(arguments.call), place(place), mask(call, place.batch, place.head) {
-    UNROLL
-    for (int f = 0; f < kFragments; ++f) peak[f][0] = peak[f][1] = -infinity();
+    EACH(f, kFragments) peak[f][0] = peak[f][1] = -infinity();
   }
 
   DEVICE uint64_t visible(int tile) const {
@@ -66,11 +65,9 @@ struct Pass {
   }
 
   DEVICE void left(uint32_t (&a)[kFragments][4], int step) const {
-    UNROLL
-    for (int f = 0; f < kFragments; ++f)
+    EACH(f, kFragments)
       if constexpr (M::kRowsInRegisters) {
-        UNROLL
-        for (int w = 0; w < 4; ++w) a[f][w] = rows[step][f][w];
+        EACH(w, 4) a[f][w] = rows[step][f][w];
       } else {
         load_left<S>(a[f], memory.stage, f, step);
       }
@@ -84,17 +81,14 @@ struct Pass {
     wait_copies<0>();
     sync_warp();
     if (!near) shift_rows<T, S>(memory.stage, call, place, call.query, call.key, far_row);
-    UNROLL
-    for (int f = 0; f < kFragments; ++f) {
+    EACH(f, kFragments) {
       if (!near)
-        UNROLL
-        for (int half = 0; half < 2; ++half) {
+        EACH(half, 2) {
           const char* row = memory.stage + (16 * f + 8 * half + lane() / 4) * S::kPitch;
           constant[f][half] = bits_float(load_shared_word(row + kHalf * S::kSize));
         }
       if constexpr (M::kRowsInRegisters) {
-        UNROLL
-        for (int step = 0; step < kSteps; ++step) load_left<S>(rows[step][f], memory.stage, f, step);
+        EACH(step, kSteps) load_left<S>(rows[step][f], memory.stage, f, step);
       }
     }
   }
@@ -126,13 +120,11 @@ struct Pass {
         sync_block();  // the band by columns is complete
         begin_scores<T, S>(scores, memory.row_band, memory.column_band, 1 / call.band_scale);
       } else {
-        UNROLL
-        for (auto& fragment : scores) UNROLL
-        for (auto& product : fragment) UNROLL
-        for (float& score : product) score = 0;
+        EACH(f, kFragments)
+          EACH(n, S::kColumns / 8)
+            EACH(w, 4) scores[f][n][w] = 0;
       }
-      UNROLL
-      for (int step = 0; step < kSteps; ++step) {
+      EACH(step, kSteps) {
         uint32_t a[kFragments][4];
         left(a, step);
         add_products<T, S>(scores, a, memory.keys, step);
@@ -148,11 +140,9 @@ struct Pass {
       }
       if (seen != first_bits(S::kColumns)) hide(scores, seen);
       soften<near>(scores, tile * S::kColumns);
-      UNROLL
-      for (int step = 0; step < S::kColumns / 16; ++step) {
+      EACH(step, S::kColumns / 16) {
         uint32_t p[kFragments][4];
-        UNROLL
-        for (int f = 0; f < kFragments; ++f) as_left<T>(p[f], scores[f], step);
+        EACH(f, kFragments) as_left<T>(p[f], scores[f], step);
         add_weighted<T, S>(sums, p, memory.values, 16 * step);
       }
       follows = following == tile + 1;
@@ -161,16 +151,14 @@ struct Pass {
   }
 
   DEVICE void hide(float (&scores)[kFragments][S::kColumns / 8][4], uint64_t seen) const {
-    UNROLL
-    for (int n = 0; n < S::kColumns / 8; ++n) UNROLL
-    for (int w = 0; w < 2; ++w) {
-      const bool there = seen >> (column_at(8 * n) + 8 * (lane() % 4) + w) & 1;
-      UNROLL
-      for (int f = 0; f < kFragments; ++f) {
-        scores[f][n][w] = there ? scores[f][n][w] : -infinity();
-        scores[f][n][2 + w] = there ? scores[f][n][2 + w] : -infinity();
+    EACH(n, S::kColumns / 8)
+      EACH(w, 2) {
+        const bool there = seen >> (column_at(8 * n) + 8 * (lane() % 4) + w) & 1;
+        EACH(f, kFragments) {
+          scores[f][n][w] = there ? scores[f][n][w] : -infinity();
+          scores[f][n][2 + w] = there ? scores[f][n][2 + w] : -infinity();
+        }
       }
-    }
   }
 
   // Scores become probabilities, those so far shrink to the new peak. All in base 2: Z = C score, or of far ones,
@@ -182,44 +170,36 @@ struct Pass {
     const float unit = call.scale * static_cast<float>(kLog2e), slope = near ? unit : 2 * unit;
     float shrink[kFragments][2], origin[kFragments][2];
     bool shrinks = false;
-    UNROLL
-    for (int f = 0; f < kFragments; ++f) UNROLL
-    for (int half = 0; half < 2; ++half) {
-      float most = -infinity();
-      UNROLL
-      for (int n = 0; n < S::kColumns / 8; ++n)
-        most = maximum(most, maximum(scores[f][n][2 * half], scores[f][n][2 * half + 1]));
-      most = maximum(most, shuffle_xor(most, 1));
-      most = maximum(most, shuffle_xor(most, 2));
-      const float before = peak[f][half], shift = near ? 0 : unit * constant[f][half];
-      const float highest = fused_multiply_add(slope, most, shift);
-      const float now = highest > before + kHeadroom ? highest : before;
-      const float base = now == -infinity() ? 0 : now;  // no key seen yet
-      peak[f][half] = now, origin[f][half] = shift - base, shrink[f][half] = exp2_fast(before - base);
-      shrinks |= now != before;
-    }
+    EACH(f, kFragments)
+      EACH(half, 2) {
+        float most = -infinity();
+        EACH(n, S::kColumns / 8) most = maximum(most, maximum(scores[f][n][2 * half], scores[f][n][2 * half + 1]));
+        most = maximum(most, shuffle_xor(most, 1));
+        most = maximum(most, shuffle_xor(most, 2));
+        const float before = peak[f][half], shift = near ? 0 : unit * constant[f][half];
+        const float highest = fused_multiply_add(slope, most, shift);
+        const float now = highest > before + kHeadroom ? highest : before;
+        const float base = now == -infinity() ? 0 : now;  // no key seen yet
+        peak[f][half] = now, origin[f][half] = shift - base, shrink[f][half] = exp2_fast(before - base);
+        shrinks |= now != before;
+      }
     if (ballot(shrinks) != 0) {  // a new peak
-      UNROLL
-      for (int f = 0; f < kFragments; ++f) UNROLL
-      for (int half = 0; half < 2; ++half) {
-        total[f][half] *= shrink[f][half];
-        UNROLL
-        for (int n = 0; n < S::kSize / 8; ++n)
-          sums[f][n][2 * half] *= shrink[f][half], sums[f][n][2 * half + 1] *= shrink[f][half];
-      }
+      EACH(f, kFragments)
+        EACH(half, 2) {
+          total[f][half] *= shrink[f][half];
+          EACH(n, S::kSize / 8) sums[f][n][2 * half] *= shrink[f][half], sums[f][n][2 * half + 1] *= shrink[f][half];
+        }
     }
-    UNROLL
-    for (int f = 0; f < kFragments; ++f) UNROLL
-    for (int half = 0; half < 2; ++half) {
-      UNROLL
-      for (int n = 0; n < S::kColumns / 8; ++n) UNROLL
-      for (int w = 0; w < 2; ++w) {
-        float& score = scores[f][n][2 * half + w];
-        score = exp2_fast(fused_multiply_add(slope, score, origin[f][half]));
-        total[f][half] += score;
+    EACH(f, kFragments)
+      EACH(half, 2) {
+        EACH(n, S::kColumns / 8)
+          EACH(w, 2) {
+            float& score = scores[f][n][2 * half + w];
+            score = exp2_fast(fused_multiply_add(slope, score, origin[f][half]));
+            total[f][half] += score;
+          }
+        if (dropout) drop(scores[f], half, first_key + 8 * (lane() % 4), own_row(f, half));
       }
-      if (dropout) drop(scores[f], half, first_key + 8 * (lane() % 4), own_row(f, half));
-    }
   }
 
   DEVICE int own_row(int f, int half) const {
@@ -228,11 +208,9 @@ struct Pass {
 
   // The sum keeps what dropout takes.
   DEVICE void drop(float (&probabilities)[S::kColumns / 8][4], int half, int key, int query) const {
-    UNROLL
-    for (int group = 0; group < S::kColumns / 32; ++group) {
+    EACH(group, S::kColumns / 32) {
       const uint32_t keep = mask.keep_eight(query, key + 32 * group);
-      UNROLL
-      for (int k = 0; k < 8; ++k) {
+      EACH(k, 8) {
         float& probability = probabilities[4 * group + k / 2][2 * half + k % 2];
         probability = keep >> k & 1 ? probability : 0;
       }
@@ -241,20 +219,19 @@ struct Pass {
 
   DEVICE void finish() {
     float factors[kFragments][2];
-    UNROLL
-    for (int f = 0; f < kFragments; ++f) UNROLL
-    for (int half = 0; half < 2; ++half) {
-      float sum = total[f][half];
-      sum += shuffle_xor(sum, 1);
-      sum += shuffle_xor(sum, 2);
-      const bool none = peak[f][half] == -infinity() && !(sum > 0) && sum == 0;
-      factors[f][half] = none ? 0 : (dropout ? call.keep_scale : 1.0f) / sum;
-      const int row = own_row(f, half);
-      if (lane() % 4 == 0 && row < place.rows) {
-        const float lse = (peak[f][half] + log2_fast(sum)) * static_cast<float>(1 / kLog2e);
-        *statistic_address(arguments.lse, place, place.base + row) = none ? -infinity() : lse;
+    EACH(f, kFragments)
+      EACH(half, 2) {
+        float sum = total[f][half];
+        sum += shuffle_xor(sum, 1);
+        sum += shuffle_xor(sum, 2);
+        const bool none = peak[f][half] == -infinity() && !(sum > 0) && sum == 0;
+        factors[f][half] = none ? 0 : (dropout ? call.keep_scale : 1.0f) / sum;
+        const int row = own_row(f, half);
+        if (lane() % 4 == 0 && row < place.rows) {
+          const float lse = (peak[f][half] + log2_fast(sum)) * static_cast<float>(1 / kLog2e);
+          *statistic_address(arguments.lse, place, place.base + row) = none ? -infinity() : lse;
+        }
       }
-    }
     store_own_rows<T, S>(arguments.output, memory.stage, call, place, sums, factors);
   }
 };

@@ -29,6 +29,8 @@ struct alignas(16) Words {
 #define ANYWHERE __host__ __device__ __forceinline__ constexpr
 #define KERNEL(threads, blocks_at_once) __global__ void __launch_bounds__(threads, blocks_at_once)
 #define UNROLL _Pragma("unroll")
+// For i from 0 to count - 1, unrolled.
+#define EACH(i, count) _Pragma("unroll") for (int i = 0; i < (count); ++i)
 
 namespace deberta_fast {
 

@@ -34,7 +34,7 @@ struct Shape {
 // ---- Where a block stands.
 
 struct Place {
-  int batch;          // batch row or sequence
+  int batch;  // batch row or sequence
   int head;
   int first_row;      // of the block, within its sequence
   int rows, columns;  // lengths of the sequence
@@ -126,12 +126,10 @@ DEVICE void load_columns(char* tile, const Heads& x, const Call& call, const Pla
     copy_async(to + i * down * S::kPitch, from + kHalf * column_at(i * down) * x.row, valid);
   };
   if (exists == first_bits(S::kColumns) && call.size == S::kSize) {
-    UNROLL
-    for (int i = 0; i < S::kColumns / down; ++i) copy(i, true);
+    EACH(i, S::kColumns / down) copy(i, true);
   } else {
     const uint64_t wanted = 8 * chunk < call.size ? exists >> row : 0;
-    UNROLL
-    for (int i = 0; i < S::kColumns / down; ++i) copy(i, wanted >> column_at(i * down) & 1);
+    EACH(i, S::kColumns / down) copy(i, wanted >> column_at(i * down) & 1);
   }
 }
 
@@ -141,8 +139,7 @@ DEVICE void load_own_rows(char* stage, const Heads& x, const Call& call, const P
   constexpr int chunks = S::kSize / 8;
   const int first = place.first_row + warp() * S::kWarpRows;
   const char* from = row_address(x, place, place.base);
-  UNROLL
-  for (int i = 0; i < S::kWarpRows * chunks / 32; ++i) {
+  EACH(i, S::kWarpRows * chunks / 32) {
     const int item = 32 * i + lane(), row = item / chunks, chunk = item % chunks;
     const bool valid = (exists >> row & 1) && 8 * chunk < call.size;
     const char* address = valid ? from + kHalf * ((first + row) * x.row + 8 * chunk) : from;
@@ -178,8 +175,7 @@ DEVICE void shift_rows(char* stage, const Call& call, const Place& place, const 
       Words x = load_shared(row + 16 * chunk);
       const Words own = rows.table.data ? load_global(far(rows.table) + 16 * chunk) : Words{};
       const Words shift = columns.table.data ? load_global(far(columns.table) + 16 * chunk) : Words{};
-      UNROLL
-      for (int w = 0; w < 4; ++w) {
+      EACH(w, 4) {
         const float x0 = low<T>(x.x[w]), x1 = high<T>(x.x[w]);
         constant = fused_multiply_add(x0, low<T>(own.x[w]), constant);
         constant = fused_multiply_add(x1, high<T>(own.x[w]), constant);
@@ -200,8 +196,7 @@ DEVICE void add_products(float (&scores)[fragments][products][4], const uint32_t
   for (int n = 0; n < products; n += 2) {
     uint32_t b[4];
     load_matrices(b, columns + (8 * (n + lane() / 16) + lane() % 8) * S::kPitch + 32 * step + 16 * (lane() / 8 % 2));
-    UNROLL
-    for (int f = 0; f < fragments; ++f) {
+    EACH(f, fragments) {
       multiply_add<T>(scores[f][n], a[f], b[0], b[1]);
       multiply_add<T>(scores[f][n + 1], a[f], b[2], b[3]);
     }
@@ -216,8 +211,7 @@ DEVICE void add_weighted(float (&sums)[fragments][S::kSize / 8][4], const uint32
   for (int n = 0; n < S::kSize / 8; n += 2) {
     uint32_t b[4];
     load_matrices_transposed(b, columns + (first_position + lane() % 16) * S::kPitch + 16 * n + 16 * (lane() / 16));
-    UNROLL
-    for (int f = 0; f < fragments; ++f) {
+    EACH(f, fragments) {
       multiply_add<T>(sums[f][n], p[f], b[0], b[1]);
       multiply_add<T>(sums[f][n + 1], p[f], b[2], b[3]);
     }
@@ -227,9 +221,7 @@ DEVICE void add_weighted(float (&sums)[fragments][S::kSize / 8][4], const uint32
 // Sixteen columns of a tile as left operand: products 2 step and 2 step + 1, which are columns by position.
 template <class T, int products>
 DEVICE void as_left(uint32_t (&a)[4], const float (&tile)[products][4], int step) {
-  UNROLL
-  for (int w = 0; w < 4; ++w)
-    a[w] = pack<T>(tile[2 * step + w / 2][2 * (w % 2)], tile[2 * step + w / 2][2 * (w % 2) + 1]);
+  EACH(w, 4) a[w] = pack<T>(tile[2 * step + w / 2][2 * (w % 2)], tile[2 * step + w / 2][2 * (w % 2) + 1]);
 }
 
 // Writes a warp's rows: through its stage, so that 16 bytes go at once. factors: of rows g and g + 8 of each fragment.
@@ -238,20 +230,18 @@ DEVICE void store_own_rows(const Heads& x, char* stage, const Call& call, const 
                            const float (&sums)[S::kFragments][S::kSize / 8][4],
                            const float (&factors)[S::kFragments][2]) {
   sync_warp();
-  UNROLL
-  for (int f = 0; f < S::kFragments; ++f) UNROLL
-  for (int n = 0; n < S::kSize / 8; ++n) UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const float factor = factors[f][half];
-    store_shared_word(stage + (16 * f + 8 * half + lane() / 4) * S::kPitch + 16 * n + 4 * (lane() % 4),
-                      pack<T>(factor * sums[f][n][2 * half], factor * sums[f][n][2 * half + 1]));
-  }
+  EACH(f, S::kFragments)
+    EACH(n, S::kSize / 8)
+      EACH(half, 2) {
+        const float factor = factors[f][half];
+        store_shared_word(stage + (16 * f + 8 * half + lane() / 4) * S::kPitch + 16 * n + 4 * (lane() % 4),
+                          pack<T>(factor * sums[f][n][2 * half], factor * sums[f][n][2 * half + 1]));
+      }
   sync_warp();
   constexpr int chunks = S::kSize / 8;
   const uint32_t exists = own_rows<S>(place);
   char* to = row_address(x, place, place.base + place.first_row + warp() * S::kWarpRows);
-  UNROLL
-  for (int i = 0; i < S::kWarpRows * chunks / 32; ++i) {
+  EACH(i, S::kWarpRows * chunks / 32) {
     const int item = 32 * i + lane(), row = item / chunks, chunk = item % chunks;
     if ((exists >> row & 1) && 8 * chunk < call.size)
       store_global(to + kHalf * row * x.row + 16 * chunk, load_shared(stage + row * S::kPitch + 16 * chunk));
