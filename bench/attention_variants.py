@@ -146,7 +146,7 @@ def variants(workload: Workload) -> dict[str, Variant]:
 
     found = {}
     for name, backend in backends.BACKENDS.items():
-        if name == "reference" or backend.why_not(_asked(w)):
+        if name == "reference" or backend.why_not(asked(w)):
             continue
         forward = functools.partial(ours, w, name, w.dropout_p)
         if w.mask is None:
@@ -169,7 +169,7 @@ def variants(workload: Workload) -> dict[str, Variant]:
     return found
 
 
-def _asked(w: Workload):
+def asked(w: Workload):
     """The call as a backend sees it, for ``why_not``."""
     from deberta_fast.backends.inputs import AttentionInputs
 

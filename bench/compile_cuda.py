@@ -41,6 +41,7 @@ RARE = (
     "void hide(",  # keys that are masked or do not exist
     "write(-kDistances);",  # begins the band by rows
     "if (c2p && tile != expected) {",  # begins the band of gradients
+    "if (ballot(rises) != 0) {",  # moves the peak, which later scores seldom pass by 2^8
 )
 
 

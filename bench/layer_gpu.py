@@ -6,7 +6,8 @@ relative positions that a variant wants are made beforehand, as its encoder make
 
     hf-eager               Hugging Face's module
     patched-NAME           the same after ``deberta_fast.patch``, for every backend without objection, without a mask
-    patched-mask           the default backend, with the (B, L) mask that the patched encoder hands down
+    patched-NAME-mask      for fused backends, with the (B, L) mask that the patched encoder hands down
+    patched-mask           the default backend, with that mask
     plain-*                scaled_dot_product_attention between the same projections, no position terms, by backend
     disentangled-flash     with assume_unpadded=True and its heuristic; in the forward pass its inference module, which
                            projects the positions beforehand, otherwise its training module
@@ -103,6 +104,8 @@ def variants(layer: Layer) -> dict[str, Callable[[str], tuple[nn.Module, Forward
     found = {"hf-eager": functools.partial(hf_eager, layer)}
     for name in _able(layer):
         found[f"patched-{name}"] = functools.partial(patched, layer, name, False)
+        if name in ("cuda", "triton"):
+            found[f"patched-{name}-mask"] = functools.partial(patched, layer, name, True)
     found["patched-mask"] = functools.partial(patched, layer, None, True)
     for name, kernel in PLAIN.items():
         found[f"plain-{name}"] = functools.partial(plain, layer, kernel)

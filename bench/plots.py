@@ -17,6 +17,7 @@ STYLES = {
     "disentangled-flash": ("tab:purple", "-."),
     "flashdeberta": ("tab:brown", "-."),
 }
+MARKERS = {"-mask": "x", "-packed": "s"}  # of a backend's several lines, by the end of the name
 CHARTS = {"attention": ("TFLOP/s", "TFLOP/s of plain attention's products"), "layer": ("ms", "milliseconds")}
 
 
@@ -51,7 +52,8 @@ def draw(record: dict, value: str, label: str, path: Path) -> None:
     for panel, one in zip(panels[0], passes):
         for name, points in _lines([row for row in rows if row["pass"] == one], value).items():
             colour, dashes = _style(name)
-            panel.plot(*zip(*sorted(points.items())), dashes, color=colour, marker="o", markersize=3, label=name)
+            marker = next((mark for end, mark in MARKERS.items() if name.endswith(end)), "o")
+            panel.plot(*zip(*sorted(points.items())), dashes, color=colour, marker=marker, markersize=4, label=name)
         panel.set(title=one, xlabel="length", ylabel=label, xscale="log", yscale="log" if value == "ms" else "linear")
         lengths = sorted({row["length"] for row in rows})
         panel.set_xticks(lengths, [str(n) for n in lengths], rotation=45)

@@ -1,5 +1,6 @@
 // The CUDA operators as torch sees them, on its stable ABI and without any header of CUDA. Tensors become the plain
 // structs of cuda/arguments.h; launches go to torch's current stream, on the device of the tensors.
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -10,9 +11,6 @@
 #include <optional>
 
 #include "cuda/plan.h"
-
-// A torch without CUDA has no such function; nothing calls it there.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace deberta_fast::cuda {
 namespace {
@@ -30,20 +28,36 @@ constexpr bool kEmulated = false;
 #define DEBERTA_FAST_DEVICE CUDA
 #endif
 
+// Torch's current stream. The function is in a library of torch's that is loaded where there is CUDA, and that this one is
+// not linked to, so that it loads elsewhere too. Python keeps torch's libraries to themselves: a weak symbol finds nothing.
+void* current_stream(int32_t device) {
+  using Function = AOTITorchError (*)(int32_t, void**);
+  static const auto function = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  STD_TORCH_CHECK(function != nullptr, "deberta_fast: this torch was built without CUDA");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  return stream;
+}
+
 // Torch's device and stream while kernels are launched.
 class Device {
  public:
   explicit Device(const Tensor& x) {
     if (kEmulated) return;
     guard_.emplace(x.get_device_index());
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "deberta_fast: this torch was built without CUDA");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    stream = current_stream(x.get_device_index());
   }
   void* stream = nullptr;
 
  private:
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
+
+// In a tile, offsets are 32-bit numbers.
+constexpr int64_t kLargestStride = 1 << 24;
 
 // Kernels read and write 16 bytes at once.
 bool aligned(const Tensor& x) {
@@ -54,8 +68,8 @@ bool aligned(const Tensor& x) {
 }
 
 Heads heads_of(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 4 && (x.numel() == 0 || aligned(x)),
-                  "deberta_fast: (B, H, L, D) with a unit last stride, rows aligned to 16 bytes");
+  STD_TORCH_CHECK(x.dim() == 4 && (x.numel() == 0 || (aligned(x) && x.stride(2) <= kLargestStride)),
+                  "deberta_fast: (B, H, L, D) with a unit last stride, rows aligned to 16 bytes and not too far apart");
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
@@ -127,13 +141,11 @@ Request request_of(const Tensor& query, const Tensor& key, const Tensor& value, 
 // Counts the memory that the launches need, takes it from torch, and launches.
 template <class Launches>
 void run(const Tensor& query, Launches launches) {
-  Workspace counted(nullptr);
+  Workspace counted;
   launches(counted, nullptr);
   const Device device(query);
   Tensor memory = torch::stable::new_empty(query, {counted.bytes()}, ScalarType::Byte);
-  // A workspace of no bytes is none that only counts.
-  Workspace workspace(counted.bytes() == 0 ? static_cast<char*>(query.data_ptr())
-                                           : static_cast<char*>(memory.data_ptr()));
+  Workspace workspace(static_cast<char*>(memory.data_ptr()));
   const char* error = launches(workspace, device.stream);
   STD_TORCH_CHECK(error == nullptr, "deberta_fast: a kernel did not start: ", error);
 }

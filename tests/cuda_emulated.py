@@ -102,6 +102,9 @@ MORE = [
     Case("next-to-far", 64, 64, offset=96),
     Case("one-near-corner", 64, 64, offset=-94),
     Case("many-heads", 70, 70, batch=1, heads=86, size=16),  # a block of the pass over distances meets several squares
+    Case("far-dropout-L270", 270, 270, batch=1, heads=1, mask="holes", dropout_p=0.3),
+    Case("two-far-blocks-first", 390, 60, batch=1, heads=2, offset=-320),
+    *(Case(f"late-L{n}", 3, n, batch=1, heads=1, size=16, mask="late") for n in (2200, 4000)),  # 32 hidden tiles
 ]
 
 
@@ -307,10 +310,11 @@ def test_hidden_keys_do_not_matter(mask, dtype):
 
 
 @each_half
-@pytest.mark.parametrize("size", [64, 88])
-def test_nothing_beyond_the_ends_is_read_or_written(size, dtype):
+@pytest.mark.parametrize("size, window", [(64, False), (64, True), (88, False)])
+def test_nothing_beyond_the_ends_is_read_or_written(size, window, dtype):
     """Tensors that are parts of others full of NaN, results between numbers that stay."""
-    inputs = as_dtype(make_inputs(Case("", 70, 90, heads=2, size=size), dtype), dtype)
+    table = dict(buckets=64, longest=256) if window else {}
+    inputs = as_dtype(make_inputs(Case("", 70, 90, heads=2, size=size, window=window, **table), dtype), dtype)
     clean = forward_and_gradients(public("cuda"), inputs)
 
     def within(x):

@@ -111,7 +111,7 @@ def test_emulated(name, emulated):
 
 @needs_compiler
 @pytest.mark.parametrize("flags", [["-O2"], ["-O1", *SANITIZERS]], ids=BUILDS)
-@pytest.mark.parametrize("name", ["emulator_test", "skew_test"])
+@pytest.mark.parametrize("name", ["emulator_test", "skew_test", "plan_test"])
 def test_programs(name, flags, tmp_path):
     """That the emulator finds what is wrong; index arithmetic of the kernels, everywhere."""
     source = ROOT / f"tests/emulator/{name}.cpp"
@@ -157,7 +157,7 @@ def test_more_reasons(monkeypatch):
 
 def test_refuses_without_a_gpu(monkeypatch):
     monkeypatch.setattr(cuda, "NOT_LOADED", None)
-    monkeypatch.setattr(cuda, "implements", lambda *_: False)
+    monkeypatch.setattr(cuda, "BUILT", False)
     inputs = make_inputs(Case("", 5, 5, size=16), torch.bfloat16)
     not_built, elsewhere = cuda.why_not(inputs)
     assert not_built == "the extension deberta_fast._C was built without CUDA kernels (pip install -v says why)"

@@ -46,7 +46,7 @@ struct Pass {
     for (int i = thread(); i < kSquare * kBandPitch / 16; i += kThreads) store_shared(band + 16 * i, {});
     Place place;
     place.head = backward.first_head + block_y();
-    int64_t turn = 0;
+    int turn = 0;  // squares so far, modulo the splits
     for (int s = 0; s < call.batches; ++s) {
       place.batch = s;
       if (call.ends == nullptr) {
@@ -59,8 +59,10 @@ struct Pass {
       const int first = diagonal < 0 ? -diagonal : 0;
       const int last =
           minimum((place.rows + kSquare - 1) / kSquare, (place.columns + kSquare - 1) / kSquare - diagonal);
-      for (int row = first; row < last; ++row, ++turn)
-        if (turn % arguments.splits == share) meet(place, row * kSquare, (row + diagonal) * kSquare);
+      const int splits = arguments.splits, count = last > first ? last - first : 0;
+      for (int row = first + (share + splits - turn) % splits; row < last; row += splits)
+        meet(place, row * kSquare, (row + diagonal) * kSquare);
+      turn = (turn + count) % splits;
     }
   }
 

@@ -47,7 +47,7 @@ struct Pass {
 
   DEVICE Pass(const ForwardCall& arguments, const Place& place)
       : arguments(arguments), call(arguments.call), place(place), mask(call, place.batch, place.head) {
-    EACH(f, kFragments) peak[f][0] = peak[f][1] = -infinity();
+    EACH(f, kFragments) peak[f][0] = peak[f][1] = kLowest;
   }
 
   DEVICE uint64_t visible(int tile) const {
@@ -164,38 +164,38 @@ struct Pass {
   // Scores become probabilities, those so far shrink to the new peak. All in base 2: Z = C score, or of far ones,
   // which are halved, C (2 score + constant).
   // Any number near the largest score serves as the peak, so it follows only where probabilities would pass 2^kHeadroom.
-  static constexpr float kHeadroom = 8;
+  static constexpr float kHeadroom = 8, kLowest = -3.0e38f;  // before any score, and finite: infinities cancel to NaN
   template <bool near>
   DEVICE void soften(float (&scores)[kFragments][S::kColumns / 8][4], int first_key) {
     const float unit = call.scale * static_cast<float>(kLog2e), slope = near ? unit : 2 * unit;
-    float shrink[kFragments][2], origin[kFragments][2];
-    bool shrinks = false;
+    float now[kFragments][2];
+    bool rises = false;
     EACH(f, kFragments)
       EACH(half, 2) {
         float most = -infinity();
         EACH(n, S::kColumns / 8) most = maximum(most, maximum(scores[f][n][2 * half], scores[f][n][2 * half + 1]));
         most = maximum(most, shuffle_xor(most, 1));
         most = maximum(most, shuffle_xor(most, 2));
-        const float before = peak[f][half], shift = near ? 0 : unit * constant[f][half];
-        const float highest = fused_multiply_add(slope, most, shift);
-        const float now = highest > before + kHeadroom ? highest : before;
-        const float base = now == -infinity() ? 0 : now;  // no key seen yet
-        peak[f][half] = now, origin[f][half] = shift - base, shrink[f][half] = exp2_fast(before - base);
-        shrinks |= now != before;
+        const float highest = fused_multiply_add(slope, most, near ? 0 : unit * constant[f][half]);
+        const bool higher = highest > peak[f][half] + kHeadroom;
+        now[f][half] = higher ? highest : peak[f][half];
+        rises |= higher;
       }
-    if (ballot(shrinks) != 0) {  // a new peak
+    if (ballot(rises) != 0) {
       EACH(f, kFragments)
         EACH(half, 2) {
-          total[f][half] *= shrink[f][half];
-          EACH(n, S::kSize / 8) sums[f][n][2 * half] *= shrink[f][half], sums[f][n][2 * half + 1] *= shrink[f][half];
+          const float shrink = exp2_fast(peak[f][half] - now[f][half]);
+          peak[f][half] = now[f][half], total[f][half] *= shrink;
+          EACH(n, S::kSize / 8) sums[f][n][2 * half] *= shrink, sums[f][n][2 * half + 1] *= shrink;
         }
     }
     EACH(f, kFragments)
       EACH(half, 2) {
+        const float origin = (near ? 0 : unit * constant[f][half]) - peak[f][half];
         EACH(n, S::kColumns / 8)
           EACH(w, 2) {
             float& score = scores[f][n][2 * half + w];
-            score = exp2_fast(fused_multiply_add(slope, score, origin[f][half]));
+            score = exp2_fast(fused_multiply_add(slope, score, origin));
             total[f][half] += score;
           }
         if (dropout) drop(scores[f], half, first_key + 8 * (lane() % 4), own_row(f, half));
@@ -224,7 +224,7 @@ struct Pass {
         float sum = total[f][half];
         sum += shuffle_xor(sum, 1);
         sum += shuffle_xor(sum, 2);
-        const bool none = peak[f][half] == -infinity() && !(sum > 0) && sum == 0;
+        const bool none = sum == 0;
         factors[f][half] = none ? 0 : (dropout ? call.keep_scale : 1.0f) / sum;
         const int row = own_row(f, half);
         if (lane() % 4 == 0 && row < place.rows) {

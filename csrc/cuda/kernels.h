@@ -5,9 +5,8 @@
 
 namespace deberta_fast::cuda {
 
-// Bytes of shared memory that a block of forward or backward takes, and that a block may have here.
+// Bytes of shared memory that a block of forward takes.
 int forward_shared_bytes(int padded_size);
-int shared_bytes_limit();
 
 // D rounded up to 32, 64, 96 or 128: what kernels are made for.
 constexpr int padded_size(int size) { return (size + 31) / 32 * 32; }

@@ -17,25 +17,28 @@ struct Request {
   int64_t mask_batch = 0, mask_key = 0;
 };
 
-// Hands out device memory, 256 bytes aligned; without a base it only counts.
+// Hands out device memory, 256 bytes aligned; or only counts.
 class Workspace {
  public:
+  Workspace() : counts_(true) {}
   explicit Workspace(char* base) : base_(base) {}
+
   template <class T>
   T* take(int64_t count) {
-    char* start = base_ == nullptr ? nullptr : base_ + bytes_;
+    char* start = counts_ ? nullptr : base_ + bytes_;
     bytes_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
     return reinterpret_cast<T*>(start);
   }
   int64_t bytes() const { return bytes_; }
-  bool counts() const { return base_ == nullptr; }
+  bool counts() const { return counts_; }
 
  private:
-  char* base_;
+  char* base_ = nullptr;
   int64_t bytes_ = 0;
+  bool counts_ = false;
 };
 
-// Each runs the launches, or only counts where the workspace has no memory. The reason for a failure, or null.
+// Each runs the launches, or only takes the memory where the workspace counts. The reason for a failure, or null.
 const char* run_forward(const Request& request, const Heads& output, const Statistic& lse, Workspace& workspace,
                         void* stream);
 

@@ -38,11 +38,14 @@ KERNEL(kThreads, 1) expand_kernel(const Expansion e) {
   }
 }
 
+// A warp makes a word.
 KERNEL(kThreads, 1) pack_mask_kernel(const MaskBits mask) {
-  const int64_t word = block_x() * (kThreads / 32) + warp(), key = 32 * word + lane();
-  const uint8_t* row = mask.mask + block_y() * mask.mask_batch;
-  const uint32_t bits = ballot(key < mask.keys && row[key * mask.mask_key] != 0);
-  if (lane() == 0 && word < mask.words) mask.bits[block_y() * mask.words + word] = bits;
+  const int64_t item = int64_t{block_x()} * (kThreads / 32) + warp(), batch = item / mask.words,
+                word = item % mask.words;
+  const int64_t key = 32 * word + lane();
+  const bool exists = batch < mask.batches && key < mask.keys;
+  const uint32_t bits = ballot(exists && mask.mask[batch * mask.mask_batch + key * mask.mask_key] != 0);
+  if (lane() == 0 && batch < mask.batches) mask.bits[item] = bits;
 }
 
 }  // namespace
@@ -52,10 +55,8 @@ const char* expand_table(const Expansion& expansion, void* stream) {
 }
 
 const char* pack_mask(const MaskBits& mask, void* stream) {
-  const int64_t blocks = (mask.words + kThreads / 32 - 1) / (kThreads / 32);
-  return launch(&pack_mask_kernel, blocks, mask.batches, kThreads, 0, stream, mask);
+  const int64_t blocks = (mask.batches * mask.words + kThreads / 32 - 1) / (kThreads / 32);
+  return launch(&pack_mask_kernel, blocks, 1, kThreads, 0, stream, mask);
 }
-
-int shared_bytes_limit() { return shared_memory_limit(); }
 
 }  // namespace deberta_fast::cuda

@@ -227,17 +227,11 @@ const char* launch(void (*kernel)(Arguments), int64_t blocks_x, int64_t blocks_y
     // clang-format off
     kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments);
     // clang-format on
-    error = cudaGetLastError();
+    error = cudaPeekAtLastError();
   }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
-// Bytes of shared memory that a block may have on the current device; negative where there is none.
-inline int shared_memory_limit() {
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return -1;
-  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return -1;
-  return bytes;
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // or the next launch would report it too
+  return cudaGetErrorString(error);
 }
 
 }  // namespace deberta_fast

@@ -121,9 +121,10 @@ DEVICE void load_columns(char* tile, const Heads& x, const Call& call, const Pla
   if (across > chunks && chunk >= chunks) return;
   char* to = tile + position * S::kPitch + 16 * chunk;
   const char* from = row_address(x, place, place.base + first + row) + 16 * chunk;
+  const int stride = static_cast<int>(kHalf * x.row);  // as the host has checked
   const auto copy = [&](int i, bool valid) {
     // Positions so far apart are columns that far apart, whatever the thread.
-    copy_async(to + i * down * S::kPitch, from + kHalf * column_at(i * down) * x.row, valid);
+    copy_async(to + i * down * S::kPitch, from + column_at(i * down) * stride, valid);
   };
   if (exists == first_bits(S::kColumns) && call.size == S::kSize) {
     EACH(i, S::kColumns / down) copy(i, true);

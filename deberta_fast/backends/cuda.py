@@ -16,6 +16,7 @@ from .inputs import AttentionInputs
 CAPABILITY = (8, 0)
 LARGEST_HEAD = 128
 SHARED_BYTES = {32: 76032, 64: 96512, 96: 117504, 128: 137984}  # of a block, by the head size rounded up
+LARGEST_STRIDE = 1 << 24  # from row to row, in elements
 LONGEST = 1 << 28  # positions and distances are 32-bit numbers in the kernels
 EMULATED = False  # an emulator runs the kernels on CPU tensors: tests/emulator
 
@@ -26,6 +27,8 @@ define(
     f"cuda_forward(Tensor(a!) output, Tensor(b!) lse, {_SHARED}) -> ()",
     f"cuda_backward({GRADIENTS}, {_SHARED}, Tensor? first_of_slot) -> ()",
 )
+# As a constant: torch.compile traces why_not.
+BUILT = NOT_LOADED is None and implements("cuda_forward", "CUDA")
 
 
 def why_not(inputs: AttentionInputs) -> list[str]:
@@ -33,7 +36,7 @@ def why_not(inputs: AttentionInputs) -> list[str]:
     query, mask, reasons = inputs.query, inputs.mask, []
     if NOT_LOADED is not None and not EMULATED:
         reasons.append(NOT_LOADED)
-    elif not EMULATED and not implements("cuda_forward", "CUDA"):
+    elif not EMULATED and not BUILT:
         reasons.append("the extension deberta_fast._C was built without CUDA kernels (pip install -v says why)")
     if query.dtype not in (torch.bfloat16, torch.float16):
         reasons.append(f"dtype must be bfloat16 or float16, got {query.dtype}")
@@ -96,13 +99,14 @@ def _shared(x: AttentionInputs) -> tuple:
 
 
 def _aligned(x: torch.Tensor | None) -> torch.Tensor | None:
-    """Rows that begin at a multiple of 16 bytes, as the kernels copy 16 bytes at once; mostly they do already."""
+    """As the kernels read it, 16 bytes at once: rows begin at multiples of 16 bytes. Mostly they do already."""
     if x is None or x.numel() == 0:
         return x
     strides = [stride for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1]
-    if x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and all(stride * x.element_size() % 16 == 0 for stride in strides):
-        return x
-    return x.contiguous() if not x.is_contiguous() else x.clone()
+    if x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and x.stride(-2) <= LARGEST_STRIDE:
+        if all(stride * x.element_size() % 16 == 0 for stride in strides):
+            return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _numbering(x: AttentionInputs) -> tuple:

@@ -13,6 +13,7 @@
 #define ANYWHERE constexpr inline
 #define KERNEL(threads, blocks_at_once) inline void
 #define UNROLL
+#define EACH(i, count) for (int i = 0; i < (count); ++i)
 
 namespace deberta_fast {
 
@@ -226,7 +227,5 @@ const char* launch(void (*kernel)(Arguments), int64_t blocks_x, int64_t blocks_y
   };
   return the_machine->run(call, &kernel, &arguments, blocks_x, blocks_y, threads, shared_bytes);
 }
-
-inline int shared_memory_limit() { return emulator::Machine::kSharedLimit; }
 
 }  // namespace deberta_fast

@@ -189,7 +189,7 @@ void test_exchanges() {
   for (int i = 0; i < 6 * 64; i++) CHECK(out[i] == i / 32 * 32 * 32 + 31 * 16 + i % 2);
   CHECK(!run(exchanges, 64, 0, nullptr, nullptr, 0, 0, 2));
   CHECK(run(exchanges, 33, 0, nullptr, nullptr));
-  CHECK(run(exchanges, 64, shared_memory_limit() + 1, nullptr, nullptr));
+  CHECK(run(exchanges, 64, emulator::Machine::kSharedLimit + 1, nullptr, nullptr));
 }
 
 // ---- Copies.

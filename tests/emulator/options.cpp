@@ -48,7 +48,7 @@ EXPORTED int64_t emulator_workspace_bytes(int batches, int heads, int length, in
   if (ends != nullptr) call.packed_rows = ends[batches];
   call.query.table.data = call.key.table.data = something;
   request.far_past = far_past, request.far_future = far_future, request.table_rows = table_rows;
-  cuda::Workspace workspace(nullptr);
+  cuda::Workspace workspace;
   if (backward) {
     cuda::run_backward(request, {}, workspace, nullptr);
   } else {
