@@ -211,7 +211,7 @@ void check_problem(const Problem& given) {
   request.past_row = kPastRow, request.future_row = kFutureRow, request.table_rows = 16;
 
   launched = {};
-  Workspace counted(nullptr), workspace(something);  // of which nobody touches a byte
+  Workspace counted, workspace(something);  // of which nobody touches a byte
   CHECK(run_forward(request, {}, {}, counted, nullptr) == nullptr && launched.forward.empty());
   CHECK(run_forward(request, {}, {}, workspace, nullptr) == nullptr && launched.forward.size() == 1);
   CHECK(counted.bytes() == workspace.bytes() && launched.expansions.size() == size_t(problem.c2p + problem.p2c));
