@@ -7,8 +7,8 @@ extension, is left out, and one line says why.
 
 Environment: DEBERTA_FAST_CPU=0 leaves the extension out, 1 makes it an error that it cannot be built;
 DEBERTA_FAST_CUDA=0 or 1, the same for the CUDA kernels in it; CUDA_HOME, where nvcc is looked for first, then on PATH
-and in /usr/local/cuda; TORCH_CUDA_ARCH_LIST, by default "8.0 9.0+PTX", nothing below 8.0; CXX, CXXFLAGS, LDFLAGS and
-MAX_JOBS as everywhere.
+and in /usr/local/cuda; TORCH_CUDA_ARCH_LIST, by default "8.0 9.0+PTX", of which what is below 8.0 is left out; CXX,
+CXXFLAGS, LDFLAGS and MAX_JOBS as everywhere.
 """
 
 import hashlib
@@ -151,10 +151,12 @@ def find_architectures() -> list[str]:
         if match is None:
             raise Unavailable(f"TORCH_CUDA_ARCH_LIST has {name}, which is not like 9.0, 9.0a or 9.0+PTX")
         if int(match[1]) < 8:
-            raise Unavailable(f"TORCH_CUDA_ARCH_LIST has {name}, the kernels need 8.0 or newer")
+            continue  # torch itself may serve older GPUs
         number = match[1] + match[2]
         codes = [f"sm_{number}", *([f"compute_{number}"] if match[3] else [])]
         flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+    if not flags:
+        raise Unavailable("TORCH_CUDA_ARCH_LIST has nothing from 8.0 on, which the kernels need")
     return list(dict.fromkeys(flags))
 
 

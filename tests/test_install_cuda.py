@@ -151,7 +151,7 @@ REASONS = [
     fails,
     too_old,
     no_runtime,
-    list_of("8.0;7.5+PTX", "7.5+PTX, the kernels need 8.0 or newer"),
+    list_of("7.0;7.5+PTX", "nothing from 8.0 on, which the kernels need"),
     list_of("8.0 Hopper", f"Hopper, {NUMBERS}"),
     list_of("90", f"90, {NUMBERS}"),
     list_of("9.0+ptx", f"9.0+ptx, {NUMBERS}"),
