@@ -9,8 +9,9 @@ namespace {
 constexpr int kDistances = 32;   // as in skew.h, which is for the kernels' compiler
 constexpr int kNever = 1 << 29;  // a distance beyond any
 
-// Blocks of 128 rows and tiles of 64 columns read bands that begin and end up to this far beyond what is near.
-constexpr int kMargin = 288;
+// From a distance that makes a pair of blocks near to the farthest one that their bands read: 223 at most, which backward
+// needs with blocks of 128 (tests/emulator/plan_test.cpp).
+constexpr int kMargin = 224;
 
 int64_t floor_to_block(int64_t x) { return (x >= 0 ? x : x - (kDistances - 1)) / kDistances * kDistances; }
 
