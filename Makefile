@@ -40,9 +40,9 @@ $(READY): pyproject.toml constraints.txt Makefile
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) 'triton==3.6.0; sys_platform == "linux"'
 	@touch $@
 
-# setup.py compiles what changed
+# setup.py compiles what changed. One GPU architecture is enough here: others compile its PTX when it is first used
 $(BUILT): $(READY) setup.py $(CSRC)
-	@$(BIN)/python setup.py -q build_ext --inplace
+	@TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0+PTX}" $(BIN)/python setup.py -q build_ext --inplace
 	@mkdir -p $(@D) && rm -f build/extension-* && touch $@
 
 demo: setup

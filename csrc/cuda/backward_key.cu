@@ -86,8 +86,8 @@ struct Pass {
     const int own = lane() / 4 % 4, key = place.first_row + warp() * S::kWarpRows + 16 * f + 8 * half + lane() / 4;
     uint32_t all = 0;
     EACH(i, 2) {
-      const Words words = philox(mask.seed_low, mask.seed_high, key / 4, query + 2 * own + i, mask.batch_head);
-      EACH(w, 4) all |= static_cast<uint32_t>(words.x[w] >= mask.drop_below) << (4 * (2 * own + i) + w);
+      const Words four = mask.words(query + 2 * own + i, key);
+      EACH(w, 4) all |= mask.keeps(four.x[w]) << (4 * (2 * own + i) + w);
     }
     all |= shuffle_xor(all, 4);
     all |= shuffle_xor(all, 8);

@@ -19,21 +19,25 @@ DEVICE Words philox(uint32_t seed_low, uint32_t seed_high, uint32_t group, uint3
 }
 
 struct Dropout {
-  uint32_t seed_low = 0, seed_high = 0, batch_head = 0, drop_below = 0;
+  const Call& call;
+  uint32_t batch_head;
 
-  DEVICE Dropout(const Call& call, int batch, int head) {
-    if (call.seed == nullptr) return;
+  DEVICE Dropout(const Call& call, int batch, int head) : call(call), batch_head(batch * call.heads + head) {}
+
+  // Of four neighbouring keys, `key` among them. The seed is read again each time: it would cost registers.
+  DEVICE Words words(int query, int key) const {
     const uint64_t seed = static_cast<uint64_t>(*call.seed);
-    seed_low = static_cast<uint32_t>(seed), seed_high = static_cast<uint32_t>(seed >> 32);
-    batch_head = batch * call.heads + head, drop_below = call.drop_below;
+    return philox(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), key / 4, query, batch_head);
   }
+
+  DEVICE uint32_t keeps(uint32_t word) const { return word >= call.drop_below; }
 
   // A bit for each of the eight keys from `key`, a multiple of eight, on: whether it is kept.
   DEVICE uint32_t keep_eight(int query, int key) const {
     uint32_t bits = 0;
     EACH(group, 2) {
-      const Words words = philox(seed_low, seed_high, key / 4 + group, query, batch_head);
-      EACH(w, 4) bits |= static_cast<uint32_t>(words.x[w] >= drop_below) << (4 * group + w);
+      const Words four = words(query, key + 4 * group);
+      EACH(w, 4) bits |= keeps(four.x[w]) << (4 * group + w);
     }
     return bits;
   }
