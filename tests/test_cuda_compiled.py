@@ -77,5 +77,6 @@ def test_far_tiles_use_no_band(passes):
             left, near, right = (loop for loop in kernel.loops if loop.scores)
             for far in (left, right):
                 assert far.mma == 2 * far.scores * size / 64 and near.mma > far.mma
-                assert not {"LDG", "STS", "STG"} & set(far.opcodes), name
+                seed = {"LDG"} if name.endswith("true>") else set()  # dropout reads it
+                assert not {"LDG", "STS", "STG"} & set(far.opcodes) - seed, name
                 assert far.opcodes["LDGSTS"] == near.opcodes["LDGSTS"]
