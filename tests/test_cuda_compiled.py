@@ -70,6 +70,17 @@ def test_instructions_a_score_of_forward(passes, capability):
     assert near.per_score <= 21
 
 
+@pytest.mark.xfail(reason="20.8 with nvcc 13.0: what was aimed at is 20")
+def test_near_tiles_reach_their_aim(passes):
+    near = [x for x in passes["forward_kernel<Bfloat16, 64, false>", 90, 64].loops if x.scores][1]
+    assert near.per_score <= 20
+
+
+@pytest.mark.xfail(reason="backward_key spills a register at head size 64 with nvcc 13.0")
+def test_nothing_spills_by_default(passes):
+    assert not any(x.spill_stores for (name, *_), x in passes.items() if name.endswith("64, false>"))
+
+
 def test_far_tiles_use_no_band(passes):
     """They cost what plain attention costs: two products, K and V, nothing else."""
     for (name, _, size), kernel in passes.items():
