@@ -1,8 +1,41 @@
 """Fast disentangled attention for DeBERTa v1, v2 and v3."""
 
 from . import backends
+from .config import DebertaConfig, DebertaV2Config
 from .functional import disentangled_attention, disentangled_attention_varlen
 from .hf import patch, unpatch
+from .model import (
+    DebertaForMaskedLM,
+    DebertaForQuestionAnswering,
+    DebertaForSequenceClassification,
+    DebertaForTokenClassification,
+    DebertaModel,
+    DebertaV2ForMaskedLM,
+    DebertaV2ForMultipleChoice,
+    DebertaV2ForQuestionAnswering,
+    DebertaV2ForSequenceClassification,
+    DebertaV2ForTokenClassification,
+    DebertaV2Model,
+)
 
 __version__ = "0.1.0"
-__all__ = ["backends", "disentangled_attention", "disentangled_attention_varlen", "patch", "unpatch"]
+__all__ = [
+    "DebertaConfig",
+    "DebertaForMaskedLM",
+    "DebertaForQuestionAnswering",
+    "DebertaForSequenceClassification",
+    "DebertaForTokenClassification",
+    "DebertaModel",
+    "DebertaV2Config",
+    "DebertaV2ForMaskedLM",
+    "DebertaV2ForMultipleChoice",
+    "DebertaV2ForQuestionAnswering",
+    "DebertaV2ForSequenceClassification",
+    "DebertaV2ForTokenClassification",
+    "DebertaV2Model",
+    "backends",
+    "disentangled_attention",
+    "disentangled_attention_varlen",
+    "patch",
+    "unpatch",
+]

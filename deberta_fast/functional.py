@@ -63,30 +63,54 @@ def disentangled_attention(
         TypeError, ValueError: an argument is not as described; names argument, expected and got.
         RuntimeError: the named backend cannot serve the call; lists its reasons.
     """
-    _check_heads(query, key, value, ndim=4, layout="(B, H, L, D)")
-    query, key, value, pos_key, pos_query = _autocast(query, key, value, pos_key, pos_query)
-    return _attend(
-        AttentionInputs(
-            query=query,
-            key=key,
-            value=value,
-            pos_key=pos_key,
-            pos_query=pos_query,
-            mask=_broadcast_mask(attention_mask, query, key.shape[2]),
-            cu_seqlens=None,
-            seed=None,
-            position_buckets=position_buckets,
-            max_relative_positions=max_relative_positions,
-            far_negative=far_negative,
-            first_slot=first_slot,
-            query_offset=query_offset,
-            max_seqlen=query.shape[2],
-            scale=_scale(scale, query, pos_key, pos_query),
-            dropout_p=dropout_p,
-        ),
-        return_lse,
-        backend,
-    )
+    inputs = _dense_inputs(
+        query, key, value, pos_key, pos_query, position_buckets, max_relative_positions, far_negative, attention_mask,
+        scale, dropout_p, query_offset, first_slot,
+    )  # fmt: skip
+    return _attend(inputs, return_lse, backend)
+
+
+def disentangled_attention_with_probabilities(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pos_key: torch.Tensor | None = None,
+    pos_query: torch.Tensor | None = None,
+    *,
+    position_buckets: int = 256,
+    max_relative_positions: int = 512,
+    far_negative: str = "hf",
+    attention_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    query_offset: int = 0,
+    first_slot: int = 0,
+    head_logits_proj: torch.nn.Module | None = None,
+    head_weights_proj: torch.nn.Module | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``disentangled_attention`` for whoever wants the probabilities or talking heads: dense, by the reference.
+
+    Args:
+        head_logits_proj, head_weights_proj: linear maps over the heads of the scores before the softmax and of the
+            probabilities after dropout (Shazeer et al., arXiv 2003.02436); None leaves them out.
+        The others: as in ``disentangled_attention``.
+
+    Returns:
+        O (B, H, Lq, D) and the probabilities after dropout (B, H, Lq, Lk).
+
+    Raises:
+        TypeError, ValueError: as ``disentangled_attention``.
+    """
+    inputs = _dense_inputs(
+        query, key, value, pos_key, pos_query, position_buckets, max_relative_positions, far_negative, attention_mask,
+        scale, dropout_p, query_offset, first_slot,
+    )  # fmt: skip
+    inputs = _checked(inputs)
+    with torch.autocast(inputs.query.device.type, enabled=False):
+        output, _, probabilities = backends.reference.attention_with_probabilities(
+            inputs, head_logits_proj=head_logits_proj, head_weights_proj=head_weights_proj
+        )
+    return output, probabilities
 
 
 def disentangled_attention_varlen(
@@ -169,13 +193,43 @@ def disentangled_attention_varlen(
     return result.squeeze(0).transpose(0, 1)
 
 
-def _attend(inputs: AttentionInputs, return_lse: bool, backend: str | None):
+def _dense_inputs(
+    query, key, value, pos_key, pos_query, position_buckets, max_relative_positions, far_negative, attention_mask,
+    scale, dropout_p, query_offset, first_slot,
+) -> AttentionInputs:  # fmt: skip
+    _check_heads(query, key, value, ndim=4, layout="(B, H, L, D)")
+    query, key, value, pos_key, pos_query = _autocast(query, key, value, pos_key, pos_query)
+    return AttentionInputs(
+        query=query,
+        key=key,
+        value=value,
+        pos_key=pos_key,
+        pos_query=pos_query,
+        mask=_broadcast_mask(attention_mask, query, key.shape[2]),
+        cu_seqlens=None,
+        seed=None,
+        position_buckets=position_buckets,
+        max_relative_positions=max_relative_positions,
+        far_negative=far_negative,
+        first_slot=first_slot,
+        query_offset=query_offset,
+        max_seqlen=query.shape[2],
+        scale=_scale(scale, query, pos_key, pos_query),
+        dropout_p=dropout_p,
+    )
+
+
+def _checked(inputs: AttentionInputs) -> AttentionInputs:
+    """With a seed, if there is dropout."""
     _check_positions(inputs)
     if not 0 <= inputs.dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {inputs.dropout_p}")
+    return inputs._replace(seed=new_seed(inputs.query.device)) if inputs.dropout_p > 0 else inputs
+
+
+def _attend(inputs: AttentionInputs, return_lse: bool, backend: str | None):
+    inputs = _checked(inputs)
     name = backends.choose(backend, inputs)
-    if inputs.dropout_p > 0:
-        inputs = inputs._replace(seed=new_seed(inputs.query.device))
     if name == "reference":
         check_cu_seqlens(inputs)
         with torch.autocast(inputs.query.device.type, enabled=False):

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from . import backends
+from .attention import project_table, split_heads
 from .functional import disentangled_attention
 from .projection import project
-from .relative_position import slot_table
 
 _MARK = "_deberta_fast"
 # What the patched encoder hands its layers as relative_pos: distances of tokens, which need no tensor. None would not
@@ -202,25 +202,23 @@ def _attention_v2(
             attention, hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
         )
     heads = attention.num_attention_heads
-    query = _split_heads(project(attention.query_proj, hidden_states if query_states is None else query_states), heads)
-    key = _split_heads(project(attention.key_proj, hidden_states), heads)
-    value = _split_heads(project(attention.value_proj, hidden_states), heads)
+    query = split_heads(project(attention.query_proj, hidden_states if query_states is None else query_states), heads)
+    key = split_heads(project(attention.key_proj, hidden_states), heads)
+    value = split_heads(project(attention.value_proj, hidden_states), heads)
     c2p, p2c = ("c2p" in attention.pos_att_type), ("p2c" in attention.pos_att_type)
     positions = {}
     if attention.relative_attention:
-        positions = dict(
-            position_buckets=attention.position_buckets, max_relative_positions=attention.max_relative_positions
+        names = ("key_proj", "query_proj") if attention.share_att_key else ("pos_key_proj", "pos_query_proj")
+        positions = project_table(
+            rel_embeddings,
+            query,
+            key,
+            getattr(attention, names[0]) if c2p else None,
+            getattr(attention, names[1]) if p2c else None,
+            attention.pos_dropout,
+            position_buckets=attention.position_buckets,
+            max_relative_positions=attention.max_relative_positions,
         )
-        table, positions["first_slot"] = _reachable_rows(
-            rel_embeddings[: 2 * attention.pos_ebd_size], query.shape[2], key.shape[2], **positions
-        )
-        table = attention.pos_dropout(table)
-        if c2p:
-            linear = attention.key_proj if attention.share_att_key else attention.pos_key_proj
-            positions["pos_key"] = _split_table(project(linear, table), heads)
-        if p2c:
-            linear = attention.query_proj if attention.share_att_key else attention.pos_query_proj
-            positions["pos_query"] = _split_table(project(linear, table), heads)
     return _fused(attention, shared, query, key, value, attention_mask, 1 + c2p + p2c, positions)
 
 
@@ -246,18 +244,21 @@ def _attention_v1(
             attention, hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
         )
     heads = attention.num_attention_heads
-    query, key, value = _split_heads(project(attention.in_proj, hidden_states), heads).chunk(3, dim=-1)
+    query, key, value = split_heads(project(attention.in_proj, hidden_states), heads).chunk(3, dim=-1)
     query = query + attention.q_bias.view(heads, 1, -1)
     value = value + attention.v_bias.view(heads, 1, -1)
     positions = {}
     if attention.relative_attention and rel_embeddings is not None and relative_pos is not None:
-        positions = dict(position_buckets=-1, max_relative_positions=attention.max_relative_positions)
-        table, positions["first_slot"] = _reachable_rows(rel_embeddings, query.shape[2], key.shape[2], **positions)
-        table = attention.pos_dropout(table)
-        if "c2p" in attention.pos_att_type:
-            positions["pos_key"] = _split_table(project(attention.pos_proj, table), heads)
-        if "p2c" in attention.pos_att_type:
-            positions["pos_query"] = _split_table(project(attention.pos_q_proj, table), heads)
+        positions = project_table(
+            rel_embeddings,
+            query,
+            key,
+            attention.pos_proj if "c2p" in attention.pos_att_type else None,
+            attention.pos_q_proj if "p2c" in attention.pos_att_type else None,
+            attention.pos_dropout,
+            position_buckets=-1,
+            max_relative_positions=attention.max_relative_positions,
+        )
     return _fused(attention, shared, query, key, value, attention_mask, 1 + len(attention.pos_att_type), positions)
 
 
@@ -294,23 +295,3 @@ def _fused(attention, shared, query, key, value, mask, terms, positions) -> tupl
         **positions,
     )
     return context.transpose(1, 2).flatten(2), None
-
-
-def _reachable_rows(
-    table: torch.Tensor, query_length: int, key_length: int, position_buckets: int, max_relative_positions: int
-) -> tuple[torch.Tensor, int]:
-    """The rows that these lengths can reach, and the first one's number: the others need no projection."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return table, 0  # one graph for every length
-    start, stop = slot_table(position_buckets, max_relative_positions).window(query_length, key_length)
-    return table[start:stop], start
-
-
-def _split_heads(projected: torch.Tensor, heads: int) -> torch.Tensor:
-    """(B, L, H D) to (B, H, L, D)."""
-    return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _split_table(projected: torch.Tensor, heads: int) -> torch.Tensor:
-    """(R, H D) to (H, R, D)."""
-    return projected.unflatten(-1, (heads, -1)).transpose(0, 1)

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "deberta_fast"
 
 # From the bottom up; a module may import those before it. Backends share a rank: none imports another.
 RANKS = [
-    {"relative_position", "dropout", "projection"},
+    {"relative_position", "dropout", "projection", "activation", "hub"},
     {"backends.inputs", "backends.extension"},
     {"backends.eager.scratch"},
     {"backends.eager.tables", "backends.eager.band"},
@@ -24,9 +24,32 @@ RANKS = [
     {"backends"},
     {"ops"},
     {"functional"},
+    {"config"},
+    {"attention"},
+    {"embeddings", "encoder", "heads", "outputs", "checkpoint.error"},
+    {"checkpoint.formats", "checkpoint.prefixes", "checkpoint.tf"},
+    {"checkpoint.files", "checkpoint.names"},
+    {"checkpoint"},
+    {"pretrained"},
+    {"model"},
+    {"tokenization.special_tokens", "tokenization.batch_encoding"},
+    {"tokenization.backends", "tokenization.bpe_encoder", "tokenization.files", "tokenization.model_inputs"},
+    {"tokenization.base"},
+    {"tokenization.slow", "tokenization.fast"},
+    {"tokenization.deberta", "tokenization.deberta_v2"},
+    {"tokenization"},
+    {"pipelines"},
     {"hf"},
     {""},
 ]
+# What a folder's or a module's functions import when they run; not when they are imported, as the tests below show.
+LATE = {
+    "backends.triton": {"triton"},
+    "hub": {"huggingface_hub"},
+    "checkpoint": {"h5py", "safetensors"},
+    "tokenization": {"numpy", "sentencepiece", "tokenizers"},
+    "pipelines": {"tqdm"},
+}
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 
 
@@ -59,13 +82,17 @@ def test_arrows(name, path):
         if kind == "own":
             assert RANK[target] < RANK[name], f"{name or 'deberta_fast'} imports {target}"
         else:
-            # Kernels are imported when the first one runs.
-            kernels = {"triton"} if name.startswith("backends.triton") else set()
-            assert target in sys.stdlib_module_names | {"torch"} | kernels, f"{name} imports {target}"
+            late = set().union(*(packages for prefix, packages in LATE.items() if name.startswith(prefix)))
+            assert target in sys.stdlib_module_names | {"torch"} | late, f"{name} imports {target}"
 
 
 @pytest.mark.parametrize(
-    "absent", [("triton",), ("transformers", "huggingface_hub"), ("numpy", "sentencepiece", "safetensors")]
+    "absent",
+    [
+        ("triton",),
+        ("transformers", "huggingface_hub"),
+        ("numpy", "sentencepiece", "safetensors", "tokenizers", "h5py", "tqdm"),
+    ],
 )
 def test_import_without(absent):
     """In a fresh interpreter that cannot find them."""
@@ -79,6 +106,7 @@ sys.meta_path.insert(0, Absent())
 import torch, deberta_fast
 q = torch.randn(1, 2, 5, 16)
 deberta_fast.disentangled_attention(q, q, q)
+deberta_fast.DebertaV2Model(deberta_fast.DebertaV2Config(hidden_size=24, num_hidden_layers=1, vocab_size=9))
 assert not set({absent!r}) & set(sys.modules)
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)

@@ -1,0 +1,135 @@
+"""The attention module of DeBERTa v1, v2 and v3: projections around ``disentangled_attention``."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .config import DebertaConfig
+from .functional import disentangled_attention, disentangled_attention_with_probabilities
+from .projection import project
+from .relative_position import slot_table
+
+
+class DisentangledSelfAttention(nn.Module):
+    """Self-attention with the position terms that the configuration names (He et al., arXiv 2006.03654, equation 4).
+
+    v1 and v2 differ in biases alone: v1 has none on keys and on the table's keys. ``backend`` is a name of
+    ``backends.BACKENDS``, or None for the best one call by call.
+    """
+
+    def __init__(self, config: DebertaConfig):
+        super().__init__()
+        self.num_attention_heads = heads = config.num_attention_heads
+        self.attention_head_size = getattr(config, "attention_head_size", None) or config.hidden_size // heads
+        width = heads * self.attention_head_size
+        key_bias = config.version > 1
+        self.query_proj = nn.Linear(config.hidden_size, width)
+        self.key_proj = nn.Linear(config.hidden_size, width, bias=key_bias)
+        self.value_proj = nn.Linear(config.hidden_size, width)
+        self.terms = config.position_terms
+        self.share_att_key = getattr(config, "share_att_key", False)
+        if "c2p" in self.terms and not self.share_att_key:
+            self.pos_key_proj = nn.Linear(config.hidden_size, width, bias=key_bias)
+        if "p2c" in self.terms and not self.share_att_key:
+            self.pos_query_proj = nn.Linear(config.hidden_size, width)
+        self.talking_head = config.talking_head
+        if self.talking_head:
+            self.head_logits_proj = nn.Linear(heads, heads, bias=False)
+            self.head_weights_proj = nn.Linear(heads, heads, bias=False)
+        self.pos_dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+        self.table = config.table
+        self.scale = (self.attention_head_size * config.scale_terms) ** -0.5
+        self.backend: str | None = None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        rel_embeddings: torch.Tensor | None = None,
+        query_states: torch.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states: (B, L, hidden_size), of which keys and values are made.
+            mask: bool, True where a query may attend; (B, L), or broadcastable to (B, H, L, L). None masks nothing.
+            rel_embeddings: the table of relative positions, (R, hidden_size).
+            query_states: (B, Lq, hidden_size), of which queries are made; None means hidden_states.
+            output_attentions: also return the probabilities, by the dense reference.
+
+        Returns:
+            (B, Lq, H D), and the probabilities after dropout (B, H, Lq, L) or None.
+        """
+        heads = self.num_attention_heads
+        query = split_heads(project(self.query_proj, hidden_states if query_states is None else query_states), heads)
+        key = split_heads(project(self.key_proj, hidden_states), heads)
+        value = split_heads(project(self.value_proj, hidden_states), heads)
+        positions = {}
+        if self.terms:
+            pos_key_proj, pos_query_proj = (
+                (self.key_proj, self.query_proj)
+                if self.share_att_key
+                else (getattr(self, "pos_key_proj", None), getattr(self, "pos_query_proj", None))
+            )
+            positions = project_table(
+                rel_embeddings,
+                query,
+                key,
+                pos_key_proj if "c2p" in self.terms else None,
+                pos_query_proj if "p2c" in self.terms else None,
+                self.pos_dropout,
+                **self.table,
+            )
+        positions.update(attention_mask=mask, scale=self.scale, dropout_p=self.dropout.p if self.training else 0.0)
+        probabilities = None
+        if output_attentions or self.talking_head:
+            output, probabilities = disentangled_attention_with_probabilities(
+                query,
+                key,
+                value,
+                head_logits_proj=self.head_logits_proj if self.talking_head else None,
+                head_weights_proj=self.head_weights_proj if self.talking_head else None,
+                **positions,
+            )
+        else:
+            output = disentangled_attention(query, key, value, backend=self.backend, **positions)
+        return output.transpose(1, 2).flatten(2), probabilities if output_attentions else None
+
+
+def project_table(
+    rel_embeddings: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    pos_key_proj: nn.Module | None,
+    pos_query_proj: nn.Module | None,
+    pos_dropout: Callable[[torch.Tensor], torch.Tensor],
+    **table,
+) -> dict:
+    """Keywords of ``disentangled_attention``: ``table``, and of it the projected rows that these lengths can reach.
+
+    Args:
+        rel_embeddings: (R, hidden_size).
+        query, key: (B, H, L, D).
+        pos_key_proj, pos_query_proj: from hidden_size to H D; None leaves a term out.
+        pos_dropout: runs on the rows.
+        table: position_buckets, max_relative_positions and far_negative.
+    """
+    positions = slot_table(**table)
+    start, stop = 0, positions.rows
+    # One graph for every length
+    if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        start, stop = positions.window(query.shape[2], key.shape[2])
+    rows = pos_dropout(rel_embeddings[start:stop])
+    projected = {
+        name: project(linear, rows).unflatten(-1, (query.shape[1], -1)).transpose(0, 1)
+        for name, linear in (("pos_key", pos_key_proj), ("pos_query", pos_query_proj))
+        if linear is not None
+    }
+    return {**table, "first_slot": start, **projected}
+
+
+def split_heads(projected: torch.Tensor, heads: int) -> torch.Tensor:
+    """(B, L, H D) to (B, H, L, D)."""
+    return projected.unflatten(-1, (heads, -1)).transpose(1, 2)

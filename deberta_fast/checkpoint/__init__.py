@@ -1,0 +1,7 @@
+"""Checkpoints: files in and out, and the names that Hugging Face, Microsoft and Keras give to the same tensors."""
+
+from .error import CheckpointError
+from .files import read_tensors, write_tensors
+from .names import to_hf, to_native
+
+__all__ = ["CheckpointError", "read_tensors", "to_hf", "to_native", "write_tensors"]
