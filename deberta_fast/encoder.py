@@ -109,6 +109,7 @@ class DebertaEncoder(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if normalised else None
         self.conv = ConvLayer(config) if getattr(config, "conv_kernel_size", 0) > 0 else None
         self.checkpointing: dict | None = None  # torch.utils.checkpoint's keywords, where layers are checkpointed
+        self.checkpoint_every = 1
 
     def table(self) -> torch.Tensor | None:
         """Relative positions, (R, hidden_size)."""
@@ -139,7 +140,7 @@ class DebertaEncoder(nn.Module):
         states, attentions = [hidden_states], []
         for index, layer in enumerate(self.layer):
             run = layer
-            if self.checkpointing is not None and self.training:
+            if self.checkpointing is not None and self.training and index % self.checkpoint_every == 0:
                 run = functools.partial(checkpoint, layer, **self.checkpointing)
             output, probabilities = run(states[-1], mask, table, None, output_attentions)
             if index == 0 and self.conv is not None:

@@ -229,8 +229,10 @@ class PreTrainedModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        embeddings = {id(m.weight) for m in self.modules() if exclude_embeddings and isinstance(m, nn.Embedding)}
+        counted = (p for p in self.parameters() if p.requires_grad or not only_trainable)
+        return sum(p.numel() for p in counted if id(p) not in embeddings)
 
     def set_backend(self, backend: str | None) -> None:
         """The attention's backend, a name of ``backends.BACKENDS``; None for the best one call by call.
@@ -279,16 +281,32 @@ class PreTrainedModel(nn.Module):
             config.vocab_size = rows
         return self.get_input_embeddings()
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
         """Keeps one tensor a layer for backward while training, and computes the rest again.
 
         Args:
-            gradient_checkpointing_kwargs: of ``torch.utils.checkpoint.checkpoint``; use_reentrant is False by default.
+            activation_checkpointing_kwargs: of ``torch.utils.checkpoint.checkpoint``; use_reentrant is False by default.
+            every_n_layers: of the layers 0, n, 2n ... alone; the others keep all they need.
+            offload: not supported.
         """
-        self.base_model.encoder.checkpointing = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if every_n_layers < 1:
+            raise ValueError(f"every_n_layers must be at least 1, got {every_n_layers}")
+        if offload:
+            raise ValueError("offload=True is not supported: what is kept stays on its device")
+        encoder = self.base_model.encoder
+        encoder.checkpointing = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        encoder.checkpoint_every = every_n_layers
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """``activation_checkpointing_enable`` by its older name."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         self.base_model.encoder.checkpointing = None
+
+    activation_checkpointing_disable = gradient_checkpointing_disable
 
     @property
     def is_gradient_checkpointing(self) -> bool:

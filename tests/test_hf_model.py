@@ -239,3 +239,26 @@ def test_dropout_in_training(tmp_path):
     spread = results[0].std(0)
     assert ((results[0].mean(0) - results[1].mean(0)).abs() < 0.35 * spread).all()
     assert (results[1].std(0) / spread - 1).abs().max() < 0.2
+
+
+def test_trainer(tmp_path):
+    """Hugging Face's Trainer takes a native model, and what it saves is loaded."""
+    prefix, values = SWITCHES["v1"]
+    model = deberta_fast.DebertaForSequenceClassification(
+        deberta_fast.DebertaConfig(**values, vocab_size=70, relative_attention=True, num_labels=3)
+    )
+    ids = tokens("absent", length=9)["input_ids"]
+    data = [{"input_ids": ids[i % 2] // (1 + i % 5), "labels": torch.tensor(i % 3)} for i in range(8)]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to=[], use_cpu=True, save_strategy="no",
+        disable_tqdm=True, gradient_checkpointing=True,
+    )  # fmt: skip
+    before = model.classifier.weight.detach().clone()
+    trainer = transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0 and not torch.equal(model.classifier.weight, before)
+    trainer.save_model(str(tmp_path / "saved"))
+    model.config.save_pretrained(tmp_path / "saved")
+    again, info = type(model).from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not info.missing and not info.unexpected
+    assert torch.equal(again(ids).logits, model.eval()(ids).logits)
