@@ -17,15 +17,26 @@ from .model import (
     DebertaV2ForTokenClassification,
     DebertaV2Model,
 )
+from .pipelines import pipeline
+from .tokenization import (
+    BatchEncoding,
+    DebertaTokenizer,
+    DebertaTokenizerFast,
+    DebertaV2Tokenizer,
+    DebertaV2TokenizerFast,
+)
 
 __version__ = "0.1.0"
 __all__ = [
+    "BatchEncoding",
     "DebertaConfig",
     "DebertaForMaskedLM",
     "DebertaForQuestionAnswering",
     "DebertaForSequenceClassification",
     "DebertaForTokenClassification",
     "DebertaModel",
+    "DebertaTokenizer",
+    "DebertaTokenizerFast",
     "DebertaV2Config",
     "DebertaV2ForMaskedLM",
     "DebertaV2ForMultipleChoice",
@@ -33,9 +44,12 @@ __all__ = [
     "DebertaV2ForSequenceClassification",
     "DebertaV2ForTokenClassification",
     "DebertaV2Model",
+    "DebertaV2Tokenizer",
+    "DebertaV2TokenizerFast",
     "backends",
     "disentangled_attention",
     "disentangled_attention_varlen",
     "patch",
+    "pipeline",
     "unpatch",
 ]

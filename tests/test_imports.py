@@ -38,17 +38,20 @@ RANKS = [
     {"tokenization.slow", "tokenization.fast"},
     {"tokenization.deberta", "tokenization.deberta_v2"},
     {"tokenization"},
+    {"pipelines.base"},
+    {f"pipelines.{path.stem}" for path in (PACKAGE / "pipelines").glob("[c-z]*.py")},
     {"pipelines"},
-    {"hf"},
+    {"__main__", "hf"},
     {""},
 ]
 # What a folder's or a module's functions import when they run; not when they are imported, as the tests below show.
 LATE = {
     "backends.triton": {"triton"},
     "hub": {"huggingface_hub"},
-    "checkpoint": {"h5py", "safetensors"},
+    "checkpoint": {"h5py", "numpy", "safetensors"},
     "tokenization": {"numpy", "sentencepiece", "tokenizers"},
     "pipelines": {"tqdm"},
+    "__main__": {"tqdm"},
 }
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 
@@ -72,7 +75,8 @@ def imported(name, path):
             if node.module:
                 yield "own", ".".join([*base, node.module])
             else:
-                yield from (("own", ".".join([*base, alias.name])) for alias in node.names)
+                names = (".".join([*base, alias.name]) for alias in node.names)
+                yield from (("own", name) for name in names if name in RANK)  # and not __version__
 
 
 @pytest.mark.parametrize("name, path", list(modules()), ids=lambda x: x if isinstance(x, str) else "")

@@ -1,6 +1,5 @@
 """The weights of a checkpoint: found in a folder or on the hub and read onto the CPU; written as safetensors."""
 
-import importlib.util
 import json
 import os
 import re
@@ -46,9 +45,7 @@ def _read_shards(source: Source, index: Path) -> dict[str, torch.Tensor]:
     for name, shard in _weight_map(index).items():
         # Of the index's own folder: an index that was downloaded does not choose which files are read.
         if not isinstance(shard, str) or not re.fullmatch(r"[^/\\:\0]+", shard) or not shard.endswith(suffix):
-            raise CheckpointError(
-                f"{index}: {name} should lie in a file {'*' + suffix} beside the index, not {shard!r}"
-            )
+            raise CheckpointError(f"{index}: {name} must lie in a {suffix} file beside the index, not in {shard!r}")
         shards.setdefault(shard, set()).add(name)
     tensors: dict[str, torch.Tensor] = {}
     for shard, promised in shards.items():
@@ -94,8 +91,10 @@ def write_tensors(
         ValueError: no tensors, tensors that share memory or have no values, or ``max_shard_bytes`` below 1.
         ImportError: there is no NumPy, which safetensors writes with.
     """
-    if importlib.util.find_spec("numpy") is None:
-        raise ImportError("safetensors needs NumPy to write files: pip install numpy")
+    try:
+        import numpy  # noqa: F401
+    except ImportError:
+        raise ImportError("safetensors needs NumPy to write files: pip install numpy") from None
     _check(tensors, max_shard_bytes)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -69,8 +69,8 @@ def _explained(path: Path) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """What torch objects to, without its advice to load the file all the same."""
-    found = re.search(r"WeightsUnpickler error: (.*?)(?:\. Please|\n|$)", str(error))
-    return found[1].strip() if found else str(error).splitlines()[0]
+    reason = str(error).split("\n\nCheck the documentation")[0].splitlines()[-1]
+    return re.sub(r"^.*error: |\. Please.*$|\.$", "", reason)
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -83,7 +83,10 @@ def _read_torch(path: Path, head: bytes) -> dict[str, torch.Tensor]:
     mappable = False
     if head.startswith(_ZIP):
         with zipfile.ZipFile(path) as archive:  # which also notices a cut file; torch would map compressed data as is
-            mappable = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+            entries = archive.infolist()
+        if any(entry.filename.endswith("constants.pkl") for entry in entries):
+            raise CheckpointError(f"{path} holds a program (TorchScript), not a state dict")
+        mappable = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
     elif not head.startswith(_PICKLE):
         raise CheckpointError(f"{path} is no file of torch.save: it begins with {head[:16]!r}")
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
@@ -131,7 +134,7 @@ def _read_keras(path: Path) -> dict[str, torch.Tensor]:
                     raise CheckpointError(f"{path}: the values of {name} lie in another file")
                 if dataset.dtype.kind not in "fiu":
                     raise CheckpointError(f"{path}: {name} holds {dataset.dtype}; expected numbers")
-                tensor = torch.from_numpy(dataset[()].reshape(dataset.shape).astype(dataset.dtype.newbyteorder("=")))
+                tensor = torch.from_numpy(dataset.astype(dataset.dtype.newbyteorder("="))[...])
                 # The head of a masked language model repeats the embeddings that it is tied to.
                 if name in tensors and not torch.equal(tensor, tensors[name]):
                     raise CheckpointError(f"{path}: {name} is there twice, with different values")

@@ -135,9 +135,7 @@ def _split_projections(found: _Found, version: int, heads: int) -> None:
         if version != 1:
             raise CheckpointError(f"{origin} belongs to DeBERTa v1; the configuration says v2 or v3")
         if tensor.dim() != 2 or tensor.shape[0] % (3 * heads):
-            raise CheckpointError(
-                f"{origin} {tuple(tensor.shape)} does not hold 3 projections for each of {heads} heads"
-            )
+            raise CheckpointError(f"{origin} {tuple(tensor.shape)} must hold 3 projections for each of {heads} heads")
         parts = tensor.unflatten(0, (heads, 3, -1)).unbind(1)
         for ending, projection in zip((_QUERY, _KEY, _VALUE), parts):
             found[name.removesuffix(_IN) + ending] = origin, projection.flatten(0, 1)

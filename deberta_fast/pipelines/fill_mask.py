@@ -1,0 +1,117 @@
+"""fill-mask: what may stand where the masks are."""
+
+import dataclasses
+import warnings
+from collections.abc import Iterable
+
+import torch
+
+from ..model import DebertaForMaskedLM
+from .base import InputError, Pipeline, Row, check_number
+
+
+class FillMaskPipeline(Pipeline):
+    """The likeliest tokens for every mask of a text.
+
+    A result is a list of ``{"score", "token", "token_str", "sequence"}``, the likeliest first; of a text with several
+    masks a list of such lists, one a mask, where ``sequence`` keeps the other masks. As in Hugging Face's, a list of
+    one text gives that text's result.
+    """
+
+    task = "fill-mask"
+    head = DebertaForMaskedLM
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        """
+        top_k: how many tokens a mask.
+        targets: tokens to choose from, one or a list; of a text that is no token, its first token.
+        truncation, max_length: as of the tokenizer, which shortens nothing by default.
+        tokenizer_kwargs: the same two under Hugging Face's name, and other options of the tokenizer.
+        """
+
+        top_k: int = 5
+        targets: str | list[str] | None = None
+        truncation: bool | str = False
+        max_length: int | None = None
+        tokenizer_kwargs: dict | None = None
+
+        def __post_init__(self):
+            check_number("top_k", self.top_k, 1)
+
+    def resolved(self, options):
+        if self.tokenizer.mask_token_id is None:
+            raise ValueError("fill-mask needs a tokenizer with a mask_token")
+        return options if options.targets is None else dataclasses.replace(options, targets=self._ids(options.targets))
+
+    def listed(self, results):
+        return results[0] if len(results) == 1 else results
+
+    def rows(self, items, options):
+        more = {"truncation": options.truncation, "max_length": options.max_length, **(options.tokenizer_kwargs or {})}
+        rows = self.encode([(text, None) for text in items], **{**more, "padding": False})
+        mask = self.tokenizer.mask_token_id
+        for index, row in enumerate(rows):
+            row.about = [place for place, token in enumerate(row.input_ids) if token == mask]
+            if not row.about:
+                cut = "; it was truncated" if self.tokenizer.mask_token in items[index] else ""
+                raise InputError(index, f"it has no mask token ({self.tokenizer.mask_token}){cut}")
+        return [[row] for row in rows]
+
+    def outputs(self, inputs: dict, rows: list[Row], options) -> Iterable:
+        numbers = [len(row.about) for row in rows]
+        batch = torch.arange(len(rows)).repeat_interleave(torch.tensor(numbers))
+        places = torch.tensor([place for row in rows for place in row.about])
+        scores = self._logits(inputs, batch.to(self.model.device), places.to(self.model.device)).float().softmax(-1)
+        if options.targets is not None:
+            scores = scores[:, options.targets]
+        top = scores.topk(min(options.top_k, scores.shape[1]))
+        tokens = top.indices if options.targets is None else torch.tensor(options.targets)[top.indices.cpu()]
+        return zip(top.values.cpu().split(numbers), tokens.cpu().split(numbers))
+
+    def _logits(self, inputs: dict, batch: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """(masks, vocab_size): of a long batch, the scores of all tokens would fill many gigabytes."""
+        model = self.model
+        decodes = model.config.enhanced_mask_decoder and not model.config.position_biased_input
+        outputs = model.deberta(**inputs, output_hidden_states=decodes, return_dict=True)
+        states = outputs.last_hidden_state
+        if decodes:
+            before_last = outputs.hidden_states[model.config.num_hidden_layers - 1]
+            states = model.deberta.enhanced_mask_decoder(before_last, inputs.get("attention_mask"))
+        return model.lm_predictions(states[batch, places], model.get_input_embeddings())
+
+    def answer(self, item, rows, outputs, options):
+        [row], [(scores, tokens)] = rows, outputs
+        single = len(row.about) == 1
+        result = []
+        for place, *best in zip(row.about, scores.tolist(), tokens.tolist()):
+            result.append([])
+            for score, token in zip(*best):
+                ids = [*row.input_ids[:place], token, *row.input_ids[place + 1 :]]
+                ids = [x for x in ids if x != self.tokenizer.pad_token_id]
+                result[-1].append(
+                    {
+                        "score": score,
+                        "token": token,
+                        "token_str": self.tokenizer.decode([token]),
+                        "sequence": self.tokenizer.decode(ids, skip_special_tokens=single),
+                    }
+                )
+        return result[0] if single else result
+
+    def _ids(self, targets: str | list[str]) -> list[int]:
+        vocabulary, ids = self.tokenizer.get_vocab(), {}
+        for target in [targets] if isinstance(targets, str) else targets:
+            token = vocabulary.get(target)
+            if token is None:
+                tokens = self.tokenizer(target, add_special_tokens=False)["input_ids"]
+                if not tokens:
+                    warnings.warn(f"target {target!r} is no token, and has none: it is left out")
+                    continue
+                token = tokens[0]
+                first = self.tokenizer.convert_ids_to_tokens(token)
+                warnings.warn(f"target {target!r} is no token: {first!r} stands for it")
+            ids[token] = None
+        if not ids:
+            raise ValueError("targets must hold at least one token")
+        return list(ids)

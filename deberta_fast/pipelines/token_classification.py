@@ -1,0 +1,212 @@
+"""token-classification: named entities, parts of speech."""
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+
+from ..model import DebertaForTokenClassification
+from .base import Pipeline, Row, check_number, checked_text, text_of, types_of
+
+STRATEGIES = ("none", "simple", "first", "average", "max")
+OF_WORDS = STRATEGIES[2:]
+
+
+class TokenClassificationPipeline(Pipeline):
+    """The class of every token of a text, or of stretches of one class.
+
+    A result is a list of ``{"entity", "score", "index", "word", "start", "end"}``, one a token; with an
+    aggregation_strategy of ``{"entity_group", "score", "word", "start", "end"}``, one an entity. start and end count
+    characters of the text; a slow tokenizer cannot tell them, and they are None.
+    """
+
+    task = "token-classification"
+    head = DebertaForTokenClassification
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        """
+        aggregation_strategy: "none"; "simple" joins neighbours of one class, and B- begins another entity; "first",
+            "average" and "max" give all tokens of a word one class before: that of its first token, of its mean
+            probabilities, of its surest token. They need a fast tokenizer.
+        ignore_labels: entities of these are left out, by default those of "O".
+        stride: long texts are read in parts of model_max_length that overlap by so many tokens, and the longest of
+            overlapping entities counts. By default they are cut there. Needs a fast tokenizer and an
+            aggregation_strategy.
+        is_split_into_words: inputs are lists of words.
+        delimiter: what stands between the words where start and end count.
+        """
+
+        aggregation_strategy: str = "none"
+        ignore_labels: list[str] | None = None
+        stride: int | None = None
+        is_split_into_words: bool = False
+        delimiter: str = " "
+
+        def __post_init__(self):
+            strategy = str(getattr(self.aggregation_strategy, "value", self.aggregation_strategy)).lower()
+            if strategy not in STRATEGIES:
+                choices = ", ".join(STRATEGIES)
+                raise ValueError(f"aggregation_strategy must be one of {choices}, got {self.aggregation_strategy!r}")
+            object.__setattr__(self, "aggregation_strategy", strategy)
+            if isinstance(self.ignore_labels, str):
+                raise TypeError(f"ignore_labels must be a list of labels, got {self.ignore_labels!r}")
+            if self.stride is not None:
+                check_number("stride", self.stride, 0)
+                if strategy == "none":
+                    raise ValueError('stride needs an aggregation_strategy other than "none"')
+
+    def is_one(self, inputs, options):
+        if not options.is_split_into_words:
+            return super().is_one(inputs, options)
+        return isinstance(inputs, dict) or isinstance(inputs, list) and all(isinstance(x, str) for x in inputs)
+
+    def alone(self, item, result, given):
+        return [result] if isinstance(item, list) else result
+
+    def resolved(self, options):
+        fast = self.tokenizer.is_fast
+        for name, needs in [
+            (f"aggregation_strategy={options.aggregation_strategy!r}", options.aggregation_strategy in OF_WORDS),
+            ("stride", options.stride is not None),
+            ("is_split_into_words", options.is_split_into_words),
+        ]:
+            if needs and not fast:
+                raise ValueError(f"{name} needs a fast tokenizer (pip install tokenizers)")
+        if options.stride is not None:
+            room = self.tokenizer.model_max_length - self.tokenizer.num_special_tokens_to_add()
+            if options.stride >= room:
+                raise ValueError(f"stride must be less than the tokens of a part, {room}, got {options.stride}")
+        return options
+
+    def checked(self, item, options):
+        """The text and, of words, where each begins in it."""
+        if not options.is_split_into_words:
+            return text_of(item), None
+        words = item["text"] if isinstance(item, dict) and set(item) == {"text"} else item
+        if not isinstance(words, list | tuple):
+            raise TypeError(f"with is_split_into_words, expected a list of words, got {type(words).__name__}")
+        starts, at = [], 0
+        for word in words:
+            starts.append((checked_text(word, "every word"), at))
+            at += len(word) + len(options.delimiter)
+        return options.delimiter.join(words), starts
+
+    def rows(self, items, options):
+        words = options.is_split_into_words
+        more = {} if options.stride is None else {"return_overflowing_tokens": True, "stride": options.stride}
+        fast = self.tokenizer.is_fast
+        encoding = self.tokenizer(
+            [[word for word, _ in starts] if words else text for text, starts in items],
+            is_split_into_words=words,
+            truncation=True,
+            return_special_tokens_mask=True,
+            return_offsets_mapping=fast,
+            return_attention_mask=False,
+            **more,
+        )
+        rows = [[] for _ in items]
+        ids = encoding["input_ids"]
+        for n, index in enumerate(encoding.get("overflow_to_sample_mapping", range(len(ids)))):
+            offsets = encoding["offset_mapping"][n] if fast else [(None, None)] * len(ids[n])
+            if words:
+                firsts = [start for _, start in items[index][1]]
+                moves = [0 if word is None else firsts[word] for word in encoding.word_ids(n)]
+                offsets = [(start + move, end + move) for (start, end), move in zip(offsets, moves)]
+            rows[index].append(Row(ids[n], types_of(encoding, n), (encoding["special_tokens_mask"][n], offsets)))
+        return rows
+
+    def outputs(self, inputs: dict, rows: list[Row], options) -> Iterable:
+        scores = self.model(**inputs).logits.float().softmax(-1).cpu()
+        return (own[: len(row.input_ids)] for own, row in zip(scores, rows))
+
+    def answer(self, item, rows, outputs, options):
+        strategy, ignored = options.aggregation_strategy, options.ignore_labels
+        ignored = ["O"] if ignored is None else ignored
+        result = []
+        for row, scores in zip(rows, outputs):
+            tokens = self._tokens(item[0], row)
+            if strategy in OF_WORDS:
+                entities = [self._word(word, scores, strategy) for word in _words(tokens)]
+            else:
+                best, labels = (x.tolist() for x in scores.max(1))
+                for token in tokens:
+                    token["entity"] = self.model.config.id2label[labels[token["index"]]]
+                    token["score"] = best[token["index"]]
+                order = ("entity", "score", "index", "word", "start", "end")
+                entities = [{name: token[name] for name in order} for token in tokens]
+            if strategy != "none":
+                entities = [self._entity(group) for group in _groups(entities)]
+            kind = "entity" if strategy == "none" else "entity_group"
+            result += [entity for entity in entities if entity[kind] not in ignored]
+        return _without_overlaps(result) if len(rows) > 1 else result
+
+    def _tokens(self, text: str, row: Row) -> list[dict]:
+        tokens = []
+        for index, (token, special, (start, end)) in enumerate(zip(row.input_ids, *row.about)):
+            if special:
+                continue
+            word, inside = self.tokenizer.convert_ids_to_tokens(token), False
+            if start is not None:
+                # Neither kind of tokenizer says where words begin; but tokens begin with the space before them
+                inside = start > 0 and " " not in text[start - 1 : start + 1]
+                if token == self.tokenizer.unk_token_id:
+                    word, inside = text[start:end], False
+            tokens.append({"index": index, "word": word, "start": start, "end": end, "inside": inside})
+        return tokens
+
+    def _word(self, tokens: list[dict], scores: torch.Tensor, strategy: str) -> dict:
+        scores = scores[[token["index"] for token in tokens]]
+        if strategy == "first":
+            scores = scores[0]
+        elif strategy == "max":
+            scores = scores[scores.amax(1).argmax()]
+        else:
+            scores = scores.mean(0)
+        score, label = scores.max(0)
+        return {"entity": self.model.config.id2label[label.item()], "score": score.item(), **self._span(tokens)}
+
+    def _entity(self, group: list[dict]) -> dict:
+        score = sum(entity["score"] for entity in group) / len(group)
+        return {"entity_group": group[0]["entity"].split("-", 1)[-1], "score": score, **self._span(group)}
+
+    def _span(self, parts: list[dict]) -> dict:
+        word = self.tokenizer.convert_tokens_to_string([part["word"] for part in parts])
+        return {"word": word, "start": parts[0]["start"], "end": parts[-1]["end"]}
+
+
+def _words(tokens: list[dict]) -> list[list[dict]]:
+    words = []
+    for token in tokens:
+        if token["inside"] and words:
+            words[-1].append(token)
+        else:
+            words.append([token])
+    return words
+
+
+def _groups(entities: list[dict]) -> list[list[dict]]:
+    """Neighbours of one class; B- begins another group."""
+    groups, last = [], None
+    for entity in entities:
+        name = entity["entity"]
+        kind = name[2:] if name.startswith(("B-", "I-")) else name
+        if kind == last and not name.startswith("B-"):
+            groups[-1].append(entity)
+        else:
+            groups.append([entity])
+        last = kind
+    return groups
+
+
+def _without_overlaps(entities: list[dict]) -> list[dict]:
+    """Of entities that overlap the longest, of equally long ones the surest."""
+    result = []
+    size = lambda entity: (entity["end"] - entity["start"], entity["score"])
+    for entity in sorted(entities, key=lambda x: x["start"]):
+        if result and result[-1]["start"] <= entity["start"] < result[-1]["end"]:
+            if size(entity) > size(result[-1]):
+                result[-1] = entity
+        else:
+            result.append(entity)
+    return result

@@ -1,0 +1,359 @@
+"""What all tokenizers have in common."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+
+from .batch_encoding import BatchEncoding
+from .files import Files
+from .model_inputs import SIDES, ModelInputs, Options, check_choice, make_options
+from .special_tokens import AddedToken, SpecialTokens, as_added_token
+
+
+class TokenizerBase(SpecialTokens, ModelInputs, Files):
+    """Text to ids and back.
+
+    A subclass has ``tokenize``, ``_token_to_id``, ``_id_to_token``, ``_add_tokens``, ``convert_tokens_to_string`` and
+    what is abstract below.
+
+    Args:
+        bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token: text or ``AddedToken``; those that
+            the vocabulary lacks are added.
+        additional_special_tokens: more special tokens.
+        extra_special_tokens: the same, under their other name; a dict of them too.
+        added_tokens_decoder: tokens that are never split, by id.
+        model_max_length: what ``truncation=True`` and ``padding="max_length"`` take for ``max_length``; None for no
+            limit (1e30).
+        padding_side, truncation_side: "right" or "left".
+        model_input_names: what ``__call__`` returns, ids first.
+        clean_up_tokenization_spaces: ``decode`` takes away the spaces before English punctuation and contractions.
+        split_special_tokens: special tokens in a text are split like the rest.
+        name_or_path: where it comes from.
+        verbose: warn of options that do nothing.
+    """
+
+    model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    is_fast: bool
+
+    def __init__(
+        self,
+        *,
+        bos_token: str | AddedToken | None = "[CLS]",
+        eos_token: str | AddedToken | None = "[SEP]",
+        unk_token: str | AddedToken | None = "[UNK]",
+        sep_token: str | AddedToken | None = "[SEP]",
+        pad_token: str | AddedToken | None = "[PAD]",
+        cls_token: str | AddedToken | None = "[CLS]",
+        mask_token: str | AddedToken | None = "[MASK]",
+        additional_special_tokens: Sequence[str | AddedToken] | None = None,
+        extra_special_tokens: Sequence[str | AddedToken] | Mapping[str, str | AddedToken] | None = None,
+        added_tokens_decoder: Mapping[int, AddedToken] | None = None,
+        model_max_length: int | None = None,
+        padding_side: str = "right",
+        truncation_side: str = "right",
+        model_input_names: list[str] | None = None,
+        clean_up_tokenization_spaces: bool = False,
+        split_special_tokens: bool = False,
+        name_or_path: str = "",
+        verbose: bool = True,
+    ):
+        self._special_tokens = {
+            name: None if token is None else as_added_token(token, special=True)
+            for name, token in {
+                "bos_token": bos_token,
+                "eos_token": eos_token,
+                "unk_token": unk_token,
+                "sep_token": sep_token,
+                "pad_token": pad_token,
+                "cls_token": cls_token,
+                "mask_token": mask_token,
+            }.items()
+        }
+        if isinstance(extra_special_tokens, Mapping):
+            extra_special_tokens = list(extra_special_tokens.values())
+        more = [*(additional_special_tokens or ()), *(extra_special_tokens or ())]
+        self.additional_special_tokens = list({str(token): token for token in more}.values())
+        self.model_max_length = int(1e30 if model_max_length is None else model_max_length)
+        self.padding_side = check_choice("padding_side", padding_side, SIDES)
+        self.truncation_side = check_choice("truncation_side", truncation_side, SIDES)
+        if model_input_names is not None:
+            self.model_input_names = list(model_input_names)
+        self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
+        self.split_special_tokens = split_special_tokens
+        self.name_or_path = str(name_or_path)
+        self.verbose = verbose
+        # Which warnings were given. Collators of transformers write here, hence the name.
+        self.deprecation_warnings: dict[str, bool] = {}
+        self._add_first_tokens({int(i): as_added_token(token) for i, token in (added_tokens_decoder or {}).items()})
+        # What save_pretrained writes beside the special tokens; subclasses add theirs.
+        self.init_kwargs = {}
+        for name, default in (
+            ("padding_side", "right"),
+            ("truncation_side", "right"),
+            ("model_input_names", type(self).model_input_names),
+            ("split_special_tokens", False),
+        ):
+            if getattr(self, name) != default:
+                self.init_kwargs[name] = getattr(self, name)
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """How many tokens there are without those that were added behind them."""
+
+    @property
+    @abstractmethod
+    def added_tokens_decoder(self) -> dict[int, AddedToken]:
+        """The tokens that are never split, by id."""
+
+    @abstractmethod
+    def get_vocab(self) -> dict[str, int]:
+        """The id of every token."""
+
+    @abstractmethod
+    def _add_first_tokens(self, decoder: dict[int, AddedToken]):
+        """Makes those of ``decoder`` and the special tokens tokens that are never split."""
+
+    @abstractmethod
+    def _encode(self, examples: list[tuple], single: bool, options: Options) -> BatchEncoding:
+        """Rows of pairs (text, second text or None); for ``single`` the only one, without an axis for rows."""
+
+    @abstractmethod
+    def _decode(self, ids: list[int], skip_special_tokens: bool, spaces_between_special_tokens: bool) -> str: ...
+
+    @property
+    def vocab(self) -> dict[str, int]:
+        return self.get_vocab()
+
+    @property
+    def added_tokens_encoder(self) -> dict[str, int]:
+        """The ids of the tokens that are never split."""
+        return {token.content: index for index, token in self.added_tokens_decoder.items()}
+
+    def get_added_vocab(self) -> dict[str, int]:
+        """The ids of the tokens that are never split."""
+        return self.added_tokens_encoder
+
+    @property
+    def max_len_single_sentence(self) -> int:
+        return self.model_max_length - self.num_special_tokens_to_add(pair=False)
+
+    @property
+    def max_len_sentences_pair(self) -> int:
+        return self.model_max_length - self.num_special_tokens_to_add(pair=True)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        added = "\n\t".join(f"{index}: {token!r}," for index, token in self.added_tokens_decoder.items())
+        return (
+            f"{type(self).__name__}(name_or_path='{self.name_or_path}', vocab_size={self.vocab_size}, "
+            f"model_max_length={self.model_max_length}, is_fast={self.is_fast}, padding_side='{self.padding_side}', "
+            f"truncation_side='{self.truncation_side}', special_tokens={self.special_tokens_map}, "
+            f"clean_up_tokenization_spaces={self.clean_up_tokenization_spaces}, "
+            f"added_tokens_decoder={{\n\t{added}\n}}\n)"
+        )
+
+    def __call__(
+        self,
+        text: str | Sequence,
+        text_pair: str | Sequence | None = None,
+        add_special_tokens: bool = True,
+        padding: bool | str = False,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        stride: int = 0,
+        is_split_into_words: bool = False,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: str | None = None,
+        **options,
+    ) -> BatchEncoding:
+        """What a model gets for one text or pair of texts, or for a list of them.
+
+        Args:
+            text: a text, a list of texts, or a list of pairs of texts; with ``is_split_into_words`` a list of words
+                stands for every text.
+            text_pair: the second text, or as many of them as of the first.
+            add_special_tokens: [CLS] A [SEP] or [CLS] A [SEP] B [SEP] instead of A or A B.
+            padding: True or "longest": as long as the longest row; "max_length": as long as ``max_length``; False or
+                "do_not_pad".
+            truncation: True or "longest_first": to ``max_length``, token by token from the longer text; "only_first",
+                "only_second": from that text; False or "do_not_truncate". None: True where there is a ``max_length``
+                and no padding.
+            max_length: in tokens, special ones too; None: ``model_max_length``.
+            stride: how many tokens of a row those that overflow begin with.
+            is_split_into_words: texts are lists of words.
+            pad_to_multiple_of: make the padded length a multiple of it.
+            padding_side: "right" or "left"; None: the tokenizer's.
+            return_tensors: "pt" or "np"; None: lists.
+            options: return_token_type_ids, return_attention_mask (None: if ``model_input_names`` has them),
+                return_special_tokens_mask (1 for special tokens), return_length, return_offsets_mapping (characters of
+                each token, fast tokenizers only), return_overflowing_tokens (a slow tokenizer gives them and
+                num_truncated_tokens as items, a fast one as more rows, with overflow_to_sample_mapping),
+                split_special_tokens (None: the tokenizer's), add_prefix_space (slow tokenizers only), verbose.
+
+        Raises:
+            TypeError: texts are of another type, or there is no such option.
+            ValueError: there are not as many second texts as first ones, options have impossible values or do not fit
+                together, ``max_length`` leaves no room, or rows of different lengths do not make a tensor.
+            NotImplementedError: offsets are asked of a slow tokenizer.
+        """
+        options = dict(
+            options,
+            add_special_tokens=add_special_tokens,
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            stride=stride,
+            is_split_into_words=is_split_into_words,
+            pad_to_multiple_of=pad_to_multiple_of,
+            padding_side=padding_side,
+            return_tensors=return_tensors,
+        )
+        rows = (list, tuple)
+        if not isinstance(text, (str, *rows)):
+            raise TypeError(f"expected text to be a str, a list of str or a list of pairs, got {type(text).__name__}")
+        if isinstance(text, rows) and (not is_split_into_words or (len(text) > 0 and isinstance(text[0], rows))):
+            if text_pair is None:
+                return self.batch_encode_plus(text, **options)
+            if not isinstance(text_pair, rows):
+                raise TypeError(f"expected text_pair to be a list, as text is, got {type(text_pair).__name__}")
+            if len(text) != len(text_pair):
+                raise ValueError(f"got {len(text)} texts, but {len(text_pair)} as text_pair")
+            return self._encode_batch(list(zip(text, text_pair)), options)
+        return self.encode_plus(text, text_pair, **options)
+
+    def encode(self, text: str, text_pair: str | None = None, add_special_tokens: bool = True, **options) -> list[int]:
+        """The ids of a text or pair of texts; for ``options`` see ``__call__``."""
+        return self.encode_plus(text, text_pair, add_special_tokens=add_special_tokens, **options)["input_ids"]
+
+    def encode_plus(self, text: str, text_pair: str | None = None, **options) -> BatchEncoding:
+        """``__call__`` for one text or pair of texts. A slow tokenizer takes lists of tokens or ids too."""
+        options = self._resolve(make_options(options), text_pair is not None)
+        self._check_single("text", text, options)
+        if text_pair is not None:
+            self._check_single("text_pair", text_pair, options)
+        return self._encode([(text, text_pair)], True, options)
+
+    def batch_encode_plus(self, batch_text_or_text_pairs: Sequence, **options) -> BatchEncoding:
+        """``__call__`` for a list of texts, or of pairs of texts."""
+        if not isinstance(batch_text_or_text_pairs, list | tuple):
+            raise TypeError(f"expected a list of texts or pairs, got {type(batch_text_or_text_pairs).__name__}")
+        part = (list, tuple) if options.get("is_split_into_words") else str
+        examples = []
+        for row in batch_text_or_text_pairs:
+            pair = isinstance(row, list | tuple) and len(row) == 2 and all(isinstance(text, part) for text in row)
+            examples.append(tuple(row) if pair else (row, None))
+        return self._encode_batch(examples, options)
+
+    def _encode_batch(self, examples: list[tuple], options: dict) -> BatchEncoding:
+        options = self._resolve(make_options(options), any(second is not None for _, second in examples))
+        for i, (first, second) in enumerate(examples):
+            self._check_text(f"text {i} of the batch", first, options)
+            if second is not None:
+                self._check_text(f"text_pair {i} of the batch", second, options)
+        if not examples:
+            names = [name for name in ("token_type_ids", "attention_mask") if name in self.model_input_names]
+            empty = {name: [] for name in ("input_ids", *names)}
+            return BatchEncoding(empty, tensor_type=options.return_tensors)
+        return self._encode(examples, False, options)
+
+    def _check_single(self, what: str, text, options: Options):
+        self._check_text(what, text, options)
+
+    def _check_text(self, what: str, text, options: Options):
+        if not options.is_split_into_words:
+            if not isinstance(text, str):
+                raise TypeError(f"expected {what} to be a str, got {kind_of(text)}")
+            _check_characters(what, text)
+        elif not isinstance(text, list | tuple) or not all(isinstance(word, str) for word in text):
+            raise TypeError(f"expected {what} to be a list of words (str), got {kind_of(text)}")
+        else:
+            for word in text:
+                _check_characters(what, word)
+
+    def convert_tokens_to_ids(self, tokens: str | Iterable[str] | None) -> int | list[int] | None:
+        """The id of a token, or those of several; that of ``unk_token`` for unknown ones."""
+        if tokens is None or isinstance(tokens, str):
+            return None if tokens is None else self._token_to_id(tokens)
+        return [self._token_to_id(token) for token in tokens]
+
+    def convert_ids_to_tokens(self, ids: int | Iterable[int], skip_special_tokens: bool = False) -> str | list[str]:
+        """The token of an id, or those of several (a tensor or list)."""
+        ids = _to_ids(ids)
+        if isinstance(ids, int):
+            return self._id_to_token(ids)
+        skipped = set(self.all_special_ids) if skip_special_tokens else ()
+        return [self._id_to_token(index) for index in ids if index not in skipped]
+
+    def decode(
+        self,
+        token_ids,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        spaces_between_special_tokens: bool = True,
+    ) -> str:
+        """The text of ids.
+
+        Args:
+            token_ids: one row: a list or tensor of ids, or one id.
+            skip_special_tokens: leave the special tokens out.
+            clean_up_tokenization_spaces: take away the spaces before English punctuation and contractions; None: as the
+                tokenizer does.
+            spaces_between_special_tokens: write a space around tokens that were added (slow tokenizers only).
+
+        Raises:
+            TypeError: ``token_ids`` are several rows, or no ids.
+            ValueError: an id is negative.
+        """
+        ids = _to_ids(token_ids)
+        ids = [ids] if isinstance(ids, int) else ids
+        if ids and min(ids) < 0:
+            raise ValueError(f"there is no token with id {min(ids)} (labels hold -100 where there is none)")
+        text = self._decode(ids, skip_special_tokens, spaces_between_special_tokens)
+        if self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces:
+            return self.clean_up_tokenization(text)
+        return text
+
+    def batch_decode(self, sequences, skip_special_tokens: bool = False, **options) -> list[str]:
+        """The texts of several rows of ids; for ``options`` see ``decode``."""
+        return [self.decode(row, skip_special_tokens=skip_special_tokens, **options) for row in sequences]
+
+    @staticmethod
+    def clean_up_tokenization(out_string: str) -> str:
+        """``out_string`` without the spaces before English punctuation and contractions."""
+        for mark in (".", "?", "!", ","):
+            out_string = out_string.replace(f" {mark}", mark)
+        out_string = out_string.replace(" ' ", "'")
+        for ending in ("n't", "'m", "'s", "'ve", "'re"):
+            out_string = out_string.replace(f" {ending}", ending)
+        return out_string
+
+
+def _check_characters(what: str, text: str):
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            wrong = text[error.start]
+            raise ValueError(f"{what} has half a surrogate pair, {wrong!r} at {error.start}: no UTF-8") from None
+
+
+def kind_of(value) -> str:
+    if isinstance(value, list | tuple):
+        kinds = sorted({type(item).__name__ for item in value})
+        return f"a {type(value).__name__} of {', '.join(kinds) or 'nothing'}"
+    return type(value).__name__
+
+
+def _to_ids(ids) -> int | list[int]:
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids
+    if isinstance(ids, int):
+        return ids
+    if isinstance(ids, str) or not isinstance(ids, Iterable):
+        raise TypeError(f"expected ids as a number, list or tensor, got {type(ids).__name__}")
+    try:
+        return [index if type(index) is int else int(index) for index in ids]
+    except (TypeError, ValueError):
+        raise TypeError("expected one row of ids; batch_decode takes several") from None

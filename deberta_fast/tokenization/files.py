@@ -1,0 +1,241 @@
+"""Reading and writing a tokenizer's files."""
+
+import inspect
+import json
+import os
+from pathlib import Path
+
+from ..hub import Source
+from .special_tokens import NAMES, AddedToken, as_added_token, as_dict
+
+CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
+ADDED_TOKENS = "added_tokens.json"
+TOKENIZER = "tokenizer.json"
+# Of transformers 5's tokenizer_config.json: how that version loads, and no setting of the tokenizer.
+FOREIGN_SETTINGS = ("tokenizer_class", "backend", "is_local", "local_files_only", "transformers_version")
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """A JSON file with one object.
+
+    Raises:
+        ValueError: it is not one; names the file and the line.
+    """
+    try:
+        content = json.loads(Path(path).read_bytes().decode())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: no JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected an object, got {type(content).__name__}")
+    return content
+
+
+def write_json(path: Path, content: dict):
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def missing(source: Source, *names: str) -> FileNotFoundError:
+    return FileNotFoundError(f"there is no {' and no '.join(names)} in {source}")
+
+
+class Files:
+    """``from_pretrained`` and ``save_pretrained``.
+
+    A subclass has ``vocab_files_names`` (names of files by argument of its ``__init__``), ``_find_files(source)``
+    (arguments with the files there are), ``save_vocabulary``, and what ``TokenizerBase`` has.
+    """
+
+    vocab_files_names: dict[str, str]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        **overrides,
+    ):
+        """The tokenizer of a checkpoint.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a model's name on the hub (needs huggingface_hub).
+            revision: branch, tag or commit on the hub.
+            cache_dir: where downloads are kept.
+            token: for private models.
+            local_files_only: take what was downloaded before, and nothing else.
+            overrides: arguments of ``__init__``, which take the place of those in tokenizer_config.json.
+
+        Raises:
+            FileNotFoundError: there is no such folder or model, or it lacks a file that is needed.
+            TypeError: an override is no argument of ``__init__``.
+            ValueError: a file is damaged.
+        """
+        source = Source(
+            pretrained_model_name_or_path,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
+        known = cls._arguments()
+        unknown = [name for name in overrides if name not in known]
+        if unknown:
+            raise TypeError(f"{cls.__name__} has no argument {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        path = source.file(CONFIG)
+        config = {} if path is None else read_json(path)
+        cls._check_config(source, config)
+        # Paths that a config may hold are those of the machine that wrote it.
+        saved = {
+            name: value for name, value in config.items() if name not in (*cls.vocab_files_names, "tokenizer_file")
+        }
+        settings = {name: value for name, value in saved.items() if name in known}
+        if "max_len" in config:  # the older name
+            settings.setdefault("model_max_length", config["max_len"])
+        settings.update(cls._saved_tokens(source, config, overrides))
+        settings.update(cls._find_files(source))
+        settings.update(overrides, name_or_path=source.name)
+        decoder = settings.get("added_tokens_decoder", {})
+        by_content = {token.content: token for token in decoder.values()}
+        for name in NAMES:
+            content = settings.get(name)
+            content = content.get("content") if isinstance(content, dict) else content
+            if str(content) in by_content:
+                settings[name] = by_content[str(content)]
+        tokenizer = cls(**settings)
+        # Settings of others stay in the file when it is saved again.
+        others = {name: value for name, value in saved.items() if name not in (*known, *FOREIGN_SETTINGS)}
+        tokenizer.init_kwargs = {**others, **tokenizer.init_kwargs}
+        return tokenizer
+
+    @classmethod
+    def _arguments(cls) -> set[str]:
+        """Names of the arguments of ``__init__``."""
+        inits = [vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base) and base is not object]
+        names = {
+            name
+            for init in inits
+            for name, p in inspect.signature(init).parameters.items()
+            if p.kind not in (p.VAR_KEYWORD, p.POSITIONAL_ONLY)
+        }
+        return names - {"self"}
+
+    @classmethod
+    def _check_config(cls, source: Source, config: dict):
+        saved = str(config.get("tokenizer_class") or "")
+        ours = cls.__name__.removesuffix("Fast")
+        if saved.startswith("Deberta") and saved.removesuffix("Fast") != ours:
+            raise ValueError(f"{source} holds a {saved}, according to its {CONFIG}; {cls.__name__} cannot read it")
+
+    @classmethod
+    def _saved_tokens(cls, source: Source, config: dict, overrides: dict) -> dict:
+        """Special and added tokens of the files, as arguments of ``__init__``."""
+        if "added_tokens_decoder" in config:
+            saved = config["added_tokens_decoder"]
+            return {"added_tokens_decoder": {int(index): as_added_token(token) for index, token in saved.items()}}
+        # So it was written by a version before 4.34, or by 5; these have the tokens in other files.
+        settings, decoder = {}, {}
+        path = source.file(SPECIAL_TOKENS)
+        for name, value in ({} if path is None else read_json(path)).items():
+            if overrides.get(name):
+                continue
+            if name == "additional_special_tokens":
+                more = [as_added_token(token, special=True) for token in (config.get(name) or [])]
+                more += [_special(token) for token in value]
+                settings[name] = list({token.content: token for token in more}.values())
+            elif name in NAMES:
+                settings[name] = None if value is None else _special(value) if isinstance(value, dict) else value
+        path = source.file(ADDED_TOKENS)
+        if path is not None:
+            named = [{**config, **settings, **overrides}.get(name) for name in NAMES]
+            special = {str(token.get("content") if isinstance(token, dict) else token) for token in named}
+            special |= {str(token) for token in settings.get("additional_special_tokens", ())}
+            for content, index in read_json(path).items():
+                decoder[index] = AddedToken(content, special=content in special)
+        return {**settings, "added_tokens_decoder": decoder | cls._tokens_of_backend_file(source)}
+
+    @classmethod
+    def _tokens_of_backend_file(cls, source: Source) -> dict[int, AddedToken]:
+        """The added tokens in tokenizer.json, for tokenizers that do not load that file as a whole."""
+        path = source.file(TOKENIZER)
+        if path is None:
+            return {}
+        return {token["id"]: as_added_token(token) for token in read_json(path).get("added_tokens", ())}
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        legacy_format: bool | None = None,
+        filename_prefix: str | None = None,
+    ) -> tuple[str, ...]:
+        """Writes all files of the tokenizer, which ``from_pretrained`` and transformers read.
+
+        Args:
+            save_directory: is made where it does not exist.
+            legacy_format: for a fast tokenizer, True: without tokenizer.json; False: without the slow one's vocabulary.
+            filename_prefix: the files' names begin with it and "-".
+
+        Returns:
+            The paths of the files.
+
+        Raises:
+            NotADirectoryError: there is a file of that name.
+            ValueError: ``legacy_format`` is impossible for this tokenizer.
+        """
+        folder = Path(save_directory)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"expected a folder to save in, and {folder} is a file")
+        folder.mkdir(parents=True, exist_ok=True)
+        prefix = f"{filename_prefix}-" if filename_prefix else ""
+        written = [folder / f"{prefix}{CONFIG}", folder / f"{prefix}{SPECIAL_TOKENS}"]
+        write_json(written[0], self._config())
+        tokens = {
+            name: [_flags(token) for token in value] if isinstance(value, list) else _flags(value)
+            for name, value in self.special_tokens_map_extended.items()
+        }
+        write_json(written[1], tokens)
+        return (*map(str, written), *self._save_backend(folder, legacy_format, filename_prefix))
+
+    def _save_backend(self, folder: Path, legacy_format: bool | None, filename_prefix: str | None) -> tuple[str, ...]:
+        """The slow tokenizer's files: vocabulary and added tokens."""
+        if legacy_format is False:
+            raise ValueError("legacy_format=False is for fast tokenizers: a slow one has no tokenizer.json")
+        paths = ()
+        added = {token: index for token, index in self.added_tokens_encoder.items() if index >= self.vocab_size}
+        if added:
+            path = folder / f"{f'{filename_prefix}-' if filename_prefix else ''}{ADDED_TOKENS}"
+            write_json(path, added)
+            paths = (str(path),)
+        return (*self.save_vocabulary(folder, filename_prefix), *paths)
+
+    def _config(self) -> dict:
+        config = {name: getattr(self, name, value) for name, value in self.init_kwargs.items()}
+        config.update(self.special_tokens_map)
+        config.update(
+            model_max_length=self.model_max_length,
+            clean_up_tokenization_spaces=self.clean_up_tokenization_spaces,
+            extra_special_tokens={},
+            added_tokens_decoder={str(index): as_dict(token) for index, token in self.added_tokens_decoder.items()},
+            tokenizer_class=self._saved_class(),
+        )
+        for name in NAMES:  # those that are unset, so that they stay so
+            config.setdefault(name, None)
+        return config
+
+    def _saved_class(self) -> str:
+        return type(self).__name__
+
+
+def _special(token: dict | str) -> AddedToken:
+    return as_added_token({**token, "special": True} if isinstance(token, dict) else token, special=True)
+
+
+def _flags(token: AddedToken) -> dict:
+    flags = as_dict(token)
+    del flags["special"]
+    return flags
