@@ -1,9 +1,10 @@
-"""What the CPU benchmarks run: one DeBERTa-v3-base attention module, or an encoder of such layers, in three variants.
+"""What the CPU benchmarks run: one DeBERTa-v3-base attention module, or an encoder of such layers, in four variants.
 
     eager    Hugging Face's own. The module gets what Hugging Face's encoder hands it, made beforehand: the (B, 1, L, L)
              mask and the (1, L, L) relative positions.
     patched  the same modules after ``deberta_fast.patch``. The module gets what the patched encoder hands it: the
              (B, L) bool mask and no relative positions.
+    native   this package's own modules on the same weights, with the (B, L) bool mask.
     plain    torch's scaled_dot_product_attention between the same projections: no position terms, no mask. Not
              DeBERTa, but what the rest of the layer and the fastest attention at hand cost.
 
@@ -21,11 +22,13 @@ from transformers import DebertaV2Config
 from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Encoder
 
 import deberta_fast
+from deberta_fast.encoder import DebertaEncoder
 
-VARIANTS = ("eager", "patched", "plain")
+VARIANTS = ("eager", "patched", "native", "plain")
 LEVELS = ("attention", "encoder")
 PASSES = ("forward", "forward+backward")
 ENCODER_LAYERS = 2
+HIDDEN_SIZE = 768
 
 
 def calls(level: str, passes: str, batch: int, length: int) -> dict[str, Callable[[], None]]:
@@ -47,23 +50,27 @@ def measured(level: str, variant: str, passes: str, batch: int, length: int) -> 
 
 
 def call(
-    encoder: DebertaV2Encoder, level: str, variant: str, passes: str, batch: int, length: int
+    encoder: DebertaV2Encoder | DebertaEncoder, level: str, variant: str, passes: str, batch: int, length: int
 ) -> Callable[[], None]:
     """One variant's call; ``encoder`` must already be that variant."""
     training = passes == "forward+backward"
-    hidden = torch.randn(batch, length, encoder.config.hidden_size, requires_grad=training)
+    hidden = torch.randn(batch, length, HIDDEN_SIZE, requires_grad=training)
     gradient = torch.randn_like(hidden, requires_grad=False) if training else None
     mask = torch.ones(batch, length, dtype=torch.int64)
-    if level == "encoder":
+    if level == "encoder" and variant == "native":
+        mask = mask.bool()
+        forward = lambda: encoder(hidden, mask, mask)[0][-1]
+    elif level == "encoder":
         forward = lambda: encoder(hidden, mask).last_hidden_state
     else:
         attention = encoder.layer[0].attention.self
-        table = encoder.get_rel_embedding().detach().requires_grad_(training)
-        if variant == "patched":
-            mask, positions = mask.bool(), None
+        table = (encoder.table() if variant == "native" else encoder.get_rel_embedding()).detach()
+        arguments = {"rel_embeddings": table.requires_grad_(training)}
+        if variant in ("patched", "native"):
+            mask = mask.bool()
         else:
-            mask, positions = encoder.get_attention_mask(mask), encoder.get_rel_pos(hidden)
-        forward = lambda: attention(hidden, mask, relative_pos=positions, rel_embeddings=table)[0]
+            mask, arguments["relative_pos"] = encoder.get_attention_mask(mask), encoder.get_rel_pos(hidden)
+        forward = lambda: attention(hidden, mask, **arguments)[0]
     return functools.partial(_run, forward, gradient)
 
 
@@ -76,8 +83,16 @@ def _run(forward: Callable[[], torch.Tensor], gradient: torch.Tensor | None) -> 
 
 def encoder_v3_base(layers: int) -> DebertaV2Encoder:
     """Hugging Face's encoder of DeBERTa-v3-base's shape, random weights under a fixed seed."""
-    config = DebertaV2Config(
-        hidden_size=768,
+    torch.manual_seed(0)
+    encoder = DebertaV2Encoder(config(DebertaV2Config, layers)).eval()
+    encoder.config = encoder.layer[0].attention.config
+    return encoder
+
+
+def config(kind: type, layers: int):
+    """DeBERTa-v3-base's shape as a configuration of Hugging Face's or this package's."""
+    return kind(
+        hidden_size=HIDDEN_SIZE,
         num_attention_heads=12,
         intermediate_size=3072,
         num_hidden_layers=layers,
@@ -89,14 +104,15 @@ def encoder_v3_base(layers: int) -> DebertaV2Encoder:
         norm_rel_ebd="layer_norm",
         layer_norm_eps=1e-7,
     )
-    torch.manual_seed(0)
-    encoder = DebertaV2Encoder(config).eval()
-    encoder.config = config
-    return encoder
 
 
-def _twin(encoder: DebertaV2Encoder, variant: str) -> DebertaV2Encoder:
+def _twin(encoder: DebertaV2Encoder, variant: str) -> DebertaV2Encoder | DebertaEncoder:
     """The encoder as that variant, on the same parameters."""
+    if variant == "native":
+        with torch.device("meta"):
+            twin = DebertaEncoder(config(deberta_fast.DebertaV2Config, len(encoder.layer))).eval()
+        twin.load_state_dict(dict(encoder.named_parameters()), assign=True)
+        return twin
     twin = copy.deepcopy(encoder, {id(parameter): parameter for parameter in encoder.parameters()})
     if variant == "patched":
         deberta_fast.patch(twin)

@@ -82,7 +82,7 @@ def _add_run(commands) -> None:
     add("--targets", type=_list, metavar="A,B,...", help="fill-mask: tokens to choose from")
     add("--function-to-apply", metavar="NAME", help="text-classification: sigmoid, softmax or none")
     add("--truncation", action="store_true", help="fill-mask, text-classification: shorten long texts")
-    add("--max-length", type=int, metavar="N", help="tokens that --truncation leaves")
+    add("--max-length", type=int, metavar="N", help="tokens that --truncation leaves; of a part, see --stride")
     add("--candidate-labels", type=_list, metavar="A,B,...", help="zero-shot-classification: the labels")
     add("--hypothesis-template", metavar="TEXT", help='zero-shot-classification: "This example is {}." by default')
     add("--multi-label", action="store_true", help="zero-shot-classification: score each label by itself")

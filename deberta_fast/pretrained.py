@@ -287,7 +287,7 @@ class PreTrainedModel(nn.Module):
         """Keeps one tensor a layer for backward while training, and computes the rest again.
 
         Args:
-            activation_checkpointing_kwargs: of ``torch.utils.checkpoint.checkpoint``; use_reentrant is False by default.
+            activation_checkpointing_kwargs: of ``torch.utils.checkpoint.checkpoint``; use_reentrant defaults to False.
             every_n_layers: of the layers 0, n, 2n ... alone; the others keep all they need.
             offload: not supported.
         """

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import json
 import os
 import pickle
 import pickletools
@@ -10,6 +11,9 @@ import zipfile
 from pathlib import Path
 
 import torch
+
+from deberta_fast.checkpoint import read_tensors
+from deberta_fast.hub import Source
 
 LAYERS, HEADS, WIDTH, INNER, VOCABULARY, SPAN = 2, 2, 8, 12, 20, 6
 
@@ -130,11 +134,15 @@ def as_keras(tensors, model="tf_deberta_model"):
 
 
 def write_keras(path, layers):
-    """In the layout of Keras's save_weights; layers with nothing in them (dropout) are listed too."""
+    """In the layout of Keras's save_weights; layers with nothing in them (dropout) are listed too.
+
+    h5py made strings of one length of these lists, and later ones that say their length; here are both.
+    """
     import h5py
+    import numpy
 
     with h5py.File(path, "w") as file:
-        file.attrs["layer_names"] = [x.encode() for x in [*layers, "dropout_1"]]
+        file.attrs["layer_names"] = numpy.array([x.encode() for x in [*layers, "dropout_1"]])
         file.attrs["backend"], file.attrs["keras_version"] = b"tensorflow", b"2.19.0"
         file.create_group("dropout_1").attrs["weight_names"] = []
         for layer, tensors in layers.items():
@@ -142,6 +150,33 @@ def write_keras(path, layers):
             group.attrs["weight_names"] = [x.encode() for x in tensors]
             for name, tensor in tensors.items():
                 group[name] = tensor.contiguous().numpy()
+    return path
+
+
+TENSORS = {"a": torch.arange(6.0).view(2, 3), "b.c": torch.ones(4, dtype=torch.bfloat16)}
+
+
+def read(path, **options):
+    """Of a folder, or of the file of that name."""
+    path = Path(path)
+    return read_tensors(Source(path) if path.is_dir() else Source(path.parent), **options)[0]
+
+
+def read_only(path):
+    return read(path, weights=path.name)
+
+
+def assert_same(got, expected):
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype and got[name].device.type == "cpu", name
+        assert torch.equal(got[name], tensor.detach()), name
+        assert not got[name].requires_grad
+
+
+def write_index(folder, weight_map, name="model.safetensors.index.json"):
+    path = folder / name
+    path.write_text(weight_map if isinstance(weight_map, str) else json.dumps({"weight_map": weight_map}))
     return path
 
 

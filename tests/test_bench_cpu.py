@@ -40,7 +40,8 @@ def test_encoder(bench, tmp_path, capsys):
     rows, _ = written(tmp_path, "encoder")
     passes = ("forward", "forward+backward")
     assert [(row["pass"], row["batch"], row["length"]) for row in rows] == [(p, 1, n) for p in passes for n in (16, 24)]
-    columns = ["eager ms", "patched ms", "plain ms", "eager/patched", "eager/plain"]
+    ratios = ["eager/patched", "eager/native", "eager/plain"]
+    columns = ["eager ms", "patched ms", "native ms", "plain ms", *ratios]
     assert list(rows[0]) == ["pass", "threads", "batch", "length", *columns]
     assert all(row[column] > 0 for row in rows for column in columns)
 

@@ -297,8 +297,11 @@ def test_tied_decoders():
     with pytest.raises(CheckpointError, match="differs"):
         load(full | {"cls.predictions.decoder.weight": words[1:]}, expected=expected)
     cls = native(head="cls")  # which has no use for it, whatever it is
-    got, _ = load(differs, expected=cls)
+    got, ignored = load(differs, expected=cls)
     assert got.keys() == {x for x in cls if x.startswith("deberta.")}
+    assert "cls.predictions.decoder.weight" in ignored
+    half = full | {"cls.predictions.decoder.weight": words.half(), WORDS + "weight": words.half().float()}
+    assert torch.equal(load(half, expected=expected)[0][WORDS + "weight"], words.half().float())
 
 
 def test_a_decoder_may_stand_for_the_embeddings():
@@ -307,8 +310,9 @@ def test_a_decoder_may_stand_for_the_embeddings():
     legacy = renamed(expected, LEGACY)
     legacy["cls.predictions.decoder.weight"] = legacy.pop(WORDS + "weight")
     assert_loads(legacy, expected)
-    got, _ = load(legacy, expected=native_shapes(head="cls"))
+    got, ignored = load(legacy, expected=native_shapes(head="cls"))
     assert torch.equal(got[WORDS + "weight"], expected[WORDS + "weight"])
+    assert "cls.predictions.decoder.weight" not in ignored
 
 
 def test_a_decoder_of_its_own():

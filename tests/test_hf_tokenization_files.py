@@ -1,6 +1,9 @@
 """Tokenizers that one library saves and the other loads, with transformers 4 and 5."""
 
+import copy
+import importlib.util
 import json
+import shutil
 
 import pytest
 from tokenizer_files import byte_level_files, spm_model, texts, texts_with_specials
@@ -127,3 +130,68 @@ def test_files(name, tmp_path):
     assert {str(tmp_path / file) for file in expected} == set(map(str, paths))
     config = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))
     assert config["tokenizer_class"] == name.removesuffix("Fast")
+
+
+MASK = dict(content="[MASK]", single_word=False, lstrip=True, rstrip=False, normalized=True)
+OLDER = {
+    "settings": {"tokenizer_config.json": dict(do_lower_case=False, vocab_type="x", model_max_length=512)},
+    "names": {"special_tokens_map.json": dict(cls_token="[CLS]", pad_token="[PAD]", mask_token="[MASK]")},
+    "mask": {
+        "special_tokens_map.json": dict(mask_token=MASK, unk_token="[UNK]"),
+        "tokenizer_config.json": dict(mask_token=MASK | {"__type": "AddedToken"}),
+    },
+    "added": {
+        "added_tokens.json": {"<new>": 0, "<x>": 1},
+        "special_tokens_map.json": dict(additional_special_tokens=["<x>"], mask_token="[MASK]"),
+        "tokenizer_config.json": dict(name_or_path="elsewhere", padding_side="left"),
+    },
+    "renamed": {"tokenizer_config.json": dict(pad_token="<p>", bos_token="<b>", additional_special_tokens=["<x>"])},
+    "decoder": {
+        "tokenizer_config.json": dict(
+            added_tokens_decoder={"0": dict(MASK, content="<new>", special=False), "1": dict(MASK, special=True)},
+            mask_token="[MASK]",
+            clean_up_tokenization_spaces=True,
+        )
+    },
+}
+
+
+@pytest.mark.skipif(not FOUR, reason="transformers 5 reads them otherwise")
+@pytest.mark.parametrize("name", V1 + V2)
+@pytest.mark.parametrize("contents", OLDER.values(), ids=OLDER)
+def test_other_files(name, contents, tmp_path):
+    """As versions before 4.34 wrote them, and as they lie beside published checkpoints."""
+    if name == "DebertaV2TokenizerFast" and not importlib.util.find_spec("google"):
+        pytest.skip("transformers 4 needs protobuf for spm.model")
+    for file in byte_level_files() if name in V1 else (spm_model("world"),):
+        shutil.copy(file, tmp_path)
+    size = 909 if name in V1 else 1500
+    for file, content in copy.deepcopy(contents).items():
+        if file == "added_tokens.json":
+            if name in V2:
+                content = {"[MASK]": -1, **content}
+            content = {token: size + (name in V2) + i for token, i in content.items()}
+        if "added_tokens_decoder" in content:
+            decoder = content["added_tokens_decoder"]
+            mask = 908 if name in V1 else size + 1
+            content["added_tokens_decoder"] = {str(size): decoder["0"], str(mask): decoder["1"]}
+        (tmp_path / file).write_text(json.dumps(content), "utf-8")
+    own, other = getattr(ours, name).from_pretrained(tmp_path), getattr(transformers, name).from_pretrained(tmp_path)
+    assert_equal(own, other, name)
+    assert own.clean_up_tokenization_spaces == other.clean_up_tokenization_spaces
+
+
+@pytest.mark.skipif(not FOUR, reason="transformers 5 orders them otherwise")
+@pytest.mark.parametrize("name", V1 + V2[:1] + ([V2[1]] if importlib.util.find_spec("google") else []))
+def test_order_of_ids(name):
+    files = byte_level_files() if name in V1 else (spm_model("world"),)
+    for options in [
+        dict(bos_token="<b>", eos_token="<e>", pad_token="<p>", cls_token="<c>", sep_token="<s>", unk_token="<u>"),
+        dict(mask_token="<m>", pad_token="<p>", additional_special_tokens=["<x>"]),
+        dict(mask_token=None),
+        dict(bos_token=None, eos_token=None),
+        dict(added_tokens_decoder={1500 if name in V2 else 909: AddedToken("<n>")}, bos_token="<b>"),
+    ]:
+        own, other = getattr(ours, name)(*files, **options), getattr(transformers, name)(*files, **options)
+        assert own.get_vocab() == other.get_vocab(), options
+        assert own.all_special_ids == other.all_special_ids, options

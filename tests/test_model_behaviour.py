@@ -49,9 +49,11 @@ def test_shapes_with_and_without_labels(name, head):
 
 @heads
 def test_hidden_states_and_attentions_come_last(name, head):
-    model, inputs = build(name, head), inputs_of(head)
+    changes = EMD if head == "ForMaskedLM" else {}
+    model, inputs = build(name, head, **changes), inputs_of(head)
     rows = 9 if head == "ForMultipleChoice" else 3
     plain = model(**inputs)
+    assert "hidden_states" not in plain and "attentions" not in plain
     full = model(**inputs, output_hidden_states=True, output_attentions=True)
     assert list(full) == [*plain, "hidden_states", "attentions"]
     assert [tuple(x.shape) for x in full.hidden_states] == [(rows, 19, 32)] * 3
@@ -78,6 +80,21 @@ def test_the_last_hidden_state_is_the_states_last_and_the_first_is_the_embedding
     assert padding.any() and not outputs.hidden_states[0][padding].any()
     # the convolution masks its output
     assert not outputs.hidden_states[1][padding].any()
+
+
+@heads
+def test_every_argument_reaches_the_encoder(name, head):
+    model, inputs = build(name, head, position_biased_input=True), inputs_of(head)
+    position_ids = torch.arange(19).expand_as(inputs["input_ids"])
+    expected = model(**inputs, position_ids=position_ids)[0]
+    for key, other in (
+        ("input_ids", (inputs["input_ids"] + 1) % 70),
+        ("token_type_ids", 1 - inputs["token_type_ids"]),
+        ("attention_mask", inputs["attention_mask"].flip(-1)),
+        ("position_ids", position_ids + 1),
+    ):
+        changed = model(**{**inputs, "position_ids": position_ids, key: other})[0]
+        assert (changed - expected).abs().max() > 1e-2, key
 
 
 @heads
@@ -193,6 +210,27 @@ def test_dropout_sites_of_the_encoder(where):
         assert (model(**inputs)[0] - before).abs().max() > 1e-2
 
 
+def test_dropout_comes_before_the_residual_and_before_the_convolutions_activation():
+    model, inputs = build("v2", hidden_dropout_prob=0.5).train(), inputs_of("Model")
+    layer, conv = model.encoder.layer[0], model.encoder.conv
+    for linear, dropout in (
+        (layer.attention.output.dense, layer.attention.output.dropout),
+        (layer.output.dense, layer.output.dropout),
+        (conv.conv, conv.dropout),
+    ):
+        made, dropped = [], []
+        hooks = [
+            linear.register_forward_hook(lambda module, args, output, made=made: made.append(output)),
+            dropout.register_forward_pre_hook(lambda module, args, dropped=dropped: dropped.append(args[0])),
+        ]
+        model(**inputs)
+        output = made[0].transpose(1, 2) if linear is conv.conv else made[0]
+        valid = inputs["attention_mask"].bool()
+        assert torch.equal(dropped[0][valid], output[valid])
+        for hook in hooks:
+            hook.remove()
+
+
 @heads
 def test_every_parameter_learns(name, head):
     changes = EMD if head == "ForMaskedLM" else {}
@@ -224,7 +262,7 @@ def test_checkpointing_of_activations_changes_no_gradient(name, changes, keyword
     assert len(calls) == 2
     for key, gradient in got.items():
         torch.testing.assert_close(gradient, expected[key], atol=1e-6, rtol=1e-5, msg=key)
-    model.eval()(**inputs)
+    gradients(model.eval(), inputs)
     assert len(calls) == 3
     model.train().gradient_checkpointing_disable()
     assert not model.is_gradient_checkpointing
@@ -359,8 +397,10 @@ def test_longer_than_max_position_embeddings():
     shorter = {key: x[:, 5:] for key, x in long.items()}
     assert_same_states(got[0, 5:], model(**shorter).logits[0], shorter["attention_mask"][0])
     for name, changes in (("v1", {}), ("v2", {}), ("v3", EMD)):
-        with pytest.raises(ValueError, match="max_position_embeddings=64 tokens long with absolute positions, got 150"):
-            build(name, "ForMaskedLM", **changes)(**long)
+        for length in (65, 150):
+            message = f"max_position_embeddings=64 tokens long with absolute positions, got {length}"
+            with pytest.raises(ValueError, match=message):
+                build(name, "ForMaskedLM", **changes)(**tokens(length=length))
         build(name, "ForMaskedLM", **changes)(**tokens(length=64))
         build(name, "ForMaskedLM", **changes)(**long, position_ids=torch.arange(150)[None] % 64)
 
@@ -397,6 +437,8 @@ def test_losses_of_sequences():
     model.config.problem_type = "single_label_classification"
     torch.testing.assert_close(loss(model, classes).loss, expected)
     torch.testing.assert_close(loss(model, torch.tensor([2, -100, 1])).loss, -(log[0, 2] + log[2, 1]) / 2)
+    with pytest.raises(IndexError, match="Target -1 is out of bounds"):
+        loss(model, torch.tensor([2, -1, 1]))
     model.config.problem_type = "multi_label_classification"
     several = (soft > 0.2).float()
     by_hand = -(several * F.logsigmoid(logits) + (1 - several) * F.logsigmoid(-logits)).mean()

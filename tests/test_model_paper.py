@@ -259,11 +259,13 @@ def test_pairwise_mask(name):
     """Two texts in one sequence, each alone in its attention, as (B, L, L) and (B, 1, L, L)."""
     model, inputs = build(name).double(), tokens("none")
     paper, _ = transcribed(model, name)
-    mask = inputs.pop("attention_mask")
+    del inputs["attention_mask"]
     part = torch.arange(LENGTH) >= 23
     pairs = (part[:, None] == part[None]).expand(3, -1, -1).clone()
     pairs[0, 30:, 23:30] = False
-    states, _ = paper.encode(*inputs.values(), mask, pairs=pairs)
+    pairs[1, :, 50] = False  # seen by nobody, which is what padding is
+    pairs[2, 40] = False  # sees nobody
+    states, _ = paper.encode(*inputs.values(), pairs.any(1), pairs=pairs)
     for given in (pairs, pairs[:, None].long()):
         got = model(**inputs, attention_mask=given).last_hidden_state
         assert (got - states[-1]).abs().max() < 1e-9

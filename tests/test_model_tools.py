@@ -122,13 +122,19 @@ def test_base_model_device_dtype_and_counts():
     assert model.num_parameters() == total == model.num_parameters(only_trainable=True) + 2 * 32
 
 
-def test_backends_by_name():
-    model, inputs = build("v3", "ForMaskedLM"), tokens("right")
+def test_backends_by_name(monkeypatch):
+    import deberta_fast.attention
+
+    asked, attention = [], deberta_fast.attention.disentangled_attention
+    recording = lambda *args, **keywords: asked.append(keywords["backend"]) or attention(*args, **keywords)
+    monkeypatch.setattr(deberta_fast.attention, "disentangled_attention", recording)
+    model, inputs = build("v3", "ForMaskedLM", **EMD), tokens("right")
     expected = model(**inputs).logits
     for backend in ("reference", "eager", None):
+        asked.clear()
         model.set_backend(backend)
-        assert {layer.attention.self.backend for layer in model.deberta.encoder.layer} == {backend}
         assert_same_states(model(**inputs).logits, expected, inputs["attention_mask"])
+        assert asked == [backend] * 4  # two layers, and the last one twice more
     with pytest.raises(ValueError, match="backend must be one of .*eager.* or None, got 'flash'"):
         model.set_backend("flash")
 

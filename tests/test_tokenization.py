@@ -205,6 +205,8 @@ def test_a_megabyte(kind):
     assert len(ids) == len(four) + (45000 - 4) * round
     assert ids[: 2 * round] == four[: 2 * round] and ids[-round:] == four[-round:]
     assert ids[round : -round - 3] == ids[2 * round : -3]
+    word = "x" * 10**6
+    assert tokenizer.decode(tokenizer(word, add_special_tokens=False)["input_ids"]) == word
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -259,6 +259,16 @@ def test_refusals(kind, call, kind_of_error, reason):
     assert tokenizer("the class") == before
 
 
+def test_ids_without_a_token():
+    """What a model with more rows than tokens may give."""
+    tokenizer = make(DebertaTokenizer)
+    last = len(tokenizer)
+    with pytest.raises(ValueError, match=f"there is no token with id {last}"):
+        tokenizer.decode([5, last])
+    with pytest.raises(ValueError, match="there is no token with id -100"):
+        tokenizer.decode([5, -100])
+
+
 @every
 def test_no_padding_token(kind):
     tokenizer = make(kind)
@@ -295,3 +305,12 @@ def test_added_tokens(kind):
     assert {size, size + 1} < set(row)
     text = tokenizer.decode(row, skip_special_tokens=True)
     assert "<new>" in text and "<x>" not in text
+
+
+@every
+def test_overlapping_added_tokens(kind):
+    """The longest counts, whichever came first."""
+    for tokens in (["<a", "<a>", "<a><b>"], ["<a><b>", "<a>", "<a"]):
+        tokenizer = make(kind)
+        tokenizer.add_tokens(tokens)
+        assert tokenizer.tokenize("<a><b><a><a")[-3:] == ["<a><b>", "<a>", "<a"]

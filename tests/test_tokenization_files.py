@@ -91,6 +91,9 @@ def test_save_and_load(kind, options, tmp_path):
     tokenizer(TEXTS, padding="max_length", max_length=7, truncation=True)
     paths = tokenizer.save_pretrained(tmp_path / "a/b")
     assert set(map(str, paths)) == {str(path) for path in (tmp_path / "a/b").iterdir()}
+    if kind in FAST:
+        state = json.loads((tmp_path / "a/b/tokenizer.json").read_text("utf-8"))
+        assert state["padding"] is state["truncation"] is None
     loaded = kind.from_pretrained(tmp_path / "a/b")
     same(tokenizer, loaded)
     loaded.save_pretrained(tmp_path / "again")

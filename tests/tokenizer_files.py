@@ -1,4 +1,4 @@
-"""Texts, and tokenizers' files made once a session: sentencepiece and byte-level BPE models trained on what is here."""
+"""Texts, and tokenizers' files made once a run: sentencepiece and byte-level BPE models trained on what is here."""
 
 import functools
 import json

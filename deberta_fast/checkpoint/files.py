@@ -19,6 +19,8 @@ _SOUGHT = (_SINGLE, _INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json",
 def read_tensors(source: Source, *, weights: str | None = None) -> tuple[dict[str, torch.Tensor], str]:
     """All tensors of a checkpoint, on the CPU and under the file's own names, and the name of that file.
 
+    They may be maps of it: whoever keeps them copies them, lest the file be overwritten below them.
+
     Args:
         source: the folder, or the model on the hub.
         weights: the file to read ("pytorch_model.generator.bin"); None for the first that is there of
@@ -89,7 +91,7 @@ def write_tensors(
 
     Raises:
         ValueError: no tensors, tensors that share memory or have no values, or ``max_shard_bytes`` below 1.
-        ImportError: there is no NumPy, which safetensors writes with.
+        ImportError: there is no NumPy, by which safetensors writes.
     """
     try:
         import numpy  # noqa: F401

@@ -64,7 +64,8 @@ def _explained(path: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the file system's own: no permission, a broken disk
-        raise CheckpointError(f"{path} is damaged or cut short ({type(error).__name__}: {error})") from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"{path} is damaged or cut short ({reason})") from error
 
 
 def _reason(error: Exception) -> str:

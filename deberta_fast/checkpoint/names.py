@@ -53,7 +53,7 @@ def to_native(
     found, other, ignored = _found(tensors, wanted, part)
     ignored += _add_differences(found, other, wanted)
     if version == 1:
-        ignored += _drop_zero_biases(found, wanted)
+        ignored += _drop_zero_biases(found)
     _split_projections(found, version, heads)
     _settle_decoder(found, wanted)
     native = {}
@@ -76,7 +76,7 @@ def _found(tensors: dict[str, torch.Tensor], wanted: set[str], part: str) -> tup
         first, _ = found[is_other].setdefault(name, (origin, tensor))
         if first == origin or is_other:
             continue
-        if name in wanted and not torch.equal(tensor, tensors[first]):
+        if name in wanted and not torch.equal(tensor, found[False][name][1]):
             raise CheckpointError(f"{first} and {origin} both stand for {name}, and differ")
         ignored.append(origin)
     return *found, ignored
@@ -116,14 +116,12 @@ def _add_differences(found: _Found, other: _Found, wanted: set[str]) -> list[str
     return left_over
 
 
-def _drop_zero_biases(found: _Found, wanted: set[str]) -> list[str]:
+def _drop_zero_biases(found: _Found) -> list[str]:
     """Microsoft's code gives v1's keys, which have no biases, biases of zero. Returns the names of those."""
     zero = [
         name
         for name, (_, tensor) in found.items()
-        if name.endswith(("attention.self.key_proj.bias", "attention.self.pos_key_proj.bias"))
-        and name not in wanted
-        and not tensor.any()
+        if name.endswith(("attention.self.key_proj.bias", "attention.self.pos_key_proj.bias")) and not tensor.any()
     ]
     return [found.pop(name)[0] for name in zero]
 
@@ -148,10 +146,13 @@ def _settle_decoder(found: _Found, wanted: set[str]) -> None:
         found[_HEAD + "bias"] = found.pop(bias)
     if weight not in found or weight in wanted:
         return
-    origin, decoder = found.pop(weight)
+    origin, decoder = found[weight]
     # Whoever leaves out one of two tied tensors may have left out the embeddings.
     words_origin, words = found.setdefault(_WORDS + "weight", (origin, decoder))
-    if _HEAD + "bias" in wanted and not torch.equal(decoder, words):
+    has_head = _HEAD + "bias" in wanted
+    if has_head or words_origin == origin:
+        del found[weight]
+    if has_head and not torch.equal(decoder, words):
         raise CheckpointError(
             f"{origin} differs from {words_origin}, and the configuration ties them; "
             "if both were trained, set tie_word_embeddings to False"

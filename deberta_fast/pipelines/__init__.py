@@ -56,7 +56,7 @@ def pipeline(
             tokenizers is installed. Must be given with a model that is loaded already.
         device: by default a GPU if there is one; a loaded model stays where it is.
         dtype: float32 by default, "auto" for the checkpoint's; a loaded model stays as it is.
-        batch_size: inputs, or parts of long ones, that the model gets at once. By default as many as fit into 2,048
+        batch_size: inputs, or parts of long ones, that the model gets at once. By default as many as fit into 1,024
             tokens on a CPU, into 16,384 elsewhere. They are sorted by length before, so that little is padding.
         progress: whether to show a bar (tqdm) on stderr. By default over a list that takes more than three seconds, if
             stderr is a terminal and tqdm is installed.

@@ -11,7 +11,7 @@ import torch
 from ..pretrained import PreTrainedModel
 
 # Padded tokens a batch where no batch_size is given: a CPU has had enough soon, a GPU wants more to do at once.
-TOKENS = {"cpu": 2048}
+TOKENS = {"cpu": 1024}
 TOKENS_ELSEWHERE = 16384
 # Inputs that are sorted by length together; of an iterator, first so many that results come soon.
 WINDOW, FIRST_WINDOW = 1024, 16

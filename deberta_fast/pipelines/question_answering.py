@@ -108,12 +108,15 @@ class QuestionAnsweringPipeline(Pipeline):
             if stride is None:
                 stride = min(longest // 2, DOC_STRIDE)
                 stride = stride if stride < room else room // 2
-            if room < 1 or stride >= room:
+            if room < 1:
                 raise InputError(
                     index,
-                    f"the question has {len(question)} tokens, which leaves {room} of max_seq_len={longest} for the "
-                    f"context, and doc_stride={stride} must be less; max_question_len cuts the question",
+                    f"the question has {len(question)} tokens, which leaves none of max_seq_len={longest} for the "
+                    "context; max_question_len cuts it",
                 )
+            if stride >= room:
+                reason = f"doc_stride must be less than {room}, the tokens of a part of the context, got {stride}"
+                raise InputError(index, reason)
             result.append([self._row(question, *part) for part in _parts(context, room, room - stride)])
         return result
 

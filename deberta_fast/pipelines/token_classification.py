@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 
 from ..model import DebertaForTokenClassification
+from ..tokenization.model_inputs import UNLIMITED
 from .base import Pipeline, Row, check_number, checked_text, text_of, types_of
 
 STRATEGIES = ("none", "simple", "first", "average", "max")
@@ -30,9 +31,9 @@ class TokenClassificationPipeline(Pipeline):
             "average" and "max" give all tokens of a word one class before: that of its first token, of its mean
             probabilities, of its surest token. They need a fast tokenizer.
         ignore_labels: entities of these are left out, by default those of "O".
-        stride: long texts are read in parts of model_max_length that overlap by so many tokens, and the longest of
-            overlapping entities counts. By default they are cut there. Needs a fast tokenizer and an
-            aggregation_strategy.
+        stride: long texts are read in parts that overlap by so many tokens, and the longest of overlapping entities
+            counts. By default they are cut. Needs a fast tokenizer and an aggregation_strategy.
+        max_length: tokens of a part, or that are left; by default the tokenizer's model_max_length, if it has one.
         is_split_into_words: inputs are lists of words.
         delimiter: what stands between the words where start and end count.
         """
@@ -40,6 +41,7 @@ class TokenClassificationPipeline(Pipeline):
         aggregation_strategy: str = "none"
         ignore_labels: list[str] | None = None
         stride: int | None = None
+        max_length: int | None = None
         is_split_into_words: bool = False
         delimiter: str = " "
 
@@ -51,6 +53,8 @@ class TokenClassificationPipeline(Pipeline):
             object.__setattr__(self, "aggregation_strategy", strategy)
             if isinstance(self.ignore_labels, str):
                 raise TypeError(f"ignore_labels must be a list of labels, got {self.ignore_labels!r}")
+            if self.max_length is not None:
+                check_number("max_length", self.max_length, 3)
             if self.stride is not None:
                 check_number("stride", self.stride, 0)
                 if strategy == "none":
@@ -74,7 +78,10 @@ class TokenClassificationPipeline(Pipeline):
             if needs and not fast:
                 raise ValueError(f"{name} needs a fast tokenizer (pip install tokenizers)")
         if options.stride is not None:
-            room = self.tokenizer.model_max_length - self.tokenizer.num_special_tokens_to_add()
+            longest = options.max_length or self.tokenizer.model_max_length
+            if longest > UNLIMITED:
+                raise ValueError("stride needs max_length, since the tokenizer has no model_max_length")
+            room = longest - self.tokenizer.num_special_tokens_to_add()
             if options.stride >= room:
                 raise ValueError(f"stride must be less than the tokens of a part, {room}, got {options.stride}")
         return options
@@ -103,6 +110,8 @@ class TokenClassificationPipeline(Pipeline):
             return_special_tokens_mask=True,
             return_offsets_mapping=fast,
             return_attention_mask=False,
+            max_length=options.max_length,
+            verbose=False,
             **more,
         )
         rows = [[] for _ in items]

@@ -76,11 +76,11 @@ class ZeroShotClassificationPipeline(Pipeline):
         result = []
         for index, own in enumerate(pairs):
             try:
-                result.append(self.encode(own, truncation="only_first"))
+                result.append(self.encode(own, truncation="only_first", verbose=False))
             except Exception as error:
                 # The label alone is too long: then nothing is shortened, as in Hugging Face's
                 try:
-                    result.append(self.encode(own, truncation=False))
+                    result.append(self.encode(own, truncation=False, verbose=False))
                 except ValueError:
                     raise InputError(index, str(error)) from error
         return result

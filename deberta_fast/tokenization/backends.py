@@ -40,7 +40,7 @@ def unigram_backend(
         split_by_punct: make every punctuation mark a word of its own.
         add_prefix_space: put a "▁" before every word that lacks one.
         unk_token, sep_token, pad_token, cls_token, mask_token: text, or a ``tokenizers.AddedToken``; those that are no
-            pieces get the ids after the last piece's.
+            pieces get the ids after the last piece's. Where there is no such token, None (not for cls and sep).
         added_tokens: more ``tokenizers.AddedToken``; their ids come before those of the special tokens.
 
     Raises:
@@ -72,9 +72,6 @@ def unigram_backend(
             raise ValueError(f"{spm.path}: precompiled_charsmap cannot be read: {error}") from None
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(tokenizers.Regex(" {2,}"), " ")])
     # After the normalizer, which decides how tokens that are looked for in the normalized text are spelt there.
-    special = lambda token, **how: (
-        tokenizers.AddedToken(token, special=True, **how) if isinstance(token, str) else token
-    )
     backend.add_tokens(
         [
             tokenizers.AddedToken(piece, normalized=False, special=kind == CONTROL)
@@ -83,8 +80,10 @@ def unigram_backend(
         ]
     )
     backend.add_tokens(list(added_tokens))
-    backend.add_tokens([special(cls_token), special(sep_token), special(unk_token, normalized=True)])
-    backend.add_tokens([special(pad_token), special(mask_token)])
+    unknown = _special(unk_token, normalized=True)
+    backend.add_tokens(
+        _present(_special(cls_token), _special(sep_token), unknown, _special(pad_token), _special(mask_token))
+    )
     words = dict(replacement="▁", prepend_scheme="always" if add_prefix_space else "never")
     splits = [pre_tokenizers.Punctuation(behavior="isolated")] if split_by_punct else []
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.Metaspace(**words)])
@@ -112,7 +111,7 @@ def byte_level_backend(
         merges: pairs of pieces, first the one to merge first.
         add_prefix_space: put a space before a text that does not begin with one.
         unk_token, sep_token, pad_token, cls_token, mask_token: text, or a ``tokenizers.AddedToken``; those that are not
-            in ``vocab`` get the ids from its length on.
+            in ``vocab`` get the ids from its length on. Where there is no such token, None (not for cls and sep).
         added_tokens: more ``tokenizers.AddedToken``; their ids come before those of the special tokens.
 
     Raises:
@@ -124,12 +123,9 @@ def byte_level_backend(
     except Exception as error:  # of no narrower class
         raise ValueError(f"vocab and merges do not fit together: {error}") from None
     backend = tokenizers.Tokenizer(model)
-    special = lambda token, **how: (
-        tokenizers.AddedToken(token, special=True, **how) if isinstance(token, str) else token
-    )
     backend.add_tokens(list(added_tokens))
-    backend.add_tokens([special(token) for token in (cls_token, sep_token, unk_token, pad_token)])
-    backend.add_tokens([special(mask_token, lstrip=True, normalized=True)])
+    mask = _special(mask_token, lstrip=True, normalized=True)
+    backend.add_tokens(_present(*map(_special, (cls_token, sep_token, unk_token, pad_token)), mask))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.post_processor = _template(backend, str(cls_token), str(sep_token))
@@ -149,6 +145,14 @@ def load_backend(path: str | os.PathLike):
         return tokenizers.Tokenizer.from_str(content.decode())
     except Exception as error:  # of no narrower class
         raise ValueError(f"{path} is not a tokenizer.json that tokenizers can read: {error}") from None
+
+
+def _special(token, **flags):
+    return _tokenizers().AddedToken(token, special=True, **flags) if isinstance(token, str) else token
+
+
+def _present(*tokens) -> list:
+    return [token for token in tokens if token is not None]
 
 
 def _template(backend, cls: str, sep: str):

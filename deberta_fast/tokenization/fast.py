@@ -10,7 +10,9 @@ from .base import TokenizerBase
 from .batch_encoding import BatchEncoding
 from .files import TOKENIZER
 from .model_inputs import Options
-from .special_tokens import AddedToken, as_added_token
+from .special_tokens import NAMES, AddedToken, as_added_token
+
+DEFAULTS = dict(zip(NAMES, ("[CLS]", "[SEP]", "[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")))
 
 
 class FastTokenizer(TokenizerBase):
@@ -273,15 +275,23 @@ def backend_library():
 
 
 def backend_tokens(options: dict) -> dict:
-    """The special tokens among arguments of a tokenizer, as the functions of ``backends`` take them, which add them."""
-    names = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-    decoder = options.get("added_tokens_decoder")
-    if decoder:
-        # Tokens get their ids in the order in which they are added: only the first one here, the rest behind it.
-        first = as_added_token(decoder[min(decoder, key=int)])
-        return dict.fromkeys(names, backend_token(first, first.special))
-    given = {name: options[name] for name in names if options.get(name) is not None}
-    return {name: backend_token(as_added_token(token, special=True), True) for name, token in given.items()}
+    """The tokens among arguments of a tokenizer, as the functions of ``backends`` take them, which add them.
+
+    Tokens get their ids in the order in which they are added: first those that had one, then the special ones by name.
+    """
+    decoder = {int(index): token for index, token in (options.get("added_tokens_decoder") or {}).items()}
+    added = [as_added_token(token) for _, token in sorted(decoder.items())]
+    known = {token.content for token in added}
+    named = {name: options.get(name, default) for name, default in DEFAULTS.items()}
+    named = {name: None if token is None else as_added_token(token, special=True) for name, token in named.items()}
+    added += [token for token in named.values() if token is not None and token.content not in known]
+    special = {token.content for token in named.values() if token is not None}
+    tokens = {name: None if token is None else backend_token(token, True) for name, token in named.items()}
+    del tokens["bos_token"], tokens["eos_token"]
+    return {
+        "added_tokens": [backend_token(token, token.special or token.content in special) for token in added],
+        **tokens,
+    }
 
 
 def set_template(backend, cls_token: str, sep_token: str):

@@ -197,7 +197,10 @@ class SlowTokenizer(TokenizerBase):
                     texts.append(text)
                 current.clear()
 
-        for token in self.convert_ids_to_tokens(ids, skip_special_tokens):
+        for index in ids:
+            token = self._id_to_token(index)
+            if token is None:
+                raise ValueError(f"there is no token with id {index}")
             if skip_special_tokens and token in special:
                 continue
             if token in apart:
