@@ -118,7 +118,7 @@ stage() {
     build | kernels | sanitize) "${timed[@]}" bash -c "$1" ;;
     tests | cuda)
       # Triton compiles for most of the time, one kernel at a time in a process.
-      local workers=() which=(tests)
+      local workers=() which=(tests/test_gpu.py tests/test_gpu_models.py)
       "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
       [[ $1 != cuda ]] || which=(tests/test_gpu.py -k 'cuda and not triton')
       "${kind[@]}" -m pytest -m gpu "${which[@]}" -v -p no:cacheprovider --durations=10 "${workers[@]}" ;;
