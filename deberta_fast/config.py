@@ -29,7 +29,7 @@ class DebertaConfig:
             cls_dropout is hidden_dropout_prob by default.
         tie_word_embeddings: the language model's output uses the word embeddings.
         legacy: what ``save_pretrained`` calls the language model's head: ``cls.predictions`` (True) or
-            ``lm_predictions.lm_head``. Both are loaded, and both are the same function.
+            ``lm_predictions.lm_head``, which always uses the word embeddings. Both are loaded, both compute the same.
         enhanced_mask_decoder: the language model predicts from absolute positions too, as Microsoft's does and Hugging
             Face's does not (He et al., arXiv 2006.03654, section 3.2), unless position_biased_input has added them.
         z_steps: how often the last layer runs, where more than once; the states before it stay keys and values.

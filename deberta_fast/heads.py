@@ -32,7 +32,9 @@ class LMHead(nn.Module):
         self.activation = activation(config.hidden_act)
         self.LayerNorm = nn.LayerNorm(width, config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.decoder = None if config.tie_word_embeddings else nn.Linear(width, config.vocab_size, bias=False)
+        # Of Hugging Face's two heads, only the older can have weights of its own
+        untied = config.legacy and not config.tie_word_embeddings
+        self.decoder = nn.Linear(width, config.vocab_size, bias=False) if untied else None
 
     def forward(self, hidden_states: torch.Tensor, word_embeddings: nn.Embedding) -> torch.Tensor:
         states = self.LayerNorm(self.activation(project(self.dense, hidden_states)))

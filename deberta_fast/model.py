@@ -197,6 +197,7 @@ class DebertaForMaskedLM(PreTrainedModel):
         """Ties where they are the word embeddings, and is a decoder of its own otherwise."""
         tied = embeddings.weight is self.get_input_embeddings().weight
         self.config.tie_word_embeddings = tied
+        self.config.legacy = self.config.legacy or not tied
         self.lm_predictions.lm_head.decoder = None if tied else embeddings
 
     def tie_weights(self) -> None:

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from . import backends
-from .checkpoint.files import read_tensors, write_tensors
-from .checkpoint.names import to_hf, to_native
+from .checkpoint import CheckpointError, read_tensors, to_hf, to_native, write_tensors
 from .config import DebertaConfig
 from .heads import LMHead
 from .hub import Source
@@ -118,13 +117,16 @@ class PreTrainedModel(nn.Module):
     def _load(self, tensors, file, dtype, device, ignore_mismatched_sizes) -> LoadingInfo:
         """Fills a model that lies on the meta device."""
         expected = self.state_dict()
-        tensors, ignored = to_native(
-            tensors,
-            version=self.config.version,
-            heads=self.config.num_attention_heads,
-            expected=set(expected),
-            part=self.checkpoint_part,
-        )
+        try:
+            tensors, ignored = to_native(
+                tensors,
+                version=self.config.version,
+                heads=self.config.num_attention_heads,
+                expected=set(expected),
+                part=self.checkpoint_part,
+            )
+        except CheckpointError as error:
+            raise CheckpointError(f"{file}: {error}") from None
         mismatched = [name for name, x in tensors.items() if name in expected and x.shape != expected[name].shape]
         if mismatched and not ignore_mismatched_sizes:
             raise ValueError(
@@ -157,7 +159,8 @@ class PreTrainedModel(nn.Module):
             if not fitting.keys() >= set(own):
                 module.to_empty(device="cpu", recurse=False)
                 self._initialise(module)
-        fitting = {name: x.to(device=device, dtype=dtype).contiguous() for name, x in fitting.items()}
+        # Copies: what was read may be a map of the file, which others may write to
+        fitting = {name: x.to(device=device, dtype=dtype, copy=True).contiguous() for name, x in fitting.items()}
         self.load_state_dict(fitting, strict=False, assign=True)
         self.to(device=device, dtype=dtype)
         self._warn(info)

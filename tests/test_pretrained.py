@@ -200,6 +200,22 @@ def test_named_weights(folder):
     assert torch.equal(output(model), output(other))
 
 
+def test_loaded_weights_are_no_map_of_their_file(folder):
+    """Or saving over the file that one has loaded would end the process."""
+    (folder / "model.safetensors").unlink()
+    torch.save(tiny().state_dict(), folder / "pytorch_model.bin")
+    model = DebertaV2Model.from_pretrained(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    assert torch.equal(output(model), output(tiny()))
+
+
+def test_a_name_that_cannot_be_translated_comes_with_its_file(folder):
+    tensors = {**tiny().state_dict(), "encoder.layer.0.attention.self.in_proj.weight": torch.zeros(96, 32)}
+    torch.save(tensors, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin: encoder.layer.0.*in_proj.weight belongs to DeBERTa v1"):
+        DebertaV2Model.from_pretrained(folder, weights="pytorch_model.bin")
+
+
 @pytest.mark.parametrize("kind", [DebertaForMaskedLM, DebertaV2ForMaskedLM])
 @pytest.mark.parametrize("tied", [True, False])
 def test_language_model(kind, tied, tmp_path):
