@@ -8,7 +8,7 @@ from torch import nn
 from .config import DebertaConfig
 from .functional import disentangled_attention, disentangled_attention_with_probabilities
 from .projection import project
-from .relative_position import slot_table
+from .relative_position import slot_table, table_rows
 
 
 class DisentangledSelfAttention(nn.Module):
@@ -23,7 +23,7 @@ class DisentangledSelfAttention(nn.Module):
         self.num_attention_heads = heads = config.num_attention_heads
         self.attention_head_size = getattr(config, "attention_head_size", None) or config.hidden_size // heads
         width = heads * self.attention_head_size
-        key_bias = config.version > 1
+        key_bias = config.generation > 1
         self.query_proj = nn.Linear(config.hidden_size, width)
         self.key_proj = nn.Linear(config.hidden_size, width, bias=key_bias)
         self.value_proj = nn.Linear(config.hidden_size, width)
@@ -116,11 +116,10 @@ def project_table(
         pos_dropout: runs on the rows.
         table: position_buckets, max_relative_positions and far_negative.
     """
-    positions = slot_table(**table)
-    start, stop = 0, positions.rows
-    # One graph for every length
+    start, stop = 0, table_rows(table["position_buckets"], table["max_relative_positions"])
+    # Compiled, all rows: one graph for every length
     if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-        start, stop = positions.window(query.shape[2], key.shape[2])
+        start, stop = slot_table(**table).window(query.shape[2], key.shape[2])
     rows = pos_dropout(rel_embeddings[start:stop])
     projected = {
         name: project(linear, rows).unflatten(-1, (query.shape[1], -1)).transpose(0, 1)

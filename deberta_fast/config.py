@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .activation import activation
 from .hub import Source
-from .relative_position import FAR_NEGATIVE_RULES, table_rows
+from .relative_position import slot_table, table_rows
 
 _TERMS = ("c2p", "p2c", "p2p", "none", "")
 _PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
@@ -42,7 +42,7 @@ class DebertaConfig:
     """
 
     model_type = "deberta"
-    version = 1
+    generation = 1
 
     vocab_size: int = 50265
     hidden_size: int = 768
@@ -83,16 +83,20 @@ class DebertaConfig:
 
     def __init__(self, **values):
         num_labels = values.pop("num_labels", None)
-        for name in dataclasses.fields(self):
-            setattr(self, name.name, values.pop(name.name, name.default))
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, values.pop(field.name, field.default))
         self.pooler_hidden_size = self.hidden_size if self.pooler_hidden_size is None else self.pooler_hidden_size
         for name, value in values.items():
+            if hasattr(type(self), name):
+                raise ValueError(f"{name} is no value of a configuration, but what {type(self).__name__} computes")
             setattr(self, name, value)
         if isinstance(self.pos_att_type, str):
             self.pos_att_type = [term.strip() for term in self.pos_att_type.lower().split("|")]
         elif isinstance(self.pos_att_type, tuple):
             self.pos_att_type = list(self.pos_att_type)
         self._check_types()
+        if self.id2label is None and self.label2id is not None:
+            self.id2label = {key: label for label, key in self.label2id.items()}
         if self.id2label is None:
             self.num_labels = 2 if num_labels is None else num_labels
         else:
@@ -112,9 +116,13 @@ class DebertaConfig:
 
     def _check(self) -> None:
         positive = ["vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings"]
-        for name in [*positive, "num_labels", "pooler_hidden_size"]:
-            if getattr(self, name) < 1:
+        for name in [*positive, "num_labels", "pooler_hidden_size", "embedding_size", "attention_head_size"]:
+            if (getattr(self, name, None) or 1) < 1 or getattr(self, name, None) == 0:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.layer_norm_eps <= 0:
+            raise ValueError(f"layer_norm_eps must be positive, got {self.layer_norm_eps}")
+        if self.enhanced_mask_decoder and self.num_hidden_layers < 1:
+            raise ValueError("enhanced_mask_decoder needs a layer to run again, got num_hidden_layers=0")
         for name in ("num_hidden_layers", "type_vocab_size", "z_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -135,14 +143,16 @@ class DebertaConfig:
             activation(getattr(self, name))
         if self.problem_type not in _PROBLEM_TYPES:
             raise ValueError(f"problem_type must be one of {_PROBLEM_TYPES}, got {self.problem_type!r}")
-        if self.far_negative not in FAR_NEGATIVE_RULES:
-            raise ValueError(f"far_negative must be one of {FAR_NEGATIVE_RULES}, got {self.far_negative!r}")
-        if self.version == 1:
+        slot_table(**self.table)  # which refuses what describes no table
+        if self.generation == 1:
             for name in ("position_buckets", "conv_kernel_size"):
                 if getattr(self, name, 0) > 0:
                     raise ValueError(f"DeBERTa v1 has no {name}, got {getattr(self, name)}: see DebertaV2Config")
             if getattr(self, "share_att_key", False) or getattr(self, "norm_rel_ebd", "none") != "none":
                 raise ValueError("DeBERTa v1 has neither share_att_key nor norm_rel_ebd: see DebertaV2Config")
+            head_size = self.hidden_size // self.num_attention_heads
+            if getattr(self, "attention_head_size", head_size) != head_size:
+                raise ValueError(f"DeBERTa v1's heads are hidden_size / num_attention_heads = {head_size} wide")
         elif getattr(self, "talking_head", False):
             raise ValueError("talking_head belongs to DeBERTa v1: see DebertaConfig")
 
@@ -168,14 +178,14 @@ class DebertaConfig:
     def scale_terms(self) -> int:
         """n of the scale 1 / sqrt(D n). Terms count where they are named, also where relative_attention is off."""
         named = self.pos_att_type or ()
-        return 1 + (len(named) if self.version == 1 else ("c2p" in named) + ("p2c" in named))
+        return 1 + (len(named) if self.generation == 1 else ("c2p" in named) + ("p2c" in named))
 
     @property
     def table(self) -> dict:
         """Keywords of ``disentangled_attention`` that say which row of the position table is whose."""
         longest = self.max_relative_positions
         return dict(
-            position_buckets=getattr(self, "position_buckets", -1) if self.version > 1 else -1,
+            position_buckets=getattr(self, "position_buckets", -1) if self.generation > 1 else -1,
             max_relative_positions=longest if longest >= 1 else self.max_position_embeddings,
             far_negative=self.far_negative,
         )
@@ -231,9 +241,16 @@ class DebertaConfig:
         except (TypeError, ValueError) as error:
             raise type(error)(f"{path}: {error}") from error
 
+    @classmethod
+    def from_json_file(cls, path: str | os.PathLike) -> "DebertaConfig":
+        return cls.from_dict(_read(Path(path)))
+
+    def to_json_file(self, path: str | os.PathLike) -> None:
+        Path(path).write_text(self.to_json_string(), encoding="utf-8")
+
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / FILE).write_text(self.to_json_string(), encoding="utf-8")
+        self.to_json_file(Path(folder) / FILE)
 
     def __eq__(self, other) -> bool:
         return type(self) is type(other) and self.to_dict() == other.to_dict()
@@ -261,7 +278,7 @@ class DebertaV2Config(DebertaConfig):
     """
 
     model_type = "deberta-v2"
-    version = 2
+    generation = 2
 
     vocab_size: int = 128100
     hidden_size: int = 1536
@@ -282,6 +299,9 @@ class DebertaV2Config(DebertaConfig):
 
     def _check(self) -> None:
         super()._check()
+        for part in self.norm_rel_ebd.lower().split("|"):
+            if part.strip() not in ("layer_norm", "none", ""):
+                raise ValueError(f'norm_rel_ebd must be "layer_norm" or "none", got {self.norm_rel_ebd!r}')
         if self.conv_kernel_size > 0 and self.conv_kernel_size % 2 == 0:
             raise ValueError(f"conv_kernel_size must be odd, got {self.conv_kernel_size}")
         if self.conv_kernel_size > 0 and (self.conv_groups < 1 or self.hidden_size % self.conv_groups):
@@ -299,10 +319,14 @@ def read_values(source: Source) -> tuple[dict, Path]:
     path = source.file(FILE)
     if path is None:
         raise FileNotFoundError(f"there is no {FILE} in {source}")
+    return _read(path), path
+
+
+def _read(path: Path) -> dict:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
-    return values, path
+    return values

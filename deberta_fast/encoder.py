@@ -1,7 +1,5 @@
 """The stack of layers, with the table of relative positions that they share."""
 
-import functools
-
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -94,8 +92,6 @@ class ConvLayer(nn.Module):
     ) -> torch.Tensor:
         """All (B, L, hidden_size); token_mask bool (B, L), or None."""
         output = self.conv(hidden_states.transpose(1, 2)).transpose(1, 2)
-        if token_mask is not None:
-            output = output.masked_fill(~token_mask.unsqueeze(-1), 0.0)
         output = self.LayerNorm(residual + self.activation(self.dropout(output)))
         return output if token_mask is None else output * token_mask.unsqueeze(-1)
 
@@ -138,11 +134,8 @@ class DebertaEncoder(nn.Module):
         """
         table = self.table()
         states, attentions = [hidden_states], []
-        for index, layer in enumerate(self.layer):
-            run = layer
-            if self.checkpointing is not None and self.training and index % self.checkpoint_every == 0:
-                run = functools.partial(checkpoint, layer, **self.checkpointing)
-            output, probabilities = run(states[-1], mask, table, None, output_attentions)
+        for index in range(len(self.layer)):
+            output, probabilities = self._run(index, states[-1], mask, table, None, output_attentions)
             if index == 0 and self.conv is not None:
                 output = self.conv(hidden_states, output, token_mask)
             states = [*states, output] if output_hidden_states else [output]
@@ -159,9 +152,15 @@ class DebertaEncoder(nn.Module):
     ) -> list[torch.Tensor]:
         """The last layer run ``times`` more, each on the output before it as queries, with keys and values of
         hidden_states: Microsoft's z_steps and the enhanced mask decoder's two layers."""
-        table = self.table()
+        table, last = self.table(), len(self.layer) - 1
         outputs = []
         for _ in range(times):
-            query_states, _ = self.layer[-1](hidden_states, mask, table, query_states)
+            query_states, _ = self._run(last, hidden_states, mask, table, query_states, False)
             outputs.append(query_states)
         return outputs
+
+    def _run(self, index: int, *inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        layer = self.layer[index]
+        if self.checkpointing is not None and self.training and index % self.checkpoint_every == 0:
+            return checkpoint(layer, *inputs, **self.checkpointing)
+        return layer(*inputs)

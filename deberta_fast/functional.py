@@ -6,12 +6,11 @@ Source: He et al., DeBERTa (arXiv 2006.03654), equations 2 to 4; sigma is ``rela
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import backends
 from .backends.inputs import AttentionInputs
 from .dropout import new_seed
-from .ops import check_cu_seqlens
+from .ops import DisentangledAttention, check_cu_seqlens
 from .relative_position import FAR_NEGATIVE_RULES, table_rows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -235,26 +234,8 @@ def _attend(inputs: AttentionInputs, return_lse: bool, backend: str | None):
         with torch.autocast(inputs.query.device.type, enabled=False):
             output, lse = backends.reference.attention(inputs)
     else:
-        output, lse = _DisentangledAttention.apply(*inputs, name)
+        output, lse = DisentangledAttention.apply(*inputs, name)
     return (output, lse) if return_lse else output
-
-
-class _DisentangledAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *arguments):
-        output, lse = torch.ops.deberta_fast.attention_forward(*arguments)
-        tensors = AttentionInputs._fields.index("position_buckets")
-        ctx.save_for_backward(*arguments[:tensors], output, lse)
-        ctx.settings = arguments[tensors:]
-        return output, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output, grad_lse):
-        *tensors, output, lse = ctx.saved_tensors
-        grads = torch.ops.deberta_fast.attention_backward(grad_output, grad_lse, output, lse, *tensors, *ctx.settings)
-        grads = [None if given is None else grad for given, grad in zip(tensors, grads, strict=False)]
-        return *grads, *(None,) * (len(tensors) - len(grads) + len(ctx.settings))
 
 
 def _check_heads(query, key, value, ndim: int, layout: str) -> None:

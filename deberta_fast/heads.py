@@ -87,6 +87,7 @@ def sequence_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type: str 
 
     Raises:
         ValueError: labels are of another shape.
+        TypeError: class numbers are no integers.
     """
     batch, number = logits.shape
     classes = problem_type == "single_label_classification" or (problem_type is None and number > 1)
@@ -97,6 +98,8 @@ def sequence_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type: str 
             f"labels must be of shape {tuple(logits.shape)}{f' or ({batch},)' if classes else ''}, "
             f"got {tuple(labels.shape)}"
         )
+    if problem_type == "single_label_classification" and labels.dim() == 1 and labels.is_floating_point():
+        raise TypeError(f"labels must be class numbers, got {labels.dtype}")
     exact = torch.promote_types(logits.dtype, labels.dtype if labels.is_floating_point() else torch.float32)
     logits = logits.to(exact)
     if problem_type == "multi_label_classification":

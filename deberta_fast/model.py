@@ -49,7 +49,8 @@ class DebertaModel(PreTrainedModel):
         Args:
             input_ids: (B, L) token ids, or inputs_embeds (B, L, embedding_size).
             attention_mask: 1 for tokens and 0 for padding, any dtype, (B, L) or (B, 1, 1, L); or pairwise, which query
-                may attend to which key, (B, L, L) or (B, 1, L, L). Without one, everything is a token.
+                may attend to which key, (B, L, L) or (B, 1, L, L). Not what is added to scores: anything but 0 counts
+                as 1. Without one, everything is a token.
             token_type_ids, position_ids: (B, L), zeros and 0 to L - 1 by default.
             output_attentions: also return every layer's probabilities, (B, H, L, L), computed densely.
             output_hidden_states: also return the embeddings and every layer's output.
@@ -65,8 +66,12 @@ class DebertaModel(PreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         shape = tuple(input_ids.shape if input_ids is not None else inputs_embeds.shape[:-1])
-        if len(shape) != 2:
-            raise ValueError(f"input_ids must be of shape (B, L), got {shape}")
+        if len(shape) != 2 or shape[1] == 0:
+            name, form = (
+                ("input_ids", "(B, L)") if input_ids is not None else ("inputs_embeds", "(B, L, embedding_size)")
+            )
+            given = tuple((inputs_embeds if input_ids is None else input_ids).shape)
+            raise ValueError(f"{name} must be of shape {form} with L at least 1, got {given}")
         if attention_mask is None:
             self._warn_of_padding(input_ids)
         mask, token_mask = _masks(attention_mask, *shape)
@@ -131,7 +136,7 @@ class DebertaV2Model(DebertaModel):
 
 
 def _base(config: DebertaConfig) -> DebertaModel:
-    return (DebertaModel if config.version == 1 else DebertaV2Model)(config)
+    return (DebertaModel if config.generation == 1 else DebertaV2Model)(config)
 
 
 class DebertaForMaskedLM(PreTrainedModel):
@@ -426,6 +431,8 @@ class DebertaV2ForMultipleChoice(PreTrainedModel):
         Returns:
             loss, logits (B, C), hidden_states, attentions, the latter two of B C sequences.
         """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         choices = (input_ids if input_ids is not None else inputs_embeds).shape[1]
         flat = (
             None if x is None else x.flatten(0, 1)

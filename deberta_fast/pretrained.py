@@ -52,6 +52,7 @@ class PreTrainedModel(nn.Module):
             raise TypeError(f"{type(self).__name__} takes a {self.config_class.__name__}, got {type(config).__name__}")
         super().__init__()
         self.config = config
+        self._input_hook = None
 
     @classmethod
     def from_pretrained(
@@ -74,7 +75,7 @@ class PreTrainedModel(nn.Module):
             name_or_path: a folder, or a name on the hub. None if config and state_dict are given.
             config: instead of the checkpoint's config.json.
             state_dict: instead of the checkpoint's tensors, under any names that a checkpoint may use.
-            dtype: of the parameters; "auto" for that of the checkpoint, which may be a half one.
+            dtype: of the parameters, or its name; "auto" for that of the checkpoint, which may be a half one.
             device: of the parameters, the CPU by default.
             weights: a file of that name instead of the first of the usual ones.
             ignore_mismatched_sizes: initialise parameters whose shape in the checkpoint is another one.
@@ -120,7 +121,7 @@ class PreTrainedModel(nn.Module):
         try:
             tensors, ignored = to_native(
                 tensors,
-                version=self.config.version,
+                version=self.config.generation,
                 heads=self.config.num_attention_heads,
                 expected=set(expected),
                 part=self.checkpoint_part,
@@ -151,7 +152,9 @@ class PreTrainedModel(nn.Module):
             raise ValueError(f"{file} holds no DeBERTa, but {names} ...")
         if dtype == "auto":
             dtype = next((x.dtype for x in fitting.values() if x.is_floating_point()), torch.float32)
-        elif not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        elif isinstance(dtype, str):
+            dtype = getattr(torch, dtype, dtype)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f'dtype must be a floating-point torch.dtype or "auto", got {dtype!r}')
         device = torch.device("cpu" if device is None else device)
         for name, module in self.named_modules():
@@ -194,7 +197,7 @@ class PreTrainedModel(nn.Module):
         config.architectures = [type(self).__name__]
         tensors = to_hf(
             self.state_dict() if state_dict is None else state_dict,
-            version=config.version,
+            version=config.generation,
             heads=config.num_attention_heads,
             legacy=config.legacy,
         )
@@ -271,13 +274,15 @@ class PreTrainedModel(nn.Module):
         """
         old = self.get_input_embeddings()
         rows = old.num_embeddings if new_num_tokens is None else new_num_tokens
-        if pad_to_multiple_of is not None:
-            rows = -(-rows // pad_to_multiple_of) * pad_to_multiple_of
-        if rows < 1:
-            raise ValueError(f"new_num_tokens must be at least 1, got {new_num_tokens}")
+        multiple = 1 if pad_to_multiple_of is None else pad_to_multiple_of
+        for name, value in (("new_num_tokens", rows), ("pad_to_multiple_of", multiple)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number from 1 on, got {value}")
+        rows = -(-rows // multiple) * multiple
+        if rows <= (self.config.pad_token_id or 0):
+            raise ValueError(f"new_num_tokens={rows} leaves no row for pad_token_id={self.config.pad_token_id}")
         if rows != old.num_embeddings:
-            padding = old.padding_idx if old.padding_idx is not None and old.padding_idx < rows else None
-            new = nn.Embedding(rows, old.embedding_dim, padding, device="meta")
+            new = nn.Embedding(rows, old.embedding_dim, old.padding_idx, device="meta")
             new.weight = resized(old.weight, rows, old.weight.mean(0))
             self.set_input_embeddings(new)
         for config in {id(m.config): m.config for m in (self, self.base_model)}.values():
@@ -317,12 +322,17 @@ class PreTrainedModel(nn.Module):
 
     def enable_input_require_grads(self) -> None:
         """Gradients flow from the embeddings on, also where those are frozen: for reentrant checkpointing and LoRA."""
-        self._input_hook = self.get_input_embeddings().register_forward_hook(
-            lambda module, args, output: output.requires_grad_()
-        )
+        self.disable_input_require_grads()
+        self._input_hook = self.get_input_embeddings().register_forward_hook(_require_gradient)
 
     def disable_input_require_grads(self) -> None:
-        self._input_hook.remove()
+        if self._input_hook is not None:
+            self._input_hook.remove()
+            self._input_hook = None
+
+
+def _require_gradient(module: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
+    output.requires_grad_()
 
 
 def resized(old: nn.Parameter, rows: int, new_row: torch.Tensor | float) -> nn.Parameter:

@@ -1,10 +1,12 @@
 """``python -m deberta_fast``: lines of JSON in, lines of JSON out."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -112,6 +114,17 @@ def test_bad_lines(bad, message, folders, tmp_path, capsys):
     assert len((tmp_path / "out").read_text().splitlines()) == 2
 
 
+def test_first_of_bad_lines(folders, tmp_path, capsys):
+    """Also where another one is found before it."""
+    items = ["[MASK]"] * 50
+    items[30], items[40] = "none", {"txt": "a"}
+    (tmp_path / "in").write_text(lines(items))
+    files = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    assert main(["run", "--task", "fill-mask", "--model", str(folders / "ForMaskedLM"), *files]) == 1
+    assert "line 31: it has no mask token" in capsys.readouterr().err
+    assert len((tmp_path / "out").read_text().splitlines()) == 30
+
+
 def test_no_utf8(folders, tmp_path, capsys):
     (tmp_path / "in").write_bytes(b'"\xff"\n')
     model = str(folders / "ForSequenceClassification")
@@ -160,12 +173,21 @@ def test_parser(capsys):
         assert message in printed.out + printed.err
 
 
-def process(folders, **options):
+@contextlib.contextmanager
+def process(folders):
+    """One that is killed where it hangs."""
     command = [sys.executable, "-W", "ignore", "-m", "deberta_fast", "run", "--task", "fill-mask"]
     command += ["--model", str(folders / "ForMaskedLM"), "--device", "cpu"]
     environment = os.environ | {"PYTHONPATH": str(Path(deberta_fast.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    return subprocess.Popen(command, env=environment, text=True, encoding="utf-8", **pipes)
+    with subprocess.Popen(command, env=environment, text=True, encoding="utf-8", **pipes) as run:
+        timer = threading.Timer(90, run.kill)
+        timer.start()
+        try:
+            yield run
+        finally:
+            timer.cancel()
+            run.kill()
 
 
 def test_streams(folders):

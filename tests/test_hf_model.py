@@ -108,7 +108,7 @@ def assert_equal_results(theirs, ours, inputs):
     own = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
     config = ours.config
     expected, _ = to_native(
-        gradients, version=config.version, heads=config.num_attention_heads, expected=set(own), part="discriminator"
+        gradients, version=config.generation, heads=config.num_attention_heads, expected=set(own), part="discriminator"
     )
     assert own.keys() == expected.keys()
     largest = max(x.abs().max() for x in expected.values())

@@ -131,7 +131,7 @@ def masked(text, seed):
 def test_fill_mask(name, options):
     own, other = both(name, "fill-mask")
     texts = [masked(text, i) for i, text in enumerate(TEXTS[:7])]
-    texts += ["[MASK]", "two [MASK] in[MASK] one", "[PAD] the [MASK]."]
+    texts += ["[MASK]", "two [MASK] in[MASK] one", "[PAD] the [MASK].", " [MASK][PAD] of [MASK]"]
     result = own(texts, **options)
     assert_same(result, other(texts, **options))
     assert_same(own(texts[:1], **options), other(texts[:1], **options))
@@ -188,6 +188,14 @@ def test_zero_shot_classification(name, multi_label):
     assert_same(own(TEXTS[0], "one", multi_label=multi_label), other(TEXTS[0], "one", multi_label=multi_label))
     options |= dict(candidate_labels="a, b ,c", hypothesis_template="{} it is.")
     assert_same(own(TEXTS[:1], **options), other(TEXTS[:1], **options))
+
+
+def test_zero_shot_classification_shortens_texts_alone():
+    """And nothing where a label alone is too long."""
+    own, other = both("v3", "zero-shot-classification")
+    for words in (20, 60):
+        label = " ".join(TEXTS[-1].split()[:words])
+        assert_same(own(TEXTS, [label, "with"]), other(TEXTS, [label, "with"]))
 
 
 def test_zero_shot_classification_entailment_first():

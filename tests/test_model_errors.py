@@ -14,7 +14,14 @@ CALLS = {
         dict(input_ids=IDS, inputs_embeds=torch.ones(2, 5, 32)),
         "exactly one of input_ids and inputs_em",
     ),
-    "ids": ("Model", dict(input_ids=IDS[0]), r"input_ids must be of shape \(B, L\), got \(5,\)"),
+    "ids": ("Model", dict(input_ids=IDS[0]), r"input_ids must be of shape \(B, L\) with L at least 1, got \(5,\)"),
+    "no-tokens": ("Model", dict(input_ids=IDS[:, :0]), r"input_ids must be of shape .* got \(2, 0\)"),
+    "embeddings": (
+        "Model",
+        dict(inputs_embeds=torch.ones(2, 5)),
+        r"inputs_embeds must be of shape \(B, L, embedding_size\) with L at least 1, got \(2, 5\)",
+    ),
+    "no-choices": ("ForMultipleChoice", dict(), "exactly one of input_ids and inputs_embeds must be given"),
     "mask": (
         "Model",
         dict(input_ids=IDS, attention_mask=IDS[:, 1:]),

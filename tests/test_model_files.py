@@ -117,9 +117,16 @@ def test_resizing_keeps_frozen_frozen_and_dtype():
     )
 
 
-def test_vocabularies_of_no_tokens_are_refused():
-    with pytest.raises(ValueError, match="new_num_tokens must be at least 1, got 0"):
-        build("v3").resize_token_embeddings(0)
+def test_impossible_vocabularies_are_refused():
+    model = build("v3", pad_token_id=7)
+    for number in (0, -3, 90.0):
+        with pytest.raises(ValueError, match=f"new_num_tokens must be a whole number from 1 on, got {number}"):
+            model.resize_token_embeddings(number)
+    for multiple in (0, -8, 1.3):
+        with pytest.raises(ValueError, match=f"pad_to_multiple_of must be a whole number from 1 on, got {multiple}"):
+            model.resize_token_embeddings(50, pad_to_multiple_of=multiple)
+    with pytest.raises(ValueError, match="new_num_tokens=7 leaves no row for pad_token_id=7"):
+        model.resize_token_embeddings(7)
 
 
 # Files
@@ -246,7 +253,7 @@ def test_models_of_files_are_refused(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(TypeError, match="DebertaV2Config has no hidden_sizes"):
         kind.from_pretrained(tmp_path, hidden_sizes=3)
-    for dtype in (torch.int8, "half"):
+    for dtype in (torch.int8, "int8", "float99"):
         with pytest.raises(TypeError, match='dtype must be a floating-point torch.dtype or "auto", got'):
             kind.from_pretrained(tmp_path, dtype=dtype)
     with pytest.raises(ValueError, match="state_dict holds no DeBERTa, but other"):

@@ -60,9 +60,6 @@ def test_exports_with_dynamic_shapes(name, head, changes):
                 torch.testing.assert_close(got.logits, expected.logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the operator runs outside its autograd.Function: an error, or gradients missing"
-)
 @pytest.mark.parametrize("backend", ["eager", None])
 def test_an_exported_program_has_all_gradients(backend):
     model, inputs = build("v3").train(), inputs_of("Model")

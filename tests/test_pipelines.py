@@ -289,8 +289,9 @@ def test_kinds_of_results():
     run = ready("token-classification", aggregation_strategy="simple", ignore_labels=[])
     [entities] = run(words, is_split_into_words=True)
     assert close(run([words], is_split_into_words=True), [entities])
-    text = " ".join(words)
-    assert entities[0]["start"] == 0 and entities[-1]["end"] == len(text)
+    assert entities[0]["start"] == 0 and entities[-1]["end"] == len("Sequence types")
+    [entities] = run(words, is_split_into_words=True, delimiter=" - ")
+    assert entities[-1]["end"] == len("Sequence - types")
 
 
 def test_warnings():
@@ -330,12 +331,8 @@ def test_answers_with_a_slow_tokenizer(name):
         assert [context[start:end] for start, end in words] == context.split()
         answer = slow("Who jumps?", context, **options)
         assert context[answer["start"] : answer["end"]] == answer["answer"].strip() != ""
-    if name == "v3":
-        ids = [
-            [row.input_ids for row in run.rows([{"question": "Who?", "context": context}], run.options)[0]]
-            for run in (slow, fast)
-        ]
-        assert ids[0][0] == [token for token in ids[1][0]]
+    plain = [{"question": "Who jumps?", "context": " ".join(context.split())}]
+    assert slow.rows(plain, slow.options)[0][0].input_ids == fast.rows(plain, fast.options)[0][0].input_ids
 
 
 def test_question_is_cut():
@@ -351,7 +348,22 @@ def test_words_that_a_part_cuts_are_joined(monkeypatch):
     parts = run.rows([{"question": "a", "context": LONG}], run.options)[0]
     logits = [(torch.zeros(len(row.input_ids)), torch.zeros(len(row.input_ids))) for row in parts]
     answer = run.answer({"context": LONG}, parts[:2], logits[:2], run.changed({"top_k": 1}, run.options))
-    assert answer["score"] == pytest.approx((len(parts[0].about.offsets) + 1) ** -2, rel=1e-5)
+    least = (len(parts[0].about.offsets) + 1) ** -2
+    assert answer["score"] == pytest.approx(least, rel=1e-5)
+    # But of having no answer, the least counts
+    logits[1][0][0] = logits[1][1][0] = 9
+    options = run.changed({"top_k": 50, "handle_impossible_answer": True}, run.options)
+    [nothing] = [x for x in run.answer({"context": LONG}, parts[:2], logits[:2], options) if not x["answer"]]
+    assert nothing == {"score": pytest.approx(least, rel=1e-5), "start": 0, "end": 0, "answer": ""}
+
+
+def test_parts_of_long_contexts():
+    """384 tokens with the question, of which 128 overlap."""
+    run = ready("question-answering")
+    [rows] = run.rows([{"question": "Why?", "context": LONG}], run.options)
+    first = rows[0].about.first
+    assert {len(row.input_ids) for row in rows[:-1]} == {384}
+    assert rows[0].input_ids[-129:-1] == rows[1].input_ids[first : first + 128]
 
 
 def test_progress(capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """Configurations, and loading and saving of models, without transformers."""
 
 import json
+import pickle
 import warnings
 
 import pytest
@@ -47,6 +48,8 @@ def test_config_keeps_what_it_does_not_know(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(values))
     config = DebertaV2Config.from_pretrained(tmp_path, num_labels=4)
     assert config.fancy == {"a": 1} and config.pos_att_type == ["c2p", "p2c"] and config.num_labels == 4
+    config.to_json_file(tmp_path / "config.json")
+    assert DebertaV2Config.from_json_file(tmp_path / "config.json") == config
     config.save_pretrained(tmp_path / "again")
     assert DebertaV2Config.from_pretrained(tmp_path / "again") == config
     # None as a value would shadow what Hugging Face computes
@@ -61,6 +64,7 @@ def test_config_of_microsoft():
 def test_labels():
     config = DebertaV2Config(id2label={"0": "no", "1": "yes", "2": "maybe"})
     assert config.num_labels == 3 and config.label2id == {"no": 0, "yes": 1, "maybe": 2}
+    assert DebertaV2Config(label2id={"no": 0, "yes": 1, "maybe": 2}).id2label == {0: "no", 1: "yes", 2: "maybe"}
     config.num_labels = 2
     assert config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
     with pytest.raises(ValueError, match="num_labels is 5"):
@@ -82,6 +86,15 @@ def test_labels():
         (DebertaConfig, dict(pad_token_id=50265), "pad_token_id must be below vocab_size, 50265, got 50265"),
         (DebertaConfig, dict(position_buckets=256), "DeBERTa v1 has no position_buckets"),
         (DebertaConfig, dict(share_att_key=True), "DeBERTa v1 has neither share_att_key"),
+        (DebertaConfig, dict(layer_norm_eps=-1.0), "layer_norm_eps must be positive"),
+        (DebertaConfig, dict(embedding_size=0), "embedding_size must be at least 1, got 0"),
+        (DebertaConfig, dict(attention_head_size=32), "heads are hidden_size / num_attention_heads = 64 wide"),
+        (DebertaConfig, dict(generation=2), "generation is no value of a configuration"),
+        (DebertaConfig, dict(to_dict=2), "to_dict is no value of a configuration"),
+        (DebertaConfig, dict(enhanced_mask_decoder=True, num_hidden_layers=0), "needs a layer to run again"),
+        (DebertaV2Config, dict(position_buckets=1), "position_buckets must be at least 2"),
+        (DebertaV2Config, dict(position_buckets=200, max_relative_positions=40), "max_relative_positions at least"),
+        (DebertaV2Config, dict(norm_rel_ebd="layernorm"), 'norm_rel_ebd must be "layer_norm" or "none"'),
         (DebertaV2Config, dict(talking_head=True), "talking_head belongs to DeBERTa v1"),
         (DebertaV2Config, dict(conv_kernel_size=4), "conv_kernel_size must be odd, got 4"),
         (DebertaV2Config, dict(conv_kernel_size=3, conv_groups=7), "conv_groups must divide hidden_size, 1536"),
@@ -139,6 +152,7 @@ def test_dtype_is_float32_unless_asked(tmp_path):
     tiny().half().save_pretrained(tmp_path)
     assert DebertaV2Model.from_pretrained(tmp_path).dtype == torch.float32
     assert DebertaV2Model.from_pretrained(tmp_path, dtype="auto").dtype == torch.float16
+    assert DebertaV2Model.from_pretrained(tmp_path, dtype="bfloat16").dtype == torch.bfloat16
     model = DebertaV2Model.from_pretrained(tmp_path, dtype=torch.bfloat16, device="cpu")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and output(model).dtype == torch.bfloat16
     with pytest.raises(TypeError, match="dtype must be a floating-point"):
@@ -274,6 +288,18 @@ def test_backend_by_name():
         output(model)
     with pytest.raises(ValueError, match="backend must be one of"):
         model.set_backend("fastest")
+
+
+def test_gradients_of_inputs():
+    model = tiny()
+    model.requires_grad_(False)
+    model.disable_input_require_grads()
+    for _ in range(2):
+        model.enable_input_require_grads()
+    assert model(IDS)[0].requires_grad
+    pickle.dumps(model)
+    model.disable_input_require_grads()
+    assert not model(IDS)[0].requires_grad
 
 
 def test_everything_public_is_there():

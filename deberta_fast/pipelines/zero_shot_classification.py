@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from ..model import DebertaForSequenceClassification
-from .base import InputError, Pipeline, Row, text_of
+from .base import Pipeline, Row, text_of
 
 
 class ZeroShotClassificationPipeline(Pipeline):
@@ -71,19 +71,18 @@ class ZeroShotClassificationPipeline(Pipeline):
 
     def rows(self, items, options):
         hypotheses = [options.hypothesis_template.format(label) for label in options.candidate_labels]
-        # What there is to shorten is the text
-        pairs = [[(text, hypothesis) for hypothesis in hypotheses] for text in items]
-        result = []
-        for index, own in enumerate(pairs):
-            try:
-                result.append(self.encode(own, truncation="only_first", verbose=False))
-            except Exception as error:
-                # The label alone is too long: then nothing is shortened, as in Hugging Face's
-                try:
-                    result.append(self.encode(own, truncation=False, verbose=False))
-                except ValueError:
-                    raise InputError(index, str(error)) from error
-        return result
+        return [self._pairs([(text, hypothesis) for hypothesis in hypotheses]) for text in items]
+
+    def _pairs(self, pairs: list[tuple[str, str]]) -> list[Row]:
+        try:
+            # What there is to shorten is the text
+            return self.encode(pairs, truncation="only_first", verbose=False)
+        except Exception:
+            # A label alone is too long: its row is not shortened then, as in Hugging Face's. Errors of all other kinds
+            # come again
+            if len(pairs) > 1:
+                return [row for pair in pairs for row in self._pairs([pair])]
+            return self.encode(pairs, truncation=False, verbose=False)
 
     def outputs(self, inputs: dict, rows: list[Row], options) -> Iterable:
         return self.model(**inputs).logits.float().cpu()
