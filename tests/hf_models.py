@@ -5,6 +5,7 @@ import statistics
 
 import pytest
 import torch
+from native_models import randomise
 
 transformers = pytest.importorskip("transformers")
 V1, V2 = (importlib.import_module(f"transformers.models.{x}.modeling_{x}") for x in ("deberta", "deberta_v2"))
@@ -23,16 +24,6 @@ CONFIGS = {
     "v3": dict(V3, position_biased_input=False),
     "v3-c2p": dict(V3, pos_att_type=["c2p"]),
 }
-
-
-def randomise(module):
-    """Weights that keep unit variance: behind the usual 0.02 the position terms could be wrong without being seen."""
-    generator = torch.Generator().manual_seed(0)
-    for name, p in module.named_parameters():
-        fan_in = 1 if "embeddings" in name else p[0].numel() if p.dim() > 1 else 10
-        noise = torch.randn(p.shape, generator=generator) * fan_in**-0.5
-        p.data.copy_(noise + 1 if name.endswith("LayerNorm.weight") else noise)
-    return module
 
 
 def build(name="v3", head="Model", **changes):
