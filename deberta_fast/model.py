@@ -170,17 +170,10 @@ class DebertaForMaskedLM(PreTrainedModel):
         Returns:
             loss, logits (B, L, vocab_size), hidden_states, attentions.
         """
-        kept = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        decodes = self.config.enhanced_mask_decoder and not self.config.position_biased_input
-        outputs = self.deberta(
+        states, outputs = self.predicting_states(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
-            kept or decodes, True,
+            output_hidden_states,
         )  # fmt: skip
-        states = outputs.last_hidden_state
-        if decodes:
-            # of z_steps' repetitions, none is the last layer's input
-            before_last = outputs.hidden_states[self.config.num_hidden_layers - 1]
-            states = self.deberta.enhanced_mask_decoder(before_last, attention_mask, position_ids)
         logits = self.lm_predictions(states, self.get_input_embeddings())
         return _returned(
             self,
@@ -188,10 +181,38 @@ class DebertaForMaskedLM(PreTrainedModel):
             MaskedLMOutput(
                 loss=None if labels is None else token_loss(logits, labels),
                 logits=logits,
-                hidden_states=outputs.hidden_states if kept else None,
+                hidden_states=outputs.hidden_states,
                 attentions=outputs.attentions,
             ),
         )
+
+    def predicting_states(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> tuple[torch.Tensor, BaseModelOutput]:
+        """What the head predicts from, (B, L, hidden_size), and the output of ``deberta``; arguments as of ``forward``.
+
+        Of the states, ``lm_predictions`` need only see those at masks: scores of a whole vocabulary are large.
+        """
+        kept = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        decodes = self.config.enhanced_mask_decoder and not self.config.position_biased_input
+        outputs = self.deberta(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
+            kept or decodes, True,
+        )  # fmt: skip
+        if not decodes:
+            return outputs.last_hidden_state, outputs
+        # of z_steps' repetitions, none is the last layer's input
+        before_last = outputs.hidden_states[self.config.num_hidden_layers - 1]
+        if not kept:
+            outputs = BaseModelOutput(last_hidden_state=outputs.last_hidden_state, attentions=outputs.attentions)
+        return self.deberta.enhanced_mask_decoder(before_last, attention_mask, position_ids), outputs
 
     def get_output_embeddings(self) -> nn.Module:
         """The word embeddings where they are tied; otherwise the decoder, a Linear. Both have a weight (V, width)."""

@@ -71,14 +71,8 @@ class FillMaskPipeline(Pipeline):
 
     def _logits(self, inputs: dict, batch: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """(masks, vocab_size): of a long batch, the scores of all tokens would fill many gigabytes."""
-        model = self.model
-        decodes = model.config.enhanced_mask_decoder and not model.config.position_biased_input
-        outputs = model.deberta(**inputs, output_hidden_states=decodes, return_dict=True)
-        states = outputs.last_hidden_state
-        if decodes:
-            before_last = outputs.hidden_states[model.config.num_hidden_layers - 1]
-            states = model.deberta.enhanced_mask_decoder(before_last, inputs.get("attention_mask"))
-        return model.lm_predictions(states[batch, places], model.get_input_embeddings())
+        states, _ = self.model.predicting_states(**inputs)
+        return self.model.lm_predictions(states[batch, places], self.model.get_input_embeddings())
 
     def answer(self, item, rows, outputs, options):
         [row], [(scores, tokens)] = rows, outputs
