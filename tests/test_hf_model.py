@@ -9,6 +9,7 @@ from hf_models import noise, randomise, tokens, transformers
 import deberta_fast
 from deberta_fast.checkpoint.names import to_native
 
+V4 = transformers.__version__.startswith("4.")
 V3 = dict(
     hidden_size=768, num_attention_heads=12, intermediate_size=3072, position_buckets=256, share_att_key=True,
     norm_rel_ebd="layer_norm", pos_att_type="p2c|c2p", position_biased_input=False, pooler_hidden_act="gelu",
@@ -130,10 +131,13 @@ def assert_hf_loads(ours, theirs, folder):
         assert unused or torch.equal(x, expected[name]), name
 
 
+@pytest.mark.skipif(V4, reason="takes long, and the switches below are compared with transformers 4 too")
 @pytest.mark.parametrize("name", SHAPES)
 def test_public_shapes(name, tmp_path):
     theirs, ours = pair(name, "ForMaskedLM", tmp_path / "theirs")
-    inputs = tokens("right", length=600 if name in ("v1-base", "v3-small") else 70)
+    inputs = tokens(
+        "right", length=600 if name in ("v1-base", "mdeberta") else 70
+    )  # 600 is far, with and without buckets
     labels = inputs["input_ids"].masked_fill((inputs["input_ids"] % 7 > 0) | (inputs["attention_mask"] == 0), -100)
     assert_equal_results(theirs, ours, dict(inputs, labels=labels, output_hidden_states=True))
     assert_hf_loads(ours, theirs, tmp_path / "ours")
@@ -151,7 +155,7 @@ def test_switches(name, padding, tmp_path):
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("name", ["v1", "v3"])
 def test_masked_lm(name, legacy, tied, tmp_path):
-    if not legacy and int(transformers.__version__[0]) < 5:
+    if not legacy and V4:
         pytest.skip("transformers 4 ties the head's dense layer to the embeddings")
     theirs, ours = pair(name, "ForMaskedLM", tmp_path / "theirs", legacy=legacy, tie_word_embeddings=tied)
     inputs = tokens("right")

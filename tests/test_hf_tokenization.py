@@ -83,7 +83,7 @@ def calls(seed, fast):
     )
     if fast:
         choices["return_offsets_mapping"] = [False, True]
-    for n in range(500):
+    for n in range(200):
         words = n % 4 == 0
         given = generator.choice(pretokenized if words else inputs)()
         options = {key: generator.choice(values) for key, values in choices.items() if generator.random() < 0.6}
@@ -103,7 +103,7 @@ def test_calls(both):
             compared += 1
         else:  # theirs only tell the log that they do not truncate
             assert own in ("fails", other) or honoured(own, options, both[0]), (given, options)
-    assert compared > 200
+    assert compared > 80
 
 
 def honoured(result, options, tokenizer):
