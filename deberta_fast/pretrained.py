@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from . import backends
 from .checkpoint import CheckpointError, read_tensors, to_hf, to_native, write_tensors
@@ -38,7 +39,7 @@ class LoadingInfo(NamedTuple):
 
 
 class PreTrainedModel(nn.Module):
-    """Base of the models. ``backend`` names the attention's backend, None for the best one call by call."""
+    """Base of the models: a module with a configuration, which checkpoints give and take."""
 
     config_class = DebertaConfig
     base_model_prefix = "deberta"
@@ -103,7 +104,7 @@ class PreTrainedModel(nn.Module):
         file = "state_dict"
         if state_dict is None:
             state_dict, file = read_tensors(source, weights=weights)
-        with torch.device("meta"):
+        with torch.device("meta"), _WithoutNumbers():
             model = cls(copy.deepcopy(config))
         info = model._load(state_dict, f"{name_or_path}: {file}", dtype, device, ignore_mismatched_sizes)
         return (model.eval(), info) if output_loading_info else model.eval()
@@ -333,6 +334,16 @@ class PreTrainedModel(nn.Module):
 
 def _require_gradient(module: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
     output.requires_grad_()
+
+
+class _WithoutNumbers(TorchFunctionMode):
+    """Nothing is drawn: on the meta device there is nowhere to put it, and torch would import its compiler for that."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.Tensor.normal_ or getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 def resized(old: nn.Parameter, rows: int, new_row: torch.Tensor | float) -> nn.Parameter:

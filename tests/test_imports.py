@@ -121,3 +121,34 @@ def test_import_brings_neither_triton_nor_transformers():
     before = "import sys, torch; print(*{'triton', 'transformers'} & set(sys.modules))"
     run = [subprocess.check_output([sys.executable, "-c", c], text=True, timeout=120) for c in (code, before)]
     assert run[0] == run[1]
+
+
+def test_torch_sentencepiece_and_safetensors_are_enough(tmp_path):
+    """For a model, its tokenizer and a pipeline, loaded and saved; NumPy is what safetensors writes with."""
+    pytest.importorskip("sentencepiece")
+    from native_models import build
+    from tokenizer_files import spm_folder
+
+    folder = tmp_path / "model"
+    build("v3", "ForSequenceClassification", vocab_size=1100).save_pretrained(folder)
+    (folder / "spm.model").write_bytes((spm_folder() / "spm.model").read_bytes())
+    code = f"""
+from importlib.machinery import PathFinder
+absent = "transformers", "tokenizers", "huggingface_hub", "h5py", "tqdm", "google"
+find_spec = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *place: None if name.partition(".")[0] in absent else find_spec(name, *place)
+import sys
+import deberta_fast
+answers = deberta_fast.pipeline("text-classification", {str(folder)!r})(["A text.", "Another one."])
+assert [answer["label"][:6] for answer in answers] == ["LABEL_", "LABEL_"]
+deberta_fast.DebertaV2Tokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(tmp_path / "again")!r})
+model = deberta_fast.DebertaV2ForSequenceClassification.from_pretrained({str(folder)!r})
+model.save_pretrained({str(tmp_path / "again")!r})
+deberta_fast.pipeline("text-classification", {str(tmp_path / "again")!r})("A text.")
+try:
+    deberta_fast.DebertaV2TokenizerFast.from_pretrained({str(folder)!r})
+except ImportError as error:
+    assert "pip install tokenizers" in str(error)
+assert not set(absent) & set(sys.modules) and "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
