@@ -290,6 +290,26 @@ def test_backend_by_name():
         model.set_backend("fastest")
 
 
+def test_layers_that_run_again():
+    """In backward, those that are checkpointed: every nth, and the enhanced mask decoder's two as the last one."""
+    model = tiny(DebertaV2ForMaskedLM, num_hidden_layers=3, enhanced_mask_decoder=True).train()
+    runs = [0, 0, 0]
+    for index, layer in enumerate(model.deberta.encoder.layer):
+        layer.register_forward_pre_hook(lambda *_, index=index: runs.__setitem__(index, runs[index] + 1))
+    for every, expected in ((None, [1, 1, 3]), (1, [2, 2, 5]), (2, [2, 1, 5]), (3, [2, 1, 3])):
+        if every is not None:
+            model.activation_checkpointing_enable(every_n_layers=every)
+        runs[:] = [0, 0, 0]
+        model(IDS, labels=IDS).loss.backward()
+        assert runs == expected, every
+    model.activation_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
+    with pytest.raises(ValueError, match="every_n_layers must be at least 1, got 0"):
+        model.activation_checkpointing_enable(every_n_layers=0)
+    with pytest.raises(ValueError, match="offload=True is not supported"):
+        model.activation_checkpointing_enable(offload=True)
+
+
 def test_gradients_of_inputs():
     model = tiny()
     model.requires_grad_(False)
