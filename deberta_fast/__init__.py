@@ -4,20 +4,19 @@ from . import backends
 from .config import DebertaConfig, DebertaV2Config
 from .functional import disentangled_attention, disentangled_attention_varlen
 from .hf import patch, unpatch
-from .model import (
+from .model import DebertaModel, DebertaV2Model
+from .pipelines import pipeline
+from .task_models import (
     DebertaForMaskedLM,
     DebertaForQuestionAnswering,
     DebertaForSequenceClassification,
     DebertaForTokenClassification,
-    DebertaModel,
     DebertaV2ForMaskedLM,
     DebertaV2ForMultipleChoice,
     DebertaV2ForQuestionAnswering,
     DebertaV2ForSequenceClassification,
     DebertaV2ForTokenClassification,
-    DebertaV2Model,
 )
-from .pipelines import pipeline
 from .tokenization import (
     BatchEncoding,
     DebertaTokenizer,

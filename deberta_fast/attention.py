@@ -6,7 +6,12 @@ import torch
 from torch import nn
 
 from .config import DebertaConfig
-from .functional import disentangled_attention, disentangled_attention_with_probabilities
+from .functional import (
+    disentangled_attention,
+    disentangled_attention_varlen,
+    disentangled_attention_with_probabilities,
+)
+from .packing import Packing
 from .projection import project
 from .relative_position import slot_table, table_rows
 
@@ -46,15 +51,16 @@ class DisentangledSelfAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        mask: torch.Tensor | None = None,
+        mask: torch.Tensor | Packing | None = None,
         rel_embeddings: torch.Tensor | None = None,
         query_states: torch.Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
-            hidden_states: (B, L, hidden_size), of which keys and values are made.
+            hidden_states: (B, L, hidden_size), of which keys and values are made; or packed, (T, hidden_size).
             mask: bool, True where a query may attend; (B, L), or broadcastable to (B, H, L, L). None masks nothing.
+                A ``Packing`` where states are packed; then there are no probabilities.
             rel_embeddings: the table of relative positions, (R, hidden_size).
             query_states: (B, Lq, hidden_size), of which queries are made; None means hidden_states.
             output_attentions: also return the probabilities, by the dense reference.
@@ -66,42 +72,58 @@ class DisentangledSelfAttention(nn.Module):
         query = split_heads(project(self.query_proj, hidden_states if query_states is None else query_states), heads)
         key = split_heads(project(self.key_proj, hidden_states), heads)
         value = split_heads(project(self.value_proj, hidden_states), heads)
-        positions = {}
+        arguments = {"scale": self.scale, "dropout_p": self.dropout.p if self.training else 0.0}
         if self.terms:
             pos_key_proj, pos_query_proj = (
                 (self.key_proj, self.query_proj)
                 if self.share_att_key
                 else (getattr(self, "pos_key_proj", None), getattr(self, "pos_query_proj", None))
             )
-            positions = project_table(
+            arguments |= project_table(
                 rel_embeddings,
                 query,
                 key,
+                mask,
                 pos_key_proj if "c2p" in self.terms else None,
                 pos_query_proj if "p2c" in self.terms else None,
                 self.pos_dropout,
                 **self.table,
             )
-        positions.update(attention_mask=mask, scale=self.scale, dropout_p=self.dropout.p if self.training else 0.0)
-        probabilities = None
-        if output_attentions or self.talking_head:
-            output, probabilities = disentangled_attention_with_probabilities(
-                query,
-                key,
-                value,
-                head_logits_proj=self.head_logits_proj if self.talking_head else None,
-                head_weights_proj=self.head_weights_proj if self.talking_head else None,
-                **positions,
-            )
-        else:
-            output = disentangled_attention(query, key, value, backend=self.backend, **positions)
+        if not (output_attentions or self.talking_head):
+            return attend(query, key, value, mask, backend=self.backend, **arguments), None
+        if isinstance(mask, Packing):
+            raise ValueError("talking heads and output_attentions are computed densely, not on packed states")
+        output, probabilities = disentangled_attention_with_probabilities(
+            *(x.transpose(1, 2) for x in (query, key, value)),
+            attention_mask=mask,
+            head_logits_proj=self.head_logits_proj if self.talking_head else None,
+            head_weights_proj=self.head_weights_proj if self.talking_head else None,
+            **arguments,
+        )
         return output.transpose(1, 2).flatten(2), probabilities if output_attentions else None
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | Packing | None, **arguments
+) -> torch.Tensor:
+    """``disentangled_attention`` of projected states, (B, L, H, D) to (B, L, H D); or packed, (T, H, D) to (T, H D).
+
+    Args:
+        mask: as of ``disentangled_attention``; a ``Packing`` where states are packed.
+        arguments: the others of ``disentangled_attention``.
+    """
+    if isinstance(mask, Packing):
+        arguments |= {"cu_seqlens": mask.cu_seqlens, "max_seqlen": mask.max_seqlen, "attention_mask": mask.mask}
+        return disentangled_attention_varlen(query, key, value, **arguments).flatten(1)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return disentangled_attention(query, key, value, attention_mask=mask, **arguments).transpose(1, 2).flatten(2)
 
 
 def project_table(
     rel_embeddings: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
+    mask: torch.Tensor | Packing | None,
     pos_key_proj: nn.Module | None,
     pos_query_proj: nn.Module | None,
     pos_dropout: Callable[[torch.Tensor], torch.Tensor],
@@ -111,7 +133,8 @@ def project_table(
 
     Args:
         rel_embeddings: (R, hidden_size).
-        query, key: (B, H, L, D).
+        query, key: (B, L, H, D), or packed, (T, H, D).
+        mask: a ``Packing`` where they are packed.
         pos_key_proj, pos_query_proj: from hidden_size to H D; None leaves a term out.
         pos_dropout: runs on the rows.
         table: position_buckets, max_relative_positions and far_negative.
@@ -119,10 +142,11 @@ def project_table(
     start, stop = 0, table_rows(table["position_buckets"], table["max_relative_positions"])
     # Compiled, all rows: one graph for every length
     if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-        start, stop = slot_table(**table).window(query.shape[2], key.shape[2])
+        lengths = (mask.max_seqlen,) * 2 if isinstance(mask, Packing) else (query.shape[1], key.shape[1])
+        start, stop = slot_table(**table).window(*lengths)
     rows = pos_dropout(rel_embeddings[start:stop])
     projected = {
-        name: project(linear, rows).unflatten(-1, (query.shape[1], -1)).transpose(0, 1)
+        name: project(linear, rows).unflatten(-1, (query.shape[-2], -1)).transpose(0, 1)
         for name, linear in (("pos_key", pos_key_proj), ("pos_query", pos_query_proj))
         if linear is not None
     }
@@ -130,5 +154,5 @@ def project_table(
 
 
 def split_heads(projected: torch.Tensor, heads: int) -> torch.Tensor:
-    """(B, L, H D) to (B, H, L, D)."""
-    return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
+    """(..., H D) to (..., H, D)."""
+    return projected.unflatten(-1, (heads, -1))

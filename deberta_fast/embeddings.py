@@ -63,12 +63,21 @@ class DebertaEmbeddings(nn.Module):
         weight = self.position_embeddings.weight
         if position_ids is not None:
             return self.position_embeddings(position_ids)
-        if length > weight.shape[0]:
+        self.check_length(length)
+        return weight[:length].unsqueeze(0)
+
+    def check_length(self, length: int) -> None:
+        """Whether there are positions for sequences of this length.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        longest = self.position_embeddings.num_embeddings
+        if length > longest:
             raise ValueError(
-                f"sequences may be max_position_embeddings={weight.shape[0]} tokens long with absolute positions, "
+                f"sequences may be max_position_embeddings={longest} tokens long with absolute positions, "
                 f"got {length}: truncate them"
             )
-        return weight[:length].unsqueeze(0)
 
     def project(self, states: torch.Tensor) -> torch.Tensor:
         """(..., embedding_size) to (..., hidden_size)."""

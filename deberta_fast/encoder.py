@@ -1,5 +1,7 @@
 """The stack of layers, with the table of relative positions that they share."""
 
+import warnings
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -7,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from .activation import activation
 from .attention import DisentangledSelfAttention
 from .config import DebertaConfig
+from .packing import Packing, packing_of, why_not
 from .projection import project
 
 
@@ -64,12 +67,12 @@ class DebertaLayer(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        mask: torch.Tensor | None = None,
+        mask: torch.Tensor | Packing | None = None,
         rel_embeddings: torch.Tensor | None = None,
         query_states: torch.Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Arguments as of ``DisentangledSelfAttention``; returns (B, Lq, hidden_size) and the probabilities or None."""
+        """Arguments as of ``DisentangledSelfAttention``; returns states and the probabilities or None."""
         attended, probabilities = self.attention(hidden_states, mask, rel_embeddings, query_states, output_attentions)
         return self.output(self.intermediate(attended), attended), probabilities
 
@@ -106,6 +109,9 @@ class DebertaEncoder(nn.Module):
         self.conv = ConvLayer(config) if getattr(config, "conv_kernel_size", 0) > 0 else None
         self.checkpointing: dict | None = None  # torch.utils.checkpoint's keywords, where layers are checkpointed
         self.checkpoint_every = 1
+        self.unpad: bool | str = "auto"  # "auto" and True take padding out; True says so where it stays
+        self.talking_head = config.talking_head
+        self._warned = False
 
     def table(self) -> torch.Tensor | None:
         """Relative positions, (R, hidden_size)."""
@@ -117,26 +123,32 @@ class DebertaEncoder(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        mask: torch.Tensor | None = None,
+        mask: torch.Tensor | Packing | None = None,
         token_mask: torch.Tensor | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """
         Args:
-            hidden_states: the embeddings, (B, L, hidden_size).
-            mask: bool, as of ``DisentangledSelfAttention``.
-            token_mask: bool (B, L), False for padding.
+            hidden_states: the embeddings, (B, L, hidden_size); or packed, (T, hidden_size).
+            mask: as of ``DisentangledSelfAttention``. With (B, L), padding is left out on the way, as ``unpad`` says.
+            token_mask: bool (B, L), False for padding; not for packed states.
 
         Returns:
             Every layer's output, the embeddings first (only the last one without output_hidden_states), and every
             layer's probabilities (none without output_attentions).
         """
+        packing = self._packing(mask, output_attentions)
+        if packing is not None:
+            states, _ = self.forward(packing.pack(hidden_states), packing, None, output_hidden_states)
+            return [packing.pad(x, *hidden_states.shape[:2]) for x in states], []
         table = self.table()
         states, attentions = [hidden_states], []
         for index in range(len(self.layer)):
             output, probabilities = self._run(index, states[-1], mask, table, None, output_attentions)
-            if index == 0 and self.conv is not None:
+            if index == 0 and self.conv is not None and isinstance(mask, Packing):
+                output = mask.convolve(self.conv, hidden_states, output)
+            elif index == 0 and self.conv is not None:
                 output = self.conv(hidden_states, output, token_mask)
             states = [*states, output] if output_hidden_states else [output]
             if output_attentions:
@@ -147,17 +159,35 @@ class DebertaEncoder(nn.Module):
         self,
         hidden_states: torch.Tensor,
         query_states: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: torch.Tensor | Packing | None,
         times: int,
     ) -> list[torch.Tensor]:
         """The last layer run ``times`` more, each on the output before it as queries, with keys and values of
         hidden_states: Microsoft's z_steps and the enhanced mask decoder's two layers."""
+        packing = self._packing(mask)
+        if packing is not None:
+            outputs = self.again(packing.pack(hidden_states), packing.pack(query_states), packing, times)
+            return [packing.pad(x, *hidden_states.shape[:2]) for x in outputs]
         table, last = self.table(), len(self.layer) - 1
         outputs = []
         for _ in range(times):
             query_states, _ = self._run(last, hidden_states, mask, table, query_states, False)
             outputs.append(query_states)
         return outputs
+
+    def _packing(self, mask: torch.Tensor | Packing | None, output_attentions: bool = False) -> Packing | None:
+        """Of a batch whose padding is to be left out."""
+        if not self.unpad or mask is None or isinstance(mask, Packing):
+            return None
+        reason = why_not(mask)
+        if output_attentions or self.talking_head:
+            reason = "output_attentions and talking heads are computed densely"
+        if reason is None:
+            return packing_of(mask, self.unpad)
+        if self.unpad is True and not self._warned and not torch.compiler.is_compiling():
+            self._warned = True
+            warnings.warn(f"padding stays, in spite of unpad=True: {reason}", stacklevel=2)
+        return None
 
     def _run(self, index: int, *inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
         layer = self.layer[index]

@@ -10,7 +10,7 @@ from .projection import project
 
 
 class ContextPooler(nn.Module):
-    """act(W dropout(h_0) + b): the first token's state, (B, L, hidden_size) to (B, pooler_hidden_size)."""
+    """act(W dropout(h_0) + b) of the first token's state, (B, hidden_size) to (B, pooler_hidden_size)."""
 
     def __init__(self, config: DebertaConfig):
         super().__init__()
@@ -18,8 +18,8 @@ class ContextPooler(nn.Module):
         self.dropout = nn.Dropout(config.pooler_dropout)
         self.activation = activation(config.pooler_hidden_act)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.activation(self.dense(self.dropout(hidden_states[:, 0])))
+    def forward(self, first: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.dense(self.dropout(first)))
 
 
 class LMHead(nn.Module):

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from . import backends
-from .attention import project_table, split_heads
-from .functional import disentangled_attention
+from .attention import attend, project_table, split_heads
+from .packing import Packing, check_unpad, packing_of, why_not
 from .projection import project
 
 _MARK = "_deberta_fast"
@@ -29,15 +29,16 @@ _TOKEN_DISTANCES = "token distances"
 class _Patch:
     """What the patched modules of one model share."""
 
-    def __init__(self, backend: str | None):
+    def __init__(self, backend: str | None, unpad: bool | str):
         self.backend = backend
+        self.unpad = unpad
         self.warned: set[str] = set()
 
-    def warn(self, reason: str) -> None:
+    def warn(self, reason: str, what: str = "running Hugging Face's own attention") -> None:
         if reason in self.warned or torch.compiler.is_compiling():
             return
         self.warned.add(reason)
-        warnings.warn(f"deberta_fast: running Hugging Face's own attention: {reason}", stacklevel=3)
+        warnings.warn(f"deberta_fast: {what}: {reason}", stacklevel=3)
 
     def warn_unless_warned(self, reason: str) -> None:
         """For an attention module below an encoder that falls back, and has said why."""
@@ -45,26 +46,31 @@ class _Patch:
             self.warn(reason)
 
 
-def patch(model: nn.Module, backend: str | None = None) -> nn.Module:
+def patch(model: nn.Module, backend: str | None = None, *, unpad: bool | str = False) -> nn.Module:
     """Makes every Hugging Face DeBERTa inside ``model`` run fused attention, in place.
 
     Args:
         model: any module that is or contains a DeBERTa v1, v2 or v3 (or only its encoder or attention): task models,
             wrappers such as GLiNER or sentence-transformers, models with LoRA adapters. transformers 4.48 or newer.
         backend: a name of ``backends.BACKENDS`` that must then serve every call; None for the best one call by call.
+        unpad: True leaves padding out between the embeddings and the last layer's output, wherever a (B, L) mask
+            holds some: layers then see (T, hidden_size), rows of padding come out as zeros, and where padding must
+            stay (masks of pairs, traced and captured programs) one warning says so. "auto" does so where it pays,
+            without a word. On a GPU, to learn how many tokens there are means to wait for it.
 
     Returns:
-        ``model``. Patching again replaces the backend.
+        ``model``. Patching again replaces backend and unpad.
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: there is nothing to patch in it, or no backend of that name, or a ``forward`` that another tool put
-            on one of the modules would be lost.
+        ValueError: there is nothing to patch in it, or no backend of that name, or unpad is another value, or a
+            ``forward`` that another tool put on one of the modules would be lost.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if backend is not None and backend not in backends.BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(backends.BACKENDS)} or None, got {backend!r}")
+    check_unpad(unpad)
     unpatch(model)
     found = [(module, forward) for module in model.modules() if (forward := _fused_forward(module)) is not None]
     if not found:
@@ -77,7 +83,7 @@ def patch(model: nn.Module, backend: str | None = None) -> nn.Module:
             raise ValueError(
                 f"the forward of a {type(module).__name__} was replaced by other code; undo that, or patch before it"
             )
-    shared = _Patch(backend)
+    shared = _Patch(backend, unpad)
     for module, forward in found:
         place = _place(module)
         setattr(module, _MARK, {place: vars(module)[place]} if place in vars(module) else {})
@@ -162,8 +168,27 @@ def _encoder(
             return_dict,
         )  # fmt: skip
 
-    token_mask = attention_mask if attention_mask.dim() <= 2 else attention_mask.sum(-2) > 0
-    mask = attention_mask.bool()
+    states = _layers(encoder, shared, hidden_states, attention_mask, output_hidden_states)
+    output, states = states[-1], states if output_hidden_states else None
+    if not return_dict:
+        return tuple(x for x in (output, states) if x is not None)
+    return sys.modules[type(encoder).__module__].BaseModelOutput(last_hidden_state=output, hidden_states=states)
+
+
+def _layers(
+    encoder: nn.Module,
+    shared: _Patch,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | Packing,
+    output_hidden_states: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Every layer's output, the embeddings first; the last one alone without output_hidden_states."""
+    packing = _packing(shared, attention_mask)
+    if packing is not None:
+        shape = hidden_states.shape[:2]
+        states = _layers(encoder, shared, packing.pack(hidden_states), packing, output_hidden_states)
+        return tuple(packing.pad(x, *shape) for x in states)
+    mask = attention_mask if isinstance(attention_mask, Packing) else attention_mask.bool()
     rel_embeddings = encoder.get_rel_embedding()
     conv = getattr(encoder, "conv", None)
     states = (hidden_states,)
@@ -174,21 +199,31 @@ def _encoder(
         # By position, not by name: reentrant checkpointing detaches positional tensors alone, and would walk the graph
         # of the normalised table once a layer otherwise.
         output = call(states[-1], mask, None, _TOKEN_DISTANCES, rel_embeddings, False)[0]
-        if index == 0 and conv is not None:
+        if index == 0 and conv is not None and isinstance(mask, Packing):
+            output = mask.convolve(conv, hidden_states, output)
+        elif index == 0 and conv is not None:
+            token_mask = attention_mask if attention_mask.dim() <= 2 else attention_mask.sum(-2) > 0
             output = conv(hidden_states, output, token_mask)
         states = (*states, output) if output_hidden_states else (output,)
+    return states
 
-    output, states = states[-1], states if output_hidden_states else None
-    if not return_dict:
-        return tuple(x for x in (output, states) if x is not None)
-    return sys.modules[type(encoder).__module__].BaseModelOutput(last_hidden_state=output, hidden_states=states)
+
+def _packing(shared: _Patch, attention_mask: torch.Tensor | Packing) -> Packing | None:
+    if not shared.unpad or isinstance(attention_mask, Packing):
+        return None
+    reason = why_not(attention_mask)
+    if reason is None:
+        return packing_of(attention_mask.bool(), shared.unpad)
+    if shared.unpad is True:
+        shared.warn(reason, "padding stays, in spite of unpad=True")
+    return None
 
 
 def _attention_v2(
     attention: nn.Module,
     shared: _Patch,
     hidden_states: torch.Tensor,
-    attention_mask: torch.Tensor,
+    attention_mask: torch.Tensor | Packing,
     output_attentions: bool = False,
     query_states: torch.Tensor | None = None,
     relative_pos: torch.Tensor | None = None,
@@ -213,6 +248,7 @@ def _attention_v2(
             rel_embeddings,
             query,
             key,
+            attention_mask,
             getattr(attention, names[0]) if c2p else None,
             getattr(attention, names[1]) if p2c else None,
             attention.pos_dropout,
@@ -226,7 +262,7 @@ def _attention_v1(
     attention: nn.Module,
     shared: _Patch,
     hidden_states: torch.Tensor,
-    attention_mask: torch.Tensor,
+    attention_mask: torch.Tensor | Packing,
     output_attentions: bool = False,
     query_states: torch.Tensor | None = None,
     relative_pos: torch.Tensor | None = None,
@@ -245,14 +281,15 @@ def _attention_v1(
         )
     heads = attention.num_attention_heads
     query, key, value = split_heads(project(attention.in_proj, hidden_states), heads).chunk(3, dim=-1)
-    query = query + attention.q_bias.view(heads, 1, -1)
-    value = value + attention.v_bias.view(heads, 1, -1)
+    query = query + attention.q_bias.view(heads, -1)
+    value = value + attention.v_bias.view(heads, -1)
     positions = {}
     if attention.relative_attention and rel_embeddings is not None and relative_pos is not None:
         positions = project_table(
             rel_embeddings,
             query,
             key,
+            attention_mask,
             attention.pos_proj if "c2p" in attention.pos_att_type else None,
             attention.pos_q_proj if "p2c" in attention.pos_att_type else None,
             attention.pos_dropout,
@@ -281,17 +318,17 @@ def _attention_reason(attention: nn.Module, output_attentions: bool, relative_po
 
 
 def _fused(attention, shared, query, key, value, mask, terms, positions) -> tuple[torch.Tensor, None]:
-    if mask is not None:
+    if isinstance(mask, torch.Tensor):
         mask = mask.bool().unsqueeze(1) if mask.dim() == 3 else mask.bool()
-    context = disentangled_attention(
+    context = attend(
         query,
         key,
         value,
-        attention_mask=mask,
+        mask,
         # Hugging Face counts the terms of pos_att_type, also where relative_attention is off and none is there.
         scale=(query.shape[-1] * terms) ** -0.5,
         dropout_p=getattr(attention.dropout, "p", 0.0) if attention.dropout.training else 0.0,
         backend=shared.backend,
         **positions,
     )
-    return context.transpose(1, 2).flatten(2), None
+    return context, None

@@ -14,6 +14,7 @@ from .checkpoint import CheckpointError, read_tensors, to_hf, to_native, write_t
 from .config import DebertaConfig
 from .heads import LMHead
 from .hub import Source
+from .packing import check_unpad
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -251,6 +252,19 @@ class PreTrainedModel(nn.Module):
             raise ValueError(f"backend must be one of {', '.join(backends.BACKENDS)} or None, got {backend!r}")
         for layer in self.base_model.encoder.layer:
             layer.attention.self.backend = backend
+
+    def set_unpad(self, unpad: bool | str) -> None:
+        """Whether padding is left out between the embeddings and the last layer's output.
+
+        Args:
+            unpad: "auto", the default, where a (B, L) mask holds enough padding to pay; True, wherever it holds any,
+                with a warning where padding must stay (masks of pairs, output_attentions, traced and captured
+                programs); False, never. On a GPU, to learn how many tokens there are means to wait for it.
+
+        Raises:
+            ValueError: it is another value.
+        """
+        self.base_model.encoder.unpad = check_unpad(unpad)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.base_model.embeddings.word_embeddings

@@ -16,9 +16,9 @@ def fused_calls(monkeypatch):
     """The backends that patched modules ask for, one a fused call."""
     import deberta_fast.hf
 
-    calls, fused = [], deberta_fast.hf.disentangled_attention
+    calls, fused = [], deberta_fast.hf.attend
     counting = lambda *args, **kwargs: calls.append(kwargs["backend"]) or fused(*args, **kwargs)
-    monkeypatch.setattr(deberta_fast.hf, "disentangled_attention", counting)
+    monkeypatch.setattr(deberta_fast.hf, "attend", counting)
     return calls
 
 

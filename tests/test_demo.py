@@ -19,8 +19,8 @@ ONE_ROW_OFF = """
 import runpy, sys
 sys.path.insert(0, sys.argv[1])
 import deberta_fast.hf as hf
-right = hf.disentangled_attention
-hf.disentangled_attention = lambda *heads, pos_key, **rest: right(*heads, pos_key=pos_key.roll(1, dims=1), **rest)
+right = hf.attend
+hf.attend = lambda *heads, pos_key, **rest: right(*heads, pos_key=pos_key.roll(1, dims=1), **rest)
 demo = sys.argv[2]
 sys.argv = sys.argv[2:]
 runpy.run_path(demo, run_name="__main__")

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "deberta_fast"
 
 # From the bottom up; a module may import those before it. Backends share a rank: none imports another.
 RANKS = [
-    {"relative_position", "dropout", "projection", "activation", "hub"},
+    {"relative_position", "dropout", "projection", "activation", "hub", "packing", "data"},
     {"backends.inputs", "backends.extension"},
     {"backends.eager.scratch"},
     {"backends.eager.tables", "backends.eager.band"},
@@ -32,6 +32,7 @@ RANKS = [
     {"checkpoint"},
     {"pretrained"},
     {"model"},
+    {"task_models"},
     {"tokenization.special_tokens", "tokenization.batch_encoding"},
     {"tokenization.backends", "tokenization.bpe_encoder", "tokenization.files", "tokenization.model_inputs"},
     {"tokenization.base"},

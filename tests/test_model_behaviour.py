@@ -212,6 +212,7 @@ def test_dropout_sites_of_the_encoder(where):
 
 def test_dropout_comes_before_the_residual_and_before_the_convolutions_activation():
     model, inputs = build("v2", hidden_dropout_prob=0.5).train(), inputs_of("Model")
+    model.set_unpad(False)
     layer, conv = model.encoder.layer[0], model.encoder.conv
     for linear, dropout in (
         (layer.attention.output.dense, layer.attention.output.dropout),

@@ -18,6 +18,7 @@ def test_compiles_whole_and_once_for_all_lengths(name, head, changes):
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     model = build(name, head, **changes)
+    model.set_unpad(False)  # as where it is compiled: labels below count in rows of padding too
     compiled = torch.compile(copy.deepcopy(model), backend=counter, fullgraph=True)
     for length in (23, 37, 61):
         inputs = inputs_of(head, "right", length, labels=True)
@@ -46,6 +47,7 @@ def exported(model, inputs):
 @tools
 def test_exports_with_dynamic_shapes(name, head, changes):
     model, inputs = build(name, head, **changes), inputs_of(head)
+    model.set_unpad(False)  # as an exported program, also in rows of padding
     program, buffer = exported(model, inputs), io.BytesIO()
     torch.export.save(program, buffer)
     buffer.seek(0)
@@ -127,9 +129,9 @@ def test_base_model_device_dtype_and_counts():
 def test_backends_by_name(monkeypatch):
     import deberta_fast.attention
 
-    asked, attention = [], deberta_fast.attention.disentangled_attention
+    asked, attention = [], deberta_fast.attention.attend
     recording = lambda *args, **keywords: asked.append(keywords["backend"]) or attention(*args, **keywords)
-    monkeypatch.setattr(deberta_fast.attention, "disentangled_attention", recording)
+    monkeypatch.setattr(deberta_fast.attention, "attend", recording)
     model, inputs = build("v3", "ForMaskedLM", **EMD), tokens("right")
     expected = model(**inputs).logits
     for backend in ("reference", "eager", None):

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from ..model import DebertaForMaskedLM
+from ..task_models import DebertaForMaskedLM
 from .base import InputError, Pipeline, Row, check_number
 
 

@@ -1,0 +1,499 @@
+"""The task models of DeBERTa v1, v2 and v3.
+
+Names, arguments, outputs, losses and defaults are Hugging Face's. v2's classes are v1's with another configuration.
+"""
+
+import torch
+from torch import nn
+
+from .config import DebertaConfig, DebertaV2Config
+from .heads import ContextPooler, LMPredictions, sequence_loss, span_loss, token_loss
+from .model import base_model, returned
+from .outputs import (
+    BaseModelOutput,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from .packing import first_tokens, packed_sequences
+from .pretrained import PreTrainedModel, resized
+
+
+class DebertaForMaskedLM(PreTrainedModel):
+    """Language model of masked tokens. With ``enhanced_mask_decoder`` in the configuration, Microsoft's decoder."""
+
+    checkpoint_part = "generator"
+
+    def __init__(self, config: DebertaConfig):
+        super().__init__(config)
+        self.deberta = base_model(config)
+        self.lm_predictions = LMPredictions(config)
+        self.init_weights()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> MaskedLMOutput | tuple:
+        """
+        Args:
+            labels: (B, L) token ids, -100 where there is nothing to predict.
+            The others: as of ``DebertaModel``.
+
+        Returns:
+            loss, logits (B, L, vocab_size), hidden_states, attentions.
+        """
+        states, outputs = self.predicting_states(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
+            output_hidden_states,
+        )  # fmt: skip
+        return self._predictions(states, outputs, labels, return_dict)
+
+    def forward_packed(
+        self,
+        input_ids: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        *,
+        labels: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **packed,
+    ) -> MaskedLMOutput | tuple:
+        """``forward`` of packed sequences; labels (T,), the others as of ``DebertaModel.forward_packed``.
+
+        Returns:
+            loss, logits (T, vocab_size), hidden_states.
+        """
+        kept = (
+            self.config.output_hidden_states if (asked := packed.pop("output_hidden_states", None)) is None else asked
+        )
+        outputs = self.deberta.forward_packed(
+            input_ids, cu_seqlens, output_hidden_states=kept or self._decodes, return_dict=True, **packed
+        )
+        states = outputs.last_hidden_state
+        if self._decodes:
+            mask, positions = packed.get("attention_mask"), packed.get("position_ids")
+            packing = packed_sequences(cu_seqlens, packed.get("max_seqlen"), mask, states)
+            states = self.deberta.enhanced_mask_decoder_packed(self._before_last(outputs), packing, positions)
+        return self._predictions(states, self._kept(outputs, kept), labels, return_dict)
+
+    def _predictions(self, states, outputs, labels, return_dict) -> MaskedLMOutput | tuple:
+        logits = self.lm_predictions(states, self.get_input_embeddings())
+        return returned(
+            self,
+            return_dict,
+            MaskedLMOutput(
+                loss=None if labels is None else token_loss(logits, labels),
+                logits=logits,
+                hidden_states=outputs.hidden_states,
+                attentions=outputs.attentions,
+            ),
+        )
+
+    def predicting_states(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> tuple[torch.Tensor, BaseModelOutput]:
+        """What the head predicts from, (B, L, hidden_size), and the output of ``deberta``; arguments as of ``forward``.
+
+        Of the states, ``lm_predictions`` need only see those at masks: scores of a whole vocabulary are large.
+        """
+        kept = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        outputs = self.deberta(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
+            kept or self._decodes, True,
+        )  # fmt: skip
+        states = outputs.last_hidden_state
+        if self._decodes:
+            states = self.deberta.enhanced_mask_decoder(self._before_last(outputs), attention_mask, position_ids)
+        return states, self._kept(outputs, kept)
+
+    @property
+    def _decodes(self) -> bool:
+        return self.config.enhanced_mask_decoder and not self.config.position_biased_input
+
+    def _before_last(self, outputs: BaseModelOutput) -> torch.Tensor:
+        """The last layer's input: of z_steps' repetitions, none is."""
+        return outputs.hidden_states[self.config.num_hidden_layers - 1]
+
+    @staticmethod
+    def _kept(outputs: BaseModelOutput, kept: bool) -> BaseModelOutput:
+        if kept:
+            return outputs
+        return BaseModelOutput(last_hidden_state=outputs.last_hidden_state, attentions=outputs.attentions)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The word embeddings where they are tied; otherwise the decoder, a Linear. Both have a weight (V, width)."""
+        decoder = self.lm_predictions.lm_head.decoder
+        return self.get_input_embeddings() if decoder is None else decoder
+
+    def set_output_embeddings(self, embeddings: nn.Module) -> None:
+        """Ties where they are the word embeddings, and is a decoder of its own otherwise."""
+        tied = embeddings.weight is self.get_input_embeddings().weight
+        self.config.tie_word_embeddings = tied
+        self.config.legacy = self.config.legacy or not tied
+        self.lm_predictions.lm_head.decoder = None if tied else embeddings
+
+    def tie_weights(self) -> None:
+        """The output uses the word embeddings from now on, if the configuration says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_predictions.lm_head.decoder = None
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+    ) -> nn.Embedding:
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of)
+        head, rows = self.lm_predictions.lm_head, embeddings.num_embeddings
+        if rows != head.bias.shape[0]:
+            head.bias = resized(head.bias, rows, 0.0)
+            if head.decoder is not None:
+                head.decoder.weight = resized(head.decoder.weight, rows, head.decoder.weight.mean(0))
+                head.decoder.out_features = rows
+        return embeddings
+
+
+class DebertaV2ForMaskedLM(DebertaForMaskedLM):
+    """``DebertaForMaskedLM`` of v2 and v3."""
+
+    config_class = DebertaV2Config
+
+
+class DebertaForSequenceClassification(PreTrainedModel):
+    """Classification or regression of whole texts and pairs, from the first token's state."""
+
+    def __init__(self, config: DebertaConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.deberta = base_model(config)
+        self.pooler = ContextPooler(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if config.cls_dropout is None else config.cls_dropout)
+        self.classifier = nn.Linear(config.pooler_hidden_size, self.num_labels)
+        self.init_weights()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SequenceClassifierOutput | tuple:
+        """
+        Args:
+            labels: (B,) class numbers or values, (B, num_labels) probabilities or values: see ``sequence_loss``.
+            The others: as of ``DebertaModel``.
+
+        Returns:
+            loss, logits (B, num_labels), hidden_states, attentions. Logits are (B,) where there is one label, labels
+            are given and no problem_type is set.
+        """
+        outputs = self.deberta(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
+            output_hidden_states, True,
+        )  # fmt: skip
+        return self._classes(outputs.last_hidden_state[:, 0], outputs, labels, return_dict)
+
+    def forward_packed(
+        self,
+        input_ids: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        *,
+        labels: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **packed,
+    ) -> SequenceClassifierOutput | tuple:
+        """``forward`` of packed sequences; labels (n,) or (n, num_labels), others of ``DebertaModel.forward_packed``.
+
+        Returns:
+            loss, logits (n, num_labels), hidden_states.
+        """
+        outputs = self.deberta.forward_packed(input_ids, cu_seqlens, return_dict=True, **packed)
+        return self._classes(first_tokens(outputs.last_hidden_state, cu_seqlens), outputs, labels, return_dict)
+
+    def _classes(self, first, outputs, labels, return_dict) -> SequenceClassifierOutput | tuple:
+        logits = self.classifier(self.dropout(self.pooler(first)))
+        loss = None
+        if labels is not None:
+            loss = sequence_loss(logits, labels, self.config.problem_type)
+            if self.num_labels == 1 and self.config.problem_type is None:
+                logits = logits.view(-1)
+        return returned(
+            self,
+            return_dict,
+            SequenceClassifierOutput(
+                loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+            ),
+        )
+
+
+class DebertaV2ForSequenceClassification(DebertaForSequenceClassification):
+    """``DebertaForSequenceClassification`` of v2 and v3."""
+
+    config_class = DebertaV2Config
+
+
+class DebertaForTokenClassification(PreTrainedModel):
+    """Classification of every token."""
+
+    def __init__(self, config: DebertaConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.deberta = base_model(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.init_weights()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> TokenClassifierOutput | tuple:
+        """
+        Args:
+            labels: (B, L) class numbers, -100 where there is none.
+            The others: as of ``DebertaModel``.
+
+        Returns:
+            loss, logits (B, L, num_labels), hidden_states, attentions.
+        """
+        outputs = self.deberta(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
+            output_hidden_states, True,
+        )  # fmt: skip
+        return self._classes(outputs, labels, return_dict)
+
+    def forward_packed(
+        self,
+        input_ids: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        *,
+        labels: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **packed,
+    ) -> TokenClassifierOutput | tuple:
+        """``forward`` of packed sequences; labels (T,), the others as of ``DebertaModel.forward_packed``.
+
+        Returns:
+            loss, logits (T, num_labels), hidden_states.
+        """
+        outputs = self.deberta.forward_packed(input_ids, cu_seqlens, return_dict=True, **packed)
+        return self._classes(outputs, labels, return_dict)
+
+    def _classes(self, outputs, labels, return_dict) -> TokenClassifierOutput | tuple:
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        return returned(
+            self,
+            return_dict,
+            TokenClassifierOutput(
+                loss=None if labels is None else token_loss(logits, labels),
+                logits=logits,
+                hidden_states=outputs.hidden_states,
+                attentions=outputs.attentions,
+            ),
+        )
+
+
+class DebertaV2ForTokenClassification(DebertaForTokenClassification):
+    """``DebertaForTokenClassification`` of v2 and v3."""
+
+    config_class = DebertaV2Config
+
+
+class DebertaForQuestionAnswering(PreTrainedModel):
+    """Where in the text an answer starts and ends."""
+
+    def __init__(self, config: DebertaConfig):
+        super().__init__(config)
+        self.deberta = base_model(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.init_weights()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> QuestionAnsweringModelOutput | tuple:
+        """
+        Args:
+            start_positions, end_positions: (B,); beyond the text they do not count.
+            The others: as of ``DebertaModel``.
+
+        Returns:
+            loss, start_logits (B, L), end_logits (B, L), hidden_states, attentions.
+        """
+        outputs = self.deberta(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
+            output_hidden_states, True,
+        )  # fmt: skip
+        start_logits, end_logits = (x.contiguous() for x in self.qa_outputs(outputs.last_hidden_state).unbind(-1))
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = span_loss(start_logits, end_logits, start_positions, end_positions)
+        return self._span(start_logits, end_logits, loss, outputs, return_dict)
+
+    def forward_packed(
+        self,
+        input_ids: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        *,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **packed,
+    ) -> QuestionAnsweringModelOutput | tuple:
+        """``forward`` of packed sequences; arguments as of ``DebertaModel.forward_packed``.
+
+        Args:
+            start_positions, end_positions: (n,), counted in each sequence; beyond its end they do not count.
+
+        Returns:
+            loss, start_logits (T,), end_logits (T,), hidden_states.
+        """
+        outputs = self.deberta.forward_packed(input_ids, cu_seqlens, return_dict=True, **packed)
+        start_logits, end_logits = (x.contiguous() for x in self.qa_outputs(outputs.last_hidden_state).unbind(-1))
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            packing = packed_sequences(cu_seqlens, packed.get("max_seqlen"), None, start_logits)
+            ends = packing.lengths[:, None]
+            loss = span_loss(
+                *(packing.by_sequence(x, -torch.inf) for x in (start_logits, end_logits)),
+                *(
+                    torch.where(x.reshape(-1, 1) < ends, x.reshape(-1, 1), packing.max_seqlen)
+                    for x in (start_positions, end_positions)
+                ),
+            )
+        return self._span(start_logits, end_logits, loss, outputs, return_dict)
+
+    def _span(self, start_logits, end_logits, loss, outputs, return_dict) -> QuestionAnsweringModelOutput | tuple:
+        return returned(
+            self,
+            return_dict,
+            QuestionAnsweringModelOutput(
+                loss=loss,
+                start_logits=start_logits,
+                end_logits=end_logits,
+                hidden_states=outputs.hidden_states,
+                attentions=outputs.attentions,
+            ),
+        )
+
+
+class DebertaV2ForQuestionAnswering(DebertaForQuestionAnswering):
+    """``DebertaForQuestionAnswering`` of v2 and v3."""
+
+    config_class = DebertaV2Config
+
+
+class DebertaV2ForMultipleChoice(PreTrainedModel):
+    """Which of several continuations fits, each scored by its first token's state."""
+
+    config_class = DebertaV2Config
+
+    def __init__(self, config: DebertaV2Config):
+        super().__init__(config)
+        self.deberta = base_model(config)
+        self.pooler = ContextPooler(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if config.cls_dropout is None else config.cls_dropout)
+        self.classifier = nn.Linear(config.pooler_hidden_size, 1)
+        self.init_weights()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> MultipleChoiceModelOutput | tuple:
+        """
+        Args:
+            input_ids and the others of ``DebertaModel``: with a dimension of choices behind the batch, (B, C, L).
+            labels: (B,), numbers of the right choices.
+
+        Returns:
+            loss, logits (B, C), hidden_states, attentions, the latter two of B C sequences.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        choices = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+        flat = (
+            None if x is None else x.flatten(0, 1)
+            for x in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        )
+        outputs = self.deberta(*flat, output_attentions, output_hidden_states, True)
+        return self._choice(outputs.last_hidden_state[:, 0], choices, outputs, labels, return_dict)
+
+    def forward_packed(
+        self,
+        input_ids: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        *,
+        choices: int,
+        labels: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **packed,
+    ) -> MultipleChoiceModelOutput | tuple:
+        """``forward`` of packed sequences; arguments as of ``DebertaModel.forward_packed``.
+
+        Args:
+            choices: C; the sequences are the first question's choices, then the second one's.
+            labels: (n / C,), numbers of the right choices.
+
+        Returns:
+            loss, logits (n / C, C), hidden_states.
+        """
+        outputs = self.deberta.forward_packed(input_ids, cu_seqlens, return_dict=True, **packed)
+        first = first_tokens(outputs.last_hidden_state, cu_seqlens)
+        if choices < 1 or first.shape[0] % choices:
+            raise ValueError(f"choices must divide the number of sequences, {first.shape[0]}, got {choices}")
+        return self._choice(first, choices, outputs, labels, return_dict)
+
+    def _choice(self, first, choices, outputs, labels, return_dict) -> MultipleChoiceModelOutput | tuple:
+        logits = self.classifier(self.dropout(self.pooler(first))).view(-1, choices)
+        return returned(
+            self,
+            return_dict,
+            MultipleChoiceModelOutput(
+                loss=None if labels is None else nn.functional.cross_entropy(logits, labels),
+                logits=logits,
+                hidden_states=outputs.hidden_states,
+                attentions=outputs.attentions,
+            ),
+        )
