@@ -1,7 +1,5 @@
 """The attention module of DeBERTa v1, v2 and v3: projections around ``disentangled_attention``."""
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
@@ -12,8 +10,17 @@ from .functional import (
     disentangled_attention_with_probabilities,
 )
 from .packing import Packing
-from .projection import project
+from .projection import is_plain, product, project
 from .relative_position import slot_table, table_rows
+from .weight_cache import WeightCache
+
+
+class Kept:
+    """What an attention module keeps in inference: its projected tables, and where its weights are promised to be
+    constant, the three projections as one."""
+
+    def __init__(self, constant: bool = False):
+        self.tables, self.joint = WeightCache(constant), WeightCache(constant)
 
 
 class DisentangledSelfAttention(nn.Module):
@@ -47,6 +54,7 @@ class DisentangledSelfAttention(nn.Module):
         self.table = config.table
         self.scale = (self.attention_head_size * config.scale_terms) ** -0.5
         self.backend: str | None = None
+        self.kept = Kept()
 
     def forward(
         self,
@@ -69,9 +77,8 @@ class DisentangledSelfAttention(nn.Module):
             (B, Lq, H D), and the probabilities after dropout (B, H, Lq, L) or None.
         """
         heads = self.num_attention_heads
-        query = split_heads(project(self.query_proj, hidden_states if query_states is None else query_states), heads)
-        key = split_heads(project(self.key_proj, hidden_states), heads)
-        value = split_heads(project(self.value_proj, hidden_states), heads)
+        linears = (self.query_proj, self.key_proj, self.value_proj)
+        query, key, value = project_heads(linears, hidden_states, query_states, heads, self.kept.joint)
         arguments = {"scale": self.scale, "dropout_p": self.dropout.p if self.training else 0.0}
         if self.terms:
             pos_key_proj, pos_query_proj = (
@@ -87,6 +94,7 @@ class DisentangledSelfAttention(nn.Module):
                 pos_key_proj if "c2p" in self.terms else None,
                 pos_query_proj if "p2c" in self.terms else None,
                 self.pos_dropout,
+                self.kept.tables,
                 **self.table,
             )
         if not (output_attentions or self.talking_head):
@@ -101,6 +109,33 @@ class DisentangledSelfAttention(nn.Module):
             **arguments,
         )
         return output.transpose(1, 2).flatten(2), probabilities if output_attentions else None
+
+
+def project_heads(
+    linears: tuple[nn.Module, nn.Module, nn.Module],
+    hidden_states: torch.Tensor,
+    query_states: torch.Tensor | None,
+    heads: int,
+    joint: WeightCache,
+) -> list[torch.Tensor]:
+    """Queries, keys and values, (..., H, D), of (..., hidden_size); queries of query_states where there are any.
+
+    By one product where ``joint`` may keep a matrix of all three. To put it together each time costs as much as it
+    saves.
+    """
+    if query_states is None and joint.constant and all(map(is_plain, linears)):
+        weights = [x for linear in linears for x in (linear.weight, linear.bias)]
+        if joint.keeps(weights):
+            weight, bias = joint.get(weights, lambda: _joined(linears))
+            return split_heads(product(hidden_states, weight, bias), 3 * heads).split(heads, -2)
+    states = (hidden_states if query_states is None else query_states, hidden_states, hidden_states)
+    return [split_heads(project(linear, x), heads) for linear, x in zip(linears, states, strict=True)]
+
+
+def _joined(linears: tuple[nn.Module, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = [linear.weight for linear in linears]
+    biases = [w.new_zeros(w.shape[0]) if x.bias is None else x.bias for x, w in zip(linears, weights, strict=True)]
+    return torch.cat(weights), torch.cat(biases)
 
 
 def attend(
@@ -126,7 +161,8 @@ def project_table(
     mask: torch.Tensor | Packing | None,
     pos_key_proj: nn.Module | None,
     pos_query_proj: nn.Module | None,
-    pos_dropout: Callable[[torch.Tensor], torch.Tensor],
+    pos_dropout: nn.Module,
+    kept: WeightCache,
     **table,
 ) -> dict:
     """Keywords of ``disentangled_attention``: ``table``, and of it the projected rows that these lengths can reach.
@@ -137,20 +173,31 @@ def project_table(
         mask: a ``Packing`` where they are packed.
         pos_key_proj, pos_query_proj: from hidden_size to H D; None leaves a term out.
         pos_dropout: runs on the rows.
+        kept: keeps the projected tables, whole ones, in inference.
         table: position_buckets, max_relative_positions and far_negative.
     """
     start, stop = 0, table_rows(table["position_buckets"], table["max_relative_positions"])
+    projections = [("pos_key", pos_key_proj), ("pos_query", pos_query_proj)]
+    projections = [(name, linear) for name, linear in projections if linear is not None]
+
+    def projected() -> dict[str, torch.Tensor]:
+        rows = pos_dropout(rel_embeddings[start:stop])
+        return {
+            name: project(linear, rows).unflatten(-1, (query.shape[-2], -1)).transpose(0, 1)
+            for name, linear in projections
+        }
+
     # Compiled, all rows: one graph for every length
-    if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-        lengths = (mask.max_seqlen,) * 2 if isinstance(mask, Packing) else (query.shape[1], key.shape[1])
-        start, stop = slot_table(**table).window(*lengths)
-    rows = pos_dropout(rel_embeddings[start:stop])
-    projected = {
-        name: project(linear, rows).unflatten(-1, (query.shape[-2], -1)).transpose(0, 1)
-        for name, linear in (("pos_key", pos_key_proj), ("pos_query", pos_query_proj))
-        if linear is not None
-    }
-    return {**table, "first_slot": start, **projected}
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return {**table, **projected()}
+    if not pos_dropout.training and all(is_plain(linear) for _, linear in projections):
+        weights = [rel_embeddings, *(x for _, linear in projections for x in (linear.weight, linear.bias))]
+        if kept.keeps(weights):
+            return {**table, **kept.get(weights, projected)}
+    kept.clear()
+    lengths = (mask.max_seqlen,) * 2 if isinstance(mask, Packing) else (query.shape[1], key.shape[1])
+    start, stop = slot_table(**table).window(*lengths)
+    return {**table, "first_slot": start, **projected()}
 
 
 def split_heads(projected: torch.Tensor, heads: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from .attention import DisentangledSelfAttention
 from .config import DebertaConfig
 from .packing import Packing, packing_of, why_not
 from .projection import project
+from .weight_cache import WeightCache
 
 
 class AddAndNorm(nn.Module):
@@ -99,6 +100,17 @@ class ConvLayer(nn.Module):
         return output if token_mask is None else output * token_mask.unsqueeze(-1)
 
 
+def normalised_table(weight: torch.Tensor, norm: nn.Module | None, kept: WeightCache) -> torch.Tensor:
+    """The table of relative positions, (R, hidden_size); ``kept`` keeps it in inference."""
+    if norm is None:
+        return weight
+    weights = [weight, norm.weight, norm.bias]
+    if norm._forward_hooks or norm._forward_pre_hooks or not kept.keeps(weights):
+        kept.clear()
+        return norm(weight)
+    return kept.get(weights, lambda: norm(weight))
+
+
 class DebertaEncoder(nn.Module):
     def __init__(self, config: DebertaConfig):
         super().__init__()
@@ -112,13 +124,13 @@ class DebertaEncoder(nn.Module):
         self.unpad: bool | str = "auto"  # "auto" and True take padding out; True says so where it stays
         self.talking_head = config.talking_head
         self._warned = False
+        self.kept = WeightCache()
 
     def table(self) -> torch.Tensor | None:
         """Relative positions, (R, hidden_size)."""
         if self.rel_embeddings is None:
             return None
-        weight = self.rel_embeddings.weight
-        return weight if self.LayerNorm is None else self.LayerNorm(weight)
+        return normalised_table(self.rel_embeddings.weight, self.LayerNorm, self.kept)
 
     def forward(
         self,

@@ -1,8 +1,8 @@
 """The drop-in for Hugging Face DeBERTa v1, v2 and v3: ``patch`` and ``unpatch``.
 
-``patch`` gives the encoder and every attention module found in a model a ``forward`` of their own, on the instance:
-parameters, names, hooks, adapters around the projections, train/eval and state_dict stay as they are. What the fused
-path lacks runs the original ``forward`` of the encoder, with one warning a model and reason.
+``patch`` gives the encoder, every attention module and the linear layers and norms between them a ``forward`` of their
+own, on the instance: parameters, names, hooks, adapters around the projections, train/eval and state_dict stay as they
+are. What the fused path lacks runs the original ``forward`` of the encoder, with one warning a model and reason.
 
 transformers is recognised, never imported: whoever has a model to patch has imported it already.
 """
@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 from . import backends
-from .attention import attend, project_table, split_heads
+from .attention import Kept, attend, project_heads, project_table, split_heads
+from .encoder import normalised_table
 from .packing import Packing, check_unpad, packing_of, why_not
 from .projection import project
+from .weight_cache import WeightCache
 
 _MARK = "_deberta_fast"
 # What the patched encoder hands its layers as relative_pos: distances of tokens, which need no tensor. None would not
@@ -29,9 +31,10 @@ _TOKEN_DISTANCES = "token distances"
 class _Patch:
     """What the patched modules of one model share."""
 
-    def __init__(self, backend: str | None, unpad: bool | str):
+    def __init__(self, backend: str | None, unpad: bool | str, constant_weights: bool):
         self.backend = backend
         self.unpad = unpad
+        self.constant_weights = constant_weights
         self.warned: set[str] = set()
 
     def warn(self, reason: str, what: str = "running Hugging Face's own attention") -> None:
@@ -46,7 +49,9 @@ class _Patch:
             self.warn(reason)
 
 
-def patch(model: nn.Module, backend: str | None = None, *, unpad: bool | str = False) -> nn.Module:
+def patch(
+    model: nn.Module, backend: str | None = None, *, unpad: bool | str = False, constant_weights: bool = False
+) -> nn.Module:
     """Makes every Hugging Face DeBERTa inside ``model`` run fused attention, in place.
 
     Args:
@@ -57,9 +62,13 @@ def patch(model: nn.Module, backend: str | None = None, *, unpad: bool | str = F
             holds some: layers then see (T, hidden_size), rows of padding come out as zeros, and where padding must
             stay (masks of pairs, traced and captured programs) one warning says so. "auto" does so where it pays,
             without a word. On a GPU, to learn how many tokens there are means to wait for it.
+        constant_weights: the promise that no weight will be written through ``.data``, which torch cannot see. In
+            inference, what depends on weights alone is then kept on every device, without looking at them, and a copy
+            of the projections of queries, keys and values as one matrix too. Writes that torch sees, casts, moves and
+            training still count. Without it, projected position tables alone are kept, on a CPU.
 
     Returns:
-        ``model``. Patching again replaces backend and unpad.
+        ``model``. Patching again replaces what was asked for before.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -72,7 +81,7 @@ def patch(model: nn.Module, backend: str | None = None, *, unpad: bool | str = F
         raise ValueError(f"backend must be one of {', '.join(backends.BACKENDS)} or None, got {backend!r}")
     check_unpad(unpad)
     unpatch(model)
-    found = [(module, forward) for module in model.modules() if (forward := _fused_forward(module)) is not None]
+    found = [(module, forward) for module in model.modules() if (forward := _fused_forward(module, _FUSED)) is not None]
     if not found:
         raise ValueError(
             f"nothing to patch in {type(model).__name__}: it contains no Hugging Face DeBERTa v1, v2 or v3 encoder or "
@@ -83,12 +92,20 @@ def patch(model: nn.Module, backend: str | None = None, *, unpad: bool | str = F
             raise ValueError(
                 f"the forward of a {type(module).__name__} was replaced by other code; undo that, or patch before it"
             )
-    shared = _Patch(backend, unpad)
+    shared = _Patch(backend, unpad, constant_weights)
     for module, forward in found:
-        place = _place(module)
-        setattr(module, _MARK, {place: vars(module)[place]} if place in vars(module) else {})
-        setattr(module, place, functools.partial(forward, module, shared))
+        _replace(module, functools.partial(forward, module, shared, Kept(constant_weights)))
+    for module in model.modules():
+        forward = _fused_forward(module, _POINTWISE)
+        if forward is not None and _is_own(module, vars(module).get(_place(module))):
+            _replace(module, functools.partial(forward, module))
     return model
+
+
+def _replace(module: nn.Module, forward: Callable) -> None:
+    place = _place(module)
+    setattr(module, _MARK, {place: vars(module)[place]} if place in vars(module) else {})
+    setattr(module, place, forward)
 
 
 def unpatch(model: nn.Module) -> nn.Module:
@@ -125,13 +142,13 @@ def _is_own(module: nn.Module, forward: Callable | None) -> bool:
 
 
 def _is_fused(forward: Callable | None) -> bool:
-    return isinstance(forward, functools.partial) and forward.func in _FUSED.values()
+    return isinstance(forward, functools.partial) and forward.func in (*_FUSED.values(), *_POINTWISE.values())
 
 
-def _fused_forward(module: nn.Module) -> Callable | None:
+def _fused_forward(module: nn.Module, forwards: dict) -> Callable | None:
     kind = type(module)
     for base in kind.__mro__:
-        forward = _FUSED.get((base.__module__.removeprefix("transformers.models."), base.__name__))
+        forward = forwards.get((base.__module__.removeprefix("transformers.models."), base.__name__))
         if forward is not None:
             # A subclass with a forward of its own computes something else.
             return forward if kind.forward is base.forward else None
@@ -141,6 +158,7 @@ def _fused_forward(module: nn.Module) -> Callable | None:
 def _encoder(
     encoder: nn.Module,
     shared: _Patch,
+    kept: Kept,
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor,
     output_hidden_states: bool = True,
@@ -168,7 +186,7 @@ def _encoder(
             return_dict,
         )  # fmt: skip
 
-    states = _layers(encoder, shared, hidden_states, attention_mask, output_hidden_states)
+    states = _layers(encoder, shared, kept, hidden_states, attention_mask, output_hidden_states)
     output, states = states[-1], states if output_hidden_states else None
     if not return_dict:
         return tuple(x for x in (output, states) if x is not None)
@@ -178,6 +196,7 @@ def _encoder(
 def _layers(
     encoder: nn.Module,
     shared: _Patch,
+    kept: Kept,
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | Packing,
     output_hidden_states: bool,
@@ -186,10 +205,10 @@ def _layers(
     packing = _packing(shared, attention_mask)
     if packing is not None:
         shape = hidden_states.shape[:2]
-        states = _layers(encoder, shared, packing.pack(hidden_states), packing, output_hidden_states)
+        states = _layers(encoder, shared, kept, packing.pack(hidden_states), packing, output_hidden_states)
         return tuple(packing.pad(x, *shape) for x in states)
     mask = attention_mask if isinstance(attention_mask, Packing) else attention_mask.bool()
-    rel_embeddings = encoder.get_rel_embedding()
+    rel_embeddings = _table(encoder, kept.tables)
     conv = getattr(encoder, "conv", None)
     states = (hidden_states,)
     for index, layer in enumerate(encoder.layer):
@@ -208,6 +227,14 @@ def _layers(
     return states
 
 
+def _table(encoder: nn.Module, kept: WeightCache) -> torch.Tensor | None:
+    """Relative positions, (R, hidden_size)."""
+    own = type(encoder).get_rel_embedding.__qualname__ == "DebertaV2Encoder.get_rel_embedding"
+    if not (own and encoder.relative_attention and "layer_norm" in encoder.norm_rel_ebd):
+        return encoder.get_rel_embedding()
+    return normalised_table(encoder.rel_embeddings.weight, encoder.LayerNorm, kept)
+
+
 def _packing(shared: _Patch, attention_mask: torch.Tensor | Packing) -> Packing | None:
     if not shared.unpad or isinstance(attention_mask, Packing):
         return None
@@ -222,6 +249,7 @@ def _packing(shared: _Patch, attention_mask: torch.Tensor | Packing) -> Packing 
 def _attention_v2(
     attention: nn.Module,
     shared: _Patch,
+    kept: Kept,
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | Packing,
     output_attentions: bool = False,
@@ -236,10 +264,8 @@ def _attention_v2(
         return type(attention).forward(
             attention, hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
         )
-    heads = attention.num_attention_heads
-    query = split_heads(project(attention.query_proj, hidden_states if query_states is None else query_states), heads)
-    key = split_heads(project(attention.key_proj, hidden_states), heads)
-    value = split_heads(project(attention.value_proj, hidden_states), heads)
+    linears = (attention.query_proj, attention.key_proj, attention.value_proj)
+    query, key, value = project_heads(linears, hidden_states, query_states, attention.num_attention_heads, kept.joint)
     c2p, p2c = ("c2p" in attention.pos_att_type), ("p2c" in attention.pos_att_type)
     positions = {}
     if attention.relative_attention:
@@ -252,6 +278,7 @@ def _attention_v2(
             getattr(attention, names[0]) if c2p else None,
             getattr(attention, names[1]) if p2c else None,
             attention.pos_dropout,
+            kept.tables,
             position_buckets=attention.position_buckets,
             max_relative_positions=attention.max_relative_positions,
         )
@@ -261,6 +288,7 @@ def _attention_v2(
 def _attention_v1(
     attention: nn.Module,
     shared: _Patch,
+    kept: Kept,
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | Packing,
     output_attentions: bool = False,
@@ -293,10 +321,26 @@ def _attention_v1(
             attention.pos_proj if "c2p" in attention.pos_att_type else None,
             attention.pos_q_proj if "p2c" in attention.pos_att_type else None,
             attention.pos_dropout,
+            kept.tables,
             position_buckets=-1,
             max_relative_positions=attention.max_relative_positions,
         )
     return _fused(attention, shared, query, key, value, attention_mask, 1 + len(attention.pos_att_type), positions)
+
+
+def _add_and_norm(module: nn.Module, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
+    return module.LayerNorm(module.dropout(project(module.dense, hidden_states)) + input_tensor)
+
+
+def _intermediate(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    return module.intermediate_act_fn(project(module.dense, hidden_states))
+
+
+def _layer_norm(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """v1's own, which is written out in eight passes over memory, and is float32's whatever the dtype."""
+    if not hidden_states.dtype == norm.weight.dtype == norm.bias.dtype or hidden_states.dtype == torch.float64:
+        return type(norm).forward(norm, hidden_states)
+    return nn.functional.layer_norm(hidden_states, norm.weight.shape, norm.weight, norm.bias, norm.variance_epsilon)
 
 
 _FUSED = {
@@ -304,6 +348,16 @@ _FUSED = {
     ("deberta.modeling_deberta", "DisentangledSelfAttention"): _attention_v1,
     ("deberta_v2.modeling_deberta_v2", "DebertaV2Encoder"): _encoder,
     ("deberta_v2.modeling_deberta_v2", "DisentangledSelfAttention"): _attention_v2,
+}
+# Left as they are where other code replaced them
+_POINTWISE = {
+    ("deberta.modeling_deberta", "DebertaSelfOutput"): _add_and_norm,
+    ("deberta.modeling_deberta", "DebertaOutput"): _add_and_norm,
+    ("deberta.modeling_deberta", "DebertaIntermediate"): _intermediate,
+    ("deberta.modeling_deberta", "DebertaLayerNorm"): _layer_norm,
+    ("deberta_v2.modeling_deberta_v2", "DebertaV2SelfOutput"): _add_and_norm,
+    ("deberta_v2.modeling_deberta_v2", "DebertaV2Output"): _add_and_norm,
+    ("deberta_v2.modeling_deberta_v2", "DebertaV2Intermediate"): _intermediate,
 }
 
 

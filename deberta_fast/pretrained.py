@@ -266,6 +266,17 @@ class PreTrainedModel(nn.Module):
         """
         self.base_model.encoder.unpad = check_unpad(unpad)
 
+    def set_constant_weights(self, constant: bool) -> None:
+        """The promise that no weight will be written through ``.data``, which torch cannot see.
+
+        In inference, what depends on weights alone is then kept on every device, without looking at them, and a copy of
+        the projections of queries, keys and values as one matrix too. Writes that torch sees, casts, moves and training
+        still count. Without it, projected position tables alone are kept, on a CPU.
+        """
+        encoder = self.base_model.encoder
+        for kept in (encoder.kept, *(layer.attention.self.kept for layer in encoder.layer)):
+            kept.constant = constant
+
     def get_input_embeddings(self) -> nn.Embedding:
         return self.base_model.embeddings.word_embeddings
 

@@ -1,7 +1,8 @@
-"""Linear layers of a patched model in inference: oneDNN's product where torch's own choice is far from the fastest.
+"""Linear layers of a patched or native model: oneDNN's product where torch's own choice is far from the fastest.
 
 torch multiplies float32 with MKL, which does not use the whole width of an AMD processor; the oneDNN inside the same
-torch does, and is 2.2 times faster from 64 rows on (AMD EPYC of family 26, torch 2.13, one thread and two).
+torch does, and is 2.2 times faster from 64 rows on (AMD EPYC of family 26, torch 2.13, one thread and two), forward as
+well as in both products of the backward pass.
 """
 
 import functools
@@ -14,29 +15,63 @@ FEWEST_ROWS = 8  # below, oneDNN's way in costs more than its product saves
 
 
 def project(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """``linear(x)``, within rounding: whatever makes it more than a plain float32 product runs as it is."""
-    if _by_onednn(linear, x):
-        return torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "none", [], "")
-    return linear(x)
+    """``linear(x)``, within rounding: whatever makes it more than a plain product runs as it is."""
+    return product(x, linear.weight, linear.bias) if is_plain(linear) else linear(x)
 
 
-def _by_onednn(linear: nn.Module, x: torch.Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
-        return False
-    if type(linear) is not nn.Linear or "forward" in vars(linear) or nn.modules.module._has_any_global_hook():
-        return False
-    if linear._forward_hooks or linear._forward_pre_hooks:
-        return False
-    weight = linear.weight
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a module is a torch Linear and nothing more: no adapter, hook, parametrization or sharded weight. Not
+    where a program is traced."""
+    return (
+        not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        and type(linear) is nn.Linear
+        and type(linear.weight) is nn.Parameter
+        and not ("forward" in vars(linear) or linear._forward_hooks or linear._forward_pre_hooks)
+        and not (linear._backward_hooks or linear._backward_pre_hooks or nn.modules.module._has_any_global_hook())
+    )
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W^T + b, differentiable; x (..., K), weight (N, K), bias (N,) or None."""
+    if not _by_onednn(x, weight):
+        return nn.functional.linear(x, weight, bias)
+    return _Product.apply(x, weight, bias) if torch.is_grad_enabled() else _onednn(x, weight, bias)
+
+
+def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Product(torch.autograd.Function):
+    """y = x W^T + b,   dx = dy W,   dW = dy^T x,   db = sum dy: products of the same kind, hence derivatives too."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        return (
+            product(gradient, weight.t(), None) if for_x else None,
+            product(rows.t(), x.reshape(-1, x.shape[-1]).t(), None) if for_weight else None,
+            rows.sum(0) if for_bias else None,
+        )
+
+
+def _by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
         _mkl_is_slow()
+        and not torch._C._are_functorch_transforms_active()
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
         and type(x) is torch.Tensor
-        and type(weight) is nn.Parameter
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and weight.is_contiguous()
+        and (weight.is_contiguous() or weight.t().is_contiguous())
         and x.shape[:-1].numel() >= FEWEST_ROWS
     )
 

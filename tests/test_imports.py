@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "deberta_fast"
 
 # From the bottom up; a module may import those before it. Backends share a rank: none imports another.
 RANKS = [
-    {"relative_position", "dropout", "projection", "activation", "hub", "packing", "data"},
+    {"relative_position", "dropout", "projection", "activation", "hub", "packing", "data", "weight_cache"},
     {"backends.inputs", "backends.extension"},
     {"backends.eager.scratch"},
     {"backends.eager.tables", "backends.eager.band"},

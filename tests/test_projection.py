@@ -1,4 +1,4 @@
-"""Projections in inference: oneDNN where it is faster, and the module itself where it is more than a product."""
+"""Projections: oneDNN where it is faster, and the module itself where it is more than a product."""
 
 import copy
 
@@ -94,13 +94,11 @@ def test_what_is_more_than_a_product_runs_itself(by_onednn, other):
     x = torch.randn(9, 16, dtype=next(linear.parameters()).dtype)
     with torch.no_grad():
         assert torch.equal(project(linear, x), linear(x))
-    assert by_onednn == [False]
+    assert not any(by_onednn)
 
 
-def test_training_autocast_and_switches_keep_torchs_choice(by_onednn):
+def test_autocast_few_rows_and_hooks_keep_torchs_choice(by_onednn):
     linear, x = nn.Linear(16, 16), torch.randn(9, 16)
-    project(linear, x).sum().backward()
-    assert linear.weight.grad is not None
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
             assert project(linear, x).dtype == torch.bfloat16
@@ -108,9 +106,48 @@ def test_training_autocast_and_switches_keep_torchs_choice(by_onednn):
         handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
         project(linear, x)
         handle.remove()
-        assert by_onednn == [False] * 4
+        assert not any(by_onednn)
         project(linear, x)
     assert by_onednn[-1]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(9,), (3, 20)])
+def test_gradients(by_onednn, bias, shape):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(48, 40, bias), torch.randn(*shape, 48, requires_grad=True)
+    weights, gradient = list(linear.parameters()), torch.randn(*shape, 40)
+    expected = torch.autograd.grad(linear(x), [x, *weights], gradient)
+    got = torch.autograd.grad(project(linear, x), [x, *weights], gradient)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert by_onednn == [True] * 3  # the product, and one for each matrix in the backward pass
+
+
+def test_gradients_of_some(by_onednn):
+    linear, x = nn.Linear(16, 16), torch.randn(9, 16)
+    linear.bias.requires_grad_(False)
+    project(linear, x).sum().backward()
+    assert linear.weight.grad is not None and linear.bias.grad is None and by_onednn == [True] * 2
+    linear.requires_grad_(False)
+    assert not project(linear, x).requires_grad
+    assert project(linear, x.requires_grad_()).requires_grad
+
+
+def test_second_derivatives(by_onednn):
+    linear, x = nn.Linear(12, 9), torch.randn(10, 12, requires_grad=True)
+
+    def second(call):
+        gradients = torch.autograd.grad(call(x).square().sum(), [x, linear.weight], create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in gradients), [x, linear.weight, linear.bias])
+
+    torch.testing.assert_close(second(lambda x: project(linear, x)), second(linear), rtol=1e-4, atol=1e-3)
+
+
+def test_under_transforms_of_functions(by_onednn):
+    linear, x = nn.Linear(16, 16), torch.randn(9, 16)
+    got = torch.func.vmap(torch.func.grad(lambda row: project(linear, row.expand(9, -1)).sum()))(x)
+    torch.testing.assert_close(got, 9 * linear.weight.sum(0).expand(9, -1))
+    assert not any(by_onednn)
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")

@@ -7,6 +7,8 @@ above them.
 
 from types import ModuleType
 
+import torch
+
 from . import cpu, cuda, eager, reference, triton
 from .inputs import AttentionInputs
 
@@ -16,7 +18,7 @@ BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "eager": eager, "triton": triton,
 
 def why_not(inputs: AttentionInputs) -> dict[str, list[str]]:
     """For every backend, the reasons for which it cannot serve this call; an empty list where it can."""
-    return {name: backend.why_not(inputs) for name, backend in BACKENDS.items()}
+    return {name: _reasons_against(name, inputs) for name in BACKENDS}
 
 
 def choose(name: str | None, inputs: AttentionInputs) -> str:
@@ -27,14 +29,21 @@ def choose(name: str | None, inputs: AttentionInputs) -> str:
         RuntimeError: the backend named, or every backend, has reasons not to serve this call; they are listed.
     """
     if name is None:
-        for candidate, backend in BACKENDS.items():
-            if not backend.why_not(inputs):
+        for candidate in BACKENDS:
+            if not _reasons_against(candidate, inputs):
                 return candidate
         reasons = "; ".join(f"{candidate}: {', '.join(why)}" for candidate, why in why_not(inputs).items())
         raise RuntimeError(f"no backend can serve this call: {reasons}")
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {name!r}")
-    reasons = BACKENDS[name].why_not(inputs)
+    reasons = _reasons_against(name, inputs)
     if reasons:
         raise RuntimeError(f"backend {name!r} cannot serve this call: {', '.join(reasons)}")
     return name
+
+
+def _reasons_against(name: str, inputs: AttentionInputs) -> list[str]:
+    # An ONNX graph knows torch's operators, and none of ours
+    if name != "reference" and torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return ["only 'reference' can be exported to ONNX"]
+    return BACKENDS[name].why_not(inputs)
