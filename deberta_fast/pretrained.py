@@ -10,11 +10,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from . import backends
+from .attention import Kept
 from .checkpoint import CheckpointError, read_tensors, to_hf, to_native, write_tensors
 from .config import DebertaConfig
 from .heads import LMHead
 from .hub import Source
 from .packing import check_unpad
+from .weight_cache import WeightCache
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -274,8 +276,9 @@ class PreTrainedModel(nn.Module):
         still count. Without it, projected position tables alone are kept, on a CPU.
         """
         encoder = self.base_model.encoder
-        for kept in (encoder.kept, *(layer.attention.self.kept for layer in encoder.layer)):
-            kept.constant = constant
+        encoder.kept = WeightCache(constant)
+        for layer in encoder.layer:
+            layer.attention.self.kept = Kept(constant)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.base_model.embeddings.word_embeddings

@@ -219,3 +219,40 @@ def test_accelerate_hooks(order, fused_calls):
     assert len(fused_calls) == (0 if "unpatch" in order else 2)
     absent = ["_deberta_fast"] * ("unpatch" in order) + ["_old_forward"] * ("remove" in order)
     assert not any(name in vars(module) for name in absent for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_tables_kept_in_inference_follow_merged_adapters(name):
+    """Merging writes through ``.data``, which torch does not count."""
+    peft = pytest.importorskip("peft", exc_type=ImportError)
+    model, inputs = patch(build(name).double()), tokens()
+    with torch.no_grad():
+        model(**inputs)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=ADAPTED[name], r=4, lora_alpha=8))
+        for key, p in adapted.named_parameters():
+            if "lora_" in key:
+                p.normal_(generator=torch.Generator().manual_seed(0))
+        merged = adapted.merge_and_unload()
+        got = merged(**inputs)[0]
+        model.encoder.rel_embeddings.weight.data.mul_(1.5)
+        other = merged(**inputs)[0]
+        unpatch(merged)
+        again = merged(**inputs)[0]
+        model.encoder.rel_embeddings.weight.data.div_(1.5)
+        expected = merged(**inputs)[0]
+    valid = inputs["attention_mask"].bool()
+    torch.testing.assert_close(got[valid], expected[valid], rtol=0, atol=1e-9)
+    torch.testing.assert_close(other[valid], again[valid], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["v1", "v2", "v3"])
+def test_constant_weights(name, fused_calls):
+    model, inputs = build(name), tokens("holes")
+    with torch.no_grad():
+        expected = model(**inputs)[0]
+        patch(model, unpad=True, constant_weights=True)
+        got = [model(**inputs)[0] for _ in range(2)]
+    valid = inputs["attention_mask"].bool()
+    assert torch.equal(*got) and len(fused_calls) == 4
+    torch.testing.assert_close(got[0][valid], expected[valid], rtol=1e-4, atol=1e-4)
+    assert_close(results(model, inputs), results(patch(model), inputs), 1e-5)
