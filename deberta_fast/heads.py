@@ -38,8 +38,9 @@ class LMHead(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, word_embeddings: nn.Embedding) -> torch.Tensor:
         states = self.LayerNorm(self.activation(project(self.dense, hidden_states)))
-        weight = word_embeddings.weight if self.decoder is None else self.decoder.weight
-        return F.linear(states, weight, self.bias)
+        if self.decoder is None:
+            return F.linear(states, word_embeddings.weight, self.bias)
+        return self.decoder(states) + self.bias
 
 
 class LMPredictions(nn.Module):

@@ -155,7 +155,7 @@ def first_tokens(states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor
 
 def why_not(mask: torch.Tensor | None) -> str | None:
     """The reason for which a batch with this mask, bool, keeps its padding; None where it need not."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "a traced program cannot depend on how many tokens there are"
     if mask is None:
         return None

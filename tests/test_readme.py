@@ -1,4 +1,4 @@
-"""The README's snippets run, and its files are there."""
+"""The snippets of README and docs run, and the files that they name are there."""
 
 import json
 import re
@@ -11,11 +11,16 @@ import torch
 from native_models import build
 from tokenizer_files import spm_folder
 
+import deberta_fast
 from deberta_fast import DebertaV2TokenizerFast
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = {path.stem: path.read_text() for path in (ROOT / "README.md", ROOT / "docs" / "recipes.md")}
+SNIPPETS = {
+    f"{page}-{number}": code
+    for page, text in PAGES.items()
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+}
 
 
 @pytest.fixture
@@ -29,18 +34,35 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("code", SNIPPETS, ids=range(len(SNIPPETS)))
-def test_snippet_runs(code, folder):
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::UserWarning"
+)  # torch's own
+@pytest.mark.parametrize("name", SNIPPETS)
+def test_snippet_runs(name, folder):
     transformers = pytest.importorskip("transformers")
+    code = SNIPPETS[name]
+    if "cuda" in code and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if "onnx" in code:
+        pytest.importorskip("onnxscript")
     torch.manual_seed(0)
-    names = {"model": transformers.AutoModel.from_pretrained(folder / "checkpoint")}
+    names = {
+        "torch": torch,
+        "deberta_fast": deberta_fast,
+        "tokenizer": DebertaV2TokenizerFast.from_pretrained(folder / "checkpoint"),
+        "patched": transformers.AutoModel.from_pretrained(folder / "checkpoint"),
+        "model": transformers.AutoModel.from_pretrained(folder / "checkpoint"),
+    }
+    if name.startswith("recipes"):
+        names["model"] = deberta_fast.DebertaV2ForSequenceClassification.from_pretrained(folder / "checkpoint")
+        deberta_fast.patch(names["patched"])
     exec(code, names)
     if "answers" in names:
         assert [answer["label"] for answer in names["answers"]] and len(names["answers"]) == 2
 
 
 def test_command_line_runs(folder):
-    [command] = [x for x in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if "deberta_fast run" in x]
+    [command] = [x for x in re.findall(r"```sh\n(.*?)```", PAGES["README"], re.DOTALL) if "deberta_fast run" in x]
     command = command.replace("python -m", f"{sys.executable} -m")
     output = subprocess.run(
         command, shell=True, cwd=folder, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
@@ -49,7 +71,8 @@ def test_command_line_runs(folder):
     assert json.loads(output.stdout)["label"].startswith("LABEL_")
 
 
-def test_is_short_and_its_links_lead_somewhere():
-    assert len(README.splitlines()) <= 195
-    for link in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / link).exists(), link
+def test_is_short_and_links_lead_somewhere():
+    assert len(PAGES["README"].splitlines()) <= 195
+    for page, folder in (("README", ROOT), ("recipes", ROOT / "docs")):
+        for link in re.findall(r"\]\(([^)#:]+)\)", PAGES[page]):
+            assert (folder / link).exists(), link
