@@ -8,6 +8,8 @@
 #   op        attention against its neighbours          layer     an attention module against other implementations
 #   dropout   attention with dropout 0.1                padding   attention with half of the tokens padding
 #   memory    peak memory                               host      the host's time for a call
+#   encoder   whole DeBERTa-v3-base models against others, forward; also encoder-training (with peak memory),
+#             encoder-large (v3-large) and encoder-compiled (in torch.compile)
 #   kernels   each kernel of the fused backends, and other settings of Triton's
 #   sanitize  compute-sanitizer's memcheck, racecheck and initcheck on a few tests of the CUDA kernels
 #   ncu       Nsight Compute's counters of the CUDA kernels     plots     charts of all of these
@@ -25,7 +27,8 @@ cd "$root" || exit 1
 python=${PYTHON:-python3}
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 limit=240
-all=(build tests op layer kernels sanitize ncu dropout padding memory host plots)
+all=(build tests op layer kernels sanitize ncu dropout padding memory host encoder encoder-training encoder-large
+  encoder-compiled plots)
 named=(cuda)
 # What sanitize runs: forward and backward, near and far tiles, masks, dropout.
 checked='cuda and bf16 and (ragged-L129-D64 or holes-L200 or dropout-L140)'
@@ -128,6 +131,14 @@ stage() {
     padding) "${kind[@]}" -m bench.attention_gpu --padding 0.5 --lengths 512 2048 8192 128 --out "$out" ;;
     memory) "${kind[@]}" -m bench.attention_gpu --memory --out "$out" ;;
     host) "${kind[@]}" -m bench.attention_gpu --host --out "$out" ;;
+    encoder) "${kind[@]}" -m bench.encoder --passes forward --out "$out" ;;
+    encoder-training) "${kind[@]}" -m bench.encoder --passes forward+backward --name "$1" --out "$out" ;;
+    encoder-large)
+      "${kind[@]}" -m bench.encoder --models v3-large --lengths 512 8192 2048 --dtypes bfloat16 --name "$1" --out "$out" ;;
+    encoder-compiled)
+      # A group of rows compiles for a minute
+      "${kind[@]}" -m bench.encoder --variants eager eager+compile native native-packed native+compile modernbert \
+        modernbert+compile --lengths 512 --dtypes bfloat16 --limit 150 --name "$1" --out "$out" ;;
     ncu) "${kind[@]}" -m bench.cuda_kernels ncu --out "$out" ;;
     plots) "${kind[@]}" -m bench.plots "$out" ;;
   esac
@@ -156,7 +167,7 @@ for name in "${stages[@]}"; do
     ((status == 124 || status == 137)) && word="STOPPED after $limit s"
     tail -n 40 "$log"
   fi
-  lines+=("$(printf '%-8s %4d s  %s: %s' "$name" $((SECONDS - start)) "$word" "$(tail -n 1 "$log" | cut -c -100)")")
+  lines+=("$(printf '%-16s %4d s  %s: %s' "$name" $((SECONDS - start)) "$word" "$(tail -n 1 "$log" | cut -c -100)")")
   echo "${lines[-1]}"
   pack
 done

@@ -1,0 +1,272 @@
+"""Whole encoders, DeBERTa's and ModernBERT's, on the CPU or a GPU: ``python -m bench.encoder``.
+
+What the variants are is said in ``encoder_variants``. Each length with a batch of variable lengths, a full one and, in
+the forward pass, one sequence. Compiled variants take minutes a row, so they are only there where they are named:
+
+    python -m bench.encoder --name encoder-compiled --lengths 512 128 --variants eager eager+compile native \\
+        native-packed native+compile modernbert modernbert+compile
+
+Results go to bench/results/cpu/ or the GPU's folder, after every group of rows.
+"""
+
+import argparse
+import contextlib
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from . import timing
+from .device import Call, Device, Table
+from .encoder_variants import (
+    GRADIENTS,
+    SHORTEST,
+    SIZES,
+    VARIANTS,
+    VOCABULARY,
+    Batch,
+    Case,
+    Encoders,
+    build_call,
+    measured,
+)
+
+PASSES = ("forward", "forward+backward")
+LENGTHS = {"cuda": (512, 8192, 4096, 2048, 128), "cpu": (128, 512, 2048)}  # most wanted first; cheapest first
+DTYPES = {"cuda": ("bfloat16", "float32"), "cpu": ("float32",)}
+FLOAT32_LENGTHS = {"cuda": (512,), "cpu": LENGTHS["cpu"]}  # where no dtype is asked for
+TOKENS = {"cuda": 16384, "cpu": 2048}
+MOST_SEQUENCES = {"cuda": 1 << 10, "cpu": 8}
+SECONDS = {"cuda": 0.4, "cpu": 5.0}
+LIMIT = {"cuda": 180.0, "cpu": 1200.0}
+FEWEST, MOST = 2, 50  # calls of a variant
+# Of the states. Of bfloat16's 12 or 24 layers, rounding changes 0.01; leaving a position term out 0.04 to 0.06.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.03, "float16": 0.01}
+GRADIENTS_TOLERANCE = 5  # times as much: rounding changes 0.04, leaving the term out 0.9
+DENSE = ("eager", "eager+compile", "onnxruntime")  # they hold all scores
+LEGEND = (
+    f"Base models with embeddings, {VOCABULARY} words, random weights: token ids and mask in, last states out. "
+    "variable: lengths spread evenly from {:.0f} to 100 % of the length, padded at the right; tokens, tokens/s: of the "
+    "valid ones. ms: medians of interleaved calls, the host's time included, the first calls (which compile) not. "
+    "forward: torch.inference_mode. forward+backward: a training step without optimizer, from random gradients of the "
+    "valid tokens to those of all weights. Dropout off throughout. x eager: times as fast as Hugging Face's "
+    "DebertaV2Model. x modernbert, x onnxruntime: as the fastest ModernBERT and as onnxruntime in the same group. "
+    "peak MiB: what a call needs above the weights, their gradients included. difference: relative, in norm, of the "
+    "valid tokens' states from eager's, or modernbert's, or those of the first variant that ran. Variants that differ "
+    "by more than {} are not timed, nor where after a backward pass the gradients of {} differ by more than {} times "
+    "that; int8 is not compared. What the variants are is said in bench/encoder_variants.py."
+).format(
+    100 * SHORTEST,
+    ", ".join(f"{value:g} ({name})" for name, value in TOLERANCE.items()),
+    " and ".join(GRADIENTS),
+    GRADIENTS_TOLERANCE,
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = _options(arguments)
+    device = Device(options.device)
+    torch.set_num_threads(max(options.threads))
+    timing.provenance()
+    versions = {name: timing.version(name) for name in ("onnxruntime", "flash-attn")}
+    peers = "".join(f" {name}: {version or 'not installed'}." for name, version in versions.items())
+    table = Table(options.name, options.out, LEGEND + peers, summarise)
+    start, encoders = time.perf_counter(), None
+    for case in _cases(options):
+        if time.perf_counter() - start > options.limit:
+            print(f"out of time before {case.passes} of {case.batch} x {case.length}, {case.dtype}", flush=True)
+            return
+        torch.set_num_threads(case.threads)
+        dtype = getattr(torch, case.dtype)
+        if encoders is None or (encoders.size, encoders.dtype) != (case.model, dtype):
+            encoders = None  # or there would be two of them
+            encoders = Encoders(case.model, dtype, options.device)
+        for row in measure(case, encoders, device, options):
+            table.add(row)
+
+
+def measure(case: Case, encoders: Encoders, device: Device, options: argparse.Namespace) -> list[dict]:
+    """A row for each variant."""
+    torch.compiler.reset()  # or what it compiled for other shapes would count towards its limit, and eager be timed
+    batch = Batch(case.batch, case.length, case.variable, options.device)
+    found = {name: {} for name in options.variants if case.has(name, device.is_gpu)}
+    calls, references, times = {}, {}, {}
+    for name, row in found.items():
+        with _noting_errors(row, device):
+            if name in DENSE and not device.is_gpu:
+                _refuse_what_does_not_fit(case)
+            call = build_call(encoders, name, case.passes, batch)
+            states = call()
+            row["difference"] = difference(case, name, encoders, batch.packed(states), references)
+            del states
+            calls[name] = call
+    for _ in range(MOST):
+        for name, call in list(calls.items()):
+            mine = times.setdefault(name, [])
+            if len(mine) >= FEWEST and sum(mine) > options.seconds:
+                continue
+            with _noting_errors(found[name], device):
+                mine.append(device.seconds(Call(call), queued=False))
+            if "error" in found[name]:
+                del calls[name]
+    for name, call in calls.items():
+        with _noting_errors(found[name], device):
+            if device.is_gpu:
+                encoders.drop_gradients()
+                found[name]["peak"] = timing.peak_of_call(call, options.device)
+            elif options.memory:
+                found[name]["peak"] = timing.peak_memory(measured, case, name, options.device)[0]
+    seconds = {name: median(times[name]) for name in calls}
+    neighbours = {
+        "x eager": seconds.get("eager"),
+        "x modernbert": min((s for name, s in seconds.items() if name.startswith("modernbert")), default=None),
+        "x onnxruntime": seconds.get("onnxruntime"),
+    }
+    return [
+        {
+            "model": case.model,
+            "pass": case.passes,
+            "dtype": case.dtype,
+            "threads": None if device.is_gpu else case.threads,
+            "batch": case.batch,
+            "length": case.length,
+            "lengths": "variable" if case.variable else "full",
+            "tokens": batch.tokens,
+            "variant": name,
+            "ms": 1000 * seconds[name] if name in seconds else None,
+            "tokens/s": batch.tokens / seconds[name] if name in seconds else None,
+            **{
+                head: other / seconds[name] if other and name in seconds else None for head, other in neighbours.items()
+            },
+            "peak MiB": row["peak"] / timing.MIB if "peak" in row else None,
+            "calls": len(times[name]) if name in seconds else None,
+            "difference": row.get("difference"),
+            "error": row.get("error"),
+        }
+        for name, row in found.items()
+    ]
+
+
+def difference(case: Case, name: str, encoders: Encoders, states: torch.Tensor, references: dict) -> float | None:
+    """From what the first variant of the same kind found, which ``references`` keeps.
+
+    Args:
+        states: (T, hidden_size), of the valid tokens.
+
+    Raises:
+        ArithmeticError: it is more than rounding.
+    """
+    if name == "int8":
+        return None
+    kind = "modernbert" if name.startswith("modernbert") else "deberta"
+    results = [states.float()]
+    if case.passes == "forward+backward" and kind == "deberta":
+        results += [gradient.float() for gradient in encoders.gradients()]
+    if kind not in references:
+        references[kind] = results
+        return 0.0
+    found = [float((got - want).norm() / want.norm()) for got, want in zip(results, references[kind], strict=True)]
+    allowed = [TOLERANCE[case.dtype], *(GRADIENTS_TOLERANCE * TOLERANCE[case.dtype] for _ in results[1:])]
+    if not all(x < most for x, most in zip(found, allowed)):
+        raise ArithmeticError(f"differs by {', '.join(f'{x:.2g}' for x in found)} from what it should be")
+    return found[0]
+
+
+@contextlib.contextmanager
+def _noting_errors(row: dict, device: Device) -> Iterator[None]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of exports, compilers and quantization
+            yield
+    except Exception as error:
+        text = f"not run: {type(error).__name__}: {error}".strip().splitlines()[0]
+        row["error"] = text[:120].replace("|", "/")
+    if "error" in row and device.is_gpu:
+        torch.cuda.synchronize()  # raises where the device is lost: no time after that is worth anything
+        torch.cuda.empty_cache()
+
+
+def _refuse_what_does_not_fit(case: Case) -> None:
+    """Before Linux ends whoever needs the most."""
+    needed, free = case.eager_bytes(), _free_memory()
+    if needed > 0.8 * free:
+        raise MemoryError(f"needs about {needed / 2**30:.0f} GiB for dense scores, {free / 2**30:.0f} are free")
+
+
+def _free_memory() -> int:
+    path = Path("/proc/meminfo")
+    if path.exists():
+        line = next(line for line in path.read_text().splitlines() if line.startswith("MemAvailable:"))
+        return int(line.split()[1]) << 10
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def summarise(rows: list[dict]) -> str:
+    """For each model and pass a table of shapes and variants: milliseconds, and times as fast as eager."""
+    shape = ("dtype", "threads", "batch", "length", "lengths")
+    parts = []
+    for model, passes in dict.fromkeys((row["model"], row["pass"]) for row in rows):
+        lines: dict[tuple, dict] = {}
+        for row in rows:
+            if (row["model"], row["pass"]) == (model, passes):
+                line = {head: row[head] for head in shape if head in row}
+                line = lines.setdefault(tuple(line.values()), line)
+                ratio = f" ({row['x eager']:.2f}x)" if "x eager" in row else ""
+                line[row["variant"]] = f"{timing.cell(row['ms'])}{ratio}" if "ms" in row else "not run"
+        parts += [f"## {model}, {passes}: ms (x eager)", timing.markdown(list(lines.values()))]
+    return "\n\n".join(parts)
+
+
+def _cases(options: argparse.Namespace) -> list[Case]:
+    found = []
+    for model in options.models:
+        for dtype in options.dtypes or DTYPES[options.kind]:
+            at = options.lengths if options.dtypes or dtype != "float32" else options.float32_lengths
+            for passes in options.passes:
+                for threads in options.threads:
+                    for length in at:
+                        batch = max(2, min(options.tokens // length, MOST_SEQUENCES[options.kind]))
+                        shapes = [(batch, True), (batch, False)] + [(1, False)] * (passes == "forward")
+                        found += [Case(model, dtype, passes, threads, n, length, variable) for n, variable in shapes]
+    return found
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    cuda = torch.cuda.is_available()
+    uncompiled = [name for name in VARIANTS if "compile" not in name]
+    parser = argparse.ArgumentParser(prog="python -m bench.encoder", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a look in a minute: length 128, forward; kept in build/")
+    parser.add_argument("--models", choices=SIZES, nargs="+", default=["v3-base"])
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="L", help="in this order")
+    parser.add_argument("--passes", choices=PASSES, nargs="+", default=PASSES)
+    parser.add_argument("--dtypes", choices=TOLERANCE, nargs="+", help="by default also float32 at 512 on a GPU")
+    parser.add_argument("--variants", choices=VARIANTS, nargs="+", default=uncompiled, metavar="NAME")
+    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()], metavar="N")
+    parser.add_argument("--tokens", type=int, metavar="N", help="in a batch, padding included")
+    parser.add_argument("--memory", action="store_true", help="peak memory on the CPU too, in processes of their own")
+    parser.add_argument("--seconds", type=float, help="what a variant's calls aim at in a row")
+    parser.add_argument("--limit", type=float, metavar="S", help="no group of rows is begun later than this")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--name", default="encoder-models", help="of the table")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
+    options = parser.parse_args(arguments)
+    options.kind = kind = torch.device(options.device).type
+    if options.quick:
+        options.lengths, options.passes, options.seconds = options.lengths or [128], ["forward"], 0.5
+        options.variants = [name for name in options.variants if name != "onnxruntime"]  # its export takes a minute
+        options.out = options.out or Path("build/bench")
+    options.float32_lengths = options.lengths or FLOAT32_LENGTHS[kind]
+    options.lengths = options.lengths or LENGTHS[kind]
+    options.tokens = options.tokens or TOKENS[kind]
+    options.seconds = SECONDS[kind] if options.seconds is None else options.seconds
+    options.limit = LIMIT[kind] if options.limit is None else options.limit
+    options.out = options.out or timing.results_folder()
+    return options
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,383 @@
+"""Whole encoders for ``encoder``: token ids and a mask in, the last layer's states out.
+
+    eager               Hugging Face's DebertaV2Model
+    eager+compile       the same in torch.compile(dynamic=False)
+    patched             the same after ``deberta_fast.patch``
+    patched-unpad       after ``deberta_fast.patch(model, unpad=True)``
+    native              ``deberta_fast.DebertaV2Model``, which takes padding out by itself
+    native-packed       its ``forward_packed``, of a batch that was never padded
+    native+compile      either in torch.compile(dynamic=False): the packed one where lengths vary
+    native-graph        native in a CUDA graph, ids and mask copied into it
+    modernbert          Hugging Face's ModernBertModel, scaled_dot_product_attention
+    modernbert+compile  the same in torch.compile(dynamic=False)
+    modernbert-flash    the same with flash-attn, which has to be installed
+    modernbert-packed   the same of a batch that was never padded, attention by torch's varlen_attn
+    onnxruntime         Hugging Face's DebertaV2Model exported to ONNX, one program for all shapes
+    int8                patched, with the linear layers of torch.ao.quantization.quantize_dynamic
+
+The DeBERTas are one model on one set of weights, but for int8's; so are the ModernBERTs.
+"""
+
+import copy
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import DebertaV2Config, DebertaV2Model, ModernBertConfig, ModernBertModel
+
+import deberta_fast
+
+VOCABULARY = 4096
+SHORTEST = 0.1  # of variable lengths, as a share of the longest
+GRADIENTS = ("embeddings.word_embeddings.weight", "encoder.rel_embeddings.weight")  # what is compared of them
+SCORES_HELD = {"forward": (6, 0), "forward+backward": (4, 2.5)}  # by eager: at once, and for each layer
+
+Forward = Callable[[], torch.Tensor]
+
+
+class Size(NamedTuple):
+    num_hidden_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    intermediate_size: int
+
+
+# DeBERTa's, and ModernBERT's of the same width. tiny is for trying this out.
+SIZES = {
+    "tiny": (Size(2, 64, 2, 96), Size(4, 64, 2, 48)),
+    "v3-base": (Size(12, 768, 12, 3072), Size(22, 768, 12, 1152)),
+    "v3-large": (Size(24, 1024, 16, 4096), Size(28, 1024, 16, 2624)),
+}
+
+
+class Case(NamedTuple):
+    """What a group of rows has in common."""
+
+    model: str
+    dtype: str
+    passes: str
+    threads: int
+    batch: int
+    length: int
+    variable: bool
+
+    def has(self, variant: str, gpu: bool) -> bool:
+        """Whether this is a question for the variant."""
+        forward = self.passes == "forward"
+        if variant == "native-graph":
+            return gpu and forward and self.batch == 1
+        if variant in ("onnxruntime", "int8"):
+            return not gpu and forward and self.dtype == "float32"
+        if variant in ("modernbert-flash", "modernbert-packed"):
+            return gpu and self.dtype != "float32" and (self.variable or variant == "modernbert-flash")
+        return self.variable or variant not in ("patched-unpad", "native-packed")
+
+    def eager_bytes(self) -> int:
+        """About what Hugging Face's dense scores need: measured at a length of 4096 on the CPU."""
+        size = SIZES[self.model][0]
+        at_once, by_layer = SCORES_HELD[self.passes]
+        scores = self.batch * size.num_attention_heads * self.length**2 * getattr(torch, self.dtype).itemsize
+        return int((at_once + by_layer * size.num_hidden_layers) * scores)
+
+
+class Batch:
+    """Random token ids. Variable lengths are spread evenly from SHORTEST to 1 times the longest, padded at the right.
+
+    Attributes:
+        input_ids, attention_mask: int64 (B, L); 0 for padding.
+        packed_ids, positions: int64 (T,), of the valid tokens and where in their sequence they are.
+        cu_seqlens: int32 (B + 1,)
+    """
+
+    def __init__(self, batch: int, length: int, variable: bool, device: str):
+        generator = torch.Generator().manual_seed(batch * length)
+        lengths = torch.full((batch,), length)
+        if variable:
+            even = torch.linspace(SHORTEST, 1, batch) * length
+            lengths = even.round().long().clamp(min=1)[torch.randperm(batch, generator=generator)]
+        ids = torch.randint(1, VOCABULARY, (batch, length), generator=generator)
+        valid = torch.arange(length) < lengths[:, None]
+        self.attention_mask = valid.long().to(device)
+        self.input_ids = (ids * valid).to(device)
+        self.packed_ids = ids[valid].to(device)
+        self.positions = torch.arange(length).expand(batch, length)[valid].to(device)
+        self.cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(device)
+        self.longest = int(lengths.max())
+        self.tokens = int(lengths.sum())
+        self._generator, self._gradients = generator, {}
+
+    def packed(self, states: torch.Tensor) -> torch.Tensor:
+        """The valid tokens' states, (T, hidden_size), of (B, L, hidden_size) or of just these."""
+        return states if states.dim() == 2 else states[self.attention_mask.bool()]
+
+    def gradient(self, states: torch.Tensor) -> torch.Tensor:
+        """The same for every variant, none for padding; in the layout of its ``states``."""
+        key = tuple(states.shape)
+        if key not in self._gradients:
+            shape = (*self.attention_mask.shape, states.shape[-1])
+            if shape not in self._gradients:
+                gradient = torch.randn(shape, generator=self._generator).to(states)
+                self._gradients[shape] = gradient * self.attention_mask.unsqueeze(-1).to(states)
+            if key != shape:
+                self._gradients[key] = self.packed(self._gradients[shape])
+        return self._gradients[key]
+
+
+class Encoders:
+    """The modules of all variants of one size; each is made when it is first asked for, and kept."""
+
+    def __init__(self, size: str, dtype: torch.dtype, device: str):
+        self.size, self.dtype, self.device = size, dtype, device
+        self.deberta = self._model(DebertaV2Model, deberta_config(DebertaV2Config, size))
+        draw_weights(self.deberta)
+        self._kept = {"eager": self.deberta}
+
+    def kept(self, name: str, make: Callable[[], object]):
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
+
+    def modernbert(self) -> ModernBertModel:
+        return self.kept("modernbert", lambda: self._model(ModernBertModel, modernbert_config(self.size)))
+
+    def native(self) -> deberta_fast.DebertaV2Model:
+        def make():
+            with torch.device("meta"):
+                twin = deberta_fast.DebertaV2Model(deberta_config(deberta_fast.DebertaV2Config, self.size))
+            twin.load_state_dict(dict(self.deberta.named_parameters()), assign=True)
+            return twin.eval()
+
+        return self.kept("native", make)
+
+    def patched(self, **options) -> nn.Module:
+        name = f"patched{options}"
+        return self.kept(name, lambda: deberta_fast.patch(sharing_parameters(self.deberta), **options))
+
+    def drop_gradients(self) -> None:
+        for name in ("eager", "modernbert"):
+            if name in self._kept:
+                # Kept too: walking the modules takes longer than some calls
+                for parameter in self.kept(f"{name}'s", lambda name=name: list(self._kept[name].parameters())):
+                    parameter.grad = None
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Of DeBERTa's parameters that depend on all of the model."""
+        return [self.deberta.get_parameter(name).grad for name in GRADIENTS]
+
+    def _model(self, kind: type, config) -> nn.Module:
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            return kind(config).to(self.dtype).eval()
+
+
+def deberta_config(kind: type, size: str):
+    """DeBERTa v3 as a configuration of Hugging Face's or this package's, with VOCABULARY words and without dropout."""
+    return kind(
+        **SIZES[size][0]._asdict(),
+        vocab_size=VOCABULARY,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        max_position_embeddings=512,
+        type_vocab_size=0,
+        relative_attention=True,
+        position_buckets=256,
+        position_biased_input=False,
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        norm_rel_ebd="layer_norm",
+        layer_norm_eps=1e-7,
+    )
+
+
+def modernbert_config(size: str) -> ModernBertConfig:
+    ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
+    return ModernBertConfig(
+        **SIZES[size][1]._asdict(), vocab_size=VOCABULARY, attn_implementation="sdpa", reference_compile=False, **ids
+    )
+
+
+def draw_weights(model: nn.Module) -> None:
+    """Weights that keep unit variance: behind the usual 0.02, wrong position terms would hardly show."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("LayerNorm.weight"):
+            continue
+        fan_in = 100 if parameter.dim() == 1 else 1 if "embeddings" in name else parameter.shape[1]
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
+
+
+def sharing_parameters(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def padded(model: Callable, batch: Batch) -> Forward:
+    return lambda: model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+
+
+def packed(forward_packed: Callable, batch: Batch) -> Forward:
+    ids, ends, longest = batch.packed_ids, batch.cu_seqlens, batch.longest
+    return lambda: forward_packed(ids, ends, max_seqlen=longest).last_hidden_state
+
+
+def native_compiled(encoders: Encoders, batch: Batch) -> Forward:
+    model = encoders.native()
+    if batch.tokens < batch.input_ids.numel():
+        return packed(torch.compile(model.forward_packed, dynamic=False), batch)
+    return padded(torch.compile(model, dynamic=False), batch)
+
+
+def native_graph(encoders: Encoders, batch: Batch) -> Forward:
+    inside = copy.copy(batch)
+    inside.input_ids, inside.attention_mask = batch.input_ids.clone(), batch.attention_mask.clone()
+    forward, stream, graph = padded(encoders.native(), inside), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.inference_mode():
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                forward()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            states = forward()
+
+    def replay():
+        inside.input_ids.copy_(batch.input_ids)
+        inside.attention_mask.copy_(batch.attention_mask)
+        graph.replay()
+        return states
+
+    return replay
+
+
+def modernbert_flash(encoders: Encoders, batch: Batch) -> Forward:
+    def make():
+        twin = sharing_parameters(encoders.modernbert())
+        twin.set_attn_implementation("flash_attention_2")
+        return twin
+
+    return padded(encoders.kept("modernbert-flash", make), batch)
+
+
+def modernbert_packed(encoders: Encoders, batch: Batch) -> Forward:
+    from torch.nn.attention.varlen import varlen_attn
+    from transformers import AttentionInterface
+
+    def attention(module, query, key, value, mask, *, scaling, sliding_window, cu_seq_lens_q, max_length_q, **_):
+        reach = -1 if sliding_window is None else sliding_window - 1
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        output = varlen_attn(
+            query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
+            scale=scaling, window_size=(reach, reach),
+        )  # fmt: skip
+        return output.unsqueeze(0), None
+
+    def make():
+        AttentionInterface.register("varlen", attention)
+        twin = sharing_parameters(encoders.modernbert())
+        twin.set_attn_implementation("varlen")
+        return twin
+
+    model = encoders.kept("modernbert-packed", make)
+    ids, positions = batch.packed_ids.unsqueeze(0), batch.positions.unsqueeze(0)
+    ends = dict(cu_seq_lens_q=batch.cu_seqlens, max_length_q=batch.longest)
+    return lambda: model(input_ids=ids, position_ids=positions, **ends).last_hidden_state[0]
+
+
+def onnxruntime(encoders: Encoders, batch: Batch) -> Forward:
+    session = encoders.kept(f"onnxruntime{torch.get_num_threads()}", lambda: _session(encoders))
+    names = ("input_ids", "attention_mask")
+    inputs = {name: getattr(batch, name).numpy() for name in names}
+    return lambda: torch.from_numpy(session.run(None, inputs)[0])
+
+
+def _session(encoders: Encoders):
+    import onnxruntime
+
+    path = encoders.kept("onnx", lambda: _Exported(encoders.deberta)).path
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # or its threads would slow the next variant
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+class _Exported:
+    """An ONNX file that is there as long as this is."""
+
+    def __init__(self, model: nn.Module):
+        self._folder = tempfile.TemporaryDirectory()
+        self.path = str(Path(self._folder.name) / "model.onnx")
+        batch, length = (torch.export.Dim(name, min=1, max=1 << 16) for name in ("batch", "length"))
+        inputs = torch.ones(2, 48, dtype=torch.int64), torch.ones(2, 48, dtype=torch.int64)
+        torch.onnx.export(
+            _StatesOnly(model),
+            inputs,
+            self.path,
+            input_names=["input_ids", "attention_mask"],
+            dynamo=True,
+            dynamic_shapes=({0: batch, 1: length}, {0: batch, 1: length}),
+            verbose=False,
+        )
+
+
+class _StatesOnly(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids, attention_mask).last_hidden_state
+
+
+def int8(encoders: Encoders, batch: Batch) -> Forward:
+    def make():
+        twin = sharing_parameters(encoders.deberta)
+        torch.ao.quantization.quantize_dynamic(twin, {nn.Linear}, torch.qint8, inplace=True)
+        return deberta_fast.patch(twin)
+
+    return padded(encoders.kept("int8", make), batch)
+
+
+VARIANTS: dict[str, Callable[[Encoders, Batch], Forward]] = {
+    "eager": lambda encoders, batch: padded(encoders.deberta, batch),
+    "eager+compile": lambda encoders, batch: padded(torch.compile(encoders.deberta, dynamic=False), batch),
+    "patched": lambda encoders, batch: padded(encoders.patched(), batch),
+    "patched-unpad": lambda encoders, batch: padded(encoders.patched(unpad=True), batch),
+    "native": lambda encoders, batch: padded(encoders.native(), batch),
+    "native-packed": lambda encoders, batch: packed(encoders.native().forward_packed, batch),
+    "native+compile": native_compiled,
+    "native-graph": native_graph,
+    "modernbert": lambda encoders, batch: padded(encoders.modernbert(), batch),
+    "modernbert+compile": lambda encoders, batch: padded(torch.compile(encoders.modernbert(), dynamic=False), batch),
+    "modernbert-flash": modernbert_flash,
+    "modernbert-packed": modernbert_packed,
+    "onnxruntime": onnxruntime,
+    "int8": int8,
+}
+
+
+def build_call(encoders: Encoders, variant: str, passes: str, batch: Batch) -> Callable[[], torch.Tensor]:
+    """A call without arguments that returns the states; a training step drops the gradients of the one before."""
+    forward = VARIANTS[variant](encoders, batch)
+
+    def infer():
+        with torch.inference_mode():
+            return forward()
+
+    def train():
+        encoders.drop_gradients()
+        states = forward()
+        states.backward(batch.gradient(states))
+        return states.detach()
+
+    return infer if passes == "forward" else train
+
+
+def measured(case: Case, variant: str, device: str) -> list[Callable[[], torch.Tensor]]:
+    """For ``timing.peak_memory``: the one call, after the same over a few tokens. No gradients are there before."""
+    encoders = Encoders(case.model, getattr(torch, case.dtype), device)
+    build_call(encoders, variant, case.passes, Batch(2, 8, case.variable, device))()
+    encoders.drop_gradients()
+    batch = Batch(case.batch, case.length, case.variable, device)
+    return [build_call(encoders, variant, case.passes, batch)]
