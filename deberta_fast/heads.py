@@ -64,18 +64,41 @@ def token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def span_loss(
-    start_logits: torch.Tensor, end_logits: torch.Tensor, start_positions: torch.Tensor, end_positions: torch.Tensor
+    start_logits: torch.Tensor,
+    end_logits: torch.Tensor,
+    start_positions: torch.Tensor,
+    end_positions: torch.Tensor,
+    token_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean of the cross entropies of a span's two ends, logits (B, L), positions (B,) or (B, 1).
 
-    Positions are clamped to [0, L], and L, the first position outside, is left out.
+    Positions below 0 count as 0; those outside of the text or in its padding are left out, and so are the logits of
+    padding, where token_mask (B, L) is 0.
+
+    Raises:
+        ValueError: positions are of another shape.
     """
-    outside = start_logits.shape[1]
-    losses = [
-        F.cross_entropy(logits, positions.reshape(-1).clamp(0, outside), ignore_index=outside)
-        for logits, positions in ((start_logits, start_positions), (end_logits, end_positions))
-    ]
+    batch, outside = start_logits.shape
+    losses = []
+    for name, logits, positions in (("start", start_logits, start_positions), ("end", end_logits, end_positions)):
+        if positions.shape not in ((batch,), (batch, 1)):
+            raise ValueError(f"{name}_positions must be of shape {(batch,)}, got {tuple(positions.shape)}")
+        positions = positions.reshape(-1).clamp(0, outside)
+        if token_mask is not None:
+            token = nn.functional.pad(token_mask.bool(), (0, 1)).gather(1, positions.unsqueeze(1)).squeeze(1)
+            positions = torch.where(token, positions, outside)
+            logits = logits.masked_fill(~token_mask.bool(), -torch.inf)
+        losses.append(F.cross_entropy(logits, positions, ignore_index=outside))
     return (losses[0] + losses[1]) / 2
+
+
+def first_states(states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+    """Of each sequence's first token, (B, L, hidden_size) to (B, hidden_size); token_mask (B, L), or None where none of
+    padding."""
+    if token_mask is None:
+        return states[:, 0]
+    first = token_mask.bool().int().argmax(1)
+    return states.gather(1, first.view(-1, 1, 1).expand(-1, 1, states.shape[-1])).squeeze(1)
 
 
 def sequence_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None) -> torch.Tensor:

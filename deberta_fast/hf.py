@@ -59,9 +59,9 @@ def patch(
             wrappers such as GLiNER or sentence-transformers, models with LoRA adapters. transformers 4.48 or newer.
         backend: a name of ``backends.BACKENDS`` that must then serve every call; None for the best one call by call.
         unpad: True leaves padding out between the embeddings and the last layer's output, wherever a (B, L) mask
-            holds some: layers then see (T, hidden_size), rows of padding come out as zeros, and where padding must
-            stay (masks of pairs, traced and captured programs) one warning says so. "auto" does so where it pays,
-            without a word. On a GPU, to learn how many tokens there are means to wait for it.
+            holds some: layers then see (T, hidden_size), rows of padding come out as zeros, and where it stays
+            (masks of pairs, captured programs) one warning says so. "auto" does so where it pays, without a word.
+            Compiled and exported programs keep padding. On a GPU, to learn how many tokens there are means to wait.
         constant_weights: the promise that no weight will be written through ``.data``, which torch cannot see. In
             inference, what depends on weights alone is then kept on every device, without looking at them, and a copy
             of the projections of queries, keys and values as one matrix too. Writes that torch sees, casts, moves and

@@ -65,7 +65,7 @@ class DebertaModel(PreTrainedModel):
             raise ValueError(f"{name} must be of shape {form} with L at least 1, got {given}")
         if attention_mask is None:
             self._warn_of_padding(input_ids)
-        mask, token_mask = _masks(attention_mask, *shape)
+        mask, token_mask = masks(attention_mask, *shape)
         embedded = self.embeddings(input_ids, token_mask, token_type_ids, position_ids, inputs_embeds)
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -169,7 +169,7 @@ class DebertaModel(PreTrainedModel):
         """
         positions = self.embeddings.positions(hidden_states.shape[1], position_ids)
         queries = hidden_states + self.embeddings.project(positions)
-        mask, _ = _masks(attention_mask, *hidden_states.shape[:2])
+        mask, _ = masks(attention_mask, *hidden_states.shape[:2])
         return self.encoder.again(hidden_states, queries, mask, 2)[-1]
 
     def enhanced_mask_decoder_packed(
@@ -209,7 +209,7 @@ def returned(model: PreTrainedModel, return_dict: bool | None, output: ModelOutp
     return output if (model.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
-def _masks(mask: torch.Tensor | None, batch: int, length: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def masks(mask: torch.Tensor | None, batch: int, length: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """What attention takes, (B, L) or (B, 1, L, L), and which tokens are none of padding, (B, L); both bool.
 
     Raises:

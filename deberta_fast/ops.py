@@ -43,7 +43,9 @@ def _backward(grad_output, grad_lse, output, lse, *arguments):
 def _fake_forward(*arguments):
     # Asked again: the exporter's second try hides from Python that it is one
     if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
-        raise RuntimeError(f"backend {arguments[-1]!r} cannot serve this call: only 'reference' can be exported to ONNX")
+        raise RuntimeError(
+            f"backend {arguments[-1]!r} cannot serve this call: only 'reference' can be exported to ONNX"
+        )
     inputs = AttentionInputs(*arguments[:-1])
     return inputs.new_like_heads(inputs.query), inputs.new_lse()
 

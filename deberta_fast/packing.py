@@ -60,7 +60,7 @@ class Packing(NamedTuple):
             embeddings, output: what the layer convolves and what it adds that to, (T, hidden_size).
         """
         tokens, sequences = embeddings.shape[0], self.cu_seqlens.shape[0] - 1
-        gap = layer.conv.kernel_size[0] // 2
+        gap = layer.conv.weight.shape[-1] // 2
         shifts = gap * torch.arange(sequences, device=embeddings.device)
         rows = torch.arange(tokens, device=embeddings.device) + self._of_each(shifts, tokens)
         seen = rows.new_ones(tokens) if self.mask is None else self.mask.long()
@@ -135,10 +135,12 @@ def packed_sequences(
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if max_seqlen is None and traced:
         raise ValueError("max_seqlen must be given where forward_packed is compiled or exported")
+    if not (max_seqlen is None or traced or hasattr(max_seqlen, "__index__")):
+        raise TypeError(f"max_seqlen must be an integer, got {max_seqlen!r}")
     if not traced and (max_seqlen is None or cu_seqlens.device.type == "cpu"):
         ends = cu_seqlens.tolist()
         lengths = [stop - start for start, stop in zip(ends, ends[1:], strict=False)]
-        longest = max(lengths) if max_seqlen is None else max_seqlen
+        longest = max(lengths) if max_seqlen is None else int(max_seqlen)
         if ends[0] != 0 or ends[-1] != tokens or min(lengths) < 0 or max(lengths) > longest:
             expected = f"rise from 0 to {tokens} in steps of 0 to max_seqlen={longest}"
             raise ValueError(f"cu_seqlens must {expected}, got {ends}")

@@ -260,8 +260,8 @@ class PreTrainedModel(nn.Module):
 
         Args:
             unpad: "auto", the default, where a (B, L) mask holds enough padding to pay; True, wherever it holds any,
-                with a warning where padding must stay (masks of pairs, output_attentions, traced and captured
-                programs); False, never. On a GPU, to learn how many tokens there are means to wait for it.
+                with a warning where it stays (masks of pairs, output_attentions, captured programs); False, never.
+                Compiled and exported programs keep it. On a GPU, to learn how many tokens there are means to wait.
 
         Raises:
             ValueError: it is another value.

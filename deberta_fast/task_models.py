@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from .config import DebertaConfig, DebertaV2Config
-from .heads import ContextPooler, LMPredictions, sequence_loss, span_loss, token_loss
-from .model import base_model, returned
+from .heads import ContextPooler, LMPredictions, first_states, sequence_loss, span_loss, token_loss
+from .model import base_model, masks, returned
 from .outputs import (
     BaseModelOutput,
     MaskedLMOutput,
@@ -209,7 +209,8 @@ class DebertaForSequenceClassification(PreTrainedModel):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
             output_hidden_states, True,
         )  # fmt: skip
-        return self._classes(outputs.last_hidden_state[:, 0], outputs, labels, return_dict)
+        _, token_mask = masks(attention_mask, *outputs.last_hidden_state.shape[:2])
+        return self._classes(first_states(outputs.last_hidden_state, token_mask), outputs, labels, return_dict)
 
     def forward_packed(
         self,
@@ -361,7 +362,8 @@ class DebertaForQuestionAnswering(PreTrainedModel):
         start_logits, end_logits = (x.contiguous() for x in self.qa_outputs(outputs.last_hidden_state).unbind(-1))
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = span_loss(start_logits, end_logits, start_positions, end_positions)
+            _, token_mask = masks(attention_mask, *start_logits.shape)
+            loss = span_loss(start_logits, end_logits, start_positions, end_positions, token_mask)
         return self._span(start_logits, end_logits, loss, outputs, return_dict)
 
     def forward_packed(
@@ -386,15 +388,10 @@ class DebertaForQuestionAnswering(PreTrainedModel):
         start_logits, end_logits = (x.contiguous() for x in self.qa_outputs(outputs.last_hidden_state).unbind(-1))
         loss = None
         if start_positions is not None and end_positions is not None:
-            packing = packed_sequences(cu_seqlens, packed.get("max_seqlen"), None, start_logits)
-            ends = packing.lengths[:, None]
-            loss = span_loss(
-                *(packing.by_sequence(x, -torch.inf) for x in (start_logits, end_logits)),
-                *(
-                    torch.where(x.reshape(-1, 1) < ends, x.reshape(-1, 1), packing.max_seqlen)
-                    for x in (start_positions, end_positions)
-                ),
-            )
+            packing = packed_sequences(cu_seqlens, packed.get("max_seqlen"), packed.get("attention_mask"), start_logits)
+            logits = (packing.by_sequence(x, 0.0) for x in (start_logits, end_logits))
+            seen = torch.ones_like(start_logits) if packing.mask is None else packing.mask.to(start_logits)
+            loss = span_loss(*logits, start_positions, end_positions, packing.by_sequence(seen, 0.0))
         return self._span(start_logits, end_logits, loss, outputs, return_dict)
 
     def _span(self, start_logits, end_logits, loss, outputs, return_dict) -> QuestionAnsweringModelOutput | tuple:
@@ -453,12 +450,14 @@ class DebertaV2ForMultipleChoice(PreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         choices = (input_ids if input_ids is not None else inputs_embeds).shape[1]
-        flat = (
+        flat = [
             None if x is None else x.flatten(0, 1)
             for x in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        )
+        ]
         outputs = self.deberta(*flat, output_attentions, output_hidden_states, True)
-        return self._choice(outputs.last_hidden_state[:, 0], choices, outputs, labels, return_dict)
+        _, token_mask = masks(flat[1], *outputs.last_hidden_state.shape[:2])
+        first = first_states(outputs.last_hidden_state, token_mask)
+        return self._choice(first, choices, outputs, labels, return_dict)
 
     def forward_packed(
         self,

@@ -470,9 +470,20 @@ def test_losses_of_tokens_spans_and_choices():
     model = build("v3", "ForQuestionAnswering")
     starts, ends = torch.tensor([3, 19, 7]), torch.tensor([[5], [2], [400]])
     outputs = model(**inputs, start_positions=starts, end_positions=ends)
-    start, end = outputs.start_logits.log_softmax(-1), outputs.end_logits.log_softmax(-1)
-    torch.testing.assert_close(outputs.loss, -(start[0, 3] + start[2, 7] + end[0, 5] + end[1, 2]) / 4)
+    padding = inputs["attention_mask"] == 0  # does not count
+    start, end = (
+        outputs[f"{name}_logits"].masked_fill(padding, -torch.inf).log_softmax(-1) for name in ("start", "end")
+    )
+    by_hand = -(start[0, 3] + start[2, 7] + end[0, 5] + end[1, 2]) / 4
+    torch.testing.assert_close(outputs.loss, by_hand)
+    starts[1] = padding[1].int().argmax()
+    torch.testing.assert_close(model(**inputs, start_positions=starts, end_positions=ends).loss, by_hand)
+    for unpad in (False, True):
+        model.set_unpad(unpad)
+        torch.testing.assert_close(model(**inputs, start_positions=starts, end_positions=ends).loss, by_hand)
     assert model(**inputs, start_positions=starts).loss is None
+    with pytest.raises(ValueError, match=r"end_positions must be of shape \(3,\), got \(1,\)"):
+        model(**inputs, start_positions=starts, end_positions=ends[0])
     model = build("v3", "ForMultipleChoice")
     inputs = inputs_of("ForMultipleChoice")
     outputs = model(**inputs, labels=torch.tensor([2, 0, 1]))

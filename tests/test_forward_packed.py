@@ -1,0 +1,202 @@
+"""forward_packed: texts one after the other, without padding, through the models and their heads."""
+
+import pytest
+import torch
+from native_models import EMD, build, heads, names
+from packed_batches import LENGTH, assert_same_gradients, batch_of, gradients_of, packed_of
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
+
+
+@heads
+def test_heads(name, head):
+    model = build(name, head, position_biased_input=False, num_labels=3, **(EMD if head == "ForMaskedLM" else {}))
+    layout = [(0, 37), (0, 11), (0, 24), (0, 1), (0, 30, 5, 6), (0, 12)]
+    inputs, options = batch_of(layout), {}
+    packed, padded = packed_of(inputs), dict(inputs)
+    within = torch.cat([torch.arange(LENGTH) < stop for _, stop, *_ in layout])
+    if head in ("ForMaskedLM", "ForTokenClassification"):
+        padded["labels"] = (inputs["input_ids"] % 3).where(inputs["attention_mask"].bool(), -100)
+        packed["labels"] = padded["labels"].flatten()[within]
+    elif head == "ForSequenceClassification":
+        padded["labels"] = packed["labels"] = torch.tensor([0, 1, 2, 1, 0, 2])
+    elif head == "ForMultipleChoice":
+        padded = {key: x.unflatten(0, (2, 3)) for key, x in padded.items()}
+        padded["labels"] = packed["labels"] = torch.tensor([2, 1])
+        options["choices"] = 3
+    model.set_unpad(False)
+    expected = model(**padded, output_hidden_states=True)
+    for longest in ({}, {"max_seqlen": 37}, {"max_seqlen": 50}):
+        got = model.forward_packed(**packed, **options, **longest, output_hidden_states=True)
+        assert list(got) == list(expected) and type(got) is type(expected)
+        for key in set(expected) - {"hidden_states"}:
+            y = expected[key]
+            y = y.flatten(0, 1)[within] if y.shape[:2] == (6, LENGTH) else y
+            torch.testing.assert_close(got[key], y, atol=2e-5, rtol=2e-5, msg=key)
+        for x, y in zip(got.hidden_states, expected.hidden_states, strict=True):
+            torch.testing.assert_close(x, y.flatten(0, 1)[within], atol=2e-5, rtol=2e-5)
+    bare = model.forward_packed(**{key: x for key, x in packed.items() if key != "labels"}, **options)
+    assert list(bare) == [key for key in expected if key not in ("loss", "hidden_states")]
+    as_tuple = model.forward_packed(**packed, **options, return_dict=False)
+    assert type(as_tuple) is tuple and len(as_tuple) == len(expected) - 1
+
+
+def test_answers_are_counted_in_their_own_sequence():
+    """Cross entropy over each sequence's tokens; ends outside of it do not count, nor do empty sequences."""
+    model, inputs = build("v1", "ForQuestionAnswering"), packed_of(batch_of([(0, 9), (0, 0), (5, 37), (0, 1), (3, 20)]))
+    starts, ends = torch.tensor([0, 0, 31, 0, 17]), torch.tensor([8, 3, 32, 0, 16])
+    bare = model.forward_packed(**inputs)
+    cuts = [9, 0, 32, 1, 17]
+    by_hand = []
+    for logits, positions in ((bare.start_logits, starts), (bare.end_logits, ends)):
+        pairs = [(x, p) for x, p, n in zip(logits.split(cuts), positions, cuts) if p < n]
+        by_hand.append(sum(F.cross_entropy(x[None], p[None]) for x, p in pairs) / len(pairs))
+    expected = (by_hand[0] + by_hand[1]) / 2
+    for longest in ({}, {"max_seqlen": 32}, {"max_seqlen": 45}):
+        for shape in ((5,), (5, 1)):
+            got = model.forward_packed(
+                **inputs, **longest, start_positions=starts.view(shape), end_positions=ends.view(shape)
+            )
+            torch.testing.assert_close(got.loss, expected)
+            torch.testing.assert_close(got.start_logits, bare.start_logits)
+    model.zero_grad()
+    got.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForMultipleChoice"])
+def test_an_empty_sequence_pools_zeros(head):
+    model = build("v3", head)
+    inputs = packed_of(batch_of([(0, 0), (0, 5), (0, 0), (0, 0), (4, 9), (0, 0)]))
+    got = model.forward_packed(**inputs, **({"choices": 1} if head == "ForMultipleChoice" else {})).logits
+    nothing = model.classifier(model.pooler(torch.zeros(1, 32)))
+    for row in (0, 2, 3, 5):
+        torch.testing.assert_close(got[row], nothing[0])
+    for row, (key, start) in {1: ("first", 0), 4: ("second", 5)}.items():
+        states = model.deberta.forward_packed(**inputs).last_hidden_state[start]
+        torch.testing.assert_close(got[row], model.classifier(model.pooler(states)), msg=key)
+
+
+@names
+def test_embeddings_and_positions_may_be_given(name):
+    model, inputs = build(name, position_biased_input=True), packed_of(batch_of("both sides"))
+    expected = model.forward_packed(**inputs)[0]
+    positions = torch.cat([torch.arange(n) for n in inputs["cu_seqlens"].diff()])
+    ids = inputs.pop("input_ids")
+    embeddings = model.get_input_embeddings()(ids)
+    for given in ({"input_ids": ids}, {"inputs_embeds": embeddings}):
+        assert torch.equal(model.forward_packed(**inputs, **given, position_ids=positions)[0], expected)
+        shifted = model.forward_packed(**inputs, **given, position_ids=positions + 3)[0]
+        assert (shifted - expected).abs().max() > 1e-2
+    assert torch.equal(model.forward_packed(**inputs, inputs_embeds=embeddings)[0], expected)
+
+
+IDS, ENDS = torch.ones(8, dtype=torch.long), torch.tensor([0, 3, 8], dtype=torch.int32)
+STATES = torch.ones(1, 8, 32)
+BAD_CALLS = {
+    "int64": (dict(cu_seqlens=ENDS.long()), "cu_seqlens must be an int32 tensor"),
+    "list": (dict(cu_seqlens=[0, 3, 8]), "cu_seqlens must be an int32 tensor"),
+    "no-ends": (dict(cu_seqlens=None), "cu_seqlens must be an int32 tensor"),
+    "one-end": (dict(cu_seqlens=ENDS[:1]), r"cu_seqlens must be of shape \(n \+ 1,\)"),
+    "matrix": (dict(cu_seqlens=ENDS[None]), r"cu_seqlens must be of shape \(n \+ 1,\)"),
+    "falling": (dict(cu_seqlens=ENDS.new_tensor([0, 5, 3, 8])), r"cu_seqlens .*\[0, 5, 3, 8\]"),
+    "from-1": (dict(cu_seqlens=ENDS.new_tensor([1, 3, 8])), "cu_seqlens .* from 0 to 8"),
+    "to-7": (dict(cu_seqlens=ENDS.new_tensor([0, 3, 7])), "cu_seqlens .* from 0 to 8"),
+    "to-9": (dict(cu_seqlens=ENDS.new_tensor([0, 3, 9])), "cu_seqlens .* from 0 to 8"),
+    "longest": (dict(max_seqlen=4), "max_seqlen=4"),
+    "longest-float": (dict(max_seqlen=5.0), "max_seqlen"),
+    "longest-text": (dict(max_seqlen="5"), "max_seqlen"),
+    "ids-2d": (dict(input_ids=IDS[None]), r"input_ids must be of shape \(T,\) .* got \(1, 8\)"),
+    "no-ids": (dict(input_ids=IDS[:0]), r"input_ids must be of shape \(T,\) .* got \(0,\)"),
+    "embeddings-3d": (
+        dict(input_ids=None, inputs_embeds=STATES),
+        r"inputs_embeds must be of shape \(T, embedding_size\) .* got \(1, 8, 32\)",
+    ),
+    "mask": (dict(attention_mask=IDS[1:]), r"attention_mask must be of shape \(8,\), got \(7,\)"),
+    "mask-2d": (dict(attention_mask=IDS[None]), r"attention_mask must be of shape \(8,\), got \(1, 8\)"),
+    "types": (dict(token_type_ids=IDS[None]), r"token_type_ids must be of shape \(8,\), got \(1, 8\)"),
+    "positions": (dict(position_ids=IDS[1:]), r"position_ids must be of shape \(8,\), got \(7,\)"),
+    "neither": (dict(input_ids=None), "exactly one of input_ids and inputs_embeds"),
+    "both": (dict(inputs_embeds=STATES[0]), "exactly one of input_ids and inputs_embeds"),
+    "too-long": (
+        dict(input_ids=IDS.repeat(9), cu_seqlens=ENDS.new_tensor([0, 7, 72])),
+        "max_position_embeddings=64 tokens long .* got 65",
+    ),
+}
+
+
+@pytest.mark.parametrize("changed, message", BAD_CALLS.values(), ids=BAD_CALLS)
+def test_bad_calls_are_refused(changed, message):
+    model = build("v2", "ForTokenClassification")
+    for run in (model.forward_packed, model.deberta.forward_packed):
+        with pytest.raises((TypeError, ValueError), match=message):
+            run(**{"input_ids": IDS, "cu_seqlens": ENDS, **changed})
+
+
+LONG = dict(input_ids=IDS.repeat(9), cu_seqlens=ENDS.new_tensor([0, 72]))
+BAD_HEADS = {
+    "choices": ("ForMultipleChoice", dict(choices=3), "choices must divide the number of sequences, 2, got 3"),
+    "no-choices": ("ForMultipleChoice", dict(choices=0), "choices must divide the number of sequences, 2, got 0"),
+    "words": ("ForMaskedLM", dict(labels=IDS[:2]), r"labels must be of shape \(8,\), got \(2,\)"),
+    "tokens": ("ForTokenClassification", dict(labels=IDS[None]), r"labels must be of shape \(8,\), got \(1, 8\)"),
+    "classes": (
+        "ForSequenceClassification",
+        dict(labels=IDS),
+        r"labels must be of shape \(2, 2\) or \(2,\), got \(8,\)",
+    ),
+    "one-answer-of-two": ("ForQuestionAnswering", dict(start_positions=IDS[:1], end_positions=IDS[:1]), "_positions"),
+    "answers": ("ForQuestionAnswering", dict(start_positions=IDS[:3], end_positions=IDS[:3]), "_positions"),
+    "decoder": ("ForMaskedLM", LONG, "max_position_embeddings=64 tokens long .* got 72"),
+}
+
+
+@pytest.mark.parametrize("head, changed, message", BAD_HEADS.values(), ids=BAD_HEADS)
+def test_bad_calls_of_heads_are_refused(head, changed, message):
+    model = build("v3", head, **(EMD if head == "ForMaskedLM" else {}))
+    with pytest.raises(ValueError, match=message):
+        model.forward_packed(**{"input_ids": IDS, "cu_seqlens": ENDS, **changed})
+
+
+def test_what_packed_sequences_may_and_may_not_be():
+    with pytest.raises(ValueError, match="talking heads"):
+        build("v1-talking-heads").forward_packed(IDS, ENDS)
+    # no positions are added, and relative ones reach any length
+    assert build("v3").forward_packed(**LONG)[0].shape == (72, 32)
+
+
+def test_masked_tokens_anywhere():
+    """Also at a sequence's ends; and of one of them, all."""
+    model, mask = build("v3-conv").double(), torch.tensor([0, 1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 1])
+    model.set_unpad(False)
+    model.set_backend("eager")
+    ids, cuts = torch.arange(1, 13), [5, 3, 3, 1]
+    got = model.forward_packed(ids, torch.tensor([0, 5, 8, 11, 12], dtype=torch.int32), attention_mask=mask)[0]
+    for x, one, seen in zip(got.split(cuts), ids.split(cuts), mask.split(cuts), strict=True):
+        expected = model(one[None], attention_mask=seen[None])[0][0]
+        torch.testing.assert_close(x[seen.bool()], expected[seen.bool()], rtol=0, atol=1e-10)
+    got.sum().backward()
+    assert all(torch.isfinite(x).all() for x in [got, *(p.grad for p in model.parameters() if p.grad is not None)])
+
+
+@pytest.mark.parametrize("name, head", [("v2", "ForSequenceClassification"), ("v3", "ForTokenClassification")])
+def test_forward_packed_compiles_once_for_all_lengths(name, head):
+    torch._dynamo.reset()
+    model, counter = build(name, head, num_hidden_layers=1), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model.forward_packed, backend=counter, fullgraph=True, dynamic=True)
+    for layout in ([(0, 37), (3, 20)], [(0, 9), (1, 4), (0, 30)], [(0, 5), (0, 0), (0, 17), (0, 6)]):
+        inputs = packed_of(batch_of(layout))
+        inputs["max_seqlen"] = int(inputs["cu_seqlens"].diff().max())
+        shape = inputs["input_ids"].shape[0] if head == "ForTokenClassification" else len(layout)
+        inputs["labels"] = torch.arange(shape) % 2
+        expected = model.forward_packed(**inputs)
+        gradients = gradients_of(model, expected.loss)
+        got = compiled(**inputs)
+        torch.testing.assert_close(got.logits, expected.logits, atol=1e-5, rtol=1e-5)
+        assert_same_gradients(gradients_of(model, got.loss), gradients, 1e-4)
+    assert counter.frame_count <= 2
+
+
+def test_compiled_forward_packed_asks_for_the_longest():
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="max_seqlen must be given"):
+        torch.compile(build("v3").forward_packed, backend="eager", fullgraph=True)(IDS, ENDS)
