@@ -7,7 +7,6 @@ for such a look: there a value is kept only for who promises that weights stay.
 """
 
 import functools
-import operator
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -49,13 +48,14 @@ class WeightCache:
         """``make()``, or what it gave when these same weights, which it ``keeps``, were last handed in."""
         weights = [weight for weight in weights if weight is not None]
         state, kept = _state(weights), self._kept
-        if kept is not None and kept[0] == state and all(map(operator.is_, kept[1], weights)):
-            if self.constant or all(map(torch.equal, kept[2], _sketches(weights))):
-                return kept[3]
+        if kept is not None and kept[0] == state:
+            if self.constant or all(map(torch.equal, kept[1], _sketches(weights))):
+                return kept[2]
         if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
             return make()  # into the graph's own memory, which does not outlive it
         value = make()
-        self._kept = state, weights, [] if self.constant else _sketches(weights), value
+        # The weights too: as long as they live, no other tensor comes to lie where they do
+        self._kept = state, [] if self.constant else _sketches(weights), value, weights
         return value
 
     def clear(self) -> None:

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from native_models import build, tokens
+from native_models import EMD, build, tokens
 from torch import nn
 
 import deberta_fast.attention
@@ -198,10 +198,14 @@ def test_constant_weights_are_not_looked_at():
     torch.testing.assert_close(expected, run(build("v3")), rtol=1e-5, atol=1e-5)  # by one product
     weight.data.mul_(2)
     assert torch.equal(run(model), expected)  # against the promise
+    weight.data = weight.data.clone()  # as a module that is moved does
+    second = run(model)
+    assert torch.equal(second, unkept(model)) and not torch.equal(second, expected)
     with torch.no_grad():
-        weight.div_(1)
-    assert torch.equal(run(model), unkept(model)) and not torch.equal(run(model), expected)
-    assert copy.deepcopy(model).encoder.layer[0].attention.self.kept.joint.constant
+        weight.mul_(2)
+    assert torch.equal(run(model), unkept(model)) and not torch.equal(run(model), second)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.encoder.layer[0].attention.self.kept.joint.constant
     model.set_constant_weights(False)
     weight.data.mul_(2)
     assert torch.equal(run(model), unkept(model))
@@ -219,6 +223,14 @@ def test_three_projections_as_one(name, length):
     assert model.encoder.layer[1].attention.self.kept.joint._kept is not None
     torch.testing.assert_close(model(**inputs).last_hidden_state, expected, rtol=1e-5, atol=1e-5)  # for training
     assert model.encoder.layer[1].attention.self.kept.joint._kept is None
+
+
+def test_queries_of_other_states():
+    model, inputs = build("v3", "ForMaskedLM", **EMD), tokens("right")
+    expected = model(**inputs).logits
+    model.set_constant_weights(True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_threads():
