@@ -256,3 +256,17 @@ def test_constant_weights(name, fused_calls):
     assert torch.equal(*got) and len(fused_calls) == 4
     torch.testing.assert_close(got[0][valid], expected[valid], rtol=1e-4, atol=1e-4)
     assert_close(results(model, inputs), results(patch(model), inputs), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["v1", "v3"])
+def test_linear_layers_between_belong_to_who_replaced_them(name):
+    model = build(name)
+    layer, other = model.encoder.layer
+    own = layer.output.forward = lambda states, residual: residual
+    patch(model)
+    assert layer.output.forward is own and not hasattr(layer.output, "_deberta_fast")
+    between = [other.output, other.intermediate, other.attention.output, layer.intermediate]
+    between += [other.output.LayerNorm, model.embeddings.LayerNorm] if name == "v1" else []
+    assert all("forward" in vars(module) for module in between)
+    unpatch(model)
+    assert layer.output.forward is own and not any("forward" in vars(module) for module in between)

@@ -75,9 +75,19 @@ def parametrized(linear):
     return linear
 
 
+class Quantised(torch.Tensor):
+    """As libraries put into a Linear."""
+
+
+def of_quantised(linear):
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Quantised))
+    return linear
+
+
 @pytest.mark.parametrize(
     "other",
     [
+        of_quantised,
         lambda linear: OtherLinear(16, 16),
         lambda linear: nn.Sequential(linear),
         hooked,
@@ -87,7 +97,7 @@ def parametrized(linear):
         lambda linear: linear.double(),
         lambda linear: linear.bfloat16(),
     ],
-    ids=["subclass", "wrapper", "hook", "pre-hook", "forward", "parametrization", "float64", "bfloat16"],
+    ids=["weight", "subclass", "wrapper", "hook", "pre-hook", "forward", "parametrization", "float64", "bfloat16"],
 )
 def test_what_is_more_than_a_product_runs_itself(by_onednn, other):
     linear = other(nn.Linear(16, 16))
