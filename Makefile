@@ -18,6 +18,10 @@ SANITIZED := build/sanitize
 SANITIZERS := -fsanitize=address,undefined
 SANITIZE_ARGS ?= tests/test_cpu.py tests/test_cpu_calls.py
 
+# A worker for every processor, up to four, takes one file of tests after the other, in the order of tests/conftest.py.
+# For none: TEST_ARGS="-n 0"
+WORKERS := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 GPU_PYTHON ?= python3
 OUTER_PATH := $(PATH)
 
@@ -49,11 +53,11 @@ demo: setup
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(TEST_ARGS)
 
 # The oldest transformers that pyproject.toml allows, laid over the environment's own
 test-oldest: $(OLDEST)/ready $(BUILT)
-	PYTHONPATH=$(abspath $(OLDEST)) $(BIN)/python -m pytest tests/test_hf*.py $(TEST_ARGS)
+	PYTHONPATH=$(abspath $(OLDEST)) $(BIN)/python -m pytest $(WORKERS) tests/test_hf*.py $(TEST_ARGS)
 
 $(OLDEST)/ready: $(READY)
 	@rm -rf $(OLDEST)

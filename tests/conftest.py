@@ -1,14 +1,20 @@
 import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 
-# Small tensors: threads that wait for one another make these tests up to ten times slower.
+# Small tensors: threads that wait for one another make these tests up to ten times slower, and those of NumPy's BLAS,
+# which wait busily, whatever else runs. The variable is for the processes that tests start.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
+# Where pytest-xdist shares out the files (make test), these first: begun last, one would keep all waiting.
+LONGEST = ["test_triton_interpreted", "test_cuda", "test_cuda_compiled", "test_triton"]
+
+
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture
@@ -31,44 +37,3 @@ def exact_scale(monkeypatch):
         monkeypatch.setattr(
             module, "scaled_size_sqrt", lambda x, n: torch.tensor(float(x.size(-1) * n)).double().sqrt()
         )
-
-
-class Interpreted:
-    """``triton_interpreted.py`` in a process of its own, beside the other tests: it takes minutes."""
-
-    def __init__(self):
-        self.output = tempfile.TemporaryFile("w+")
-        here = Path(__file__).parent
-        command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", "--durations=10"]
-        self.process = subprocess.Popen(
-            [*command, "triton_interpreted.py"],
-            cwd=here,
-            env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(here.parent)},
-            stdout=self.output,
-            stderr=subprocess.STDOUT,
-        )
-
-    def wait(self) -> tuple[int, str]:
-        """Exit status and output."""
-        status = self.process.wait()
-        self.output.seek(0)
-        return status, self.output.read()
-
-
-_interpreted: list[Interpreted] = []
-
-
-def pytest_collection_finish(session):
-    if any(item.name == "test_interpreted" for item in session.items) and not session.config.option.collectonly:
-        _interpreted.append(Interpreted())
-
-
-def pytest_sessionfinish():
-    for run in _interpreted:
-        run.process.kill()
-
-
-@pytest.fixture
-def interpreted():
-    """Exit status and output of the tests in Triton's interpreter."""
-    return _interpreted[0].wait()

@@ -47,7 +47,7 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def run(*command, timeout=300, **environment) -> tuple[int, str]:
+def run(*command, timeout=900, **environment) -> tuple[int, str]:
     """Exit status and output."""
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, cwd=ROOT / "tests",
@@ -64,7 +64,7 @@ def made(target: Path, sources: list[Path], *command) -> Path:
     kept, partial = target.with_suffix(".key"), target.with_suffix(f".{os.getpid()}")
     if not target.exists() or not kept.exists() or kept.read_text() != key.hexdigest():
         target.parent.mkdir(parents=True, exist_ok=True)
-        status, output = run(*command, "-o", partial, timeout=600)
+        status, output = run(*command, "-o", partial)
         assert status == 0, output
         partial.rename(target)
         kept.write_text(key.hexdigest())

@@ -1,7 +1,6 @@
 """The demo as its users run it: what it prints and writes, and that it refuses wrong answers."""
 
 import json
-import os
 import runpy
 import subprocess
 import sys
@@ -29,9 +28,7 @@ runpy.run_path(demo, run_name="__main__")
 
 def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, *arguments, "--quick", "--device", "cpu"]
-    # One thread: two of them wait for each other again and again where the cores are shared, as in CI.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 def test_prints_a_table_and_writes_it_with_a_plot(tmp_path):

@@ -34,9 +34,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::UserWarning"
-)  # torch's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own
 @pytest.mark.parametrize("name", SNIPPETS)
 def test_snippet_runs(name, folder):
     transformers = pytest.importorskip("transformers")

@@ -1,7 +1,6 @@
-"""The Triton backend without a GPU: right in Triton's interpreter, and compiled for GPUs that are not there."""
+"""The Triton backend without a GPU: compiled for GPUs that are not there, its plans, its refusals."""
 
 import functools
-import re
 
 import pytest
 import torch
@@ -254,10 +253,3 @@ def test_named_without_a_gpu_it_says_why():
         RuntimeError, match="backend 'triton' cannot serve this call: tensors must be on a GPU, got cpu"
     ):
         disentangled_attention(x, x, x, backend="triton")
-
-
-def test_interpreted(interpreted):
-    """Right: every class of tile and mask, forward and backward, against the reference."""
-    status, output = interpreted
-    assert status == 0, output[-20000:]
-    assert re.search(r"\d\d passed", output), output[-2000:]

@@ -1,14 +1,17 @@
 """The Triton backend in Triton's interpreter, on CPU tensors.
 
-``test_triton.py`` runs this file in a process of its own: TRITON_INTERPRET=1 has to be there before Triton is imported.
+``test_triton_interpreted.py`` runs this file in a process of its own: TRITON_INTERPRET=1 has to be there before Triton
+is imported.
 """
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from cases import BY_NAME, CASES, DROPOUT_SEED, TENSORS, Case, as_dtype, forward_and_gradients, make_inputs
 from test_attention import HALF_CASES, compare, public, reversed_distance, shifted_slot, swapped_tables
 from triton import OutOfResources
@@ -57,6 +60,18 @@ def poisoned_memory(monkeypatch):
         return x.fill_(torch.nan) if x.is_floating_point() else x
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+@pytest.fixture(autouse=True)
+def nothing_in_vain(monkeypatch):
+    """Without what takes more than half of the interpreter's time to no effect: integer sums and products made again,
+    to find overflows that only ``debug`` reports; Triton's language patched anew in every call of a device function."""
+    options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+    patched = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    monkeypatch.setattr(interpreter, "_patch_lang", lambda function: interpreter._LangPatchScope())
+    yield
+    patched.restore()
 
 
 @pytest.fixture(autouse=True)

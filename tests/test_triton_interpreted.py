@@ -1,0 +1,16 @@
+"""The Triton backend without a GPU: right in Triton's interpreter."""
+
+import re
+import sys
+
+import pytest
+from test_cuda import ROOT, run
+
+
+def test_interpreted():
+    """Every class of tile and mask, forward and backward, against the reference: in a process of its own."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", "--durations=10"]
+    status, output = run(*command, "triton_interpreted.py", TRITON_INTERPRET="1", PYTHONPATH=str(ROOT))
+    assert status == 0, output[-20000:]
+    assert re.search(r"\d\d passed", output), output[-2000:]
