@@ -39,6 +39,21 @@ def test_equals_the_module(by_onednn, bias, shape):
     assert by_onednn == [0 not in shape, True]
 
 
+def test_deep_products_are_as_precise_as_torchs(by_onednn):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(3072, 40), torch.randn(300, 3072, requires_grad=True)
+    gradient = torch.randn(300, 40)
+    exact = copy.deepcopy(linear).double()
+    found = []
+    for call, given in ((linear, x), (lambda x: project(linear, x), x), (exact, x.double().detach().requires_grad_())):
+        y = call(given)
+        weight = exact.weight if call is exact else linear.weight
+        found.append([y, *torch.autograd.grad(y, [given, weight], gradient.to(y))])
+    for torchs, ours, want in zip(*found, strict=True):
+        assert (ours - want).abs().mean() <= 2 * (torchs - want).abs().mean()
+    assert by_onednn == [True] * 3
+
+
 def test_in_inference_mode(by_onednn):
     linear = nn.Linear(16, 16)
     with torch.inference_mode():
