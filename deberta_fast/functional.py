@@ -11,6 +11,7 @@ from . import backends
 from .backends.inputs import AttentionInputs
 from .dropout import new_seed
 from .ops import DisentangledAttention, check_cu_seqlens
+from .packing import check_ends
 from .relative_position import FAR_NEGATIVE_RULES, table_rows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -151,13 +152,7 @@ def disentangled_attention_varlen(
     _check_heads(query, key, value, ndim=3, layout="(T, H, D)")
     if query.shape[0] != key.shape[0]:
         raise ValueError(f"key must have as many rows as query, {query.shape[0]}, got {key.shape[0]}")
-    if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"cu_seqlens must be an int32 tensor, got {getattr(cu_seqlens, 'dtype', type(cu_seqlens))}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.device != query.device:
-        raise ValueError(
-            f"cu_seqlens must be one-dimensional, not empty and on {query.device}, "
-            f"got shape {tuple(cu_seqlens.shape)} on {cu_seqlens.device}"
-        )
+    check_ends(cu_seqlens, query.device)
     if max_seqlen < 0:
         raise ValueError(f"max_seqlen must not be negative, got {max_seqlen}")
     if attention_mask is not None and attention_mask.dim() != 1:

@@ -123,13 +123,7 @@ def packed_sequences(
             device attention asserts them.
     """
     tokens = states.shape[0]
-    if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"cu_seqlens must be an int32 tensor, got {getattr(cu_seqlens, 'dtype', type(cu_seqlens))}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.device != states.device:
-        raise ValueError(
-            f"cu_seqlens must be of shape (n + 1,) with n at least 1 and on {states.device}, "
-            f"got shape {tuple(cu_seqlens.shape)} on {cu_seqlens.device}"
-        )
+    check_ends(cu_seqlens, states.device)
     if attention_mask is not None and attention_mask.shape != (tokens,):
         raise ValueError(f"attention_mask must be of shape {(tokens,)}, got {tuple(attention_mask.shape)}")
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -140,12 +134,27 @@ def packed_sequences(
     if not traced and (max_seqlen is None or cu_seqlens.device.type == "cpu"):
         ends = cu_seqlens.tolist()
         lengths = [stop - start for start, stop in zip(ends, ends[1:], strict=False)]
-        longest = max(lengths) if max_seqlen is None else int(max_seqlen)
+        longest = max(lengths, default=0) if max_seqlen is None else int(max_seqlen)
         if ends[0] != 0 or ends[-1] != tokens or min(lengths) < 0 or max(lengths) > longest:
             expected = f"rise from 0 to {tokens} in steps of 0 to max_seqlen={longest}"
             raise ValueError(f"cu_seqlens must {expected}, got {ends}")
         max_seqlen = longest
     return Packing(cu_seqlens, max_seqlen, None if attention_mask is None else attention_mask.bool())
+
+
+def check_ends(cu_seqlens: torch.Tensor, device: torch.device) -> None:
+    """All of cu_seqlens but its values.
+
+    Raises:
+        TypeError, ValueError: it is not int32 (n + 1,) on that device.
+    """
+    if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens must be an int32 tensor, got {getattr(cu_seqlens, 'dtype', type(cu_seqlens))}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.device != device:
+        raise ValueError(
+            f"cu_seqlens must be one-dimensional, not empty and on {device}, "
+            f"got shape {tuple(cu_seqlens.shape)} on {cu_seqlens.device}"
+        )
 
 
 def first_tokens(states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
