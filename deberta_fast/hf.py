@@ -31,10 +31,9 @@ _TOKEN_DISTANCES = "token distances"
 class _Patch:
     """What the patched modules of one model share."""
 
-    def __init__(self, backend: str | None, unpad: bool | str, constant_weights: bool):
+    def __init__(self, backend: str | None, unpad: bool | str):
         self.backend = backend
         self.unpad = unpad
-        self.constant_weights = constant_weights
         self.warned: set[str] = set()
 
     def warn(self, reason: str, what: str = "running Hugging Face's own attention") -> None:
@@ -92,7 +91,7 @@ def patch(
             raise ValueError(
                 f"the forward of a {type(module).__name__} was replaced by other code; undo that, or patch before it"
             )
-    shared = _Patch(backend, unpad, constant_weights)
+    shared = _Patch(backend, unpad)
     for module, forward in found:
         _replace(module, functools.partial(forward, module, shared, Kept(constant_weights)))
     for module in model.modules():

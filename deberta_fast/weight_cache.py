@@ -38,8 +38,8 @@ class WeightCache:
             or torch._C._are_functorch_transforms_active()
         ) and all(
             type(weight) in (torch.Tensor, nn.Parameter)
+            and not weight.is_inference()  # of which torch counts no writes
             and (weight.device.type == "cpu" or (self.constant and not weight.is_meta))
-            and (not weight.is_inference() or type(weight) is torch.Tensor)
             for weight in weights
             if weight is not None
         )
@@ -53,7 +53,8 @@ class WeightCache:
                 return kept[2]
         if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
             return make()  # into the graph's own memory, which does not outlive it
-        value = make()
+        with torch.inference_mode(False), torch.no_grad():  # or what is made of the value could not be kept
+            value = make()
         # The weights too: as long as they live, no other tensor comes to lie where they do
         self._kept = state, [] if self.constant else _sketches(weights), value, weights
         return value
@@ -73,10 +74,7 @@ def _state(weights: list[torch.Tensor]) -> list:
     dtype of products under autocast."""
     kind = weights[0].device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return [
-        autocast,
-        *((x.data_ptr(), x.dtype, x.shape, 0 if x.is_inference() else x._version) for x in weights),
-    ]
+    return [autocast, *((x.data_ptr(), x.dtype, x.shape, x._version) for x in weights)]
 
 
 def _sketches(weights: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -93,5 +91,4 @@ def _sketches(weights: list[torch.Tensor]) -> list[torch.Tensor]:
 
 @functools.lru_cache(maxsize=64)
 def _direction(size: int, dtype: torch.dtype) -> torch.Tensor:
-    with torch.inference_mode(False):
-        return torch.randn(size, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(dtype)
+    return torch.randn(size, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(dtype)

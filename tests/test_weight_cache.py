@@ -137,6 +137,16 @@ def test_casts_and_autocast():
             assert run(model).dtype == dtype and torch.equal(run(model), unkept(model))
 
 
+def test_tables_that_torch_counts_no_writes_of():
+    attention = build("v3").encoder.layer[0].attention.self
+    with torch.inference_mode():
+        states, table = torch.randn(1, 20, 32), torch.randn(32, 32)
+        before, _ = attention(states, None, table)
+        table.mul_(2)
+        after, _ = attention(states, None, table)
+    assert not torch.equal(after, before) and attention.kept.tables._kept is None
+
+
 def test_nothing_is_kept_in_training(projected):
     model = build("v3", hidden_dropout_prob=0.5)
     run(model)
