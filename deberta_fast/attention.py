@@ -124,11 +124,12 @@ def project_heads(
     saves.
     """
     if joint.constant and query_states is None:
-        weights = [x for linear in linears if is_plain(linear) for x in (linear.weight, linear.bias)]
-        if len(weights) == 6 and joint.keeps(weights):
-            weight, bias = joint.get(weights, lambda: _joined(linears))
-            return split_heads(product(hidden_states, weight, bias), 3 * heads).split(heads, -2)
-        joint.clear()
+        if all(map(is_plain, linears)):
+            weights = [x for linear in linears for x in (linear.weight, linear.bias)]
+            if joint.keeps(weights):
+                weight, bias = joint.get(weights, lambda: _joined(linears))
+                return split_heads(product(hidden_states, weight, bias), 3 * heads).split(heads, -2)
+            joint.clear()
     states = (hidden_states if query_states is None else query_states, hidden_states, hidden_states)
     return [split_heads(project(linear, x), heads) for linear, x in zip(linears, states, strict=True)]
 

@@ -104,11 +104,13 @@ def normalised_table(weight: torch.Tensor, norm: nn.Module | None, kept: WeightC
     """The table of relative positions, (R, hidden_size); ``kept`` keeps it in inference."""
     if norm is None:
         return weight
-    weights = [weight, norm.weight, norm.bias]
-    if norm._forward_hooks or norm._forward_pre_hooks or not kept.keeps(weights):
-        kept.clear()
-        return norm(weight)
-    return kept.get(weights, lambda: norm(weight))
+    # Whatever is more than torch's own depends on who knows what
+    if type(norm) is nn.LayerNorm and not ("forward" in vars(norm) or norm._forward_hooks or norm._forward_pre_hooks):
+        weights = [weight, norm.weight, norm.bias]
+        if kept.keeps(weights):
+            return kept.get(weights, lambda: norm(weight))
+    kept.clear()
+    return norm(weight)
 
 
 class DebertaEncoder(nn.Module):

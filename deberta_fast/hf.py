@@ -35,12 +35,13 @@ class _Patch:
         self.backend = backend
         self.unpad = unpad
         self.warned: set[str] = set()
+        self.warned_of_padding = False
 
-    def warn(self, reason: str, what: str = "running Hugging Face's own attention") -> None:
+    def warn(self, reason: str) -> None:
         if reason in self.warned or torch.compiler.is_compiling():
             return
         self.warned.add(reason)
-        warnings.warn(f"deberta_fast: {what}: {reason}", stacklevel=3)
+        warnings.warn(f"deberta_fast: running Hugging Face's own attention: {reason}", stacklevel=3)
 
     def warn_unless_warned(self, reason: str) -> None:
         """For an attention module below an encoder that falls back, and has said why."""
@@ -240,8 +241,9 @@ def _packing(shared: _Patch, attention_mask: torch.Tensor | Packing) -> Packing 
     reason = why_not(attention_mask)
     if reason is None:
         return packing_of(attention_mask.bool(), shared.unpad)
-    if shared.unpad is True:
-        shared.warn(reason, "padding stays, in spite of unpad=True")
+    if shared.unpad is True and not (shared.warned_of_padding or torch.compiler.is_compiling()):
+        shared.warned_of_padding = True
+        warnings.warn(f"deberta_fast: padding stays, in spite of unpad=True: {reason}", stacklevel=2)
     return None
 
 

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from hf_models import assert_close, build, noise, randomise, results
+from hf_models import assert_close, build, noise, randomise, results, tokens
 from packed_batches import LAYOUTS, LENGTH, batch_of, flat, shapes_seen, spans_of
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -301,3 +301,14 @@ def test_layers_compile_one_by_one(name):
         for key, x in gradients.items():
             torch.testing.assert_close(got[1][key], x, rtol=1e-4, atol=1e-4 * max(1, float(x.abs().max())), msg=key)
     assert {len(shape) for shape in seen} == {2} and 0 < counter.frame_count <= 4
+
+
+def test_padding_that_stays_silences_no_fallback():
+    model, inputs = patch(build("v3"), unpad=True), tokens("left")
+    pairs = inputs["attention_mask"][:, None] * inputs["attention_mask"][:, :, None]
+    with pytest.warns(UserWarning, match="padding stays"):
+        model.encoder(model.embeddings(inputs["input_ids"]), pairs)
+    model.encoder.layer[0].attention.self.dropout = torch.nn.AlphaDropout(0.1)
+    table, mask = model.encoder.get_rel_embedding(), torch.ones(1, 1, 9, 9, dtype=torch.bool)
+    with pytest.warns(UserWarning, match="running Hugging Face's own attention"):
+        model.encoder.layer[0].attention.self(torch.randn(1, 9, 64), mask, rel_embeddings=table)

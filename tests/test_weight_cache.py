@@ -184,6 +184,39 @@ def test_hooks_and_adapters_run_each_time(projected):
     assert torch.equal(run(model), unkept(model))
 
 
+class Adapted(nn.Module):
+    """As adapters wrap a norm: weights of the same name, and other ones that count."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.weight, self.bias, self.own = norm.weight, norm.bias, copy.deepcopy(norm)
+
+    def forward(self, x):
+        return self.own(x)
+
+
+def test_norms_that_are_more_than_torchs():
+    model = build("v3")
+    run(model)
+    model.encoder.LayerNorm = Adapted(model.encoder.LayerNorm)
+    before = run(model)
+    model.encoder.LayerNorm.own.weight.data.mul_(1.5)
+    assert torch.equal(run(model), unkept(model)) and not torch.equal(run(model), before)
+    model.encoder.LayerNorm = nn.Identity()
+    assert torch.equal(run(model), unkept(model))
+
+
+def test_compiled_with_constant_weights():
+    torch._dynamo.reset()
+    model, inputs = build("v3", num_hidden_layers=1), tokens("right", 37)
+    model.set_constant_weights(True)
+    expected = run(model)
+    with torch.no_grad():
+        got = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs).last_hidden_state
+    valid = inputs["attention_mask"].bool()
+    torch.testing.assert_close(got[valid], expected[valid], rtol=1e-5, atol=1e-5)
+
+
 def test_copies_and_pickles_are_without():
     model = build("v3")
     sizes = []
