@@ -13,10 +13,10 @@ PIP := $(BIN)/python -m pip install -qq
 export DEBERTA_FAST_CPU ?= 1
 BUILT := build/extension-cpu$(DEBERTA_FAST_CPU)-cuda$(DEBERTA_FAST_CUDA)
 CSRC := $(wildcard $(addprefix csrc/,*.cpp *.h cpu/*.cpp cpu/*.h cuda/*.cu cuda/*.cpp cuda/*.h))
-FORMATTED := $(CSRC) $(wildcard $(addprefix tests/,*.cpp *.h emulator/*.cpp emulator/*.h))
+FORMATTED := $(CSRC) $(wildcard $(addprefix tests/,op/*.cpp emulator/*.cpp emulator/*.h))
 SANITIZED := build/sanitize
 SANITIZERS := -fsanitize=address,undefined
-SANITIZE_ARGS ?= tests/test_cpu.py tests/test_cpu_calls.py
+SANITIZE_ARGS ?= tests/op/test_cpu.py tests/op/test_cpu_calls.py
 
 # A worker for every processor, up to four, takes one file of tests after the other, in the order of tests/conftest.py.
 # For none: TEST_ARGS="-n 0"
@@ -57,7 +57,7 @@ test: setup
 
 # The oldest transformers that pyproject.toml allows, laid over the environment's own
 test-oldest: $(OLDEST)/ready $(BUILT)
-	PYTHONPATH=$(abspath $(OLDEST)) $(BIN)/python -m pytest $(WORKERS) tests/test_hf*.py $(TEST_ARGS)
+	PYTHONPATH=$(abspath $(OLDEST)) $(BIN)/python -m pytest $(WORKERS) $(wildcard tests/*/test_hf*.py) $(TEST_ARGS)
 
 $(OLDEST)/ready: $(READY)
 	@rm -rf $(OLDEST)

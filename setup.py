@@ -1,9 +1,9 @@
 """Builds ``deberta_fast._C``, the C++ and CUDA of the compiled backends; the rest of packaging is in pyproject.toml.
 
-csrc/*.cpp, the host code, is compiled once, on torch's stable ABI and Python's; every csrc/cpu/*.cpp once for each
-instruction set, among which the extension chooses when it runs. Where there is an nvcc, with or without a GPU, the same
-extension gets csrc/cuda/*.cu; it loads on machines without CUDA. What cannot be built, the CUDA kernels or all of the
-extension, is left out, and one line says why.
+The host code of csrc/cpu (HOST below) is compiled once, on torch's stable ABI and Python's; its other files once for
+each instruction set, among which the extension chooses when it runs. Where there is an nvcc, with or without a GPU, the
+same extension gets csrc/cuda/*.cu; it loads on machines without CUDA. What cannot be built, the CUDA kernels or all of
+the extension, is left out, and one line says why.
 
 Environment: DEBERTA_FAST_CPU=0 leaves the extension out, 1 makes it an error that it cannot be built;
 DEBERTA_FAST_CUDA=0 or 1, the same for the CUDA kernels in it; CUDA_HOME, where nvcc is looked for first, then on PATH
@@ -34,9 +34,10 @@ import setuptools.errors
 
 OLDEST_TORCH = (2, 11)
 OLDEST_CUDA = (12, 0)
-HOST = sorted(str(path) for path in Path("csrc").glob("*.cpp") if path.name != "cuda_ops.cpp")
-KERNELS = sorted(map(str, Path("csrc/cpu").glob("*.cpp")))
-CUDA_HOST = sorted(map(str, [*Path("csrc").glob("cuda_ops.cpp"), *Path("csrc/cuda").glob("*.cpp")]))
+CPU = sorted(map(str, Path("csrc/cpu").glob("*.cpp")))
+HOST = [path for path in CPU if Path(path).stem in ("ops", "schedule")]
+KERNELS = [path for path in CPU if path not in HOST]
+CUDA_HOST = sorted(map(str, Path("csrc/cuda").glob("*.cpp")))
 CUDA_KERNELS = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
 HEADERS = sorted(map(str, Path("csrc").rglob("*.h")))
 # Not -ffast-math: softmax meets infinities. No OpenMP: the threads are torch's.

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import deberta_fast
 from deberta_fast import backends
-from deberta_fast.relative_position import distance_slots, slot_table
+from deberta_fast.op.relative_position import distance_slots, slot_table
 
 from .device import Call
 
@@ -171,7 +171,7 @@ def variants(workload: Workload) -> dict[str, Variant]:
 
 def asked(w: Workload):
     """The call as a backend sees it, for ``why_not``."""
-    from deberta_fast.backends.inputs import AttentionInputs
+    from deberta_fast.op.call import AttentionInputs
 
     return AttentionInputs(
         *w.qkv,

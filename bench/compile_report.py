@@ -28,8 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from deberta_fast.backends.inputs import AttentionInputs
-from deberta_fast.backends.triton import configuration, plan
+from deberta_fast.op.backends.triton import configuration, plan
+from deberta_fast.op.call import AttentionInputs
 
 from . import compile_cuda, sass, timing
 from .sass import Loop

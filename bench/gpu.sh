@@ -62,7 +62,7 @@ build() {
   "$python" setup.py build_ext --inplace || return
   "$python" -c 'if True:
     import os, sys
-    from deberta_fast.backends import cuda, extension
+    from deberta_fast.op.backends import cuda, extension
     missing = extension.NOT_LOADED or (None if extension.implements("cuda_forward", "CUDA") else "it has no CUDA kernels")
     if missing and os.environ["DEBERTA_FAST_CUDA"] == "1":
         sys.exit(f"not the extension that was wanted: {missing}")
@@ -89,7 +89,7 @@ sanitize() {
     options=(--tool "$name" --print-limit 1000)
     [[ $name == initcheck ]] || options+=(--kernel-name kns=deberta_fast --error-exitcode 99)
     timeout --kill-after=5 $((limit - 20)) "$tool" "${options[@]}" "$python" -m pytest -q -p no:cacheprovider \
-      tests/test_gpu.py -k "$checked" >"build/gpu-logs/$name.txt" 2>&1 &
+      tests/op/test_gpu.py -k "$checked" >"build/gpu-logs/$name.txt" 2>&1 &
     pids+=($!)
   done
   for name in memcheck racecheck initcheck; do
@@ -121,9 +121,9 @@ stage() {
     build | kernels | sanitize) "${timed[@]}" bash -c "$1" ;;
     tests | cuda)
       # Triton compiles for most of the time, one kernel at a time in a process.
-      local workers=() which=(tests/test_gpu.py tests/test_gpu_models.py)
+      local workers=() which=(tests/op/test_gpu.py tests/models/test_gpu_models.py)
       "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
-      [[ $1 != cuda ]] || which=(tests/test_gpu.py -k 'cuda and not triton')
+      [[ $1 != cuda ]] || which=(tests/op/test_gpu.py -k 'cuda and not triton')
       "${kind[@]}" -m pytest -m gpu "${which[@]}" -v -p no:cacheprovider --durations=10 "${workers[@]}" ;;
     op) "${kind[@]}" -m bench.attention_gpu --out "$out" ;;
     layer) "${kind[@]}" -m bench.layer_gpu --out "$out" ;;

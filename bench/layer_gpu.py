@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import deberta_fast
 from deberta_fast import backends
-from deberta_fast.relative_position import slot_table
+from deberta_fast.op.relative_position import slot_table
 
 from . import models, timing
 from .device import Call, Device, Table, by_length

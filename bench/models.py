@@ -22,7 +22,7 @@ from transformers import DebertaV2Config
 from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Encoder
 
 import deberta_fast
-from deberta_fast.encoder import DebertaEncoder
+from deberta_fast.models.encoder import DebertaEncoder
 
 VARIANTS = ("eager", "patched", "native", "plain")
 LEVELS = ("attention", "encoder")

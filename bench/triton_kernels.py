@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from deberta_fast.backends import triton as backend
-from deberta_fast.backends.inputs import AttentionInputs
-from deberta_fast.backends.triton import configuration, plan
-from deberta_fast.backends.triton.configuration import Configuration, Tiles
+from deberta_fast.op.backends import triton as backend
+from deberta_fast.op.backends.triton import configuration, plan
+from deberta_fast.op.backends.triton.configuration import Configuration, Tiles
+from deberta_fast.op.call import AttentionInputs
 
 from . import timing
 from .device import Call, Device, Table

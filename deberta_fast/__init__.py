@@ -1,12 +1,9 @@
 """Fast disentangled attention for DeBERTa v1, v2 and v3."""
 
-from . import backends
-from .config import DebertaConfig, DebertaV2Config
-from .functional import disentangled_attention, disentangled_attention_varlen
 from .hf import patch, unpatch
-from .model import DebertaModel, DebertaV2Model
-from .pipelines import pipeline
-from .task_models import (
+from .models.config import DebertaConfig, DebertaV2Config
+from .models.model import DebertaModel, DebertaV2Model
+from .models.task_models import (
     DebertaForMaskedLM,
     DebertaForQuestionAnswering,
     DebertaForSequenceClassification,
@@ -17,6 +14,8 @@ from .task_models import (
     DebertaV2ForSequenceClassification,
     DebertaV2ForTokenClassification,
 )
+from .op import backends, disentangled_attention, disentangled_attention_varlen
+from .pipelines import pipeline
 from .tokenization import (
     BatchEncoding,
     DebertaTokenizer,

@@ -1,3 +1,4 @@
+import importlib
 import os
 
 import pytest
@@ -20,11 +21,10 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture
 def fused_calls(monkeypatch):
     """The backends that patched modules ask for, one a fused call."""
-    import deberta_fast.hf
-
-    calls, fused = [], deberta_fast.hf.attend
+    module = importlib.import_module("deberta_fast.hf.patch")
+    calls, fused = [], module.attend
     counting = lambda *args, **kwargs: calls.append(kwargs["backend"]) or fused(*args, **kwargs)
-    monkeypatch.setattr(deberta_fast.hf, "attend", counting)
+    monkeypatch.setattr(module, "attend", counting)
     return calls
 
 

@@ -15,9 +15,9 @@ DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo.py"
 
 # A mutant: the row of the position table one further on, in every call of the patched model.
 ONE_ROW_OFF = """
-import runpy, sys
+import importlib, runpy, sys
 sys.path.insert(0, sys.argv[1])
-import deberta_fast.hf as hf
+hf = importlib.import_module("deberta_fast.hf.patch")
 right = hf.attend
 hf.attend = lambda *heads, pos_key, **rest: right(*heads, pos_key=pos_key.roll(1, dims=1), **rest)
 demo = sys.argv[2]

@@ -11,29 +11,37 @@ PACKAGE = Path(__file__).parents[1] / "deberta_fast"
 
 # From the bottom up; a module may import those before it. Backends share a rank: none imports another.
 RANKS = [
-    {"relative_position", "dropout", "projection", "activation", "hub", "packing", "data", "weight_cache"},
-    {"backends.inputs", "backends.extension"},
-    {"backends.eager.scratch"},
-    {"backends.eager.tables", "backends.eager.band"},
-    {"backends.eager.chunk"},
-    {f"backends.triton.{name}" for name in ("configuration", "kernels", "kernels.tile")},
-    {f"backends.triton.kernels.{path.stem}" for path in (PACKAGE / "backends/triton/kernels").glob("[a-s]*.py")},
-    {"backends.triton.plan"},
-    {"backends.reference", "backends.eager", "backends.cpu", "backends.cuda", "backends.triton"},
-    {"backends.triton.autotune"},
-    {"backends"},
-    {"ops"},
-    {"functional"},
-    {"config"},
-    {"attention"},
-    {"embeddings", "encoder", "heads", "outputs", "checkpoint.error"},
+    # op: the operator knows no model
+    {"op.relative_position", "op.dropout"},
+    {"op.call", "op.backends.extension"},
+    {"op.backends.eager.scratch"},
+    {"op.backends.eager.tables", "op.backends.eager.band"},
+    {"op.backends.eager.chunk"},
+    {f"op.backends.triton.{name}" for name in ("configuration", "kernels", "kernels.tile")},
+    {f"op.backends.triton.kernels.{path.stem}" for path in (PACKAGE / "op/backends/triton/kernels").glob("[a-s]*.py")},
+    {"op.backends.triton.plan"},
+    {f"op.backends.{name}" for name in ("reference", "eager", "cpu", "cuda", "triton")},
+    {"op.backends.triton.autotune"},
+    {"op.backends"},
+    {"op.schema"},
+    {"op.api"},
+    {"op"},
+    # checkpoint: tensors and names
+    {"checkpoint.error", "checkpoint.hub"},
     {"checkpoint.formats", "checkpoint.prefixes", "checkpoint.tf"},
     {"checkpoint.files", "checkpoint.names"},
     {"checkpoint"},
-    {"pretrained"},
-    {"model"},
-    {"task_models"},
-    {"tokenization.special_tokens", "tokenization.batch_encoding"},
+    # models
+    {"models"},
+    {f"models.{name}" for name in ("activation", "onednn_linear", "outputs", "packing", "weight_cache")},
+    {"models.config"},
+    {"models.attention"},
+    {"models.embeddings", "models.encoder", "models.heads"},
+    {"models.pretrained"},
+    {"models.model"},
+    {"models.task_models"},
+    # text
+    {"data", "tokenization.special_tokens", "tokenization.batch_encoding"},
     {"tokenization.backends", "tokenization.bpe_encoder", "tokenization.files", "tokenization.model_inputs"},
     {"tokenization.base"},
     {"tokenization.slow", "tokenization.fast"},
@@ -42,17 +50,18 @@ RANKS = [
     {"pipelines.base"},
     {f"pipelines.{path.stem}" for path in (PACKAGE / "pipelines").glob("[c-z]*.py")},
     {"pipelines"},
-    {"__main__", "hf"},
-    {""},
+    # leaves
+    {"hf.patch"},
+    {"cli", "hf"},
+    {"__main__", ""},
 ]
 # What a folder's or a module's functions import when they run; not when they are imported, as the tests below show.
 LATE = {
-    "backends.triton": {"triton"},
-    "hub": {"huggingface_hub"},
-    "checkpoint": {"h5py", "numpy", "safetensors"},
+    "op.backends.triton": {"triton"},
+    "checkpoint": {"huggingface_hub", "h5py", "numpy", "safetensors"},
     "tokenization": {"numpy", "sentencepiece", "tokenizers"},
     "pipelines": {"tqdm"},
-    "__main__": {"tqdm"},
+    "cli": {"tqdm"},
 }
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 

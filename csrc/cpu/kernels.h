@@ -1,7 +1,7 @@
 // What each instruction set's kernels offer. Ranges are shares of the work, to be run in any order and by any thread.
 #pragma once
 
-#include "../params.h"
+#include "params.h"
 
 namespace deberta_fast {
 

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <utility>
 
-#include "../params.h"
+#include "params.h"
 
 #ifndef DEBERTA_FAST_ISA
 #error "compile with -DDEBERTA_FAST_ISA=plain, avx2 or avx512"

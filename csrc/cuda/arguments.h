@@ -1,7 +1,7 @@
 // What the kernels are handed, as plain structs. Equation numbers are csrc/README.md's.
 #pragma once
 
-#include "../params.h"
+#include "../tensors.h"
 
 namespace deberta_fast::cuda {
 

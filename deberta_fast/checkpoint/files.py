@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from ..hub import Source
 from .error import CheckpointError
 from .formats import read_file
+from .hub import Source
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SOUGHT = (_SINGLE, _INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5")

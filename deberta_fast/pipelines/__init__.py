@@ -6,9 +6,9 @@ import os
 import torch
 
 from .. import tokenization
-from ..config import read_values
-from ..hub import Source
-from ..pretrained import PreTrainedModel
+from ..checkpoint.hub import Source
+from ..models.config import read_values
+from ..models.pretrained import PreTrainedModel
 from .base import InputError, Pipeline
 from .fill_mask import FillMaskPipeline
 from .question_answering import QuestionAnsweringPipeline

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..pretrained import PreTrainedModel
+from ..models.pretrained import PreTrainedModel
 
 # Padded tokens a batch where no batch_size is given: a CPU has had enough soon, a GPU wants more to do at once.
 TOKENS = {"cpu": 1024}

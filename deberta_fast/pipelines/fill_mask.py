@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from ..task_models import DebertaForMaskedLM
+from ..models.task_models import DebertaForMaskedLM
 from .base import InputError, Pipeline, Row, check_number
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..task_models import DebertaForQuestionAnswering
+from ..models.task_models import DebertaForQuestionAnswering
 from .base import InputError, Pipeline, Row, check_number, checked_text
 
 MAX_SEQ_LEN, DOC_STRIDE = 384, 128

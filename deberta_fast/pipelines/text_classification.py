@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-from ..task_models import DebertaForSequenceClassification
+from ..models.task_models import DebertaForSequenceClassification
 from .base import Pipeline, Row, check_number, checked_text
 
 FUNCTIONS = {"sigmoid": torch.sigmoid, "softmax": lambda logits: logits.softmax(-1), "none": lambda logits: logits}

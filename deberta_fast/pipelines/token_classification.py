@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-from ..task_models import DebertaForTokenClassification
+from ..models.task_models import DebertaForTokenClassification
 from ..tokenization.model_inputs import UNLIMITED
 from .base import Pipeline, Row, check_number, checked_text, text_of, types_of
 

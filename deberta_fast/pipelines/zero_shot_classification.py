@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from ..task_models import DebertaForSequenceClassification
+from ..models.task_models import DebertaForSequenceClassification
 from .base import Pipeline, Row, text_of
 
 

@@ -5,7 +5,7 @@ import os
 from itertools import groupby
 from pathlib import Path
 
-from ..hub import Source
+from ..checkpoint.hub import Source
 from .fast import FastTokenizer, backend_library, backend_tokens, set_template
 from .files import missing, read_json, write_json
 from .slow import SlowTokenizer

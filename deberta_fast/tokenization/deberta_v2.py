@@ -6,7 +6,7 @@ import unicodedata
 import warnings
 from pathlib import Path
 
-from ..hub import Source
+from ..checkpoint.hub import Source
 from .fast import FastTokenizer, backend_library, backend_tokens, set_template
 from .files import missing
 from .slow import SlowTokenizer

@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from ..hub import Source
+from ..checkpoint.hub import Source
 from .special_tokens import NAMES, AddedToken, as_added_token, as_dict
 
 CONFIG = "tokenizer_config.json"

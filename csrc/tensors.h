@@ -1,0 +1,30 @@
+// Tensors as the kernels of both devices see them: plain structs, no torch.
+#pragma once
+
+#include <cstdint>
+
+namespace deberta_fast {
+
+constexpr double kLog2e = 1.4426950408889634;
+
+enum class Element { float32, bfloat16, float16 };
+
+// (B, H, L, D) or, for packed sequences, (1, H, T, D). Strides in elements; the last one is 1.
+struct Heads {
+  void* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0;
+};
+
+// (B, H, L) of float32.
+struct Statistic {
+  float* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0;
+};
+
+// K^r or Q^r, (H, rows, D); data is null where the term is absent.
+struct Table {
+  const void* data = nullptr;
+  int64_t head = 0, row = 0;
+};
+
+}  // namespace deberta_fast

@@ -1,0 +1,220 @@
+"""``python -m deberta_fast``: a pipeline on JSON lines."""
+
+import argparse
+import contextlib
+import json
+import queue
+import sys
+import threading
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import torch
+
+from . import __version__
+from .op import backends
+from .pipelines import ALIASES, TASKS, InputError, pipeline
+
+# Lines that wait to be read together; what reads them takes as many as there are.
+WAITING = 1024
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "auto": "auto"}
+# Exit statuses: a mistake in the input or the files, one in the command, Ctrl-C, and as of SIGPIPE.
+FAILED, MISUSED, INTERRUPTED, UNREAD = 1, 2, 130, 141
+EPILOG = """\
+A line of input is a JSON string, {"text": ...}, for text-classification also {"text": ..., "text_pair": ...}, and for
+question-answering {"question": ..., "context": ...}. For every line, one line of JSON comes out, in the same order and
+as soon as it is known. The results are those of deberta_fast.pipelines.
+
+  echo '"The capital of France is [MASK]."' | python -m deberta_fast run --task fill-mask --model microsoft/deberta-base
+  python -m deberta_fast run --task zero-shot-classification --candidate-labels politics,sport --model DIR \\
+    --input texts.jsonl --output labels.jsonl
+"""
+
+
+class LineError(ValueError):
+    """A line of the input that cannot be used."""
+
+    def __init__(self, number: int, reason: str):
+        super().__init__(f"line {number}: {reason}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command line; returns the exit status."""
+    parser = argparse.ArgumentParser("python -m deberta_fast", description="Fast DeBERTa.")
+    parser.add_argument("--version", action="version", version=f"deberta_fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_run(commands)
+    given = parser.parse_args(arguments)
+    try:
+        return _run(given, commands.choices["run"])
+    except BrokenPipeError:
+        # Whoever read the results has stopped
+        return UNREAD
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _add_run(commands) -> None:
+    run = commands.add_parser(
+        "run",
+        help="answer lines of JSON with a model",
+        description="Answers lines of JSON with a model.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        # Options of the tasks that are not given must not count as given
+        argument_default=argparse.SUPPRESS,
+    )
+    run.add_argument("--task", required=True, choices=[*TASKS, *ALIASES], metavar="TASK", help=", ".join(TASKS))
+    run.add_argument("--model", required=True, metavar="DIR", help="folder with a checkpoint, or its name on the hub")
+    run.add_argument("--tokenizer", default=None, metavar="DIR", help="folder or name, if it is another one")
+    run.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub")
+    run.add_argument("--local-files-only", action="store_true", help="download nothing")
+    run.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; by default a GPU if there is one")
+    run.add_argument("--dtype", default="float32", choices=DTYPES, help="of the model; auto is the checkpoint's")
+    run.add_argument("--backend", default=None, choices=backends.BACKENDS, help="of attention; by default the best one")
+    run.add_argument("--batch-size", default=None, type=int, metavar="N", help="by default by the number of tokens")
+    run.add_argument("--input", default=None, metavar="FILE", help="standard input by default")
+    run.add_argument("--output", default=None, metavar="FILE", help="standard output by default")
+    add = run.add_argument_group("options of the tasks").add_argument
+    add("--top-k", type=_number_or_all, metavar="N", help='how many answers; "all" for all labels of a text')
+    add("--targets", type=_list, metavar="A,B,...", help="fill-mask: tokens to choose from")
+    add("--function-to-apply", metavar="NAME", help="text-classification: sigmoid, softmax or none")
+    add("--truncation", action="store_true", help="fill-mask, text-classification: shorten long texts")
+    add("--max-length", type=int, metavar="N", help="tokens that --truncation leaves; of a part, see --stride")
+    add("--candidate-labels", type=_list, metavar="A,B,...", help="zero-shot-classification: the labels")
+    add("--hypothesis-template", metavar="TEXT", help='zero-shot-classification: "This example is {}." by default')
+    add("--multi-label", action="store_true", help="zero-shot-classification: score each label by itself")
+    add("--aggregation-strategy", metavar="NAME", help="token-classification: none, simple, first, average or max")
+    add("--ignore-labels", type=_list, metavar="A,B,...", help='token-classification: left out; "O" by default')
+    add("--stride", type=int, metavar="N", help="token-classification: overlap of the parts of long texts")
+    add("--doc-stride", type=int, metavar="N", help="question-answering: overlap of the parts of long contexts")
+    add("--max-answer-len", type=int, metavar="N", help="question-answering: tokens; 15 by default")
+    add("--max-seq-len", type=int, metavar="N", help="question-answering: tokens of question and part; 384 by default")
+    add("--max-question-len", type=int, metavar="N", help="question-answering: tokens to cut questions to")
+    add("--handle-impossible-answer", action="store_true", help="question-answering: there may be no answer")
+    add("--no-align-to-words", dest="align_to_words", action="store_false", help="question-answering: parts of words")
+
+
+def _number_or_all(text: str) -> int | None:
+    return None if text == "all" else int(text)
+
+
+def _list(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    options = dict(vars(given))
+    place = {name: options.pop(name) for name in ("revision", "local_files_only") if name in options}
+    loading = {name: options.pop(name) for name in ("tokenizer", "device", "batch_size", "backend")}
+    for name in ("command", "task", "model", "dtype", "input", "output"):
+        options.pop(name)
+    kind = TASKS[ALIASES.get(given.task, given.task)]
+    try:
+        kind.changed(options)
+        if kind.task == "zero-shot-classification" and "candidate_labels" not in options:
+            raise ValueError(f"{kind.task} needs --candidate-labels")
+    except (TypeError, ValueError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return MISUSED
+    # Neither sys.stdin nor closed here: a thread may still wait for a line of it, which would hold up the end
+    source = open(given.input or 0, "rb", closefd=bool(given.input))
+    with contextlib.ExitStack() as stack:
+        answer = pipeline(
+            given.task, given.model, **loading, dtype=DTYPES[given.dtype], progress=False, **place, **options
+        )
+        target = stack.enter_context(open(given.output or 1, "wb", closefd=bool(given.output)))
+        if source.isatty():
+            print("reading JSON from the terminal, a line an input; Ctrl-D ends", file=sys.stderr)
+        shown = stack.enter_context(_bar(source, target))
+        for lines in _batches(source):
+            for result in _results(answer, lines):
+                target.write(result)
+                target.flush()
+                if shown is not None:
+                    shown.update()
+    return 0
+
+
+def _bar(source: BinaryIO, target: BinaryIO):
+    """A bar on stderr, unless it is none of a terminal, or one that results or typed lines appear on."""
+    if not sys.stderr.isatty() or source.isatty() or target.isatty():
+        return contextlib.nullcontext()
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return contextlib.nullcontext()
+    return tqdm(unit=" lines")
+
+
+def _batches(source: BinaryIO) -> Iterator[list[tuple[int, bytes]]]:
+    """Numbered lines, as many at once as there are: a slow writer gets each answer at once, a fast one big batches."""
+    waiting = queue.Queue(WAITING)
+
+    def read():
+        try:
+            for numbered in enumerate(source, 1):
+                waiting.put(numbered)
+            waiting.put(None)
+        except Exception as error:
+            waiting.put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    items = [()]
+    while isinstance(items[-1], tuple):
+        items = [waiting.get()]
+        with contextlib.suppress(queue.Empty):
+            while isinstance(items[-1], tuple) and len(items) < WAITING:
+                items.append(waiting.get_nowait())
+        if isinstance(items[0], tuple):
+            yield [item for item in items if isinstance(item, tuple)]
+    if items[-1] is not None:
+        raise items[-1]
+
+
+def _results(answer, lines: list[tuple[int, bytes]]) -> Iterator[bytes]:
+    """Lines of results; LineError behind those of the lines before the one that cannot be used."""
+    items, wrong, done = [], None, 0
+    for number, line in lines:
+        try:
+            items.append(_item(line))
+        except (TypeError, ValueError) as error:
+            wrong = LineError(number, str(error))
+            break
+    while done < len(items):
+        first = done
+        try:
+            for result in answer(iter(items[first:])):
+                yield _line(result, lines[done][0])
+                done += 1
+        except InputError as error:
+            # Those before it may be of its window, and not answered yet
+            items = items[: first + error.index]
+            wrong = LineError(lines[len(items)][0], error.reason)
+    if wrong is not None:
+        raise wrong
+
+
+def _line(result, number: int) -> bytes:
+    try:
+        return json.dumps(result, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    except ValueError:
+        raise LineError(number, "a score is infinite or no number") from None
+
+
+def _item(line: bytes):
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected UTF-8: {error}") from None
+    try:
+        item = json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = "it is empty" if not text.strip() else f"{error.msg} in column {error.colno}"
+        raise ValueError(f"expected JSON, a string in quotes or an object: {hint}") from None
+    if not isinstance(item, str | dict):
+        raise TypeError(f"expected a JSON string or object, got {text.strip()[:40]}")
+    return item

@@ -1,0 +1,138 @@
+"""What stands on the encoder in the task models: pooler and language-model head; and the losses."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .activation import activation
+from .config import DebertaConfig
+from .onednn_linear import project
+
+
+class ContextPooler(nn.Module):
+    """act(W dropout(h_0) + b) of the first token's state, (B, hidden_size) to (B, pooler_hidden_size)."""
+
+    def __init__(self, config: DebertaConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.pooler_hidden_size)
+        self.dropout = nn.Dropout(config.pooler_dropout)
+        self.activation = activation(config.pooler_hidden_act)
+
+    def forward(self, first: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.dense(self.dropout(first)))
+
+
+class LMHead(nn.Module):
+    """Scores of the whole vocabulary: LayerNorm(act(W h + b)) E^T + bias, with E the word embeddings or a decoder."""
+
+    def __init__(self, config: DebertaConfig):
+        super().__init__()
+        width = config.embedding_size or config.hidden_size
+        self.dense = nn.Linear(config.hidden_size, width)
+        self.activation = activation(config.hidden_act)
+        self.LayerNorm = nn.LayerNorm(width, config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        # Of Hugging Face's two heads, only the older can have weights of its own
+        untied = config.legacy and not config.tie_word_embeddings
+        self.decoder = nn.Linear(width, config.vocab_size, bias=False) if untied else None
+
+    def forward(self, hidden_states: torch.Tensor, word_embeddings: nn.Embedding) -> torch.Tensor:
+        states = self.LayerNorm(self.activation(project(self.dense, hidden_states)))
+        if self.decoder is None:
+            return F.linear(states, word_embeddings.weight, self.bias)
+        return self.decoder(states) + self.bias
+
+
+class LMPredictions(nn.Module):
+    def __init__(self, config: DebertaConfig):
+        super().__init__()
+        self.lm_head = LMHead(config)
+
+    def forward(self, hidden_states: torch.Tensor, word_embeddings: nn.Embedding) -> torch.Tensor:
+        return self.lm_head(hidden_states, word_embeddings)
+
+
+def token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of logits (B, L, N) and labels (B, L), those of -100 left out.
+
+    Raises:
+        ValueError: labels are of another shape.
+    """
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(f"labels must be of shape {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}")
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+
+def span_loss(
+    start_logits: torch.Tensor,
+    end_logits: torch.Tensor,
+    start_positions: torch.Tensor,
+    end_positions: torch.Tensor,
+    token_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mean of the cross entropies of a span's two ends, logits (B, L), positions (B,) or (B, 1).
+
+    Positions below 0 count as 0; those outside of the text or in its padding are left out, and so are the logits of
+    padding, where token_mask (B, L) is 0.
+
+    Raises:
+        ValueError: positions are of another shape.
+    """
+    batch, outside = start_logits.shape
+    losses = []
+    for name, logits, positions in (("start", start_logits, start_positions), ("end", end_logits, end_positions)):
+        if positions.shape not in ((batch,), (batch, 1)):
+            raise ValueError(f"{name}_positions must be of shape {(batch,)}, got {tuple(positions.shape)}")
+        positions = positions.reshape(-1).clamp(0, outside)
+        if token_mask is not None:
+            token = nn.functional.pad(token_mask.bool(), (0, 1)).gather(1, positions.unsqueeze(1)).squeeze(1)
+            positions = torch.where(token, positions, outside)
+            logits = logits.masked_fill(~token_mask.bool(), -torch.inf)
+        losses.append(F.cross_entropy(logits, positions, ignore_index=outside))
+    return (losses[0] + losses[1]) / 2
+
+
+def first_states(states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+    """Of each sequence's first token, (B, L, hidden_size) to (B, hidden_size); token_mask (B, L), or None where none of
+    padding."""
+    if token_mask is None:
+        return states[:, 0]
+    first = token_mask.bool().int().argmax(1)
+    return states.gather(1, first.view(-1, 1, 1).expand(-1, 1, states.shape[-1])).squeeze(1)
+
+
+def sequence_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None) -> torch.Tensor:
+    """Loss of logits (B, num_labels) by Hugging Face's DeBERTa's rules.
+
+    With a problem_type: mean squared error ("regression"), cross entropy ("single_label_classification"), binary cross
+    entropy ("multi_label_classification"). Without: mean squared error where there is one label; cross entropy of class
+    numbers, (B,) or (B, 1), negative ones left out, and zero if all are; otherwise cross entropy of probabilities
+    (B, num_labels).
+
+    Raises:
+        ValueError: labels are of another shape.
+        TypeError: class numbers are no integers.
+    """
+    batch, number = logits.shape
+    classes = problem_type == "single_label_classification" or (problem_type is None and number > 1)
+    if labels.shape in ((batch,), (batch, 1)):
+        labels = labels.reshape(-1, 1) if number == 1 and not classes else labels.reshape(-1)
+    if not (classes and labels.shape == (batch,)) and labels.shape != logits.shape:
+        raise ValueError(
+            f"labels must be of shape {tuple(logits.shape)}{f' or ({batch},)' if classes else ''}, "
+            f"got {tuple(labels.shape)}"
+        )
+    if problem_type == "single_label_classification" and labels.dim() == 1 and labels.is_floating_point():
+        raise TypeError(f"labels must be class numbers, got {labels.dtype}")
+    exact = torch.promote_types(logits.dtype, labels.dtype if labels.is_floating_point() else torch.float32)
+    logits = logits.to(exact)
+    if problem_type == "multi_label_classification":
+        return F.binary_cross_entropy_with_logits(logits, labels.to(exact))
+    if problem_type == "regression" or not classes:
+        return F.mse_loss(logits, labels.to(exact))
+    if problem_type == "single_label_classification":
+        return F.cross_entropy(logits, labels)
+    if labels.dim() == 2:
+        return -(F.log_softmax(logits, -1) * labels).sum(-1).mean()
+    labels = labels.long().clamp(min=-1)
+    return F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / (labels >= 0).sum().clamp(min=1)

@@ -1,0 +1,170 @@
+"""Batches without their padding: the tokens of all sequences one after the other.
+
+What works token by token (linear layers, norms, activations) takes packed states (T, hidden_size) as it takes any;
+attention needs to know where sequences end, and a convolution that they do not touch.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from ..op.call import check_ends
+
+UNPAD = (False, "auto", True)
+WORTH = 1 / 32  # of a batch's rows: to take less padding out costs as much as it saves (12 layers of 768 on a CPU)
+
+
+class Packing(NamedTuple):
+    """Where the sequences of packed states (T, ...) lie. Attention takes it in the place of a mask.
+
+    Attributes:
+        cu_seqlens: int32 (n + 1,), sequence s at rows cu_seqlens[s] to cu_seqlens[s + 1].
+        max_seqlen: at least the longest sequence's length.
+        mask: bool (T,), False for tokens that nobody attends to; None where there are none.
+        rows: int64 (T,), for each token its row in the padded batch (B L, ...); None where there is no such batch.
+    """
+
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    mask: torch.Tensor | None
+    rows: torch.Tensor | None = None
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Of the sequences, (n,)."""
+        return self.cu_seqlens.diff()
+
+    def pack(self, states: torch.Tensor) -> torch.Tensor:
+        """(B, L, ...) to (T, ...)."""
+        return states.flatten(0, 1).index_select(0, self.rows)
+
+    def pad(self, states: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+        """(T, ...) to (B, L, ...), zeros where there is no token."""
+        return _scattered(states, self.rows, batch * length).unflatten(0, (batch, length))
+
+    def positions(self, tokens: int) -> torch.Tensor:
+        """Of each of the T tokens in its own sequence, int64 (T,)."""
+        return torch.arange(tokens, device=self.cu_seqlens.device) - self._of_each(self.cu_seqlens[:-1], tokens)
+
+    def by_sequence(self, values: torch.Tensor, fill: float) -> torch.Tensor:
+        """(T,) to (n, max_seqlen), ``fill`` behind each sequence's end."""
+        sequences = torch.arange(self.lengths.shape[0], device=values.device)
+        rows = self._of_each(sequences, values.shape[0]) * self.max_seqlen + self.positions(values.shape[0])
+        filled = values.new_full((sequences.shape[0] * self.max_seqlen,), fill)
+        return filled.index_copy(0, rows, values).unflatten(0, (-1, self.max_seqlen))
+
+    def convolve(self, layer: torch.nn.Module, embeddings: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """A convolution layer (``encoder.ConvLayer`` or Hugging Face's) of packed states, each sequence for itself.
+
+        Sequences are set as far apart as the kernel reaches beyond its middle, with zeros between: one batch row.
+
+        Args:
+            embeddings, output: what the layer convolves and what it adds that to, (T, hidden_size).
+        """
+        tokens, sequences = embeddings.shape[0], self.cu_seqlens.shape[0] - 1
+        gap = layer.conv.weight.shape[-1] // 2
+        shifts = gap * torch.arange(sequences, device=embeddings.device)
+        rows = torch.arange(tokens, device=embeddings.device) + self._of_each(shifts, tokens)
+        seen = rows.new_ones(tokens) if self.mask is None else self.mask.long()
+        apart = (_scattered(x, rows, tokens + gap * sequences).unsqueeze(0) for x in (embeddings, output, seen))
+        return layer(*apart).squeeze(0).index_select(0, rows)
+
+    def _of_each(self, values: torch.Tensor, tokens: int) -> torch.Tensor:
+        """A value a sequence, (n,), as one a token, (T,)."""
+        return values.repeat_interleave(self.lengths, output_size=tokens)
+
+
+def check_unpad(unpad: bool | str) -> bool | str:
+    if not any(unpad is value or (value == "auto" == unpad) for value in UNPAD):
+        raise ValueError(f'unpad must be False, "auto" or True, got {unpad!r}')
+    return unpad
+
+
+def packing_of(token_mask: torch.Tensor, unpad: bool | str) -> Packing | None:
+    """Of a padded batch: each row from its first token to its last; holes between them stay, masked.
+
+    Waits for the device once, to learn how many tokens there are.
+
+    Args:
+        token_mask: bool (B, L), False for padding.
+        unpad: True, or "auto" where little padding does not count.
+
+    Returns:
+        None where there is no padding to leave out, or no token at all.
+    """
+    batch, length = token_mask.shape
+    places = torch.arange(length, device=token_mask.device)
+    first = torch.where(token_mask, places, length).amin(1)
+    lengths = (torch.where(token_mask, places, -1).amax(1) + 1 - first).clamp(min=0)
+    spans, tokens = torch.stack([lengths, token_mask.sum(1)]).tolist()
+    total = sum(spans)
+    if total == 0 or batch * length - total <= (0 if unpad is True else WORTH * batch * length):
+        return None
+    ends = lengths.cumsum(0)
+    starts = torch.arange(0, batch * length, length, device=token_mask.device) + first - (ends - lengths)
+    rows = torch.arange(total, device=token_mask.device) + starts.repeat_interleave(lengths, output_size=total)
+    return Packing(
+        cu_seqlens=torch.nn.functional.pad(ends, (1, 0)).int(),
+        max_seqlen=max(spans),
+        mask=None if sum(tokens) == total else token_mask.flatten().index_select(0, rows),
+        rows=rows,
+    )
+
+
+def packed_sequences(
+    cu_seqlens: torch.Tensor, max_seqlen: int | None, attention_mask: torch.Tensor | None, states: torch.Tensor
+) -> Packing:
+    """Of sequences that were packed elsewhere.
+
+    Args:
+        cu_seqlens, max_seqlen, attention_mask: as of ``DebertaModel.forward_packed``.
+        states: (T, ...).
+
+    Raises:
+        TypeError, ValueError: an argument is not as described. Values of cu_seqlens are looked at on the host; on a
+            device attention asserts them.
+    """
+    tokens = states.shape[0]
+    check_ends(cu_seqlens, states.device)
+    if attention_mask is not None and attention_mask.shape != (tokens,):
+        raise ValueError(f"attention_mask must be of shape {(tokens,)}, got {tuple(attention_mask.shape)}")
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if max_seqlen is None and traced:
+        raise ValueError("max_seqlen must be given where forward_packed is compiled or exported")
+    if not (max_seqlen is None or traced or hasattr(max_seqlen, "__index__")):
+        raise TypeError(f"max_seqlen must be an integer, got {max_seqlen!r}")
+    if not traced and (max_seqlen is None or cu_seqlens.device.type == "cpu"):
+        ends = cu_seqlens.tolist()
+        lengths = [stop - start for start, stop in zip(ends, ends[1:], strict=False)]
+        longest = max(lengths, default=0) if max_seqlen is None else int(max_seqlen)
+        if ends[0] != 0 or ends[-1] != tokens or min(lengths) < 0 or max(lengths) > longest:
+            expected = f"rise from 0 to {tokens} in steps of 0 to max_seqlen={longest}"
+            raise ValueError(f"cu_seqlens must {expected}, got {ends}")
+        max_seqlen = longest
+    return Packing(cu_seqlens, max_seqlen, None if attention_mask is None else attention_mask.bool())
+
+
+def first_tokens(states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Each packed sequence's first token, (T, ...) to (n, ...); zeros for an empty sequence."""
+    starts = cu_seqlens[:-1].long().clamp(max=states.shape[0] - 1)
+    empty = (cu_seqlens.diff() == 0).reshape(-1, *(1,) * (states.dim() - 1))
+    return states.index_select(0, starts).masked_fill(empty, 0)
+
+
+def why_not(mask: torch.Tensor | None) -> str | None:
+    """The reason for which a batch with this mask, bool, keeps its padding; None where it need not."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "a traced program cannot depend on how many tokens there are"
+    if mask is None:
+        return None
+    if mask.dim() != 2:
+        return "a mask of pairs of tokens"
+    if type(mask) is not torch.Tensor or mask.is_meta:
+        return f"a mask without data, a {type(mask).__name__} on {mask.device}"
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return "a captured program cannot depend on how many tokens there are"
+    return None
+
+
+def _scattered(states: torch.Tensor, rows: torch.Tensor, total: int) -> torch.Tensor:
+    return states.new_zeros(total, *states.shape[1:]).index_copy(0, rows, states)

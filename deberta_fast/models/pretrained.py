@@ -1,0 +1,397 @@
+"""What all models share: loading and saving, embeddings, checkpointing of activations."""
+
+import copy
+import os
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ..checkpoint import CheckpointError, read_tensors, to_hf, to_native, write_tensors
+from ..checkpoint.hub import Source
+from ..op import backends
+from .attention import Kept
+from .config import DebertaConfig
+from .heads import LMHead
+from .packing import check_unpad
+from .weight_cache import WeightCache
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class LoadingInfo(NamedTuple):
+    """What ``from_pretrained`` did with the names of a checkpoint and of the model.
+
+    Attributes:
+        file: the file that was read.
+        loaded: parameters that it gave.
+        missing: parameters that it lacks; they are initialised.
+        unexpected: tensors that the model has no place for.
+        ignored: tensors that are known to belong to other models or other libraries.
+        mismatched: tensors of another shape, with ignore_mismatched_sizes; their parameters are initialised.
+    """
+
+    file: str
+    loaded: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    ignored: list[str]
+    mismatched: list[str]
+
+
+class PreTrainedModel(nn.Module):
+    """Base of the models: a module with a configuration, which checkpoints give and take."""
+
+    config_class = DebertaConfig
+    base_model_prefix = "deberta"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    # Which half of a checkpoint of replaced token detection is meant
+    checkpoint_part = "discriminator"
+
+    def __init__(self, config: DebertaConfig):
+        if not isinstance(config, self.config_class):
+            raise TypeError(f"{type(self).__name__} takes a {self.config_class.__name__}, got {type(config).__name__}")
+        super().__init__()
+        self.config = config
+        self._input_hook = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike | None,
+        *,
+        config: DebertaConfig | None = None,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        device: torch.device | str | int | None = None,
+        weights: str | None = None,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **changes,
+    ):
+        """A model with the weights of a checkpoint: Hugging Face's (safetensors, .bin, sharded or not, tf_model.h5) or
+        Microsoft's.
+
+        Args:
+            name_or_path: a folder, or a name on the hub. None if config and state_dict are given.
+            config: instead of the checkpoint's config.json.
+            state_dict: instead of the checkpoint's tensors, under any names that a checkpoint may use.
+            dtype: of the parameters, or its name; "auto" for that of the checkpoint, which may be a half one.
+            device: of the parameters, the CPU by default.
+            weights: a file of that name instead of the first of the usual ones.
+            ignore_mismatched_sizes: initialise parameters whose shape in the checkpoint is another one.
+            output_loading_info: also return a ``LoadingInfo``.
+            changes: values of the configuration to replace (``num_labels=3``), and revision, cache_dir, token and
+                local_files_only as of ``hub.Source``.
+
+        Returns:
+            The model, in evaluation mode. Names that are missing or unexpected are warned about.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint, or a file of it is absent.
+            ValueError: a file is damaged or refused, a tensor has another shape, or nothing in it fits the model.
+            TypeError: ``changes`` names what the configuration does not have.
+        """
+        place = {name: changes.pop(name) for name in Source.OPTIONS if name in changes}
+        source = None if name_or_path is None else Source(name_or_path, **place)
+        if source is None and (config is None or state_dict is None):
+            raise ValueError("without a folder or a name on the hub, config and state_dict must be given")
+        cls._check_changes(changes)
+        if config is None:
+            config = cls.config_class.from_pretrained(source, **changes)
+        elif changes:
+            config = type(config).from_dict({**config.to_dict(), **changes})
+        file = "state_dict"
+        if state_dict is None:
+            state_dict, file = read_tensors(source, weights=weights)
+        with torch.device("meta"), _WithoutNumbers():
+            model = cls(copy.deepcopy(config))
+        info = model._load(state_dict, f"{name_or_path}: {file}", dtype, device, ignore_mismatched_sizes)
+        return (model.eval(), info) if output_loading_info else model.eval()
+
+    @classmethod
+    def _check_changes(cls, changes: dict) -> None:
+        known = {name for name in dir(cls.config_class) if not name.startswith("_")}
+        unknown = sorted(set(changes) - known - {"num_labels"})
+        if unknown:
+            raise TypeError(f"{cls.config_class.__name__} has no {', '.join(unknown)}")
+
+    def _load(self, tensors, file, dtype, device, ignore_mismatched_sizes) -> LoadingInfo:
+        """Fills a model that lies on the meta device."""
+        expected = self.state_dict()
+        try:
+            tensors, ignored = to_native(
+                tensors,
+                version=self.config.generation,
+                heads=self.config.num_attention_heads,
+                expected=set(expected),
+                part=self.checkpoint_part,
+            )
+        except CheckpointError as error:
+            raise CheckpointError(f"{file}: {error}") from None
+        mismatched = [name for name, x in tensors.items() if name in expected and x.shape != expected[name].shape]
+        if mismatched and not ignore_mismatched_sizes:
+            raise ValueError(
+                f"{file} does not fit {type(self).__name__}: "
+                + "; ".join(
+                    f"{name} must be of shape {tuple(expected[name].shape)}, got {tuple(tensors[name].shape)}"
+                    for name in mismatched
+                )
+                + " (ignore_mismatched_sizes=True initialises them)"
+            )
+        fitting = {name: x for name, x in tensors.items() if name in expected and name not in mismatched}
+        info = LoadingInfo(
+            file=file,
+            loaded=sorted(fitting),
+            missing=sorted(set(expected) - set(fitting) - set(mismatched)),
+            unexpected=sorted(set(tensors) - set(expected)),
+            ignored=sorted(ignored),
+            mismatched=sorted(mismatched),
+        )
+        if not any("embeddings." in name for name in fitting):
+            names = ", ".join(info.unexpected[:5]) or "no tensor"
+            raise ValueError(f"{file} holds no DeBERTa, but {names} ...")
+        if dtype == "auto":
+            dtype = next((x.dtype for x in fitting.values() if x.is_floating_point()), torch.float32)
+        elif isinstance(dtype, str):
+            dtype = getattr(torch, dtype, dtype)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f'dtype must be a floating-point torch.dtype or "auto", got {dtype!r}')
+        device = torch.device("cpu" if device is None else device)
+        for name, module in self.named_modules():
+            own = [f"{name}.{parameter}".removeprefix(".") for parameter, _ in module.named_parameters(recurse=False)]
+            if not fitting.keys() >= set(own):
+                module.to_empty(device="cpu", recurse=False)
+                self._initialise(module)
+        # Copies: what was read may be a map of the file, which others may write to
+        fitting = {name: x.to(device=device, dtype=dtype, copy=True).contiguous() for name, x in fitting.items()}
+        self.load_state_dict(fitting, strict=False, assign=True)
+        self.to(device=device, dtype=dtype)
+        self._warn(info)
+        return info
+
+    def _warn(self, info: LoadingInfo) -> None:
+        parts = {
+            "initialised, for the file lacks them": info.missing,
+            "initialised, for their shape is another": info.mismatched,
+            "not used": info.unexpected,
+        }
+        parts = [f"{what}: {', '.join(names)}" for what, names in parts.items() if names]
+        if parts:
+            warnings.warn(f"{info.file} and {type(self).__name__} differ. {'. '.join(parts)}.", stacklevel=4)
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike,
+        *,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        max_shard_size: int | str = "5GB",
+    ) -> None:
+        """Writes config.json and safetensors under the names that Hugging Face loads.
+
+        Args:
+            folder: made if need be. An earlier checkpoint in it is replaced.
+            state_dict: instead of the model's own, under its names (as gathered from a sharded model).
+            max_shard_size: bytes, or text such as "500MB"; larger models are split into several files.
+        """
+        config = copy.deepcopy(self.config)
+        config.architectures = [type(self).__name__]
+        tensors = to_hf(
+            self.state_dict() if state_dict is None else state_dict,
+            version=config.generation,
+            heads=config.num_attention_heads,
+            legacy=config.legacy,
+        )
+        os.makedirs(folder, exist_ok=True)
+        write_tensors(tensors, folder, max_shard_bytes=_bytes(max_shard_size))
+        config.save_pretrained(folder)
+
+    def init_weights(self) -> None:
+        """Initialises every parameter: normal with initializer_range, biases zero, LayerNorms one and zero."""
+        for module in self.modules():
+            self._initialise(module)
+
+    def _initialise(self, module: nn.Module) -> None:
+        with torch.no_grad():
+            if isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d):
+                module.weight.normal_(0.0, self.config.initializer_range)
+                if getattr(module, "bias", None) is not None:
+                    module.bias.zero_()
+                if getattr(module, "padding_idx", None) is not None:
+                    module.weight[module.padding_idx].zero_()
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+            elif isinstance(module, LMHead):
+                module.bias.zero_()
+
+    @property
+    def base_model(self) -> nn.Module:
+        return getattr(self, self.base_model_prefix, self)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        embeddings = {id(m.weight) for m in self.modules() if exclude_embeddings and isinstance(m, nn.Embedding)}
+        counted = (p for p in self.parameters() if p.requires_grad or not only_trainable)
+        return sum(p.numel() for p in counted if id(p) not in embeddings)
+
+    def set_backend(self, backend: str | None) -> None:
+        """The attention's backend, a name of ``backends.BACKENDS``; None for the best one call by call.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        if backend is not None and backend not in backends.BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(backends.BACKENDS)} or None, got {backend!r}")
+        for layer in self.base_model.encoder.layer:
+            layer.attention.self.backend = backend
+
+    def set_unpad(self, unpad: bool | str) -> None:
+        """Whether padding is left out between the embeddings and the last layer's output.
+
+        Args:
+            unpad: "auto", the default, where a (B, L) mask holds enough padding to pay; True, wherever it holds any,
+                with a warning where it stays (masks of pairs, output_attentions, captured programs); False, never.
+                Compiled and exported programs keep it. On a GPU, to learn how many tokens there are means to wait.
+
+        Raises:
+            ValueError: it is another value.
+        """
+        self.base_model.encoder.unpad = check_unpad(unpad)
+
+    def set_constant_weights(self, constant: bool) -> None:
+        """The promise that no weight will be written through ``.data``, which torch cannot see.
+
+        In inference, what depends on weights alone is then kept on every device, without looking at them, and a copy of
+        the projections of queries, keys and values as one matrix too. Writes that torch sees, casts, moves and training
+        still count. Without it, projected position tables alone are kept, on a CPU.
+        """
+        encoder = self.base_model.encoder
+        encoder.kept = WeightCache(constant)
+        for layer in encoder.layer:
+            layer.attention.self.kept = Kept(constant)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.base_model.embeddings.word_embeddings
+
+    def set_input_embeddings(self, embeddings: nn.Embedding) -> None:
+        self.base_model.embeddings.word_embeddings = embeddings
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return None
+
+    def tie_weights(self) -> None:
+        """Nothing to do, but for a language model."""
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+    ) -> nn.Embedding:
+        """Cuts or extends the word embeddings, and the language model's output with them.
+
+        Args:
+            new_num_tokens: rows; None keeps them.
+            pad_to_multiple_of: rounds up.
+
+        Returns:
+            The word embeddings. New rows are the mean of the old ones, new biases zero.
+        """
+        old = self.get_input_embeddings()
+        rows = old.num_embeddings if new_num_tokens is None else new_num_tokens
+        multiple = 1 if pad_to_multiple_of is None else pad_to_multiple_of
+        for name, value in (("new_num_tokens", rows), ("pad_to_multiple_of", multiple)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number from 1 on, got {value}")
+        rows = -(-rows // multiple) * multiple
+        if rows <= (self.config.pad_token_id or 0):
+            raise ValueError(f"new_num_tokens={rows} leaves no row for pad_token_id={self.config.pad_token_id}")
+        if rows != old.num_embeddings:
+            new = nn.Embedding(rows, old.embedding_dim, old.padding_idx, device="meta")
+            new.weight = resized(old.weight, rows, old.weight.mean(0))
+            self.set_input_embeddings(new)
+        for config in {id(m.config): m.config for m in (self, self.base_model)}.values():
+            config.vocab_size = rows
+        return self.get_input_embeddings()
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """Keeps one tensor a layer for backward while training, and computes the rest again.
+
+        Args:
+            activation_checkpointing_kwargs: of ``torch.utils.checkpoint.checkpoint``; use_reentrant defaults to False.
+            every_n_layers: of the layers 0, n, 2n ... alone; the others keep all they need.
+            offload: not supported.
+        """
+        if every_n_layers < 1:
+            raise ValueError(f"every_n_layers must be at least 1, got {every_n_layers}")
+        if offload:
+            raise ValueError("offload=True is not supported: what is kept stays on its device")
+        encoder = self.base_model.encoder
+        encoder.checkpointing = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        encoder.checkpoint_every = every_n_layers
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """``activation_checkpointing_enable`` by its older name."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.base_model.encoder.checkpointing = None
+
+    activation_checkpointing_disable = gradient_checkpointing_disable
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.base_model.encoder.checkpointing is not None
+
+    def enable_input_require_grads(self) -> None:
+        """Gradients flow from the embeddings on, also where those are frozen: for reentrant checkpointing and LoRA."""
+        self.disable_input_require_grads()
+        self._input_hook = self.get_input_embeddings().register_forward_hook(_require_gradient)
+
+    def disable_input_require_grads(self) -> None:
+        if self._input_hook is not None:
+            self._input_hook.remove()
+            self._input_hook = None
+
+
+def _require_gradient(module: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
+    output.requires_grad_()
+
+
+class _WithoutNumbers(TorchFunctionMode):
+    """Nothing is drawn: on the meta device there is nowhere to put it, and torch would import its compiler for that."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.Tensor.normal_ or getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+def resized(old: nn.Parameter, rows: int, new_row: torch.Tensor | float) -> nn.Parameter:
+    weight = old.new_empty((rows, *old.shape[1:]))
+    with torch.no_grad():
+        weight[: old.shape[0]] = old[:rows]
+        weight[old.shape[0] :] = new_row
+    return nn.Parameter(weight, requires_grad=old.requires_grad)
+
+
+def _bytes(size: int | str) -> int:
+    if isinstance(size, str):
+        number, unit = size.rstrip("BbIiKkMmGg "), size.strip().upper()
+        unit = unit[len(number) :].strip()
+        if unit not in _UNITS or not number.replace(".", "", 1).isdigit():
+            raise ValueError(f'max_shard_size must be a number of bytes or text such as "500MB", got {size!r}')
+        size = int(float(number) * _UNITS[unit])
+    if size < 1:
+        raise ValueError(f"max_shard_size must be positive, got {size}")
+    return size

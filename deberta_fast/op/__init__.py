@@ -1,0 +1,6 @@
+"""Disentangled attention as an operator: public functions, torch's view of them, and the backends. Knows no model."""
+
+from . import backends
+from .api import disentangled_attention, disentangled_attention_varlen
+
+__all__ = ["backends", "disentangled_attention", "disentangled_attention_varlen"]

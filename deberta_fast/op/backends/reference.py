@@ -1,0 +1,81 @@
+"""The specification: disentangled attention written as the paper writes it, dense and differentiable.
+
+    A_ij = s (q_i . k_j  +  q_i . K^r[sigma(i - j)]  +  k_j . Q^r[sigma(i - j)])                (1)
+    P_ij = softmax_j(A_ij)                                                                      (2)
+    O_i  = sum_j P_ij v_j                                                                       (3)
+
+Source: He et al., DeBERTa (arXiv 2006.03654), equations 2 to 4. Everything is of size Lq x Lk a head: this is what
+other backends are judged by, what serves whoever wants the probabilities or talking heads, and nothing to train with.
+"""
+
+import torch
+
+from ..call import AttentionInputs
+from ..dropout import keep_mask
+from ..relative_position import distance_slots
+
+
+def why_not(inputs: AttentionInputs) -> list[str]:
+    """Reasons not to serve these inputs: none."""
+    return []
+
+
+def attention(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output (B, H, Lq, D) and log-sum-exp (B, H, Lq); derivatives of any order by torch's autograd."""
+    calls = [inputs] if inputs.cu_seqlens is None else inputs.sequences()
+    parts = [attention_with_probabilities(x, batch) for batch, x in enumerate(calls)]
+    if not parts:
+        return torch.zeros_like(inputs.query), inputs.new_lse()
+    output, lse = (torch.cat([part[index] for part in parts], 2) for index in range(2))
+    return output.transpose(1, 2).contiguous().transpose(1, 2), lse
+
+
+def attention_with_probabilities(
+    inputs: AttentionInputs,
+    first_batch: int = 0,
+    head_logits_proj: torch.nn.Module | None = None,
+    head_weights_proj: torch.nn.Module | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output (B, H, Lq, D), log-sum-exp (B, H, Lq) and probabilities after dropout (B, H, Lq, Lk) of a dense call.
+
+    Args:
+        inputs: a call without cu_seqlens.
+        first_batch: number of the first batch row, for dropout.
+        head_logits_proj, head_weights_proj: v1's talking heads, linear maps over the heads of the scores before the
+            softmax and of the probabilities after dropout (Shazeer et al., arXiv 2003.02436).
+    """
+    q, k, v = (heads.to(inputs.work_dtype) for heads in (inputs.query, inputs.key, inputs.value))
+    batch, heads, query_length, _ = q.shape
+    key_length = k.shape[2]
+    i = torch.arange(query_length, device=q.device)
+    j = torch.arange(key_length, device=q.device)
+
+    q = q * inputs.scale
+    scores = q @ k.mT
+    if inputs.has_positions:
+        slots = distance_slots(inputs.table, i[:, None] + inputs.query_offset - j[None, :]) - inputs.first_slot
+        slots = slots.expand(batch, heads, -1, -1)
+    if inputs.pos_key is not None:
+        scores = scores + (q @ inputs.pos_key.to(q).mT).gather(-1, slots)
+    if inputs.pos_query is not None:
+        scores = scores + (k @ (inputs.pos_query.to(q) * inputs.scale).mT).gather(-1, slots.mT).mT
+    if head_logits_proj is not None:
+        scores = head_logits_proj(scores.movedim(1, -1)).movedim(-1, 1)
+
+    visible = torch.ones(1, 1, 1, key_length, dtype=torch.bool, device=q.device)
+    if inputs.mask is not None:
+        visible = visible & inputs.mask
+    # A row that sees nothing has no softmax: give it any, and then take it away.
+    some = visible.any(-1, keepdim=True)
+    scores = scores.masked_fill(~visible, -torch.inf).masked_fill(~some, 0.0)
+    probabilities = torch.softmax(scores, -1).masked_fill(~visible, 0.0)
+    lse = torch.logsumexp(scores, -1).masked_fill(~some[..., 0], -torch.inf)
+
+    if inputs.dropout_p > 0:
+        row = torch.arange(first_batch, first_batch + batch, device=q.device)[:, None] * heads
+        batch_head = (row + torch.arange(heads, device=q.device))[..., None, None]
+        keep = keep_mask(inputs.seed, batch_head, i[:, None], (0, key_length), inputs.dropout_p)
+        probabilities = probabilities * keep / (1 - inputs.dropout_p)
+    if head_weights_proj is not None:
+        probabilities = head_weights_proj(probabilities.movedim(1, -1)).movedim(-1, 1)
+    return (probabilities @ v).to(inputs.query.dtype), lse, probabilities.to(inputs.query.dtype)

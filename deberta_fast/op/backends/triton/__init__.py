@@ -1,0 +1,102 @@
+"""Fused disentangled attention in Triton, forward and backward, for GPUs.
+
+Keys are far-left, near or far-right of a block of queries. Far tiles are plain flash attention (equation 7). Near tiles
+take their position scores from bands of dense scores, written beforehand for as many heads as ``plan.BAND_BYTES`` holds
+(equation 6), and add them with products by the identity. In backward the gradients of the scores replace them in the
+same bands. Nothing of size Lq x Lk is kept, nothing is added atomically, and nothing waits for the device.
+"""
+
+import contextlib
+import importlib.metadata
+import os
+
+import torch
+
+from ...call import AttentionInputs
+
+
+def _installed() -> tuple[int, int] | None:
+    try:
+        return tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+OLDEST = (3, 6)
+INSTALLED = _installed()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton runs its kernels on the CPU
+CAPABILITY = (8, 0)
+LARGEST_HEAD = 256
+
+
+def why_not(inputs: AttentionInputs) -> list[str]:
+    """Reasons not to serve these inputs."""
+    query, reasons = inputs.query, []
+    if INSTALLED is None or INSTALLED < OLDEST:
+        reasons.append(f"Triton >= {OLDEST[0]}.{OLDEST[1]} is not installed")
+    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        reasons.append(f"dtype must be float32, bfloat16 or float16, got {query.dtype}")
+    if query.shape[-1] % 8 or query.shape[-1] > LARGEST_HEAD:
+        reasons.append(f"head size must be a multiple of 8 up to {LARGEST_HEAD}, got {query.shape[-1]}")
+    if not inputs.scale > 0:
+        reasons.append(f"scale must be positive, got {inputs.scale}")
+    if query.device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(query.device)  # torch.compile knows it for a constant
+        if torch.version.hip is None and (gpu.major, gpu.minor) < CAPABILITY:
+            reasons.append(f"compute capability must be at least {CAPABILITY}, got {(gpu.major, gpu.minor)}")
+    elif query.device.type != "cpu" or not INTERPRETED:
+        reasons.append(f"tensors must be on a GPU, got {query.device}")
+    return reasons
+
+
+def forward(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output (B, H, Lq, D) and log-sum-exp (B, H, Lq)."""
+    output, lse = inputs.new_like_heads(inputs.query), inputs.new_lse()
+    _run(inputs, lambda plan: plan.forward(output, lse))
+    return output, lse
+
+
+def backward(
+    inputs: AttentionInputs,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    grad_output: torch.Tensor,
+    grad_lse: torch.Tensor,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of query, key, value, pos_key and pos_query, shaped and typed as these; None for an absent table."""
+    grads = [inputs.new_like_heads(x) for x in (inputs.query, inputs.key, inputs.value)]
+    grads += [None if x is None else x.new_empty(x.shape) for x in (inputs.pos_key, inputs.pos_query)]
+    if grad_output.stride(-1) != 1 or any(n * grad_output.element_size() % 16 for n in grad_output.stride()[:3]):
+        grad_output = grad_output.contiguous()
+    _run(inputs, lambda plan: plan.backward(output, lse, grad_output, grad_lse, grads))
+    return tuple(grads)
+
+
+def _run(inputs: AttentionInputs, launches) -> None:
+    """Runs the launches of a plan; what does not fit into the GPU's shared memory shrinks, and is remembered so."""
+    import triton
+
+    from . import configuration
+    from .plan import Plan, block_size_of
+
+    device = inputs.query.device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        while True:
+            key, chosen = configuration.choose(device, block_size_of(inputs), inputs.query.element_size())
+            try:
+                for launch in launches(Plan(inputs, chosen, _precision(inputs))):
+                    launch.run()
+                return
+            except triton.OutOfResources:
+                smaller = chosen.smaller(launch.configured) if launch.configured else None
+                if smaller is None:
+                    raise
+                configuration.remember(key, smaller)
+
+
+def _precision(inputs: AttentionInputs) -> str:
+    if INTERPRETED:
+        return "upcast"
+    if inputs.query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"

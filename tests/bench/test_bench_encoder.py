@@ -1,0 +1,146 @@
+"""The benchmark of whole encoders, run small: what it writes, and what it refuses to time."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+ROOT = Path(__file__).resolve().parents[2]
+TINY = "--models tiny --lengths 24 --tokens 72 --seconds 0 --device cpu --out".split()
+OURS = ("patched", "patched-unpad", "native", "native-packed")
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    return lambda name: importlib.import_module(f"bench.{name}")
+
+
+@pytest.fixture
+def measured(bench, tmp_path):
+    """Rows of a run, by variant; forward alone and variable lengths alone."""
+
+    def run(*variants, passes="forward"):
+        bench("encoder").main([*TINY, str(tmp_path), "--variants", *variants, "--passes", passes])
+        rows = json.loads((tmp_path / "encoder-models.json").read_text())["rows"]
+        return {row["variant"]: row for row in rows if row["lengths"] == "variable"}
+
+    return run
+
+
+def test_rows(bench, tmp_path, capsys):
+    names = ["eager", *OURS, "modernbert", "native-graph", "int8"]
+    bench("encoder").main([*TINY, str(tmp_path), "--variants", *names, "--name", "models"])
+    record, text = json.loads((tmp_path / "models.json").read_text()), (tmp_path / "models.md").read_text()
+    rows = record["rows"]
+    shapes = [(row["pass"], row["batch"], row["lengths"], row["tokens"]) for row in rows if row["variant"] == "eager"]
+    assert shapes == [
+        ("forward", 3, "variable", 39), ("forward", 3, "full", 72), ("forward", 1, "full", 24),
+        ("forward+backward", 3, "variable", 39), ("forward+backward", 3, "full", 72),
+    ]  # fmt: skip
+    assert [row["variant"] for row in rows[:7]] == [*names[:6], "int8"]  # a graph needs a GPU
+    assert "int8" not in {row["variant"] for row in rows if row["pass"] == "forward+backward"}
+    assert not {row["variant"] for row in rows if row["lengths"] == "full"} & {"patched-unpad", "native-packed"}
+    assert all("error" not in row and row["calls"] == 2 for row in rows)
+    assert all(row["difference"] < 1e-5 for row in rows if row["variant"] in OURS)
+    times = {row["variant"]: row["ms"] for row in rows[:7]}
+    for row in rows[:7]:
+        assert row["x eager"] == pytest.approx(times["eager"] / row["ms"])
+        assert row["x modernbert"] == pytest.approx(times["modernbert"] / row["ms"])
+        assert row["tokens/s"] == pytest.approx(39 / row["ms"] * 1000)
+    assert "## tiny, forward: ms (x eager)" in text and "## tiny, forward+backward: ms (x eager)" in text
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
+
+
+def test_wrong_answers_are_not_timed(bench, measured, monkeypatch):
+    """Wrong states, and right ones with wrong gradients."""
+    variants = bench("encoder_variants")
+
+    def without_a_term(encoders, batch):
+        twin = variants.deberta_fast.patch(variants.sharing_parameters(encoders.deberta))
+        for layer in twin.encoder.layer:
+            layer.attention.self.pos_att_type = ["c2p"]
+        return variants.padded(twin, batch)
+
+    def twice_the_gradient(encoders, batch):
+        forward = variants.padded(encoders.native(), batch)
+        return lambda: (states := forward()) * 2 - states.detach()
+
+    monkeypatch.setitem(variants.VARIANTS, "patched", without_a_term)
+    monkeypatch.setitem(variants.VARIANTS, "native", twice_the_gradient)
+    rows = measured("eager", "patched", "native", "native-packed", passes="forward+backward")
+    for name in ("patched", "native"):
+        assert "ms" not in rows[name] and "ArithmeticError: differs by" in rows[name]["error"]
+    assert rows["eager"]["ms"] > 0 and rows["native-packed"]["x eager"] > 0
+
+
+def test_what_does_not_fit_or_fails_is_left_out(bench, measured, monkeypatch):
+    variants = bench("encoder_variants").VARIANTS
+    build, calls = variants["patched"], []
+
+    def failing_later(encoders, batch):
+        forward = build(encoders, batch)
+
+        def run():
+            calls.append(1)
+            if len(calls) == 2:
+                raise RuntimeError("no | more\nof this")
+            return forward()
+
+        return run
+
+    monkeypatch.setattr(bench("encoder"), "_free_memory", lambda: 1 << 10)
+    monkeypatch.setitem(variants, "patched", failing_later)
+    rows = measured("eager", "patched", "native", "modernbert")
+    assert "not run: MemoryError: needs about 0 GiB" in rows["eager"]["error"]
+    assert rows["patched"]["error"] == "not run: RuntimeError: no / more" and "ms" not in rows["patched"]
+    assert rows["native"]["ms"] > 0 and "x eager" not in rows["native"] and rows["native"]["x modernbert"] > 0
+
+
+def test_order(bench):
+    """What is wanted most comes first; a quick look is short; what is asked for is all there is."""
+    encoder = bench("encoder")
+
+    def cases(options):
+        return [(case.dtype, case.passes, case.length) for case in encoder._cases(encoder._options(options.split()))]
+
+    on_gpu = cases("--device cuda")
+    assert on_gpu[0] == ("bfloat16", "forward", 512) and ("float32", "forward+backward", 512) in on_gpu
+    assert not [case for case in on_gpu if case[0] == "float32" and case[2] != 512]
+    assert set(cases("--device cpu --quick")) == {("float32", "forward", 128)}
+    assert {case[2] for case in cases("--device cuda --dtypes float32 --lengths 64")} == {64}
+
+
+def test_no_row_is_begun_too_late(bench, tmp_path, capsys):
+    bench("encoder").main([*TINY, str(tmp_path), "--limit", "0"])
+    assert capsys.readouterr().out == "out of time before forward of 3 x 24, float32\n"
+
+
+def test_onnxruntime_at_other_lengths_than_exported(bench, measured):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    row = measured("eager", "onnxruntime")["onnxruntime"]
+    assert row["difference"] < 1e-5 and row["x onnxruntime"] == 1
+
+
+@pytest.mark.parametrize("passes", ["forward", "forward+backward"])
+def test_packed_modernbert(bench, monkeypatch, passes):
+    """Against the padded one, at a length beyond its window, with dense attention in the place of the GPU's."""
+
+    def dense(query, key, value, ends, _, longest, __, *, scale, window_size):
+        sequence = torch.bucketize(torch.arange(len(query)), ends, right=True)
+        distance = torch.arange(len(query)).unsqueeze(1) - torch.arange(len(query))
+        seen = sequence.unsqueeze(1) == sequence
+        if window_size[0] >= 0:
+            seen &= (distance <= window_size[0]) & (-distance <= window_size[1])
+        inputs = (x.transpose(0, 1) for x in (query, key, value))
+        return torch.nn.functional.scaled_dot_product_attention(*inputs, seen, scale=scale).transpose(0, 1)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", dense)
+    variants = bench("encoder_variants")
+    encoders, batch = variants.Encoders("tiny", torch.float32, "cpu"), variants.Batch(3, 200, True, "cpu")
+    states = [variants.build_call(encoders, name, passes, batch)() for name in ("modernbert", "modernbert-packed")]
+    torch.testing.assert_close(states[1], batch.packed(states[0]), atol=1e-5, rtol=1e-5)

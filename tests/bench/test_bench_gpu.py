@@ -1,0 +1,144 @@
+"""The benchmarks for GPUs, tried out on the CPU: what they write, and what is left of a run that is stopped."""
+
+import importlib
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+ROOT = Path(__file__).parents[2]
+SMALL = "--device cpu --dtype float32 --tokens 32 --lengths 16 32".split()
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    return lambda name: importlib.import_module(f"bench.{name}")
+
+
+def written(folder, name):
+    """Rows and provenance of the JSON file; the Markdown file must have them too."""
+    record = json.loads((folder / f"{name}.json").read_text())
+    text = (folder / f"{name}.md").read_text()
+    assert text.startswith(f"# {name}") and f"- torch: {torch.__version__}" in text
+    assert {"command", "commit", "date", "torch", "deberta_fast"} <= record["provenance"].keys()
+    assert sum(line.startswith("|") for line in text.splitlines()) >= len(record["rows"]) + 2
+    return record["rows"]
+
+
+def test_attention(bench, tmp_path, capsys):
+    names = ["eager", "plain-flash", "plain-cudnn", "hf-eager"]
+    bench("attention_gpu").main([*SMALL, "--heads", "2", "--variants", *names, "--out", str(tmp_path)])
+    rows = written(tmp_path, "attention-float32")
+    assert len(rows) == 2 * 3 * len(names)
+    by_name = {name: [row for row in rows if row["variant"] == name] for name in names}
+    assert all(
+        "ms" not in row and "RuntimeError" in row["error"] for row in by_name["plain-cudnn"]
+    )  # no such thing here
+    for name in ("eager", "plain-flash", "hf-eager"):
+        assert all(row["ms"] > 0 and row["TFLOP/s"] > 0 and row["x plain"] > 0 for row in by_name[name])
+    assert all(row["difference"] < 1e-5 for row in by_name["hf-eager"])
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
+
+
+@pytest.mark.parametrize(
+    "options, name",
+    [
+        (["--padding", "0.5", "--passes", "backward"], "attention-padding-float32"),
+        (["--dropout", "0.1", "--passes", "forward"], "attention-dropout-float32"),
+        (["--memory", "--passes", "forward"], "memory-float32"),
+        (["--host", "--lengths", "16", "--repeats", "2"], "host-float32"),
+    ],
+)
+def test_other_tables_of_attention(options, name, bench, tmp_path):
+    bench("attention_gpu").main([*SMALL, "--heads", "2", "--variants", "eager", "hf", *options, "--out", str(tmp_path)])
+    rows = written(tmp_path, name)
+    assert not [row["error"] for row in rows if "error" in row]
+    found = {row["variant"] for row in rows}
+    assert found == {"eager-mask", "eager-packed", "hf-eager"} if "padding" in name else {"eager", "hf-eager"}
+
+
+def test_layer(bench, tmp_path):
+    names = ["hf-eager", "patched-eager", "patched-mask", "flashdeberta"]
+    bench("layer_gpu").main([*SMALL[:-1], "--passes", "forward", "--variants", *names, "--out", str(tmp_path)])
+    rows = {row["variant"]: row for row in written(tmp_path, "layer-float32")}
+    assert list(rows) == names
+    for name in names[:3]:
+        assert rows[name]["ms"] > 0 and rows[name]["x eager"] > 0 and rows[name]["difference"] < 1e-5
+    assert "error" in rows["flashdeberta"]  # not installed, or without a GPU
+
+
+def test_a_stopped_run_keeps_its_rows(bench, tmp_path, monkeypatch):
+    attention_gpu, device = bench("attention_gpu"), bench("device")
+    measure, saved, calls = device.Device.measure, [], []
+    save = device.timing.save
+
+    def stopping(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(device.Device, "measure", stopping)
+    monkeypatch.setattr(
+        device.timing, "save", lambda name, rows, *rest: (saved.append(len(rows)), save(name, rows, *rest))
+    )
+    with pytest.raises(KeyboardInterrupt):
+        attention_gpu.main([*SMALL, "--heads", "2", "--variants", "eager", "hf", "--out", str(tmp_path)])
+    assert saved == [1, 2, 3, 4]
+    assert [row["pass"] for row in written(tmp_path, "attention-float32")] == ["forward"] * 2 + ["backward"] * 2
+
+
+def test_charts(bench, tmp_path):
+    pytest.importorskip("matplotlib")
+    bench("attention_gpu").main([*SMALL, "--heads", "2", "--variants", "eager", "plain", "--out", str(tmp_path)])
+    bench("plots").main([str(tmp_path)])
+    assert (tmp_path / "attention-float32.png").stat().st_size > 5000
+
+
+def test_kernels_are_told_apart(bench):
+    """Of a profile of two calls, the second of them slower."""
+    name = "void deberta_fast::cuda::(anonymous namespace)::{}<64, false>(deberta_fast::cuda::Call)".format
+    call = [("spin_kernel(long)", 1e3), (name("expand_kernel"), 2.0), (name("expand_kernel"), 3.0)]
+    call.append(("_ZN12deberta_fast4cuda12_GLOBAL__N_114forward_kernelILi64EEEvNS0_11ForwardCallE", 100.0))
+    events = call + [(kernel, 3 * time) for kernel, time in call]
+    assert bench("cuda_kernels").per_kernel(events, 2) == {"expand_kernel": (2, 10.0), "forward_kernel": (1, 200.0)}
+
+
+def test_metrics_of_ncu(bench):
+    names = {
+        "ID": "", "Kernel Name": "", "gpu__time_duration.sum": "ns",
+        "smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio": "inst",
+        "smsp__average_warps_issue_stalled_barrier_not_issued_per_issue_active.ratio": "inst",
+        "sm__inst_executed_pipe_tensor_op_hmma.avg.pct_of_peak_sustained_active": "%", "breakdown": "",
+    }  # fmt: skip
+    first = ["0", "forward_kernel", "1,234", "0.5", "0.25", "55.5", "a, b"]
+    second = ["1", "forward_kernel", "1,300", "0", "0", "n/a", ""]
+    text = "\n".join(",".join(f'"{x}"' for x in line) for line in (names, names.values(), first, second))
+    rows = bench("cuda_kernels").read_metrics(f"==PROF== a line of its own\n{text}\n")
+    assert [(row["launch"], row["metric"].split("_")[-1], row["value"]) for row in rows] == [
+        (1, "duration.sum", 1234), (1, "hmma.avg.pct_of_peak_sustained_active".split("_")[-1], 55.5),
+        (1, "active.ratio", 0.5), (2, "duration.sum", 1300),
+    ]  # fmt: skip
+    assert {row["kernel"] for row in rows} == {"forward_kernel"} and bench("cuda_kernels").read_metrics("") == []
+
+
+def test_kernels_of_a_backend_that_cannot_serve(bench, tmp_path):
+    with pytest.raises(SystemExit, match="cannot serve this call: .*tensors must be on an NVIDIA GPU"):
+        bench("cuda_kernels").main(["--device", "cpu", "--tokens", "32", "--lengths", "16", "--out", str(tmp_path)])
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_script():
+    """Its help names every stage, and it says what stages there are, all of it without a GPU."""
+    script = ROOT / "bench/gpu.sh"
+    run = lambda *arguments: subprocess.run(["bash", script, *arguments], capture_output=True, text=True)
+    unknown = run("nonsense")
+    stages = unknown.stderr.split("there are: ")[1].split()
+    assert unknown.returncode == 2 and {"build", "tests", "kernels", "sanitize", "ncu", "plots"} <= set(stages)
+    help_text = run("--help").stdout
+    assert all(f" {stage} " in help_text for stage in stages)

@@ -1,0 +1,75 @@
+"""A backend against the reference under the precision rule of ``tolerance``, and wrong inputs that it must catch."""
+
+import torch
+from cases import DROPOUT_SEED, TENSORS, Case, as_dtype, forward_and_gradients, make_inputs
+from tolerance import assert_as_precise, hf_style_attention
+
+import deberta_fast
+from deberta_fast.op.backends import reference
+
+HALF_CASES = [
+    "one-token",
+    "ragged-L129-D64",
+    "far-L700",
+    "v3-table-L1100",
+    "holes-L200",
+    "pairwise-mask-L150",
+    "D80-L65",
+]
+
+
+def public(backend):
+    """The public function, called with the fields of AttentionInputs."""
+
+    def attention(inputs):
+        torch.manual_seed(DROPOUT_SEED)
+        return deberta_fast.disentangled_attention(
+            *(getattr(inputs, name) for name in TENSORS),
+            position_buckets=inputs.position_buckets,
+            max_relative_positions=inputs.max_relative_positions,
+            far_negative=inputs.far_negative,
+            attention_mask=inputs.mask,
+            scale=inputs.scale,
+            dropout_p=inputs.dropout_p,
+            query_offset=inputs.query_offset,
+            first_slot=inputs.first_slot,
+            return_lse=True,
+            backend=backend,
+        )
+
+    return attention
+
+
+def compare(attention, case: Case, dtype: torch.dtype, draws: int = 4) -> None:
+    """Output, log-sum-exp and gradients under the rule of ``tolerance``."""
+    draws = [make_inputs(case, dtype, seed) for seed in range(1 if dtype == torch.float64 else draws)]
+
+    def run(function, dtype):
+        results = [forward_and_gradients(function, as_dtype(inputs, dtype)) for inputs in draws]
+        return {name: torch.stack([result[name].detach() for result in results]) for name in results[0]}
+
+    exact, got = run(reference.attention, torch.float64), run(attention, dtype)
+    assert got.keys() == exact.keys()
+    if dtype == torch.float64 or case.key_length <= 1:
+        # Nothing to measure by: float64 has no better, and a softmax of one score is exact in eager code.
+        bound = 1e-11 if dtype == torch.float64 else 16 * torch.finfo(dtype).eps
+        for name, x in got.items():
+            message = lambda text, name=name: f"{name}: {text}"
+            torch.testing.assert_close(x.double(), exact[name], rtol=bound, atol=bound, msg=message)
+        return
+    yardstick = run(hf_style_attention, dtype)
+    yardstick["lse"] = yardstick["lse"].float()  # ours is float32, whatever the inputs
+    for name, x in got.items():
+        assert_as_precise(name, x, yardstick[name], exact[name])
+
+
+def shifted_slot(inputs):
+    return inputs._replace(pos_key=inputs.pos_key.roll(1, 1))
+
+
+def swapped_tables(inputs):
+    return inputs._replace(pos_key=inputs.pos_query, pos_query=inputs.pos_key)
+
+
+def reversed_distance(inputs):
+    return inputs._replace(pos_key=inputs.pos_key.flip(1), pos_query=inputs.pos_query.flip(1))

@@ -1,0 +1,202 @@
+"""Projections: oneDNN where it is faster, and the module itself where it is more than a product."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from deberta_fast.models import onednn_linear as projection
+from deberta_fast.models.onednn_linear import project
+
+
+@pytest.fixture(autouse=True)
+def slow_mkl(monkeypatch):
+    """As on a processor that MKL holds back on."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        pytest.skip("torch without oneDNN")
+    monkeypatch.setattr(projection, "_mkl_is_slow", lambda: True)
+
+
+@pytest.fixture
+def by_onednn(monkeypatch):
+    """What project decided, call by call."""
+    decisions, decide = [], projection._by_onednn
+    monkeypatch.setattr(projection, "_by_onednn", lambda *call: decisions.append(decide(*call)) or decisions[-1])
+    return decisions
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(8,), (3, 20), (2, 0)])
+def test_equals_the_module(by_onednn, bias, shape):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(48, 40, bias), torch.randn(*shape, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(project(linear, x), linear(x), rtol=1e-5, atol=1e-5)
+        views = torch.randn(48, 30, 2).permute(2, 1, 0)[:, ::3]
+        torch.testing.assert_close(project(linear, views), linear(views), rtol=1e-5, atol=1e-5)
+    assert by_onednn == [0 not in shape, True]
+
+
+def test_deep_products_are_as_precise_as_torchs(by_onednn):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(3072, 40), torch.randn(300, 3072, requires_grad=True)
+    gradient = torch.randn(300, 40)
+    exact = copy.deepcopy(linear).double()
+    found = []
+    for call, given in ((linear, x), (lambda x: project(linear, x), x), (exact, x.double().detach().requires_grad_())):
+        y = call(given)
+        weight = exact.weight if call is exact else linear.weight
+        found.append([y, *torch.autograd.grad(y, [given, weight], gradient.to(y))])
+    for torchs, ours, want in zip(*found, strict=True):
+        assert (ours - want).abs().mean() <= 2 * (torchs - want).abs().mean()
+    assert by_onednn == [True] * 3
+
+
+def test_in_inference_mode(by_onednn):
+    linear = nn.Linear(16, 16)
+    with torch.inference_mode():
+        project(linear, torch.randn(9, 16))
+    assert by_onednn == [True]
+
+
+class OtherLinear(nn.Linear):
+    pass
+
+
+def hooked(linear):
+    linear.register_forward_hook(lambda *_: None)
+    return linear
+
+
+def hooked_before(linear):
+    linear.register_forward_pre_hook(lambda *_: None)
+    return linear
+
+
+def replaced(linear):
+    linear.forward = lambda x: x
+    return linear
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def parametrized(linear):
+    parametrize.register_parametrization(linear, "weight", Doubled())
+    return linear
+
+
+class Quantised(torch.Tensor):
+    """As libraries put into a Linear."""
+
+
+def of_quantised(linear):
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Quantised))
+    return linear
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        of_quantised,
+        lambda linear: OtherLinear(16, 16),
+        lambda linear: nn.Sequential(linear),
+        hooked,
+        hooked_before,
+        replaced,
+        parametrized,
+        lambda linear: linear.double(),
+        lambda linear: linear.bfloat16(),
+    ],
+    ids=["weight", "subclass", "wrapper", "hook", "pre-hook", "forward", "parametrization", "float64", "bfloat16"],
+)
+def test_what_is_more_than_a_product_runs_itself(by_onednn, other):
+    linear = other(nn.Linear(16, 16))
+    x = torch.randn(9, 16, dtype=next(linear.parameters()).dtype)
+    with torch.no_grad():
+        assert torch.equal(project(linear, x), linear(x))
+    assert not any(by_onednn)
+
+
+def test_autocast_few_rows_and_hooks_keep_torchs_choice(by_onednn):
+    linear, x = nn.Linear(16, 16), torch.randn(9, 16)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert project(linear, x).dtype == torch.bfloat16
+        project(linear, x[:1])  # too few rows
+        handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+        project(linear, x)
+        handle.remove()
+        assert not any(by_onednn)
+        project(linear, x)
+    assert by_onednn[-1]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(9,), (3, 20)])
+def test_gradients(by_onednn, bias, shape):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(48, 40, bias), torch.randn(*shape, 48, requires_grad=True)
+    weights, gradient = list(linear.parameters()), torch.randn(*shape, 40)
+    expected = torch.autograd.grad(linear(x), [x, *weights], gradient)
+    got = torch.autograd.grad(project(linear, x), [x, *weights], gradient)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert by_onednn == [True] * 3  # the product, and one for each matrix in the backward pass
+
+
+def test_gradients_of_some(by_onednn):
+    linear, x = nn.Linear(16, 16), torch.randn(9, 16)
+    linear.bias.requires_grad_(False)
+    project(linear, x).sum().backward()
+    assert linear.weight.grad is not None and linear.bias.grad is None and by_onednn == [True] * 2
+    linear.requires_grad_(False)
+    assert not project(linear, x).requires_grad
+    assert project(linear, x.requires_grad_()).requires_grad
+
+
+def test_second_derivatives(by_onednn):
+    linear, x = nn.Linear(12, 9), torch.randn(10, 12, requires_grad=True)
+
+    def second(call):
+        gradients = torch.autograd.grad(call(x).square().sum(), [x, linear.weight], create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in gradients), [x, linear.weight, linear.bias])
+
+    torch.testing.assert_close(second(lambda x: project(linear, x)), second(linear), rtol=1e-4, atol=1e-3)
+
+
+def test_under_transforms_of_functions(by_onednn):
+    linear, x = nn.Linear(16, 16), torch.randn(9, 16)
+    got = torch.func.vmap(torch.func.grad(lambda row: project(linear, row.expand(9, -1)).sum()))(x)
+    torch.testing.assert_close(got, 9 * linear.weight.sum(0).expand(9, -1))
+    assert not any(by_onednn)
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+def test_onednn_switched_off(by_onednn):
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+        project(nn.Linear(16, 16), torch.randn(9, 16))
+    assert by_onednn == [False]
+
+
+def test_compiles_in_one_graph():
+    linear, x = nn.Linear(16, 16), torch.randn(9, 16)
+    compiled = torch.compile(lambda x: project(linear, x), fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), linear(x))
+
+
+def test_copies_and_casts_are_seen(by_onednn):
+    """Nothing is kept from call to call."""
+    linear, x = nn.Linear(16, 16), torch.randn(9, 16)
+    with torch.no_grad():
+        project(linear, x)
+        other = copy.deepcopy(linear)
+        other.weight.mul_(2)
+        torch.testing.assert_close(project(other, x), other(x))
+        linear.weight.zero_()
+        torch.testing.assert_close(project(linear, x), linear.bias.expand(9, -1))
+    assert all(by_onednn)

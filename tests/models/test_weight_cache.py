@@ -1,0 +1,294 @@
+"""Projected tables kept in inference: used while weights stay, made again when they change in whatever way."""
+
+import copy
+import io
+import pickle
+import threading
+
+import pytest
+import torch
+from native_models import EMD, build, tokens
+from torch import nn
+
+import deberta_fast.models.attention
+from deberta_fast.models.weight_cache import WeightCache
+
+
+@pytest.fixture
+def projected(monkeypatch):
+    """The linear layers that rows of tables went through, call by call."""
+    calls, project_table = [], deberta_fast.models.attention.project_table
+
+    def recording(*arguments, **table):
+        project = deberta_fast.models.attention.project
+        with monkeypatch.context() as patches:
+            patches.setattr(
+                deberta_fast.models.attention, "project", lambda linear, x: calls.append(linear) or project(linear, x)
+            )
+            return project_table(*arguments, **table)
+
+    monkeypatch.setattr(deberta_fast.models.attention, "project_table", recording)
+    return calls
+
+
+def run(model, length=37, **options):
+    with torch.no_grad():
+        return model(**tokens("right", length), **options).last_hidden_state
+
+
+def unkept(model, length=37):
+    """As ``run``, by a copy of the model, which keeps nothing yet."""
+    return run(copy.deepcopy(model), length)
+
+
+@pytest.mark.parametrize("name", ["v1", "v2", "v3"])
+def test_made_once(name, projected):
+    model = build(name)
+    first = run(model)
+    made = len(projected)
+    assert made == 4  # two terms, two layers
+    assert torch.equal(run(model), first)
+    for length in (5, 61):
+        torch.testing.assert_close(run(model, length), unkept(model, length), rtol=0, atol=0)
+        projected[made:] = []
+    with torch.inference_mode():
+        assert torch.equal(model(**tokens("right", 37)).last_hidden_state, first)
+    assert len(projected) == made
+
+
+def swapped_rows(weight):
+    weight.data[[0, 1]] = weight.data[[1, 0]]
+
+
+def by_optimizer(weight):
+    weight.grad = torch.ones_like(weight)
+    torch.optim.AdamW([weight], lr=0.1).step()
+    weight.grad = None
+
+
+def in_inference_mode(weight):
+    with torch.inference_mode():
+        weight.mul_(1.5)
+
+
+WRITES = {
+    "optimizer": by_optimizer,
+    "copy_": lambda weight: weight.detach().copy_(2 * weight.detach()),
+    "data": lambda weight: weight.data.mul_(1.5),
+    "one number through data": lambda weight: weight.data.view(-1)[weight.numel() // 2].add_(1.0),
+    "rows swapped through data": swapped_rows,
+    "data set": lambda weight: setattr(weight, "data", weight.data * 1.5),
+    "inference mode": in_inference_mode,
+}
+SOURCES = {
+    "table": lambda model: model.encoder.rel_embeddings.weight,
+    "norm": lambda model: model.encoder.LayerNorm.bias,
+    "key_proj": lambda model: model.encoder.layer[1].attention.self.key_proj.weight,
+    "query_proj's bias": lambda model: model.encoder.layer[0].attention.self.query_proj.bias,
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("source", SOURCES)
+def test_writes_are_seen(source, write):
+    model = build("v3")
+    before = run(model)
+    WRITES[write](SOURCES[source](model))
+    got = run(model)
+    assert torch.equal(got, unkept(model)) and not torch.equal(got, before)
+
+
+@pytest.mark.parametrize("name", ["v1", "v2-unbucketed-p2c"])
+def test_tables_of_their_own_projections(name):
+    model = build(name)
+    run(model)
+    attention = model.encoder.layer[0].attention.self
+    for name in ("pos_key_proj", "pos_query_proj"):
+        if hasattr(attention, name):
+            getattr(attention, name).weight.data.mul_(1.5)
+            assert torch.equal(run(model), unkept(model))
+
+
+def test_other_weights_in_its_place():
+    model, other = build("v3"), build("v3")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    before, expected = run(model), run(other)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(run(model), expected)
+    layer = model.encoder.layer[0].attention.self
+    layer.key_proj = copy.deepcopy(build("v3").encoder.layer[0].attention.self.key_proj)
+    assert torch.equal(run(model), unkept(model))
+    layer.key_proj.weight = nn.Parameter(layer.key_proj.weight.detach() * 2)
+    assert torch.equal(run(model), unkept(model))
+    assert not torch.equal(run(model), before)
+
+
+def test_casts_and_autocast():
+    model = build("v3")
+    run(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(run(model), unkept(model))
+    assert torch.equal(run(model), unkept(model))
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        model.to(dtype)
+        for _ in range(2):
+            assert run(model).dtype == dtype and torch.equal(run(model), unkept(model))
+
+
+def test_tables_that_torch_counts_no_writes_of():
+    attention = build("v3").encoder.layer[0].attention.self
+    with torch.inference_mode():
+        states, table = torch.randn(1, 20, 32), torch.randn(32, 32)
+        before, _ = attention(states, None, table)
+        table.mul_(2)
+        after, _ = attention(states, None, table)
+    assert not torch.equal(after, before) and attention.kept.tables._kept is None
+
+
+def test_nothing_is_kept_in_training(projected):
+    model = build("v3", hidden_dropout_prob=0.5)
+    run(model)
+    kept = model.encoder.layer[0].attention.self.kept.tables
+    assert kept._kept is not None
+    for _ in range(2):
+        projected.clear()
+        model(**tokens("right", 37)).last_hidden_state.sum().backward()
+        assert len(projected) == 4 and kept._kept is None  # once a layer
+    assert model.encoder.rel_embeddings.weight.grad is not None
+    run(model)
+    assert kept._kept is not None
+    torch.manual_seed(0)
+    first, second = run(model.train()), run(model)
+    assert kept._kept is None and not torch.equal(first, second)  # dropout on the rows of the table
+
+
+def test_gradients_after_inference_mode():
+    model = build("v3")
+    with torch.inference_mode():
+        model(**tokens("right", 37))
+    model(**tokens("right", 37)).last_hidden_state.sum().backward()
+    run(model)
+
+
+def test_hooks_and_adapters_run_each_time(projected):
+    model, seen = build("v3"), []
+    run(model)
+    linear = model.encoder.layer[0].attention.self.key_proj
+    handle = linear.register_forward_hook(lambda *_: seen.append(1))
+    run(model), run(model)
+    assert len(seen) == 4  # of tokens and of the table
+    handle.remove()
+    model.encoder.LayerNorm.register_forward_hook(lambda module, args, output: 2 * output)
+    assert torch.equal(run(model), unkept(model))
+
+
+class Adapted(nn.Module):
+    """As adapters wrap a norm: weights of the same name, and other ones that count."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.weight, self.bias, self.own = norm.weight, norm.bias, copy.deepcopy(norm)
+
+    def forward(self, x):
+        return self.own(x)
+
+
+def test_norms_that_are_more_than_torchs():
+    model = build("v3")
+    run(model)
+    model.encoder.LayerNorm = Adapted(model.encoder.LayerNorm)
+    before = run(model)
+    model.encoder.LayerNorm.own.weight.data.mul_(1.5)
+    assert torch.equal(run(model), unkept(model)) and not torch.equal(run(model), before)
+    model.encoder.LayerNorm = nn.Identity()
+    assert torch.equal(run(model), unkept(model))
+
+
+def test_compiled_with_constant_weights():
+    torch._dynamo.reset()
+    model, inputs = build("v3", num_hidden_layers=1), tokens("right", 37)
+    model.set_constant_weights(True)
+    expected = run(model)
+    with torch.no_grad():
+        got = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs).last_hidden_state
+    valid = inputs["attention_mask"].bool()
+    torch.testing.assert_close(got[valid], expected[valid], rtol=1e-5, atol=1e-5)
+
+
+def test_copies_and_pickles_are_without():
+    model = build("v3")
+    sizes = []
+    for _ in range(2):
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        sizes.append(len(pickle.dumps(model)))
+        expected = run(model)
+    assert sizes[0] == sizes[1]
+    buffer.seek(0)
+    for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        assert other.encoder.kept._kept is None and torch.equal(run(other), expected)
+        other.encoder.rel_embeddings.weight.data.mul_(2)
+        assert not torch.equal(run(other), expected)
+    assert torch.equal(run(model), expected)
+
+
+def test_constant_weights_are_not_looked_at():
+    model = build("v3")
+    model.set_constant_weights(True)
+    expected, weight = run(model), model.encoder.layer[0].attention.self.key_proj.weight
+    torch.testing.assert_close(expected, run(build("v3")), rtol=1e-5, atol=1e-5)  # by one product
+    weight.data.mul_(2)
+    assert torch.equal(run(model), expected)  # against the promise
+    weight.data = weight.data.clone()  # as a module that is moved does
+    second = run(model)
+    assert torch.equal(second, unkept(model)) and not torch.equal(second, expected)
+    with torch.no_grad():
+        weight.mul_(2)
+    assert torch.equal(run(model), unkept(model)) and not torch.equal(run(model), second)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.encoder.layer[0].attention.self.kept.joint.constant
+    model.set_constant_weights(False)
+    weight.data.mul_(2)
+    assert torch.equal(run(model), unkept(model))
+
+
+@pytest.mark.parametrize("name", ["v1", "v2", "v3"])
+@pytest.mark.parametrize("length", [5, 61])
+def test_three_projections_as_one(name, length):
+    model, inputs = build(name), tokens("holes", 61) if length > 40 else tokens("none", length)
+    expected = model(**inputs).last_hidden_state
+    model.set_constant_weights(True)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(model(**inputs).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
+    assert model.encoder.layer[1].attention.self.kept.joint._kept is not None
+    torch.testing.assert_close(model(**inputs).last_hidden_state, expected, rtol=1e-5, atol=1e-5)  # for training
+    assert model.encoder.layer[1].attention.self.kept.joint._kept is None
+
+
+def test_queries_of_other_states():
+    model, inputs = build("v3", "ForMaskedLM", **EMD), tokens("right")
+    expected = model(**inputs).logits
+    model.set_constant_weights(True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_threads():
+    """Each with weights of its own, in turns: nobody gets the others'."""
+    cache, weights, wrong = WeightCache(), [nn.Parameter(torch.full((4, 4), float(i))) for i in range(3)], []
+
+    def work(weight):
+        for _ in range(300):
+            with torch.no_grad():
+                if not torch.equal(cache.get([weight], lambda: weight + 1), weight + 1):
+                    wrong.append(weight)
+
+    threads = [threading.Thread(target=work, args=(weight,)) for weight in weights]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

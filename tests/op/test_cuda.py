@@ -1,0 +1,179 @@
+"""The CUDA backend without a GPU: its kernels on an emulator (tests/emulator), their index arithmetic, its refusals."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from cases import BY_NAME, Case, make_inputs
+
+from deberta_fast import backends, disentangled_attention
+from deberta_fast.op.backends import cuda
+
+ROOT = Path(__file__).parents[2]
+BUILT = ROOT / "build/emulated"
+TORCH = Path(torch.__file__).parent
+SOURCES = [
+    *sorted((ROOT / "csrc/cuda").glob("*.c*")),
+    ROOT / "tests/emulator/options.cpp",
+]
+HEADERS = [path for folder in ("csrc", "csrc/cuda", "tests/emulator") for path in (ROOT / folder).glob("*.h")]
+FLAGS = [
+    *"-x c++ -std=c++17 -fPIC -fvisibility=hidden -g1".split(),
+    *"-DTORCH_TARGET_VERSION=0x020b000000000000 -DDEBERTA_FAST_EMULATED".split(),
+    *(f"-I{ROOT / folder}" for folder in ("tests/emulator", "csrc/cuda")),
+    *("-isystem", TORCH / "include"),
+]
+SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined".split()
+# Under sanitizers, backward takes one head after the other, as it does where dA of more would be too much.
+BUILDS = {
+    "plain": ["-O2"],
+    "sanitized": ["-O1", "-fno-omit-frame-pointer", *SANITIZERS, "-DDEBERTA_FAST_NEAR_BYTES=1"],
+}
+# Of cuda_emulated.py, under sanitizers
+SOME = (
+    "L7 or one-token or ragged or far-L700 or D80 or D104 or L127 or odd or corner or masked or hidden_tiles or beyond"
+)
+
+needs_compiler = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or shutil.which("g++") is None, reason="needs g++ on Linux"
+)
+
+
+def run(*command, timeout=900, **environment) -> tuple[int, str]:
+    """Exit status and output."""
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, cwd=ROOT / "tests/op",
+        env=os.environ | environment,
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+def made(target: Path, sources: list[Path], *command) -> Path:
+    """The command's result, made anew if it or its sources have changed."""
+    key = hashlib.sha256(repr(command).encode())
+    for path in sources:
+        key.update(path.read_bytes())
+    kept, partial = target.with_suffix(".key"), target.with_suffix(f".{os.getpid()}")
+    if not target.exists() or not kept.exists() or kept.read_text() != key.hexdigest():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        status, output = run(*command, "-o", partial)
+        assert status == 0, output
+        partial.rename(target)
+        kept.write_text(key.hexdigest())
+    return target
+
+
+def built(name: str, pool: ThreadPoolExecutor) -> Path:
+    """A library of the kernels and the emulator, by the flags of that name."""
+    compiler, folder = ["g++", *BUILDS[name]], BUILT / name
+    make_one = lambda source: made(
+        folder / f"{source.name}.o", [source, *HEADERS], *compiler, *FLAGS, "-c", source
+    )  # fmt: skip
+    objects = list(pool.map(make_one, SOURCES))
+    link = [*compiler, "-shared", *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
+    return made(folder / "libemulated.so", objects, *link)
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    """The processes that run cuda_emulated.py: all of it, and some under sanitizers."""
+    with ThreadPoolExecutor(2) as pool:
+        libraries = {name: built(name, pool) for name in BUILDS}
+        asan, more = run("g++", "-print-file-name=libasan.so")[1].strip(), {}
+        command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", "--durations=10"]
+        started = {}
+        for name, library in libraries.items():
+            more, which = dict(PYTHONPATH=str(ROOT), EMULATED_LIBRARY=str(library)), []
+            if name == "sanitized":
+                more |= dict(LD_PRELOAD=f"{asan} libstdc++.so.6", ASAN_OPTIONS="detect_leaks=0")
+                more |= dict(UBSAN_OPTIONS="print_stacktrace=1")
+                which = ["--capture=sys", "-k", SOME]
+            started[name] = pool.submit(run, *command, *which, "cuda_emulated.py", **more)
+        yield started
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", BUILDS)
+def test_emulated(name, emulated):
+    """Right, and without races: every class of tile and mask, forward and backward, against the reference."""
+    status, output = emulated[name].result()
+    assert status == 0, output[-20000:]
+    assert re.search(r"\d\d passed", output), output[-2000:]
+
+
+@needs_compiler
+@pytest.mark.parametrize("flags", [["-O2"], ["-O1", *SANITIZERS]], ids=BUILDS)
+@pytest.mark.parametrize("name", ["emulator_test", "skew_test", "plan_test"])
+def test_programs(name, flags, tmp_path):
+    """That the emulator finds what is wrong; index arithmetic of the kernels, everywhere."""
+    source = ROOT / f"tests/emulator/{name}.cpp"
+    warnings = "-std=c++17 -Wall -Wextra -Werror".split()
+    folders = [f"-I{ROOT / folder}" for folder in ("tests/emulator", "csrc/cuda")]
+    assert run("g++", *flags, *warnings, *folders, source, "-o", tmp_path / name) == (0, "")
+    assert run(tmp_path / name) == (0, "ok\n")
+
+
+REASONS = {
+    "dtype must be bfloat16 or float16, got torch.float32": (Case("", 5, 5, size=16), torch.float32),
+    "head size must be a multiple of 8 up to 128, got 136": (Case("", 5, 5, size=136), torch.bfloat16),
+    "head size must be a multiple of 8 up to 128, got 20": (Case("", 5, 5, size=20), torch.bfloat16),
+    "a mask must be the same for all heads and queries, (B, 1, 1, Lk), got (1, 3, 70, 70)": (
+        BY_NAME["mask-per-head-L70"],
+        torch.bfloat16,
+    ),
+    "a mask must be the same for all heads and queries, (B, 1, 1, Lk), got (1, 1, 150, 150)": (
+        BY_NAME["block-diagonal-mask-L150"],
+        torch.bfloat16,
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_refuses_with_reasons(reason, monkeypatch):
+    """One reason each, where an emulator makes up for the GPU that is not there."""
+    monkeypatch.setattr(cuda, "EMULATED", True)
+    case, dtype = REASONS[reason]
+    assert cuda.why_not(make_inputs(case, dtype)) == [reason]
+
+
+def test_more_reasons(monkeypatch):
+    monkeypatch.setattr(cuda, "EMULATED", True)
+    inputs = make_inputs(Case("", 5, 5, size=16), torch.bfloat16)
+    assert cuda.why_not(inputs) == []
+    assert cuda.why_not(inputs._replace(scale=-1.0)) == ["scale must be positive, got -1.0"]
+    assert cuda.why_not(inputs._replace(query_offset=-(2**28)))[0].startswith("lengths and query_offset must be below")
+    assert cuda.why_not(inputs._replace(query=inputs.query.to("meta"))) == [
+        "tensors must be on an NVIDIA GPU, got meta"
+    ]
+
+
+def test_refuses_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(cuda, "NOT_LOADED", None)
+    monkeypatch.setattr(cuda, "BUILT", False)
+    inputs = make_inputs(Case("", 5, 5, size=16), torch.bfloat16)
+    not_built, elsewhere = cuda.why_not(inputs)
+    assert not_built == "the extension deberta_fast._C was built without CUDA kernels (pip install -v says why)"
+    assert elsewhere == "tensors must be on an NVIDIA GPU, got cpu"
+    with pytest.raises(RuntimeError) as refusal:
+        disentangled_attention(*inputs[:3], backend="cuda")
+    assert str(refusal.value) == f"backend 'cuda' cannot serve this call: {not_built}, {elsewhere}"
+
+
+def test_without_the_extension(monkeypatch):
+    monkeypatch.setattr(cuda, "NOT_LOADED", "the extension deberta_fast._C was not built (pip install -v says why)")
+    assert cuda.why_not(make_inputs(BY_NAME["one-token"], torch.bfloat16))[0] == cuda.NOT_LOADED
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_is_nobodys_default(dtype, monkeypatch):
+    """Not even where it could serve the call: it has to be named."""
+    monkeypatch.setattr(cuda, "why_not", lambda inputs: [])
+    for case in ("one-token", "ragged-L129-D64", "pairwise-mask-L150"):
+        assert backends.choose(None, make_inputs(BY_NAME[case], dtype)) in ("cpu", "eager")
