@@ -45,8 +45,8 @@ class BackwardPass {
       const int64_t part = item % b_.parts, group = item / b_.parts % b_.groups;
       head_ = item / b_.parts / b_.groups;
       const int64_t by_distance = a_.distances * size_;
-      if (a_.pos_key.data) std::fill_n(grad_key_by_distance_, by_distance, 0.0f);
-      if (a_.pos_query.data) std::fill_n(grad_query_by_distance_, by_distance, 0.0f);
+      if (b_.pos_key_sums) std::fill_n(grad_key_by_distance_, by_distance, 0.0f);
+      if (b_.pos_query_sums) std::fill_n(grad_query_by_distance_, by_distance, 0.0f);
       std::fill_n(far_grad_key_, 2 * size_, 0.0f);
       std::fill_n(far_grad_query_, 2 * size_, 0.0f);
       for (int64_t s = group == 0 ? 0 : b_.group_ends[group - 1]; s < b_.group_ends[group]; ++s) {
@@ -55,11 +55,11 @@ class BackwardPass {
       }
       const int64_t rows = a_.used_rows * size_;
       const auto last_distance = a_.first_distance + a_.distances - 1;
-      if (a_.pos_key.data) {
+      if (b_.pos_key_sums) {
         sum_by_slot(grad_key_by_distance_, far_grad_key_, -a_.first_distance, -1, wave == 0,
                     b_.pos_key_sums + item * rows);
       }
-      if (a_.pos_query.data) {
+      if (b_.pos_query_sums) {
         sum_by_slot(grad_query_by_distance_, far_grad_query_, -last_distance, 1, wave == 0,
                     b_.pos_query_sums + item * rows);
       }
@@ -84,8 +84,8 @@ class BackwardPass {
     bias_ = carver(round_up(keys, kLanes)), row_ = carver(size_);
     keep_ = carver(kBackwardKeys + 4 * kLanes), column_sums_ = carver(kBackwardKeys + kLanes);
     far_grad_key_ = carver(2 * size_), far_grad_query_ = carver(2 * size_);
-    if (a_.pos_key.data) grad_key_by_distance_ = carver(a_.distances * size_);
-    if (a_.pos_query.data) grad_query_by_distance_ = carver(a_.distances * size_);
+    if (b_.pos_key_sums) grad_key_by_distance_ = carver(a_.distances * size_);
+    if (b_.pos_query_sums) grad_query_by_distance_ = carver(a_.distances * size_);
     strips_.carve(carver);
   }
 
@@ -238,6 +238,7 @@ class BackwardPass {
       gemm_add(strip, size_, count + strip - 1, {grad_scores_ + r * kGradPitch - (strip - 1), kGradPitch + 1, 1},
                table + (block.rows - r - strip) * size_, size_, grad_query_ + r * size_, size_);
     }
+    if (b_.pos_key_sums == nullptr) return;
     float* const grad = grad_key_by_distance_ + first * size_;
     const int64_t distances = block.rows + count - 1;
     for (int64_t m = 0; m < distances; m += kStrip) {
@@ -260,6 +261,7 @@ class BackwardPass {
                {grad_scores_ - (strip - 1) * kGradPitch + j, kGradPitch + 1, kGradPitch},
                table + (count - j - strip) * size_, size_, grad_key + j * size_, size_);
     }
+    if (b_.pos_query_sums == nullptr) return;
     float* const grad = grad_query_by_distance_ + first * size_;
     const int64_t distances = block.rows + count - 1;
     for (int64_t m = 0; m < distances; m += kStrip) {

@@ -60,6 +60,7 @@ struct Backward {
   Heads output, grad_output;
   Statistic lse, grad_lse;
   Heads grad_query, grad_key, grad_value;
+  void *grad_pos_key, *grad_pos_query;  // (H, table_rows, D), contiguous; null where nobody wants them
 
   // Work is cut by shape alone, never by the number of threads, so that sums do not depend on it. An item is a head, a
   // group of sequences, and one of `parts` of their queries; in wave w it meets part (its own + w) of their keys, so
@@ -69,7 +70,7 @@ struct Backward {
   const int64_t* query_starts;  // (sequence_count) rows of all sequences before
   const int64_t* key_starts;
   float *query_sums, *key_sums, *value_sums;  // (rows, H, D rounded up), where parts > 1
-  float *pos_key_sums, *pos_query_sums;       // (items, used_rows, D rounded up)
+  float *pos_key_sums, *pos_query_sums;       // (items, used_rows, D rounded up); null as their gradients are
 };
 
 }  // namespace deberta_fast

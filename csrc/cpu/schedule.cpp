@@ -18,15 +18,15 @@ constexpr int64_t kKeptFloats[kMemoryUses] = {int64_t{4} << 20, int64_t{16} << 2
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 int64_t shares(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// A call whose open fields are filled in.
-struct Call {
-  Attention a;
-  std::vector<Sequence> sequences;
+// A request whose open fields are filled in.
+struct Schedule {
+  Attention& a;
+  std::vector<Sequence>& sequences;
   int64_t size;  // D rounded up
   int64_t longest_query = 0, longest_key = 0, queries = 0, keys = 0;
 
-  Call(const Kernels& kernels, const Attention& attention, std::vector<Sequence> all)
-      : a(attention), sequences(std::move(all)), size(round_up(attention.size, kernels.lanes)) {
+  Schedule(const Kernels& kernels, Request& request)
+      : a(request.attention), sequences(request.sequences), size(round_up(a.size, kernels.lanes)) {
     for (const Sequence& sequence : sequences) {
       longest_query = std::max(longest_query, sequence.queries), queries += sequence.queries;
       longest_key = std::max(longest_key, sequence.keys), keys += sequence.keys;
@@ -35,7 +35,6 @@ struct Call {
     cut_blocks();
     if (has_positions()) set_distances();
   }
-  Call(const Call&) = delete;  // a.sequences points into it
 
   bool has_positions() const { return a.pos_key.data || a.pos_query.data; }
   int64_t heads_of_sequences() const { return std::max<int64_t>(1, a.heads * a.sequence_count); }
@@ -94,7 +93,7 @@ struct Call {
 // How backward is cut, and the memory that its shares add up in.
 class Shares {
  public:
-  Shares(const Call& call, Backward& b) : call_(call), b_(b) {
+  Shares(const Schedule& call, Backward& b) : call_(call), b_(b) {
     const int64_t room = std::min(call.longest_query, call.longest_key) / kMinPartRows;
     b.parts = std::max<int64_t>(1, std::min(shares(kFewestItems, call.heads_of_sequences()), room));
     cut_groups();
@@ -108,15 +107,19 @@ class Shares {
 
   int64_t items() const { return call_.a.heads * b_.groups * b_.parts; }
 
-  int64_t floats() const { return query_floats() + 2 * key_floats() + 2 * table_floats(); }
+  int64_t floats() const {
+    const int64_t tables = (b_.grad_pos_key != nullptr) + (b_.grad_pos_query != nullptr);
+    return query_floats() + 2 * key_floats() + tables * table_floats();
+  }
 
   void place(float* memory) {
     std::fill_n(memory, query_floats() + 2 * key_floats(), 0.0f);
     b_.query_sums = memory;
     b_.key_sums = b_.query_sums + query_floats();
     b_.value_sums = b_.key_sums + key_floats();
-    b_.pos_key_sums = b_.value_sums + key_floats();
-    b_.pos_query_sums = b_.pos_key_sums + table_floats();
+    float* const tables = b_.value_sums + key_floats();
+    b_.pos_key_sums = b_.grad_pos_key ? tables : nullptr;
+    b_.pos_query_sums = b_.grad_pos_query ? tables + (b_.grad_pos_key ? table_floats() : 0) : nullptr;
   }
 
  private:
@@ -143,7 +146,7 @@ class Shares {
     b_.groups = static_cast<int64_t>(group_ends_.size()), b_.group_ends = group_ends_.data();
   }
 
-  const Call& call_;
+  const Schedule& call_;
   Backward& b_;
   std::vector<int64_t> group_ends_, query_starts_, key_starts_;
 };
@@ -157,18 +160,16 @@ thread_local Kept kept[kMemoryUses];
 
 }  // namespace
 
-void run_forward(const Kernels& kernels, Attention attention, std::vector<Sequence> sequences, const Forward& forward,
-                 const ParallelFor& parallel_for) {
-  Call call(kernels, attention, std::move(sequences));
+void run_forward(const Kernels& kernels, Request& request, const Forward& forward, const ParallelFor& parallel_for) {
+  Schedule call(kernels, request);
   const ThreadMemory memory(kCallScratch, call.table_floats(false));
   call.expand_tables(kernels, memory.data(), false, parallel_for);
   parallel_for(call.a.heads * call.a.blocks_per_head,
                [&](int64_t begin, int64_t end) { kernels.forward(call.a, forward, begin, end); });
 }
 
-void run_backward(const Kernels& kernels, Attention attention, std::vector<Sequence> sequences, Backward b,
-                  void* grad_pos_key, void* grad_pos_query, const ParallelFor& parallel_for) {
-  Call call(kernels, attention, std::move(sequences));
+void run_backward(const Kernels& kernels, Request& request, Backward& b, const ParallelFor& parallel_for) {
+  Schedule call(kernels, request);
   Shares work(call, b);
   const Attention& a = call.a;
   const int64_t tables = call.table_floats(true);
@@ -182,8 +183,8 @@ void run_backward(const Kernels& kernels, Attention attention, std::vector<Seque
     parallel_for(a.heads * a.sequence_count, [&](int64_t begin, int64_t end) { kernels.store_sums(a, b, begin, end); });
   }
   for (const auto& [sums, scale, gradient] :
-       {std::tuple{b.pos_key_sums, static_cast<float>(1 / kLog2e), grad_pos_key},  // made with log2(e) s q
-        std::tuple{b.pos_query_sums, a.scale, grad_pos_query}}) {
+       {std::tuple{b.pos_key_sums, static_cast<float>(1 / kLog2e), b.grad_pos_key},  // made with log2(e) s q
+        std::tuple{b.pos_query_sums, a.scale, b.grad_pos_query}}) {
     if (gradient == nullptr) continue;
     parallel_for(a.heads, [&, sums = sums, scale = scale, gradient = gradient](int64_t begin, int64_t end) {
       kernels.store_table(a, b, sums, scale, gradient, begin, end);

@@ -11,13 +11,14 @@ namespace deberta_fast {
 // Calls the function on ranges that make up [0, count), by several threads.
 using ParallelFor = std::function<void(int64_t count, const std::function<void(int64_t begin, int64_t end)>&)>;
 
-// What is left open in `attention` (sequences, blocks, distances, tables by distance) is filled in here. Work is cut by
-// shape alone, so neither results nor gradients depend on the number of threads.
-void run_forward(const Kernels& kernels, Attention attention, std::vector<Sequence> sequences, const Forward& forward,
-                 const ParallelFor& parallel_for);
+// A call. What its caller leaves open in `attention` (sequences, blocks, distances, tables by distance) is filled in here.
+struct Request {
+  Attention attention{};
+  std::vector<Sequence> sequences;
+};
 
-// Likewise. grad_pos_key and grad_pos_query: (H, table_rows, D), contiguous, or null where the table is absent.
-void run_backward(const Kernels& kernels, Attention attention, std::vector<Sequence> sequences, Backward backward,
-                  void* grad_pos_key, void* grad_pos_query, const ParallelFor& parallel_for);
+// Work is cut by shape alone, so neither results nor gradients depend on the number of threads.
+void run_forward(const Kernels& kernels, Request& request, const Forward& forward, const ParallelFor& parallel_for);
+void run_backward(const Kernels& kernels, Request& request, Backward& backward, const ParallelFor& parallel_for);
 
 }  // namespace deberta_fast

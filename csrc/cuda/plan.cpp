@@ -138,7 +138,7 @@ TablePass table_pass(const BackwardCall& backward, const Request& request, const
   RowCall& by_row = pass.rows;
   by_row.element = call.element, by_row.grad_table = keys ? gradients.grad_pos_query : gradients.grad_pos_key;
   by_row.rows = request.table_rows, by_row.size = call.size, by_row.padded_size = size, by_row.scale = call.scale;
-  by_row.first_of_slot = gradients.first_of_slot, by_row.first_slot = request.first_slot;
+  by_row.first_of_slot = request.first_of_slot, by_row.first_slot = request.first_slot;
   by_row.left_row = rows.far_left, by_row.right_row = rows.far_right;
   by_row.offset = request.query_offset, by_row.direction = keys ? 1 : -1;
   by_row.first_diagonal = table.first_diagonal, by_row.diagonals = diagonals, by_row.splits = table.splits;
@@ -188,16 +188,17 @@ const char* run_backward(const Request& request, const Gradients& gradients, Wor
   const int64_t far_floats = int64_t{heads} * 2 * padded_size(call.size);
   backward.far_query_sums = workspace.take<float>(c2p ? far_floats * backward.query_far_count : 0);
   backward.far_key_sums = workspace.take<float>(p2c ? far_floats * backward.key_far_count : 0);
+  const bool wanted[2] = {gradients.grad_pos_key != nullptr, gradients.grad_pos_query != nullptr};
   TablePass passes[2];
   for (const bool keys : {false, true})
-    if (keys ? p2c : c2p) passes[keys] = table_pass(backward, request, gradients, keys, heads, workspace);
+    if (wanted[keys]) passes[keys] = table_pass(backward, request, gradients, keys, heads, workspace);
 
   for (int first = 0; first < call.heads; first += heads) {
     backward.first_head = first, backward.head_count = std::min(heads, call.heads - first);
     launches.add([&] { return backward_key(backward, stream); });
     launches.add([&] { return backward_query(backward, stream); });
     for (const bool keys : {false, true}) {
-      if (!(keys ? p2c : c2p)) continue;
+      if (!wanted[keys]) continue;
       TablePass& pass = passes[keys];
       pass.call.backward = backward;
       pass.rows.first_head = first, pass.rows.head_count = backward.head_count;

@@ -13,7 +13,9 @@ struct Request {
   int far_past = 0, far_future = 0;  // sigma is constant for delta >= far_past and delta <= far_future,
   int past_row = 0, future_row = 0;  // where it is this row
   int query_offset = 0;
-  const uint8_t* mask = nullptr;  // of keys; strides in bytes
+  const int32_t* first_of_slot = nullptr;  // on the device: the first delta of each row of the whole table, and of the
+                                           // row after its last
+  const uint8_t* mask = nullptr;           // of keys; strides in bytes
   int64_t mask_batch = 0, mask_key = 0;
 };
 
@@ -42,13 +44,12 @@ class Workspace {
 const char* run_forward(const Request& request, const Heads& output, const Statistic& lse, Workspace& workspace,
                         void* stream);
 
-// What backward is given and fills. The gradients of tables are (H, table_rows, D), contiguous, or null; first_of_slot is
-// on the device: the first delta of each row of the whole relative-position table, and of the one after its last.
+// What backward is given and fills. The gradients of tables are (H, table_rows, D), contiguous, or null where nobody wants
+// them.
 struct Gradients {
   Heads output, grad_output, grad_query, grad_key, grad_value;
   Statistic lse, grad_lse;
   void *grad_pos_key = nullptr, *grad_pos_query = nullptr;
-  const int32_t* first_of_slot = nullptr;
 };
 const char* run_backward(const Request& request, const Gradients& gradients, Workspace& workspace, void* stream);
 

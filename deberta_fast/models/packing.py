@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..op.call import check_ends
+from ..op.call import check_cu_seqlens_form
 
 UNPAD = (False, "auto", True)
 WORTH = 1 / 32  # of a batch's rows: to take less padding out costs as much as it saves (12 layers of 768 on a CPU)
@@ -125,7 +125,7 @@ def packed_sequences(
             device attention asserts them.
     """
     tokens = states.shape[0]
-    check_ends(cu_seqlens, states.device)
+    check_cu_seqlens_form(cu_seqlens, states.device)
     if attention_mask is not None and attention_mask.shape != (tokens,):
         raise ValueError(f"attention_mask must be of shape {(tokens,)}, got {tuple(attention_mask.shape)}")
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()

@@ -8,12 +8,9 @@ Source: He et al., DeBERTa (arXiv 2006.03654), equations 2 to 4; sigma is ``rela
 import torch
 
 from . import backends
-from .call import AttentionInputs, check_ends
+from .call import Call, cast_and_align, check_cu_seqlens_form, check_heads, check_mask, check_settings
 from .dropout import new_seed
-from .relative_position import FAR_NEGATIVE_RULES, table_rows
-from .schema import DisentangledAttention, check_cu_seqlens
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from .schema import attend, checked_cu_seqlens
 
 
 def disentangled_attention(
@@ -62,11 +59,11 @@ def disentangled_attention(
         TypeError, ValueError: an argument is not as described; names argument, expected and got.
         RuntimeError: the named backend cannot serve the call; lists its reasons.
     """
-    inputs = _dense_inputs(
+    call = _dense_call(
         query, key, value, pos_key, pos_query, position_buckets, max_relative_positions, far_negative, attention_mask,
         scale, dropout_p, query_offset, first_slot,
     )  # fmt: skip
-    return _attend(inputs, return_lse, backend)
+    return _run(call, return_lse, backend)
 
 
 def disentangled_attention_with_probabilities(
@@ -100,14 +97,13 @@ def disentangled_attention_with_probabilities(
     Raises:
         TypeError, ValueError: as ``disentangled_attention``.
     """
-    inputs = _dense_inputs(
+    call = _dense_call(
         query, key, value, pos_key, pos_query, position_buckets, max_relative_positions, far_negative, attention_mask,
         scale, dropout_p, query_offset, first_slot,
     )  # fmt: skip
-    inputs = _checked(inputs)
-    with torch.autocast(inputs.query.device.type, enabled=False):
+    with torch.autocast(call.query.device.type, enabled=False):
         output, _, probabilities = backends.reference.attention_with_probabilities(
-            inputs, head_logits_proj=head_logits_proj, head_weights_proj=head_weights_proj
+            _with_seed(call), head_logits_proj=head_logits_proj, head_weights_proj=head_weights_proj
         )
     return output, probabilities
 
@@ -131,8 +127,9 @@ def disentangled_attention_varlen(
     first_slot: int = 0,
     return_lse: bool = False,
     backend: str | None = None,
+    check_values: bool = True,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """``disentangled_attention`` over packed sequences, without padding: each attends within itself alone.
+    """``disentangled_attention`` over packed sequences, without padding: each attends only within itself.
 
     Args:
         query, key, value: (T, H, D), all sequences one after the other.
@@ -140,6 +137,9 @@ def disentangled_attention_varlen(
             Rises from 0 to T; empty sequences are allowed. On a GPU a device-side assertion checks its values.
         max_seqlen: at least the longest sequence's length.
         attention_mask: bool (T,), False for keys that nobody attends to.
+        check_values: False is the promise that cu_seqlens went through ``schema.checked_cu_seqlens`` with these T and
+            max_seqlen, or is right by construction. Models check once a forward pass, not once a layer: wrong values
+            make kernels read and write elsewhere.
         The others: as in ``disentangled_attention``.
 
     Returns:
@@ -148,170 +148,67 @@ def disentangled_attention_varlen(
     Raises:
         TypeError, ValueError, RuntimeError: as in ``disentangled_attention``.
     """
-    _check_heads(query, key, value, ndim=3, layout="(T, H, D)")
+    check_heads(query, key, value, ndim=3, layout="(T, H, D)")
     if query.shape[0] != key.shape[0]:
         raise ValueError(f"key must have as many rows as query, {query.shape[0]}, got {key.shape[0]}")
-    check_ends(cu_seqlens, query.device)
+    check_cu_seqlens_form(cu_seqlens, query.device)
     if max_seqlen < 0:
         raise ValueError(f"max_seqlen must not be negative, got {max_seqlen}")
     if attention_mask is not None and attention_mask.dim() != 1:
         raise ValueError(f"attention_mask must be of shape ({query.shape[0]},), got {tuple(attention_mask.shape)}")
-    query, key, value, pos_key, pos_query = _autocast(query, key, value, pos_key, pos_query)
+    query, key, value, pos_key, pos_query = cast_and_align(query, key, value, pos_key, pos_query)
     # To a backend, a dense call with one batch row: cu_seqlens says where in it the sequences lie.
     query, key, value = (heads.transpose(0, 1).unsqueeze(0) for heads in (query, key, value))
-    result = _attend(
-        AttentionInputs(
-            query=query,
-            key=key,
-            value=value,
-            pos_key=pos_key,
-            pos_query=pos_query,
-            mask=None if attention_mask is None else _broadcast_mask(attention_mask[None], query, key.shape[2]),
-            cu_seqlens=cu_seqlens,
-            seed=None,
-            position_buckets=position_buckets,
-            max_relative_positions=max_relative_positions,
-            far_negative=far_negative,
-            first_slot=first_slot,
-            query_offset=query_offset,
-            max_seqlen=max_seqlen,
-            scale=_scale(scale, query, pos_key, pos_query),
-            dropout_p=dropout_p,
-        ),
-        return_lse,
-        backend,
-    )
+    call = Call(
+        query, key, value, pos_key, pos_query,
+        None if attention_mask is None else check_mask(attention_mask[None], query, key.shape[2]),
+        checked_cu_seqlens(cu_seqlens, query.shape[2], max_seqlen) if check_values else cu_seqlens,
+        None,
+        position_buckets, max_relative_positions, far_negative, first_slot, query_offset, max_seqlen,
+        _scale(query, pos_key, pos_query) if scale is None else float(scale),
+        dropout_p,
+    )  # fmt: skip
+    check_settings(call)
+    result = _run(call, return_lse, backend)
     if return_lse:
         return result[0].squeeze(0).transpose(0, 1), result[1].squeeze(0)
     return result.squeeze(0).transpose(0, 1)
 
 
-def _dense_inputs(
+def _dense_call(
     query, key, value, pos_key, pos_query, position_buckets, max_relative_positions, far_negative, attention_mask,
     scale, dropout_p, query_offset, first_slot,
-) -> AttentionInputs:  # fmt: skip
-    _check_heads(query, key, value, ndim=4, layout="(B, H, L, D)")
-    query, key, value, pos_key, pos_query = _autocast(query, key, value, pos_key, pos_query)
-    return AttentionInputs(
-        query=query,
-        key=key,
-        value=value,
-        pos_key=pos_key,
-        pos_query=pos_query,
-        mask=_broadcast_mask(attention_mask, query, key.shape[2]),
-        cu_seqlens=None,
-        seed=None,
-        position_buckets=position_buckets,
-        max_relative_positions=max_relative_positions,
-        far_negative=far_negative,
-        first_slot=first_slot,
-        query_offset=query_offset,
-        max_seqlen=query.shape[2],
-        scale=_scale(scale, query, pos_key, pos_query),
-        dropout_p=dropout_p,
-    )
+) -> Call:  # fmt: skip
+    check_heads(query, key, value, ndim=4, layout="(B, H, L, D)")
+    query, key, value, pos_key, pos_query = cast_and_align(query, key, value, pos_key, pos_query)
+    call = Call(
+        query, key, value, pos_key, pos_query,
+        None if attention_mask is None else check_mask(attention_mask, query, key.shape[2]),
+        None,
+        None,
+        position_buckets, max_relative_positions, far_negative, first_slot, query_offset,
+        query.shape[2],
+        _scale(query, pos_key, pos_query) if scale is None else float(scale),
+        dropout_p,
+    )  # fmt: skip
+    check_settings(call)
+    return call
 
 
-def _checked(inputs: AttentionInputs) -> AttentionInputs:
-    """With a seed, if there is dropout."""
-    _check_positions(inputs)
-    if not 0 <= inputs.dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {inputs.dropout_p}")
-    return inputs._replace(seed=new_seed(inputs.query.device)) if inputs.dropout_p > 0 else inputs
-
-
-def _attend(inputs: AttentionInputs, return_lse: bool, backend: str | None):
-    inputs = _checked(inputs)
-    name = backends.choose(backend, inputs)
+def _run(call: Call, return_lse: bool, backend: str | None):
+    call = _with_seed(call)
+    name = backends.choose(backend, call)
     if name == "reference":
-        check_cu_seqlens(inputs)
-        with torch.autocast(inputs.query.device.type, enabled=False):
-            output, lse = backends.reference.attention(inputs)
+        with torch.autocast(call.query.device.type, enabled=False):
+            output, lse = backends.reference.attention(call)
     else:
-        output, lse = DisentangledAttention.apply(*inputs, name)
+        output, lse = attend(call, name)
     return (output, lse) if return_lse else output
 
 
-def _check_heads(query, key, value, ndim: int, layout: str) -> None:
-    for name, heads in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(heads, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(heads).__name__}")
-        if heads.dim() != ndim:
-            raise ValueError(f"{name} must be of shape {layout}, got {tuple(heads.shape)}")
-        if heads.dtype not in _DTYPES:
-            raise TypeError(f"{name} must be one of {', '.join(map(str, _DTYPES))}, got {heads.dtype}")
-        if heads.device != query.device:
-            raise ValueError(f"{name} must be on query's device, {query.device}, got {heads.device}")
-    if key.shape != value.shape:
-        raise ValueError(f"value must have key's shape, {tuple(key.shape)}, got {tuple(value.shape)}")
-    # The length is the third dimension of the dense layout and the first of the packed one.
-    fixed = (0, 1, 3) if ndim == 4 else (1, 2)
-    if any(query.shape[d] != key.shape[d] for d in fixed):
-        raise ValueError(
-            f"key must match query, {tuple(query.shape)}, in all but the length of {layout}, got {tuple(key.shape)}"
-        )
-    if query.shape[-1] < 1:
-        raise ValueError("query must have a head size of at least 1, got 0")
+def _with_seed(call: Call) -> Call:
+    return call._replace(seed=new_seed(call.query.device)) if call.dropout_p > 0 else call
 
 
-def _autocast(*tensors):
-    """As torch's own attention under autocast: to its dtype, float64 left alone. One dtype and a unit last stride."""
-    query = tensors[0]
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        tensors = [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
-    names = ("query", "key", "value", "pos_key", "pos_query")
-    for name, x in zip(names, tensors, strict=True):
-        if x is not None and x.dtype != tensors[0].dtype:
-            raise TypeError(f"{name} must have query's dtype, {tensors[0].dtype}, got {x.dtype}")
-    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
-
-
-def _scale(scale, query, pos_key, pos_query) -> float:
-    if scale is not None:
-        return float(scale)
+def _scale(query, pos_key, pos_query) -> float:
     return (query.shape[-1] * (1 + (pos_key is not None) + (pos_query is not None))) ** -0.5
-
-
-def _check_positions(inputs: AttentionInputs) -> None:
-    if inputs.far_negative not in FAR_NEGATIVE_RULES:
-        raise ValueError(f"far_negative must be one of {FAR_NEGATIVE_RULES}, got {inputs.far_negative!r}")
-    tables = [(name, x) for name in ("pos_key", "pos_query") if (x := getattr(inputs, name)) is not None]
-    query, key = inputs.query, inputs.key
-    for name, x in tables:
-        if x.device != query.device:
-            raise ValueError(f"{name} must be on query's device, {query.device}, got {x.device}")
-        if x.dim() != 3 or x.shape[0] != query.shape[1] or x.shape[2] != query.shape[3]:
-            raise ValueError(f"{name} must be of shape ({query.shape[1]}, R, {query.shape[3]}), got {tuple(x.shape)}")
-        if x.shape[1] != tables[0][1].shape[1]:
-            raise ValueError(f"pos_query must have pos_key's rows, {tables[0][1].shape[1]}, got {x.shape[1]}")
-        rows, first = table_rows(inputs.position_buckets, inputs.max_relative_positions), inputs.first_slot
-        if x.shape[1] == rows and first == 0:
-            continue
-        lengths = (query.shape[2], key.shape[2]) if inputs.cu_seqlens is None else (inputs.max_seqlen,) * 2
-        start, stop = inputs.table.window(*lengths, inputs.query_offset)
-        if not 0 <= first <= start or not stop <= first + x.shape[1] <= rows:
-            raise ValueError(
-                f"{name} must have all {rows} rows of the table, or at least rows {start} to {stop} that these lengths "
-                f"reach, got rows {first} to {first + x.shape[1]}"
-            )
-
-
-def _broadcast_mask(mask, query, key_length):
-    """Four-dimensional, its last dimension Lk, the others 1 or whole."""
-    if mask is None:
-        return None
-    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"attention_mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
-    if mask.device != query.device:
-        raise ValueError(f"attention_mask must be on query's device, {query.device}, got {mask.device}")
-    batch, heads, query_length, _ = query.shape
-    full = (batch, heads, query_length, key_length)
-    if mask.dim() == 2 and mask.shape == (batch, key_length):
-        return mask[:, None, None]
-    if mask.dim() == 4 and all(size in (1, whole) for size, whole in zip(mask.shape, full, strict=True)):
-        return mask.expand(-1, -1, -1, key_length)
-    raise ValueError(
-        f"attention_mask must be of shape {(batch, key_length)} or broadcastable to {full}, got {tuple(mask.shape)}"
-    )

@@ -20,6 +20,7 @@ clamps the distance to M - 1 first and stays on row 1. ``far_negative`` ("hf" or
 Source: He et al., DeBERTa (arXiv 2006.03654), equation 3; He et al., DeBERTaV3 (2111.09543) for the released tables.
 """
 
+import bisect
 import functools
 import math
 from typing import NamedTuple
@@ -28,6 +29,7 @@ import torch
 
 FAR_NEGATIVE_RULES = ("hf", "ms")
 _LONGEST_TABLE = 1 << 20
+_ENDLESS = 1 << 29  # beyond any distance; twice this still fits 32 bits
 
 
 class SlotTable(NamedTuple):
@@ -123,7 +125,64 @@ def _saturation(sigma, sign: int) -> int:
     return low
 
 
-def distance_slots(table: SlotTable, distances: torch.Tensor) -> torch.Tensor:
-    """sigma of an integer tensor of distances, int64, the same shape and device."""
-    slots = torch.tensor(table.slots, dtype=torch.int64, device=distances.device)
-    return slots[distances.clamp(-table.reach, table.reach) + table.reach]
+class DeviceTables(NamedTuple):
+    """A ``SlotTable`` as kernels read it, int32 on a device.
+
+    Attributes:
+        slots: (2N + 1,), sigma over the distances [-N, N].
+        first_of_slot: (R + 1,), the first distance of each row, and of the row after the last. The rows at both ends
+            serve endless distances.
+    """
+
+    slots: torch.Tensor
+    first_of_slot: torch.Tensor
+
+
+_on_devices: dict[tuple, DeviceTables] = {}
+_MOST_ON_DEVICES = 64
+
+
+def device_tables(
+    position_buckets: int, max_relative_positions: int, far_negative: str, device: torch.device
+) -> DeviceTables:
+    """``slot_table`` on a device. It is copied there once: the first call waits for the device, later ones do not.
+
+    ``patch`` and the native models call this for the device that they lie on.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, which cannot hold the copy, and there was no call before.
+    """
+    key = (position_buckets, max_relative_positions, far_negative, device)
+    tables = _on_devices.get(key)
+    if tables is None or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return _copied_to_device(key)
+    return tables
+
+
+def _copied_to_device(key: tuple) -> DeviceTables:
+    *numbering, device = key
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"a CUDA graph is being captured before the first call on {device} with position_buckets={key[0]}, "
+            f"max_relative_positions={key[1]}: make one call like it before the capture"
+        )
+    table = slot_table(*numbering)
+    first = [bisect.bisect_left(table.slots, row) - table.reach for row in range(table.rows + 1)]
+    first = [
+        -_ENDLESS if row <= table.slots[0] else _ENDLESS if row > table.slots[-1] else distance
+        for row, distance in enumerate(first)
+    ]
+    with torch.inference_mode(False):  # kept, it also meets tensors that ask for gradients
+        tables = DeviceTables(*(torch.tensor(x, dtype=torch.int32, device=device) for x in (table.slots, first)))
+    # Tensors of a traced program are not real ones.
+    if not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()):
+        while len(_on_devices) >= _MOST_ON_DEVICES:
+            _on_devices.pop(next(iter(_on_devices)), None)
+        _on_devices[key] = tables
+    return tables
+
+
+def distance_slots(slots: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
+    """sigma of an integer tensor of distances, int64, its shape; ``slots`` as in ``DeviceTables``, on its device."""
+    reach = slots.shape[0] // 2
+    return slots[distances.clamp(-reach, reach) + reach].long()

@@ -1,43 +1,126 @@
-"""The two operators torch knows: schemas, fake kernels (shapes without data), the call of the chosen backend, and how
-the second is the first one's derivative.
+"""How a call reaches its backend: directly, or through operators that torch knows where a program is traced.
 
-Packed sequences are a dense batch of one with cu_seqlens. A gradient of an absent table is an empty tensor, since a
-schema cannot return an optional one. What the tensors mean is written at ``AttentionInputs``.
+In eager mode the autograd function hands the ``Call`` to the backend, and no dispatcher is on the way. Where torch has
+to see an operator (torch.compile, torch.export, FakeTensor, functorch, tensor subclasses, meta tensors) the same
+backend runs behind the operators defined here, which have fake kernels: shapes without data.
+
+To these operators, packed sequences are a dense batch of one with cu_seqlens, and a gradient that is not there is an
+empty tensor, since a schema cannot return an optional one. ``Call`` says what the tensors mean.
 """
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from . import backends
-from .call import AttentionInputs
+from .call import TENSORS, Call, check_cu_seqlens_values
 
-_INPUTS = (
+_CALL = (
     "Tensor query, Tensor key, Tensor value, Tensor? pos_key, Tensor? pos_query, Tensor? mask, Tensor? cu_seqlens, "
     "Tensor? seed, int position_buckets, int max_relative_positions, str far_negative, int first_slot, "
     "SymInt query_offset, SymInt max_seqlen, float scale, float dropout_p, str backend"
 )
 _library = torch.library.Library("deberta_fast", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
-_library.define(f"attention_forward({_INPUTS}) -> (Tensor, Tensor)", tags=_TAGS)
+_library.define(f"attention_forward({_CALL}) -> (Tensor, Tensor)", tags=_TAGS)
 _library.define(
-    "attention_backward(Tensor grad_output, Tensor grad_lse, Tensor output, Tensor lse, "
-    f"{_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "attention_backward(Tensor? grad_output, Tensor? grad_lse, Tensor output, Tensor lse, "
+    f"{_CALL}, bool[5] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
+_library.define("checked_cu_seqlens(Tensor cu_seqlens, SymInt total, SymInt max_seqlen) -> Tensor", tags=_TAGS)
+
+_PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)}
+
+
+def attend(call: Call, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output (B, H, Lq, D) and log-sum-exp (B, H, Lq) of a checked call, differentiable once."""
+    if _is_traced(call[:TENSORS]):
+        return torch.ops.deberta_fast.attention_forward(*call, backend)
+    # A level of forward-mode derivatives goes the same way: the autograd function refuses it.
+    if torch.is_grad_enabled() and any([x.requires_grad for x in call[:5] if x is not None]) or _forward_ad():
+        return _Attention.apply(call, backend, *call[:5])
+    return backends.forward(call, backend)
+
+
+def checked_cu_seqlens(cu_seqlens: torch.Tensor, total: int, max_seqlen: int) -> torch.Tensor:
+    """cu_seqlens, int32 (n + 1,), whose values were checked: at once, or when a traced program runs.
+
+    Raises:
+        ValueError: it does not rise from 0 to total in steps of at most max_seqlen. On a device, a device-side
+            assertion instead: nobody waits for the values.
+    """
+    if _is_traced((cu_seqlens,)):
+        return torch.ops.deberta_fast.checked_cu_seqlens(cu_seqlens, total, max_seqlen)
+    check_cu_seqlens_values(cu_seqlens, total, max_seqlen)
+    return cu_seqlens
+
+
+def _is_traced(tensors: tuple[torch.Tensor | None, ...]) -> bool:
+    """Whether torch has to see an operator, rather than what a backend does with the tensors."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or not _PLAIN.issuperset(map(type, tensors))
+        or tensors[0].is_meta
+    )
+
+
+def _forward_ad() -> bool:
+    return forward_ad._current_level >= 0
+
+
+class _Attention(torch.autograd.Function):
+    """The derivative of ``backends.forward`` is ``backends.backward``, in eager mode and behind the operators."""
+
+    @staticmethod
+    def forward(ctx, call, backend, *differentiable):
+        if _is_traced(call[:TENSORS]):
+            with torch._C._AutoDispatchBelowAutograd():
+                output, lse = torch.ops.deberta_fast.attention_forward(*call, backend)
+        else:
+            output, lse = backends.forward(call, backend)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*call[:TENSORS], output, lse)
+        ctx.settings, ctx.backend = call[TENSORS:], backend
+        return output, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output, grad_lse):
+        *tensors, output, lse = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[2:]
+        if grad_output is None and grad_lse is None:
+            return (None,) * (2 + len(wanted))
+        call = Call(*tensors, *ctx.settings)
+        if _is_traced(tensors):
+            grads = torch.ops.deberta_fast.attention_backward(
+                grad_output, grad_lse, output, lse, *call, ctx.backend, wanted
+            )
+        else:
+            grads = backends.backward(call, ctx.backend, output, lse, grad_output, grad_lse, wanted)
+        return None, None, *(grad if want else None for grad, want in zip(grads, wanted, strict=True))
+
+
+# The operators
 
 
 def _forward(*arguments):
-    inputs, backend = AttentionInputs(*arguments[:-1]), arguments[-1]
-    check_cu_seqlens(inputs)
-    with torch.autocast(inputs.query.device.type, enabled=False):
-        return backends.BACKENDS[backend].forward(inputs)
+    return backends.forward(Call(*arguments[:-1]), arguments[-1])
 
 
 def _backward(grad_output, grad_lse, output, lse, *arguments):
-    inputs, backend = AttentionInputs(*arguments[:-1]), arguments[-1]
-    with torch.autocast(inputs.query.device.type, enabled=False):
-        grads = backends.BACKENDS[backend].backward(inputs, output, lse, grad_output, grad_lse)
-    return tuple(inputs.query.new_empty(0) if grad is None else grad for grad in grads)
+    *fields, backend, wanted = arguments
+    call = Call(*fields)
+    grads = backends.backward(call, backend, output, lse, grad_output, grad_lse, tuple(wanted))
+    return tuple(call.query.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _checked(cu_seqlens, total, max_seqlen):
+    check_cu_seqlens_values(cu_seqlens, total, max_seqlen)
+    return cu_seqlens.clone()
 
 
 def _fake_forward(*arguments):
@@ -46,76 +129,33 @@ def _fake_forward(*arguments):
         raise RuntimeError(
             f"backend {arguments[-1]!r} cannot serve this call: only 'reference' can be exported to ONNX"
         )
-    inputs = AttentionInputs(*arguments[:-1])
-    return inputs.new_like_heads(inputs.query), inputs.new_lse()
+    call = Call(*arguments[:-1])
+    return call.new_output(), call.new_lse()
 
 
 def _fake_backward(grad_output, grad_lse, output, lse, *arguments):
-    inputs = AttentionInputs(*arguments[:-1])
-    grads = [inputs.new_like_heads(heads) for heads in inputs[:3]]
-    tables = [
-        inputs.query.new_empty(0 if table is None else table.shape) for table in (inputs.pos_key, inputs.pos_query)
-    ]
-    return *grads, *tables
+    *fields, _, wanted = arguments
+    call = Call(*fields)
+    return tuple(call.query.new_empty(0) if grad is None else grad for grad in call.new_gradients(tuple(wanted)))
 
 
-def check_cu_seqlens(inputs: AttentionInputs) -> None:
-    """The values of cu_seqlens: read here, where data exist also under torch.compile.
+def _fake_checked(cu_seqlens, total, max_seqlen):
+    return torch.empty_like(cu_seqlens)
 
-    On the host a mistake raises ValueError. On a device nobody waits for them: a mistake trips a device-side assertion.
-    """
-    if inputs.cu_seqlens is None:
-        return
-    total, longest = inputs.query.shape[2], inputs.max_seqlen
-    ends = inputs.cu_seqlens
-    lengths = ends.diff()
-    expected = f"cu_seqlens must rise from 0 to {total} in steps of 0 to max_seqlen={longest}"
-    right = (ends[0] == 0) & (ends[-1] == total) & ((lengths >= 0) & (lengths <= longest)).all()
-    if ends.device.type != "cpu":
-        torch._assert_async(right, expected)
-    elif not right:
-        raise ValueError(f"{expected}, got {ends.tolist()}")
+
+def _differentiable_forward(*arguments):
+    """The operator under autograd: in torch.compile, and in a program made by torch.export."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:5]):
+        return _Attention.apply(Call(*arguments[:-1]), arguments[-1], *arguments[:5])
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.deberta_fast.attention_forward(*arguments)
 
 
 for _name, _kernel, _fake in (
     ("attention_forward", _forward, _fake_forward),
     ("attention_backward", _backward, _fake_backward),
+    ("checked_cu_seqlens", _checked, _fake_checked),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"deberta_fast::{_name}", _fake, lib=_library)
-
-
-class DisentangledAttention(torch.autograd.Function):
-    """attention_forward with attention_backward as its derivative: what functions call, a third of the host time of
-    leaving it to the dispatcher."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        if torch.compiler.is_compiling():
-            output, lse = torch.ops.deberta_fast.attention_forward(*arguments)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                output, lse = torch.ops.deberta_fast.attention_forward(*arguments)
-        tensors = AttentionInputs._fields.index("position_buckets")
-        ctx.save_for_backward(*arguments[:tensors], output, lse)
-        ctx.settings = arguments[tensors:]
-        return output, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output, grad_lse):
-        *tensors, output, lse = ctx.saved_tensors
-        grads = torch.ops.deberta_fast.attention_backward(grad_output, grad_lse, output, lse, *tensors, *ctx.settings)
-        grads = [None if given is None else grad for given, grad in zip(tensors, grads, strict=False)]
-        return *grads, *(None,) * (len(tensors) - len(grads) + len(ctx.settings))
-
-
-def _differentiable_forward(*arguments):
-    """Of whoever calls the operator itself: a program made by torch.export."""
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:5]):
-        return DisentangledAttention.apply(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.deberta_fast.attention_forward(*arguments)
-
-
 _library.impl("attention_forward", _differentiable_forward, "Autograd")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from deberta_fast import backends
-from deberta_fast.op.call import AttentionInputs
+from deberta_fast.op.call import Call
 from deberta_fast.op.relative_position import slot_table
 
 DROPOUT_SEED = 7  # what a caller hands to torch.manual_seed
@@ -68,7 +68,7 @@ CASES = [
 BY_NAME = {case.name: case for case in CASES}
 
 
-def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> AttentionInputs:
+def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> Call:
     """Unit-variance inputs of a case, exactly the same numbers whatever the dtype rounds them to."""
     random = torch.Generator().manual_seed(seed)
 
@@ -85,7 +85,7 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> AttentionInput
     table = slot_table(case.buckets, case.longest, case.far_negative)
     first, stop = table.window(case.query_length, case.key_length, case.offset) if case.window else (0, table.rows)
     pos_key, pos_query = (normal(heads, table.rows, size)[:, first:stop] for _ in range(2))
-    return AttentionInputs(
+    return Call(
         query,
         key,
         value,
@@ -139,7 +139,7 @@ ON_CPU = [
 ]
 
 
-def as_dtype(inputs: AttentionInputs, dtype: torch.dtype) -> AttentionInputs:
+def as_dtype(inputs: Call, dtype: torch.dtype) -> Call:
     """The very same numbers in another dtype, as leaves that ask for gradients."""
     cast = {
         name: None if x is None else x.detach().to(dtype).requires_grad_()
@@ -148,7 +148,7 @@ def as_dtype(inputs: AttentionInputs, dtype: torch.dtype) -> AttentionInputs:
     return inputs._replace(**cast)
 
 
-def forward_and_gradients(attention, inputs: AttentionInputs) -> dict[str, torch.Tensor]:
+def forward_and_gradients(attention, inputs: Call) -> dict[str, torch.Tensor]:
     """Output, log-sum-exp and the gradients of all tensors, under one fixed cotangent.
 
     Rows that see no key have no share in the cotangent and are left out: there Hugging Face's code answers otherwise.

@@ -19,7 +19,7 @@ HALF_CASES = [
 
 
 def public(backend):
-    """The public function, called with the fields of AttentionInputs."""
+    """The public function, called with the fields of Call."""
 
     def attention(inputs):
         torch.manual_seed(DROPOUT_SEED)

@@ -19,7 +19,7 @@ def hf_style_attention(inputs):
     scores = query @ (key.mT / scale)
     if inputs.has_positions:
         i = arange(query.shape[2])[:, None] + inputs.query_offset
-        slots = distance_slots(inputs.table, i - arange(key.shape[2])) - inputs.first_slot
+        slots = distance_slots(inputs.device_tables.slots, i - arange(key.shape[2])) - inputs.first_slot
         slots = slots.expand(*scores.shape)
     if inputs.pos_key is not None:
         scores = scores + (query @ inputs.pos_key.mT).gather(-1, slots) / scale

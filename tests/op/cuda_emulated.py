@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import comparison
+import emulated
 import pytest
 import torch
 from cases import BY_NAME, CASES, DROPOUT_SEED, TENSORS, Case, as_dtype, forward_and_gradients, make_inputs, seed_after
@@ -18,14 +19,18 @@ from comparison import compare, public, reversed_distance, shifted_slot, swapped
 
 import deberta_fast
 from deberta_fast import disentangled_attention
-from deberta_fast.op.backends import cuda, reference
+from deberta_fast.op import backends
+from deberta_fast.op.backends import cuda, extension, reference
 from deberta_fast.op.dropout import keep_mask
 from deberta_fast.op.relative_position import slot_table
 
 SOURCES = Path(__file__).parents[2] / "csrc/cuda"
 LIBRARY = os.environ["EMULATED_LIBRARY"]
+library = torch.library.Library("deberta_fast_emulated", "DEF")
+for schema in extension.SCHEMAS:
+    library.define(schema)
 torch.ops.load_library(LIBRARY)
-cuda.EMULATED = True
+emulated.stand_in(cuda, torch.ops.deberta_fast_emulated)
 emulator = ctypes.CDLL(LIBRARY)
 emulator.emulator_conflicts.restype = emulator.emulator_barrier_site.restype = ctypes.c_char_p
 
@@ -165,13 +170,13 @@ def test_a_wrong_table_is_caught(mutate):
 
 @pytest.mark.parametrize("mistake", [{"far_past": -16}, {"far_future": 16}], ids=["past", "future"])
 def test_a_far_segment_too_long_is_caught(mistake, monkeypatch):
-    right = deberta_fast.op.call.AttentionInputs.table.fget
+    right = deberta_fast.op.call.Call.table.fget
 
     def wrong(inputs):
         table = right(inputs)
         return table._replace(**{name: getattr(table, name) + 4 * step for name, step in mistake.items()})
 
-    monkeypatch.setattr(deberta_fast.op.call.AttentionInputs, "table", property(wrong))
+    monkeypatch.setattr(deberta_fast.op.call.Call, "table", property(wrong))
     with pytest.raises(AssertionError, match="error"):
         compare(public("cuda"), Case("far", 330, 330, batch=1, heads=1), torch.bfloat16, 1)
 
@@ -239,16 +244,16 @@ def test_packed_sequences_do_not_meet(dtype):
     """One of them full of what is not a number."""
     inputs = make_inputs(Case("", 330, 330, batch=1, heads=2), dtype)
     inputs = inputs._replace(cu_seqlens=torch.tensor([0, 70, 70, 200, 330], dtype=torch.int32), max_seqlen=130)
-    output, lse = cuda.forward(inputs)
+    output, lse = backends.forward(inputs, "cuda")
     for x in inputs[:3]:
         x[:, :, 70:200] = torch.nan
-    spoiled, spoiled_lse = cuda.forward(inputs)
+    spoiled, spoiled_lse = backends.forward(inputs, "cuda")
     others = torch.tensor([*range(70), *range(200, 330)])
     assert torch.equal(spoiled[:, :, others], output[:, :, others]) and spoiled[:, :, 70:200].isnan().all()
     assert torch.equal(spoiled_lse[:, :, others], lse[:, :, others])
     for start, stop in [(0, 70), (200, 330)]:
         one = inputs._replace(**{n: getattr(inputs, n)[:, :, start:stop] for n in TENSORS[:3]}, cu_seqlens=None)
-        one_output, one_lse = cuda.forward(one)
+        one_output, one_lse = backends.forward(one, "cuda")
         assert torch.equal(one_output, output[:, :, start:stop]) and torch.equal(one_lse, lse[:, :, start:stop])
 
 
@@ -325,8 +330,9 @@ def test_nothing_beyond_the_ends_is_read_or_written(size, window, dtype):
     with torch.no_grad():
         inner = inputs._replace(**{name: within(getattr(inputs, name)) for name in TENSORS})
         assert all(cuda._aligned(x) is x for x in inner[:5])
-        output, lse = (torch.full((*x.shape[:-1], x.shape[-1] + 16), 7, dtype=x.dtype) for x in cuda.forward(inner))
-        torch.ops.deberta_fast.cuda_forward(output[..., 8:-8], lse[..., 8:-8], *cuda._shared(inner))
+        results = backends.forward(inner, "cuda")
+        output, lse = (torch.full((*x.shape[:-1], x.shape[-1] + 16), 7, dtype=x.dtype) for x in results)
+        cuda.forward(inner, output[..., 8:-8], lse[..., 8:-8])
     for got, expected in ((output, clean["output"]), (lse, clean["lse"])):
         assert torch.equal(got[..., 8:-8], expected)
         assert (got[..., :8] == 7).all() and (got[..., -8:] == 7).all()
@@ -339,12 +345,12 @@ def test_nothing_beyond_the_ends_is_read_or_written(size, window, dtype):
 def test_what_is_not_finite_stays_in_its_row(size, number):
     """Of queries, whose neighbours in a band are other rows; a key spoils all rows that see it."""
     inputs = make_inputs(Case("", 200, 200, heads=2, size=size), torch.bfloat16)
-    clean, clean_lse = cuda.forward(inputs)
+    clean, clean_lse = backends.forward(inputs, "cuda")
     rows = torch.zeros(2, 2, 200, dtype=torch.bool)
     for row in (0, 17, 31, 32, 127, 199):
         rows[0, row % 2, row] = True
     inputs.query[rows] = number
-    output, lse = cuda.forward(inputs)
+    output, lse = backends.forward(inputs, "cuda")
     assert torch.equal(output[~rows], clean[~rows]) and torch.equal(lse[~rows], clean_lse[~rows])
     assert output[rows].isnan().all()
 
@@ -543,7 +549,7 @@ def test_bank_conflicts(backward, size):
     if backward:
         forward_and_gradients(public("cuda"), inputs)
     else:
-        cuda.forward(inputs)
+        backends.forward(inputs, "cuda")
     table = emulator.emulator_conflicts().decode()
     print(table)
     rows = [(row[1], int(row[3]), int(row[4])) for row in map(str.split, table.splitlines()[1:])]

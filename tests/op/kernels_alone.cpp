@@ -230,12 +230,14 @@ bool run(const Case& c, const Kernels& kernels) {
   Numbers dv(grad_v.size(), c.element), dpk(grad_pk.size(), c.element), dpq(grad_pq.size(), c.element);
   std::vector<float> lse_got(lse.size());
   const Statistic statistic{lse_got.data(), H * Lq, Lq, 1};
-  run_forward(kernels, a, sequences, {dense(out, Lq), statistic}, parallel_for);
+  Request request{a, sequences};
+  run_forward(kernels, request, {dense(out, Lq), statistic}, parallel_for);
   Backward b{};
   b.output = dense(out, Lq), b.grad_output = dense(grad_output, Lq);
   b.lse = statistic, b.grad_lse = {grad_lse_given.floats.data(), H * Lq, Lq, 1};
   b.grad_query = dense(dq, Lq), b.grad_key = dense(dk, Lk), b.grad_value = dense(dv, Lk);
-  run_backward(kernels, a, sequences, b, c.c2p ? dpk.data() : nullptr, c.p2c ? dpq.data() : nullptr, parallel_for);
+  b.grad_pos_key = c.c2p ? dpk.data() : nullptr, b.grad_pos_query = c.p2c ? dpq.data() : nullptr;
+  run_backward(kernels, request, b, parallel_for);
 
   const auto same = [&](const char* what, const Doubles& want, const Numbers& got) {
     return check(c, what, want, [&](int64_t i) { return got.got(i); });

@@ -8,8 +8,9 @@ from cases import BY_NAME, CASES, ON_CPU, Case, as_dtype, forward_and_gradients,
 from comparison import HALF_CASES, compare, public, reversed_distance, shifted_slot, swapped_tables
 from tolerance import hf_style_attention
 
+from deberta_fast.op import backends
 from deberta_fast.op.backends import eager, reference
-from deberta_fast.op.call import AttentionInputs
+from deberta_fast.op.call import Call
 
 BACKENDS = [name for name in ON_CPU if name != "reference"]
 CPU_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -67,8 +68,8 @@ def test_scratch_memory_carries_nothing_over(limit, monkeypatch):
     calls = [make_inputs(BY_NAME[name], dtype) for name in names for dtype in (torch.float32, torch.float64)]
 
     def gradients(inputs):
-        output, lse = eager.forward(inputs)
-        grads = eager.backward(inputs, output, lse, torch.cos(output), torch.sin(lse))
+        output, lse = backends.forward(inputs, "eager")
+        grads = backends.backward(inputs, "eager", output, lse, torch.cos(output), torch.sin(lse))
         return [grad.clone() for grad in grads]
 
     def alone(function, *arguments):
@@ -76,9 +77,9 @@ def test_scratch_memory_carries_nothing_over(limit, monkeypatch):
             return thread.submit(function, *arguments).result()
 
     def one_after_the_other():
-        output, lse = eager.forward(calls[1])
+        output, lse = backends.forward(calls[1], "eager")
         with pytest.raises(RuntimeError):
-            eager.backward(calls[1], output, lse, output[..., :-1], lse)
+            backends.backward(calls[1], "eager", output, lse, output[..., :-1], lse)
         with torch.inference_mode():
             gradients(calls[0])
         return [gradients(inputs) for inputs in calls]
@@ -109,12 +110,12 @@ def test_a_wrong_table_is_caught(mutate, dtype):
 @pytest.mark.parametrize("mistake", [{"far_past": -1}, {"far_future": 1}], ids=["past", "future"])
 def test_a_far_segment_one_key_too_long_is_caught(mistake, monkeypatch):
     """The narrowest mistake in the classification of keys: one pair a block of queries reads its neighbour's row."""
-    right = AttentionInputs.table.fget
+    right = Call.table.fget
 
     def wrong(inputs):
         table = right(inputs)
         return table._replace(**{name: getattr(table, name) + step for name, step in mistake.items()})
 
-    monkeypatch.setattr(AttentionInputs, "table", property(wrong))
+    monkeypatch.setattr(Call, "table", property(wrong))
     with pytest.raises(AssertionError, match="error"):
         compare(public("eager"), BY_NAME["far-L700"], torch.float32)

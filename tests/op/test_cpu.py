@@ -1,11 +1,11 @@
 """The C++ backend beyond the named cases: instruction sets, threads, what nobody sees, memory, refusals."""
 
+import contextlib
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -14,8 +14,9 @@ from comparison import compare, public
 from test_schema import BACKWARD, CHECKS, FORWARD
 
 from deberta_fast import backends, disentangled_attention, disentangled_attention_varlen
-from deberta_fast.op.backends import cpu
-from deberta_fast.op.call import AttentionInputs
+from deberta_fast.op import relative_position
+from deberta_fast.op.backends import cpu, extension
+from deberta_fast.op.call import Call
 
 pytestmark = pytest.mark.skipif(cpu.NOT_LOADED is not None, reason=str(cpu.NOT_LOADED))
 
@@ -24,23 +25,28 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {"fp32": torch.float32} | HALF
 # A CPU runs the kernels of its own instruction set and of those before it.
 SETS = ["plain", "avx2", "avx512"]
-RUNNABLE = SETS[: SETS.index(cpu._capability()) + 1]
+RUNNABLE = SETS[: SETS.index(cpu.instruction_set()) + 1]
 
 each_set = pytest.mark.parametrize("capability", RUNNABLE)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=list(DTYPES))
 each_half = pytest.mark.parametrize("dtype", HALF.values(), ids=list(HALF))
 
 
+@contextlib.contextmanager
 def kernels(capability: str):
     """In this context the backend takes the kernels of one instruction set."""
-    return mock.patch.object(cpu, "_capability", lambda: capability)
+    torch.ops.deberta_fast.use_instruction_set(capability)
+    try:
+        yield
+    finally:
+        torch.ops.deberta_fast.use_instruction_set(cpu.instruction_set())
 
 
 PACKED_OPTIONS = """cu_seqlens max_seqlen position_buckets max_relative_positions far_negative scale dropout_p
     query_offset first_slot""".split()
 
 
-def attention(inputs: AttentionInputs):
+def attention(inputs: Call):
     """The public functions, dense or packed."""
     if inputs.cu_seqlens is None:
         return public("cpu")(inputs)
@@ -52,7 +58,7 @@ def attention(inputs: AttentionInputs):
     return output.transpose(0, 1)[None], lse[None]
 
 
-def run(inputs: AttentionInputs) -> dict[str, torch.Tensor]:
+def run(inputs: Call) -> dict[str, torch.Tensor]:
     return forward_and_gradients(attention, as_dtype(inputs, inputs.query.dtype))
 
 
@@ -91,7 +97,7 @@ def in_a_process(code: str, **environment: str) -> str:
 def test_torch_chooses_the_instruction_set(asked, expected):
     if expected not in RUNNABLE:
         pytest.skip(f"this CPU has no {expected}")
-    code = "from deberta_fast.op.backends import cpu; print(cpu._capability())"
+    code = "from deberta_fast.op.backends import cpu; print(cpu.instruction_set())"
     assert in_a_process(code, ATEN_CPU_CAPABILITY=asked).strip() == expected
 
 
@@ -118,7 +124,7 @@ def test_half_precision_is_read_and_rounded_as_torch_does(dtype, capability):
 # Threads, and backward cut into parts: two or three where heads are few and there are 384 queries and keys or more
 
 
-def packed(lengths, **options) -> AttentionInputs:
+def packed(lengths, **options) -> Call:
     inputs = make_inputs(Case("", sum(lengths), sum(lengths), batch=1, **options), torch.float32)
     return inputs._replace(cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(), max_seqlen=max(lengths))
 
@@ -255,15 +261,15 @@ def test_calls_from_several_threads():
 def test_nothing_is_written_elsewhere(length, size, dtype, capability):
     inputs = make_inputs(Case("", length, length, heads=2, size=size), dtype)
     with kernels(capability):
-        output, lse = cpu.forward(inputs)
-        expected = [output, lse, *cpu.backward(inputs, output, lse, output, lse)]
+        output, lse = backends.forward(inputs, "cpu")
+        expected = [output, lse, *backends.backward(inputs, "cpu", output, lse, output, lse)]
         # Seven in place of what the results go to, and of 24 elements on either side of their rows. Those that have to
         # be contiguous, log-sum-exp and tables, are one row.
         rows = [x if x.dim() == 4 else x.flatten() for x in expected]
         memory = [torch.full((*x.shape[:-1], 24 + x.shape[-1] + 24), 7, dtype=x.dtype) for x in rows]
         got = [x[..., 24:-24] if y.dim() == 4 else x[24:-24].view(y.shape) for x, y in zip(memory, expected)]
-        torch.ops.deberta_fast.cpu_forward(*got[:2], *cpu._shared(inputs))
-        torch.ops.deberta_fast.cpu_backward(*got[2:], output, lse, output, lse, *cpu._shared(inputs))
+        cpu.forward(inputs, *got[:2])
+        cpu.backward(inputs, output, lse, output, lse, got[2:])
     assert all(torch.equal(x, y) for x, y in zip(got, expected))
     assert all((x[..., :24] == 7).all() and (x[..., -24:] == 7).all() for x in memory)
 
@@ -349,10 +355,10 @@ def test_refusals():
 def test_opcheck(name):
     inputs = make_inputs(BY_NAME[name], torch.float32)
     torch.library.opcheck(FORWARD, (*inputs, "cpu"), test_utils=CHECKS)
-    output, lse = cpu.forward(inputs)
-    torch.library.opcheck(BACKWARD, (output, lse, output, lse, *inputs, "cpu"), test_utils=CHECKS)
-    own = torch.ops.deberta_fast.cpu_forward.default
-    torch.library.opcheck(own, (output, lse, *cpu._shared(inputs)), test_utils="test_schema")
+    output, lse = backends.forward(inputs, "cpu")
+    torch.library.opcheck(BACKWARD, (output, lse, output, lse, *inputs, "cpu", [True] * 5), test_utils=CHECKS)
+    own = extension.fused_forward, (output, lse, *extension.arguments(inputs))
+    torch.library.opcheck(*own, test_utils="test_schema")
 
 
 OPTIONS = dict(position_buckets=16, max_relative_positions=32, backend="cpu")
@@ -371,7 +377,7 @@ def test_compiled():
 
 
 def test_inference_mode_first():
-    cpu._slots.cache_clear()
+    relative_position._on_devices.clear()
     inputs = make_inputs(BY_NAME["L7-D8"], torch.float32)
     with torch.inference_mode():
         output, lse = public("cpu")(inputs)

@@ -9,7 +9,7 @@ from test_cpu import HALF, PACKED_IN_PARTS, RUNNABLE, attention, kernels, packed
 
 from deberta_fast import disentangled_attention
 from deberta_fast.op.backends import reference
-from deberta_fast.op.call import AttentionInputs
+from deberta_fast.op.call import Call
 from deberta_fast.op.relative_position import slot_table
 
 BORDERS = [5, 6, 7, 15, 16, 17, 23, 24, 25, 47, 48, 49, 127, 128, 129, 191, 192, 193]
@@ -85,7 +85,7 @@ def calls(draw):
     scale = pick(1.0, 1.0, 0.0, -0.5, 3.0) * (size * (1 + sum(terms))) ** -0.5
     dropout_p = pick(0.0, 0.0, 0.0, 0.3, 1e-12, 0.9)
     options = (ends, seed_after(DROPOUT_SEED), *numbering, first, offset, longest, scale, dropout_p)
-    return AttentionInputs(query, key, value, *tables, mask, *options), grad_output
+    return Call(query, key, value, *tables, mask, *options), grad_output
 
 
 def largest(x: torch.Tensor | None) -> float:
@@ -106,7 +106,7 @@ def results(function, inputs, dtype, *cotangents):
     return dict(zip(("output", "lse"), (x.detach() for x in outputs))) | gradients(*cotangents), gradients
 
 
-def check(inputs: AttentionInputs, grad_output: torch.Tensor) -> None:
+def check(inputs: Call, grad_output: torch.Tensor) -> None:
     """The largest error of every result against what rounding explains.
 
     Tensors may be tiny, so the error of one other computation says little alone. Granted is three times the sum of

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import BY_NAME, Case, make_inputs
+from emulated import stand_in
 
 from deberta_fast import backends, disentangled_attention
 from deberta_fast.op.backends import cuda
@@ -138,13 +139,13 @@ REASONS = {
 @pytest.mark.parametrize("reason", REASONS)
 def test_refuses_with_reasons(reason, monkeypatch):
     """One reason each, where an emulator makes up for the GPU that is not there."""
-    monkeypatch.setattr(cuda, "EMULATED", True)
+    stand_in(cuda, patch=monkeypatch.setattr)
     case, dtype = REASONS[reason]
     assert cuda.why_not(make_inputs(case, dtype)) == [reason]
 
 
 def test_more_reasons(monkeypatch):
-    monkeypatch.setattr(cuda, "EMULATED", True)
+    stand_in(cuda, patch=monkeypatch.setattr)
     inputs = make_inputs(Case("", 5, 5, size=16), torch.bfloat16)
     assert cuda.why_not(inputs) == []
     assert cuda.why_not(inputs._replace(scale=-1.0)) == ["scale must be positive, got -1.0"]
@@ -156,7 +157,8 @@ def test_more_reasons(monkeypatch):
 
 def test_refuses_without_a_gpu(monkeypatch):
     monkeypatch.setattr(cuda, "NOT_LOADED", None)
-    monkeypatch.setattr(cuda, "BUILT", False)
+    monkeypatch.setattr(cuda, "implements", lambda *_: False)
+    monkeypatch.setattr(cuda, "MISSING", cuda._missing())
     inputs = make_inputs(Case("", 5, 5, size=16), torch.bfloat16)
     not_built, elsewhere = cuda.why_not(inputs)
     assert not_built == "the extension deberta_fast._C was built without CUDA kernels (pip install -v says why)"
@@ -168,6 +170,7 @@ def test_refuses_without_a_gpu(monkeypatch):
 
 def test_without_the_extension(monkeypatch):
     monkeypatch.setattr(cuda, "NOT_LOADED", "the extension deberta_fast._C was not built (pip install -v says why)")
+    monkeypatch.setattr(cuda, "MISSING", cuda._missing())
     assert cuda.why_not(make_inputs(BY_NAME["one-token"], torch.bfloat16))[0] == cuda.NOT_LOADED
 
 

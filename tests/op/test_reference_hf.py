@@ -7,7 +7,7 @@ import torch
 
 from deberta_fast import disentangled_attention
 from deberta_fast.op.backends import reference
-from deberta_fast.op.call import AttentionInputs
+from deberta_fast.op.call import Call
 
 transformers = pytest.importorskip("transformers")
 V1, V2 = (importlib.import_module(f"transformers.models.{x}.modeling_{x}") for x in ("deberta", "deberta_v2"))
@@ -108,7 +108,7 @@ def test_output_is_hugging_faces(name):
 
 def inputs_of(tensors, mask, **settings):
     terms = 1 + sum(table is not None for table in tensors[3:])
-    return AttentionInputs(
+    return Call(
         *tensors, mask=mask, cu_seqlens=None, seed=None, far_negative="hf", first_slot=0, query_offset=0,
         max_seqlen=tensors[0].shape[2], scale=(tensors[0].shape[-1] * terms) ** -0.5, dropout_p=0.0, **settings,
     )  # fmt: skip

@@ -19,8 +19,14 @@ def hf_slots(query_length, key_length, buckets, longest):
     return torch.clamp(modeling.build_relative_position(query, key, buckets, longest)[0] + span, 0, 2 * span - 1)
 
 
+def slots_of(table, distances):
+    return distance_slots(torch.tensor(table.slots), distances)
+
+
 def our_slots(query_length, key_length, table, offset=0):
-    return distance_slots(table, torch.arange(query_length)[:, None] + offset - torch.arange(key_length)[None, :])
+    return distance_slots(
+        torch.tensor(table.slots), torch.arange(query_length)[:, None] + offset - torch.arange(key_length)[None, :]
+    )
 
 
 @tables
@@ -120,11 +126,14 @@ def test_window_is_what_is_reached(case, buckets, longest):
 def test_distance_slots_keeps_shape_and_takes_any_integer():
     table = slot_table(16, 64)
     distances = torch.tensor([[[-(2**40), -64, -1]], [[0, 1, 2**40]]])
-    slots = distance_slots(table, distances)
+    slots = slots_of(table, distances)
     assert slots.dtype == torch.int64 and slots.shape == distances.shape
     assert slots.flatten().tolist() == [0, 0, 15, 16, 17, 31]
-    assert distance_slots(table, distances.clamp(-9, 9).int()).tolist() == [[[7, 7, 15]], [[16, 17, 25]]]
-    assert distance_slots(table, distances[:0]).shape == (0, 1, 3)
+    assert slots_of(table, distances.clamp(-9, 9).int()).tolist() == [
+        [[7, 7, 15]],
+        [[16, 17, 25]],
+    ]
+    assert slots_of(table, distances[:0]).shape == (0, 1, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

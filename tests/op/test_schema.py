@@ -6,7 +6,7 @@ from cases import BY_NAME, Case, make_inputs
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from deberta_fast import disentangled_attention, disentangled_attention_varlen
-from deberta_fast.op.backends import eager
+from deberta_fast.op import backends
 
 FORWARD, BACKWARD = (getattr(torch.ops.deberta_fast, f"attention_{way}").default for way in ("forward", "backward"))
 CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
@@ -19,16 +19,16 @@ CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration", "test_
 def test_opcheck(name, dtype):
     inputs = make_inputs(BY_NAME[name], dtype)
     torch.library.opcheck(FORWARD, (*inputs, "eager"), test_utils=CHECKS)
-    output, lse = eager.forward(inputs)
-    torch.library.opcheck(BACKWARD, (output, lse, output, lse, *inputs, "eager"), test_utils=CHECKS)
+    output, lse = backends.forward(inputs, "eager")
+    torch.library.opcheck(BACKWARD, (output, lse, output, lse, *inputs, "eager", [True] * 5), test_utils=CHECKS)
 
 
 def test_opcheck_packed():
     inputs = make_inputs(Case("packed", 60, 60, batch=1, size=16), torch.float32)
     inputs = inputs._replace(cu_seqlens=torch.tensor([0, 20, 60], dtype=torch.int32), max_seqlen=60)
     torch.library.opcheck(FORWARD, (*inputs, "eager"), test_utils=CHECKS)
-    output, lse = eager.forward(inputs)
-    torch.library.opcheck(BACKWARD, (output, lse, output, lse, *inputs, "eager"), test_utils=CHECKS)
+    output, lse = backends.forward(inputs, "eager")
+    torch.library.opcheck(BACKWARD, (output, lse, output, lse, *inputs, "eager", [True] * 5), test_utils=CHECKS)
 
 
 def leaves(length, batch=2):

@@ -12,7 +12,7 @@ from deberta_fast import disentangled_attention  # noqa: E402
 from deberta_fast.op.backends.triton import configuration  # noqa: E402
 from deberta_fast.op.backends.triton.configuration import Configuration, Target, Tiles  # noqa: E402
 from deberta_fast.op.backends.triton.plan import Launch, Part, Plan  # noqa: E402
-from deberta_fast.op.call import AttentionInputs  # noqa: E402
+from deberta_fast.op.call import Call  # noqa: E402
 
 MAIN = ("band_scores", "forward", "backward_key", "backward_rows", "backward_query", "backward_by_distance")
 
@@ -182,7 +182,7 @@ def test_workspace_is_bounded(length, packed, monkeypatch):
     meta = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
     query, key, value = (meta(batch, 12, tokens, 64) for _ in range(3))
     ends = meta(16384 // length + 1, dtype=torch.int32) if packed else None
-    inputs = AttentionInputs(
+    inputs = Call(
         query, key, value, meta(12, 512, 64), meta(12, 512, 64), None, ends, None,
         256, 512, "hf", 0, 0, length, 0.07, 0.0,
     )  # fmt: skip

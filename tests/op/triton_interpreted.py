@@ -21,7 +21,7 @@ import deberta_fast
 from deberta_fast import disentangled_attention, disentangled_attention_varlen
 from deberta_fast.op.backends import reference, triton
 from deberta_fast.op.backends.triton import configuration, plan
-from deberta_fast.op.call import AttentionInputs
+from deberta_fast.op.call import Call
 from deberta_fast.op.dropout import keep_mask
 
 TABLE = dict(position_buckets=16, max_relative_positions=32)
@@ -317,13 +317,13 @@ def test_a_wrong_table_is_caught(mutate):
 
 @pytest.mark.parametrize("mistake", [{"far_past": -16}, {"far_future": 16}], ids=["past", "future"])
 def test_a_far_segment_one_grain_too_long_is_caught(mistake, monkeypatch):
-    right = AttentionInputs.table.fget
+    right = Call.table.fget
 
     def wrong(inputs):
         table = right(inputs)
         return table._replace(**{name: getattr(table, name) + step for name, step in mistake.items()})
 
-    monkeypatch.setattr(AttentionInputs, "table", property(wrong))
+    monkeypatch.setattr(Call, "table", property(wrong))
     configured(monkeypatch, 16, 16, 16)
     with pytest.raises(AssertionError, match="error"):
         compare(public("triton"), quick(replace(FAR_L300, query_length=100, key_length=100)), torch.float32, 1)

@@ -1,27 +1,37 @@
-"""The implementations of disentangled attention, and the choice among them.
+"""The implementations of disentangled attention: the choice among them, and the call of the chosen one.
 
-A backend is a module that names its reasons not to serve a call (``why_not``) and computes it (``forward`` and
-``backward``, or ``attention`` where torch's autograd differentiates it). Backends know neither each other nor anything
-above them.
+A backend is a module that names its reasons not to serve a call (``why_not``) and computes it: ``forward`` and
+``backward`` fill the tensors that are allocated here, the reference's ``attention`` is differentiated by torch's
+autograd. Backends know neither each other nor anything above them.
 """
 
+import contextlib
 from types import ModuleType
 
 import torch
 
-from ..call import AttentionInputs
+from ..call import Call
 from . import cpu, cuda, eager, reference, triton
 
 # In order of preference. What no GPU has run yet stands behind eager, which serves everything: it has to be named.
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "eager": eager, "triton": triton, "cuda": cuda, "reference": reference}
 
 
-def why_not(inputs: AttentionInputs) -> dict[str, list[str]]:
+def check_name(backend: str | None) -> None:
+    """
+    Raises:
+        ValueError: there is no backend of that name; None is the choice call by call.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
+
+
+def why_not(call: Call) -> dict[str, list[str]]:
     """For every backend, the reasons for which it cannot serve this call; an empty list where it can."""
-    return {name: _reasons_against(name, inputs) for name in BACKENDS}
+    return {name: _reasons_against(name, call) for name in BACKENDS}
 
 
-def choose(name: str | None, inputs: AttentionInputs) -> str:
+def choose(name: str | None, call: Call) -> str:
     """The backend to run: the one named, or the first without objection.
 
     Raises:
@@ -30,20 +40,58 @@ def choose(name: str | None, inputs: AttentionInputs) -> str:
     """
     if name is None:
         for candidate in BACKENDS:
-            if not _reasons_against(candidate, inputs):
+            if not _reasons_against(candidate, call):
                 return candidate
-        reasons = "; ".join(f"{candidate}: {', '.join(why)}" for candidate, why in why_not(inputs).items())
+        reasons = "; ".join(f"{candidate}: {', '.join(why)}" for candidate, why in why_not(call).items())
         raise RuntimeError(f"no backend can serve this call: {reasons}")
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {name!r}")
-    reasons = _reasons_against(name, inputs)
+    check_name(name)
+    reasons = _reasons_against(name, call)
     if reasons:
         raise RuntimeError(f"backend {name!r} cannot serve this call: {', '.join(reasons)}")
     return name
 
 
-def _reasons_against(name: str, inputs: AttentionInputs) -> list[str]:
+def _reasons_against(name: str, call: Call) -> list[str]:
     # An ONNX graph knows torch's operators, and none of ours
     if name != "reference" and torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
         return ["only 'reference' can be exported to ONNX"]
-    return BACKENDS[name].why_not(inputs)
+    return BACKENDS[name].why_not(call)
+
+
+def forward(call: Call, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output (B, H, Lq, D) and log-sum-exp (B, H, Lq), outside autograd."""
+    output, lse = call.new_output(), call.new_lse()
+    with _without_autocast(call):
+        BACKENDS[backend].forward(call, output, lse)
+    return output, lse
+
+
+def backward(
+    call: Call,
+    backend: str,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    grad_output: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
+    wanted: tuple[bool, ...] = (True,) * 5,
+) -> list[torch.Tensor | None]:
+    """Gradients of query, key, value, pos_key and pos_query, shaped and typed as these.
+
+    Args:
+        grad_output, grad_lse: None counts as zeros, which take one element.
+        wanted: of the five, those that somebody asks for. A table's is None where nobody does; those of query, key and
+            value are made together.
+    """
+    grads = call.new_gradients(wanted)
+    with _without_autocast(call):
+        grad_output, grad_lse = (
+            like.new_zeros(()).expand(like.shape) if grad is None else grad
+            for grad, like in ((grad_output, output), (grad_lse, lse))
+        )
+        BACKENDS[backend].backward(call, output, lse, grad_output, grad_lse, grads)
+    return grads
+
+
+def _without_autocast(call: Call) -> contextlib.AbstractContextManager:
+    kind = call.query.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()

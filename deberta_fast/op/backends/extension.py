@@ -1,24 +1,29 @@
-"""``deberta_fast._C``, the compiled kernels of the CPU and CUDA backends: loaded once, or the reason why not."""
+"""``deberta_fast._C``, the compiled kernels of the CPU and CUDA backends: loaded once, or the reason why not.
+
+Both devices implement the same two operators. Their arguments are those of csrc/given.h, behind what is written to.
+"""
 
 import importlib
 
 import torch
 
-SHARED_ARGUMENTS = (
+from ..call import Call
+
+_CALL = (
     "Tensor query, Tensor key, Tensor value, Tensor? pos_key, Tensor? pos_query, Tensor? mask, Tensor? cu_seqlens, "
-    "Tensor? seed, Tensor? slots, int far_past, int far_future, int first_slot"
+    "Tensor? seed, Tensor? slots, Tensor? first_of_slot, int far_past, int far_future, int past_row, int future_row, "
+    "int first_slot, int query_offset, int max_seqlen, float scale, float band_scale, float dropout_p"
 )
-GRADIENTS = (
-    "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!)? grad_pos_key, "
-    "Tensor(e!)? grad_pos_query, Tensor output, Tensor lse, Tensor grad_output, Tensor grad_lse"
+SCHEMAS = (
+    f"fused_forward(Tensor(a!) output, Tensor(b!) lse, {_CALL}) -> ()",
+    "fused_backward(Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!)? grad_pos_key, "
+    f"Tensor(e!)? grad_pos_query, Tensor output, Tensor lse, Tensor grad_output, Tensor grad_lse, {_CALL}) -> ()",
+    "use_instruction_set(str name) -> ()",
+    "finds_torch_stream() -> bool",
 )
 _library = torch.library.Library("deberta_fast", "FRAGMENT")
-
-
-def define(*schemas: str) -> None:
-    """Schemas of operators that the extension implements, in the order of its C++ functions."""
-    for schema in schemas:
-        _library.define(schema)
+for _schema in SCHEMAS:
+    _library.define(_schema)
 
 
 def _load() -> str | None:
@@ -33,7 +38,27 @@ def _load() -> str | None:
 
 NOT_LOADED = _load()
 
+# The overloads themselves: to look one up in every call takes longer than to check its arguments.
+fused_forward = torch.ops.deberta_fast.fused_forward.default
+fused_backward = torch.ops.deberta_fast.fused_backward.default
+
 
 def implements(operator: str, key: str) -> bool:
     """Whether the extension was built with this operator for a dispatch key ("CPU", "CUDA")."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"deberta_fast::{operator}", key)
+
+
+def arguments(call: Call) -> tuple:
+    """A call as the operators take it, behind what they write to."""
+    query, key, value, pos_key, pos_query, mask, cu_seqlens, seed, *_ = call
+    if pos_key is None and pos_query is None:
+        geometry = (None, None, 0, 0, 0, 0, 0)
+    else:
+        table, first_slot = call.table, call.first_slot
+        past_row, future_row = table.slots[-1] - first_slot, table.slots[0] - first_slot
+        geometry = (*call.device_tables, table.far_past, table.far_future, past_row, future_row, first_slot)
+    return (
+        *(query, key, value, pos_key, pos_query, mask, cu_seqlens, seed),
+        *geometry,
+        *(call.query_offset, call.max_seqlen, call.scale, call.band_scale, call.dropout_p),
+    )

@@ -10,28 +10,28 @@ other backends are judged by, what serves whoever wants the probabilities or tal
 
 import torch
 
-from ..call import AttentionInputs
+from ..call import Call
 from ..dropout import keep_mask
 from ..relative_position import distance_slots
 
 
-def why_not(inputs: AttentionInputs) -> list[str]:
-    """Reasons not to serve these inputs: none."""
+def why_not(call: Call) -> list[str]:
+    """Reasons not to serve these call: none."""
     return []
 
 
-def attention(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
+def attention(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """Output (B, H, Lq, D) and log-sum-exp (B, H, Lq); derivatives of any order by torch's autograd."""
-    calls = [inputs] if inputs.cu_seqlens is None else inputs.sequences()
+    calls = [call] if call.cu_seqlens is None else call.sequences()
     parts = [attention_with_probabilities(x, batch) for batch, x in enumerate(calls)]
     if not parts:
-        return torch.zeros_like(inputs.query), inputs.new_lse()
+        return torch.zeros_like(call.query), call.new_lse()
     output, lse = (torch.cat([part[index] for part in parts], 2) for index in range(2))
     return output.transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
 def attention_with_probabilities(
-    inputs: AttentionInputs,
+    call: Call,
     first_batch: int = 0,
     head_logits_proj: torch.nn.Module | None = None,
     head_weights_proj: torch.nn.Module | None = None,
@@ -39,43 +39,44 @@ def attention_with_probabilities(
     """Output (B, H, Lq, D), log-sum-exp (B, H, Lq) and probabilities after dropout (B, H, Lq, Lk) of a dense call.
 
     Args:
-        inputs: a call without cu_seqlens.
+        call: a call without cu_seqlens.
         first_batch: number of the first batch row, for dropout.
         head_logits_proj, head_weights_proj: v1's talking heads, linear maps over the heads of the scores before the
             softmax and of the probabilities after dropout (Shazeer et al., arXiv 2003.02436).
     """
-    q, k, v = (heads.to(inputs.work_dtype) for heads in (inputs.query, inputs.key, inputs.value))
+    q, k, v = (heads.to(call.work_dtype) for heads in (call.query, call.key, call.value))
     batch, heads, query_length, _ = q.shape
     key_length = k.shape[2]
     i = torch.arange(query_length, device=q.device)
     j = torch.arange(key_length, device=q.device)
 
-    q = q * inputs.scale
+    q = q * call.scale
     scores = q @ k.mT
-    if inputs.has_positions:
-        slots = distance_slots(inputs.table, i[:, None] + inputs.query_offset - j[None, :]) - inputs.first_slot
+    if call.has_positions:
+        distances = i[:, None] + call.query_offset - j[None, :]
+        slots = distance_slots(call.device_tables.slots, distances) - call.first_slot
         slots = slots.expand(batch, heads, -1, -1)
-    if inputs.pos_key is not None:
-        scores = scores + (q @ inputs.pos_key.to(q).mT).gather(-1, slots)
-    if inputs.pos_query is not None:
-        scores = scores + (k @ (inputs.pos_query.to(q) * inputs.scale).mT).gather(-1, slots.mT).mT
+    if call.pos_key is not None:
+        scores = scores + (q @ call.pos_key.to(q).mT).gather(-1, slots)
+    if call.pos_query is not None:
+        scores = scores + (k @ (call.pos_query.to(q) * call.scale).mT).gather(-1, slots.mT).mT
     if head_logits_proj is not None:
         scores = head_logits_proj(scores.movedim(1, -1)).movedim(-1, 1)
 
     visible = torch.ones(1, 1, 1, key_length, dtype=torch.bool, device=q.device)
-    if inputs.mask is not None:
-        visible = visible & inputs.mask
+    if call.mask is not None:
+        visible = visible & call.mask
     # A row that sees nothing has no softmax: give it any, and then take it away.
     some = visible.any(-1, keepdim=True)
     scores = scores.masked_fill(~visible, -torch.inf).masked_fill(~some, 0.0)
     probabilities = torch.softmax(scores, -1).masked_fill(~visible, 0.0)
     lse = torch.logsumexp(scores, -1).masked_fill(~some[..., 0], -torch.inf)
 
-    if inputs.dropout_p > 0:
+    if call.dropout_p > 0:
         row = torch.arange(first_batch, first_batch + batch, device=q.device)[:, None] * heads
         batch_head = (row + torch.arange(heads, device=q.device))[..., None, None]
-        keep = keep_mask(inputs.seed, batch_head, i[:, None], (0, key_length), inputs.dropout_p)
-        probabilities = probabilities * keep / (1 - inputs.dropout_p)
+        keep = keep_mask(call.seed, batch_head, i[:, None], (0, key_length), call.dropout_p)
+        probabilities = probabilities * keep / (1 - call.dropout_p)
     if head_weights_proj is not None:
         probabilities = head_weights_proj(probabilities.movedim(1, -1)).movedim(-1, 1)
-    return (probabilities @ v).to(inputs.query.dtype), lse, probabilities.to(inputs.query.dtype)
+    return (probabilities @ v).to(call.query.dtype), lse, probabilities.to(call.query.dtype)

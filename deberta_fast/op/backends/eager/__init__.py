@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ...call import AttentionInputs
+from ...call import Call
 from .chunk import Chunk
 from .scratch import Scratch, kept_scratch
 from .tables import Tables
@@ -28,37 +28,34 @@ CHUNK_THREADS = 8  # for as many threads at most,
 CHUNK_ELEMENTS = 1 << 25  # or what fills a GPU
 
 
-def why_not(inputs: AttentionInputs) -> list[str]:
-    """Reasons not to serve these inputs: none."""
+def why_not(call: Call) -> list[str]:
+    """Reasons not to serve these call: none."""
     return []
 
 
-def forward(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (B, H, Lq, D) and log-sum-exp (B, H, Lq)."""
-    output, lse = inputs.new_like_heads(inputs.query), inputs.new_lse()
-    scratch = Scratch(inputs.query, inputs.work_dtype)
-    for first_batch, x, rows in _dense_calls(inputs):
+def forward(call: Call, output: torch.Tensor, lse: torch.Tensor) -> None:
+    """Fills output (B, H, Lq, D) and log-sum-exp (B, H, Lq)."""
+    scratch = Scratch(call.query, call.work_dtype)
+    for first_batch, x, rows in _dense_calls(call):
         for tables, batches in _parts(x, scratch):
             for batch in batches:
                 chunk = Chunk(x, tables, batch, first_batch, scratch)
                 chunk.forward(output[:, :, rows], lse[:, :, rows])
-    return output, lse
 
 
 def backward(
-    inputs: AttentionInputs,
+    call: Call,
     output: torch.Tensor,
     lse: torch.Tensor,
     grad_output: torch.Tensor,
     grad_lse: torch.Tensor,
-) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of query, key, value, pos_key and pos_query, shaped and typed as these; None for an absent table."""
-    grad_heads = [inputs.new_like_heads(x) for x in (inputs.query, inputs.key, inputs.value)]
-    grad_tables = [
-        None if x is None else x.new_zeros(x.shape, dtype=inputs.work_dtype) for x in (inputs.pos_key, inputs.pos_query)
-    ]
-    with kept_scratch(inputs.query, inputs.work_dtype) as scratch:
-        for first_batch, x, rows in _dense_calls(inputs):
+    grads: list[torch.Tensor | None],
+) -> None:
+    """Fills the gradients of query, key, value, pos_key and pos_query; None where a table's is not wanted."""
+    grad_heads = grads[:3]
+    grad_tables = [None if x is None else torch.zeros_like(x, dtype=call.work_dtype) for x in grads[3:]]
+    with kept_scratch(call.query, call.work_dtype) as scratch:
+        for first_batch, x, rows in _dense_calls(call):
             given = [t[:, :, rows] for t in (lse, grad_output, grad_lse)]
             for tables, batches in _parts(x, scratch):
                 tables.start_gradients(scratch)
@@ -66,22 +63,24 @@ def backward(
                     chunk = Chunk(x, tables, batch, first_batch, scratch)
                     chunk.backward(*given, *(t[:, :, rows] for t in grad_heads))
                 tables.add_gradients(*grad_tables)
-    return *grad_heads, *(None if t is None else t.to(inputs.query.dtype) for t in grad_tables)
+    for grad, total in zip(grads[3:], grad_tables, strict=True):
+        if grad is not None:
+            grad.copy_(total)
 
 
-def _dense_calls(inputs: AttentionInputs) -> Iterator[tuple[int, AttentionInputs, slice]]:
+def _dense_calls(call: Call) -> Iterator[tuple[int, Call, slice]]:
     """(number of the first batch row, dense call, its place along the length)."""
-    if inputs.cu_seqlens is None:
-        yield 0, inputs, slice(None)
+    if call.cu_seqlens is None:
+        yield 0, call, slice(None)
         return
     start = 0
-    for sequence, x in enumerate(inputs.sequences()):
+    for sequence, x in enumerate(call.sequences()):
         stop = start + x.query.shape[2]
         yield sequence, x, slice(start, stop)
         start = stop
 
 
-def _parts(x: AttentionInputs, scratch: Scratch) -> Iterator[tuple[Tables, list[slice]]]:
+def _parts(x: Call, scratch: Scratch) -> Iterator[tuple[Tables, list[slice]]]:
     """The tables of some heads, and the batch rows to take at once, so that a block of scores fits the budget."""
     batch, heads, query_length, _ = x.query.shape
     if heads == 0:

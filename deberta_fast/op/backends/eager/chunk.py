@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...call import AttentionInputs
+from ...call import Call
 from ...dropout import keep_mask
 from . import band
 from .scratch import Scratch
@@ -35,7 +35,7 @@ class _Segment(NamedTuple):
 class Chunk:
     """Some batch rows of the heads of ``tables``."""
 
-    def __init__(self, x: AttentionInputs, tables: Tables, batches: slice, first_batch: int, scratch: Scratch):
+    def __init__(self, x: Call, tables: Tables, batches: slice, first_batch: int, scratch: Scratch):
         self.x, self.tables, self.batches, self.first_batch, self.scratch = x, tables, batches, first_batch, scratch
         self.base = tables.base
         self.grid = tables.heads.stop - tables.heads.start, batches.stop - batches.start

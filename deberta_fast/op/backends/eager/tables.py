@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from ...call import AttentionInputs
+from ...call import Call
 from ...relative_position import distance_slots
 from .scratch import Scratch
 
@@ -19,7 +19,7 @@ PART_ROWS = 16  # of a gradient by distance, summed one after the other
 class Tables:
     """K^r and C Q^r, (h, R', D), for far keys; the same by distance, (h, E, D), for near ones."""
 
-    def __init__(self, x: AttentionInputs, heads: slice, block_rows: int, scratch: Scratch):
+    def __init__(self, x: Call, heads: slice, block_rows: int, scratch: Scratch):
         self.heads, self.block_rows = heads, block_rows
         self.scale, self.base = x.scale, x.scale * LOG2E
         self.pos_key, self.pos_query = (
@@ -31,19 +31,19 @@ class Tables:
             return
         table = x.table
         self.far_past, self.far_future = table.far_past, table.far_future
-        self.past_slot, self.future_slot = table.slots[-1] - x.first_slot, table.slots[0] - x.first_slot
+        self.past_slot, self.future_slot = x.past_row, x.future_row
         self.first_distance, count = self._distances(x)
         rows = (self.pos_key if self.pos_key is not None else self.pos_query).shape[1]
         distances = -torch.arange(self.first_distance, self.first_distance + count, device=x.query.device)
         # The clamp serves the last row alone: what the lengths can reach lies within the rows that were given.
-        self.slots = (distance_slots(table, distances) - x.first_slot).clamp_(0, rows - 1)
+        self.slots = (distance_slots(x.device_tables.slots, distances) - x.first_slot).clamp_(0, rows - 1)
         if self.pos_key is not None:
             self.key_by_distance = self._by_distance(self.pos_key, scratch, "K by distance")
         if self.pos_query is not None:
             self.pos_query = self.base * self.pos_query
             self.query_by_distance = self._by_distance(self.pos_query, scratch, "Q by distance")
 
-    def _distances(self, x: AttentionInputs) -> tuple[int, int]:
+    def _distances(self, x: Call) -> tuple[int, int]:
         """The first distance of the tables and how many: as far as the near segment of any block reaches, and one."""
         nearest = 1 - self.block_rows  # of a key that the first or the last query of a block sees as near
         first = max(1 - x.query.shape[2] - x.query_offset, nearest - self.far_past)

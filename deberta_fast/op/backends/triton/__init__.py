@@ -12,7 +12,7 @@ import os
 
 import torch
 
-from ...call import AttentionInputs
+from ...call import Call
 
 
 def _installed() -> tuple[int, int] | None:
@@ -29,7 +29,7 @@ CAPABILITY = (8, 0)
 LARGEST_HEAD = 256
 
 
-def why_not(inputs: AttentionInputs) -> list[str]:
+def why_not(inputs: Call) -> list[str]:
     """Reasons not to serve these inputs."""
     query, reasons = inputs.query, []
     if INSTALLED is None or INSTALLED < OLDEST:
@@ -49,30 +49,26 @@ def why_not(inputs: AttentionInputs) -> list[str]:
     return reasons
 
 
-def forward(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (B, H, Lq, D) and log-sum-exp (B, H, Lq)."""
-    output, lse = inputs.new_like_heads(inputs.query), inputs.new_lse()
+def forward(inputs: Call, output: torch.Tensor, lse: torch.Tensor) -> None:
+    """Fills output (B, H, Lq, D) and log-sum-exp (B, H, Lq)."""
     _run(inputs, lambda plan: plan.forward(output, lse))
-    return output, lse
 
 
 def backward(
-    inputs: AttentionInputs,
+    inputs: Call,
     output: torch.Tensor,
     lse: torch.Tensor,
     grad_output: torch.Tensor,
     grad_lse: torch.Tensor,
-) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of query, key, value, pos_key and pos_query, shaped and typed as these; None for an absent table."""
-    grads = [inputs.new_like_heads(x) for x in (inputs.query, inputs.key, inputs.value)]
-    grads += [None if x is None else x.new_empty(x.shape) for x in (inputs.pos_key, inputs.pos_query)]
+    grads: list[torch.Tensor | None],
+) -> None:
+    """Fills the gradients of query, key, value, pos_key and pos_query; None where a table's is not wanted."""
     if grad_output.stride(-1) != 1 or any(n * grad_output.element_size() % 16 for n in grad_output.stride()[:3]):
         grad_output = grad_output.contiguous()
     _run(inputs, lambda plan: plan.backward(output, lse, grad_output, grad_lse, grads))
-    return tuple(grads)
 
 
-def _run(inputs: AttentionInputs, launches) -> None:
+def _run(inputs: Call, launches) -> None:
     """Runs the launches of a plan; what does not fit into the GPU's shared memory shrinks, and is remembered so."""
     import triton
 
@@ -94,7 +90,7 @@ def _run(inputs: AttentionInputs, launches) -> None:
                 configuration.remember(key, smaller)
 
 
-def _precision(inputs: AttentionInputs) -> str:
+def _precision(inputs: Call) -> str:
     if INTERPRETED:
         return "upcast"
     if inputs.query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":

@@ -1,4 +1,6 @@
-"""Measures launch configurations on this GPU and saves the best: ``python -m deberta_fast.backends.triton.autotune``.
+"""Measures launch configurations on this GPU and saves the best.
+
+``python -m deberta_fast.op.backends.triton.autotune``
 
 Nothing runs it but you. Later processes on the same GPU find its choice in the user's cache directory.
 """
@@ -8,8 +10,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from ...call import AttentionInputs
-from .. import triton as backend
+from ... import backends
+from ...call import Call
 from . import configuration
 from .configuration import Configuration, Tiles
 
@@ -73,17 +75,18 @@ def _calls(head_size: int, dtype: torch.dtype, length: int, heads: int, batch: i
     """Forward and backward of one call with v3's tables."""
     normal = lambda *shape: torch.randn(shape, dtype=dtype, device=device)
     query, key, value = (normal(batch, heads, length, head_size) for _ in range(3))
-    inputs = AttentionInputs(
+    call = Call(
         query, key, value, normal(heads, 512, head_size), normal(heads, 512, head_size), None, None, None,
         256, 512, "hf", 0, 0, length, (3 * head_size) ** -0.5, 0.0,
     )  # fmt: skip
-    output, lse = backend.forward(inputs)
-    return lambda: backend.forward(inputs), lambda: backend.backward(inputs, output, lse, output, torch.zeros_like(lse))
+    output, lse = backends.forward(call, "triton")
+    forward = lambda: backends.forward(call, "triton")
+    return forward, lambda: backends.backward(call, "triton", output, lse, output, None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m deberta_fast.backends.triton.autotune", description=__doc__.split(":")[0]
+        prog="python -m deberta_fast.op.backends.triton.autotune", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--head-size", type=int, default=64)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")

@@ -3,15 +3,13 @@
 A plan holds tensors but never reads them: made of meta tensors, it says what would be compiled for a call.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 
-from ...call import AttentionInputs
-from ...relative_position import slot_table
+from ...call import Call
 from .configuration import Configuration, Tiles
 from .kernels.backward_delta import backward_delta
 from .kernels.backward_key import backward_key
@@ -28,7 +26,6 @@ BAND_BYTES = 128 << 20  # of near scores held at once: as many heads, or batch r
 SHARES = 2  # of the rows of each residue in the gradients of the tables: each keeps a sum of its own
 ROOM = 128  # rows that the workspace is cut into: whole grains
 SMALL = Tiles(0, 0, 4, 1)  # of kernels that hardly take time
-_ENDLESS = 1 << 30
 
 
 class Launch(NamedTuple):
@@ -79,7 +76,7 @@ class Part(NamedTuple):
 class Plan:
     """What the launches of one call share."""
 
-    def __init__(self, inputs: AttentionInputs, configuration: Configuration, precision: str):
+    def __init__(self, inputs: Call, configuration: Configuration, precision: str):
         self.inputs, self.configuration = inputs, configuration
         batch, heads, query_rows, size = inputs.query.shape
         self.packed = inputs.cu_seqlens is not None
@@ -95,7 +92,6 @@ class Plan:
         self.unit = 16 // itemsize if aligned else 1
         # Rows of a program that writes or reads a band by distance: as far apart as the sequence is worth it.
         self.step = step_of(max(self.query_length, self.key_length))
-        band_scale = _band_scale(inputs)
         self.values = {
             "query": inputs.query, "key": inputs.key, "value": inputs.value,
             "pos_key": inputs.pos_key, "pos_query": inputs.pos_query,
@@ -105,7 +101,7 @@ class Plan:
             "query_length": self.query_length, "key_length": self.key_length, "offset": inputs.query_offset,
             "first_distance": 0, "distances": 0, "far_past": 0, "far_future": 0, "past_slot": 0, "future_slot": 0,
             "heads": heads, "scale": inputs.scale * LOG2E, "softmax_scale": inputs.scale,
-            "band_scale": band_scale, "inverse_band_scale": 1 / band_scale,
+            "band_scale": inputs.band_scale, "inverse_band_scale": 1 / inputs.band_scale,
             "threshold": min(round(inputs.dropout_p * 2**32) - 2**31, 2**31 - 1),
             "inverse_keep": 1 / (1 - inputs.dropout_p),
             "SIZE": size, "BLOCK_SIZE": block_size_of(inputs), "UNIT": self.unit,
@@ -143,7 +139,7 @@ class Plan:
         yield from self._prepare()
         yield self._delta()
         if inputs.has_positions:
-            sums = self._table_sums()
+            sums = self._table_sums(grads)
         yield from self._part_by_part(lambda part: self._backward_part(part, grads, sums))
         for name, far, grad in (("c2p", "far_pos_key", grads[3]), ("p2c", "far_pos_query", grads[4])):
             if grad is not None:
@@ -199,7 +195,7 @@ class Plan:
         self.distances = max(stop - first, 1)
         self.values |= {
             "far_past": past, "far_future": future,
-            "past_slot": table.slots[-1] - inputs.first_slot, "future_slot": table.slots[0] - inputs.first_slot,
+            "past_slot": inputs.past_row, "future_slot": inputs.future_row,
             "first_distance": first, "distances": self.distances,
             "c2p_pitch": max(min(widest, key_grains), grain) // 16,
             "p2c_pitch": max(min(widest, query_grains), grain) // 16,
@@ -232,9 +228,7 @@ class Plan:
             )
         if not inputs.has_positions:
             return
-        slots, self.first_of_slot = _slots_on(
-            inputs.position_buckets, inputs.max_relative_positions, inputs.far_negative, inputs.query.device
-        )
+        slots, self.first_of_slot = inputs.device_tables
         for name, table in (("key_table", inputs.pos_key), ("query_table", inputs.pos_query)):
             if table is not None:
                 heads, rows, size = table.shape
@@ -311,7 +305,7 @@ class Plan:
             "direction": 1 if keys else -1, "ROWS_ARE_KEYS": keys,
         }  # fmt: skip
 
-    def _table_sums(self) -> dict[str, torch.Tensor]:
+    def _table_sums(self, grads: list) -> dict[str, torch.Tensor]:
         """By distance, one sum a split; and the far sums, one a key block."""
         query = self.inputs.query
         heads, size = query.shape[1], query.shape[3]
@@ -321,10 +315,12 @@ class Plan:
             count = query.shape[2] // rows + self.batches + 1
         self.values["far_count"] = count
         sums = {}
-        for name, far, wanted in (("c2p", "far_pos_key", self.c2p), ("p2c", "far_pos_query", self.p2c)):
-            if wanted:
-                sums[name] = query.new_zeros((self.step * SHARES, heads, self.distances, size), dtype=torch.float32)
+        terms = ("c2p", "far_pos_key", self.c2p, grads[3]), ("p2c", "far_pos_query", self.p2c, grads[4])
+        for name, far, present, grad in terms:
+            if present:  # backward_key fills them, whoever wants them
                 self.values[far] = query.new_zeros((heads, 2, count, size), dtype=torch.float32)
+            if grad is not None:
+                sums[name] = query.new_zeros((self.step * SHARES, heads, self.distances, size), dtype=torch.float32)
         return sums
 
     def _by_distance(self, name: str, sums: torch.Tensor, part: Part) -> Launch:
@@ -359,7 +355,7 @@ class Plan:
         return Launch(kernel, grid, arguments, tiles.warps, tiles.stages, configured, [])
 
 
-def block_size_of(inputs: AttentionInputs) -> int:
+def block_size_of(inputs: Call) -> int:
     """The head size, padded to a power of two that tensor cores take."""
     return max(16, 1 << (inputs.query.shape[-1] - 1).bit_length())
 
@@ -379,23 +375,3 @@ def _shares(count: int, most: int) -> list[tuple[int, int]]:
     """(first, number) of even shares of at most ``most``."""
     share = -(-count // -(-count // most)) if count else 1
     return [(first, min(share, count - first)) for first in range(0, count, share)]
-
-
-@functools.lru_cache(maxsize=64)
-def _slots_on(buckets: int, longest: int, far_negative: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """sigma over the distances [-N, N], and the first distance of each row and one past the last row, on the device."""
-    table = slot_table(buckets, longest, far_negative)
-    first = [
-        -_ENDLESS
-        if table.slots[0] >= row
-        else next((d for d, s in enumerate(table.slots, -table.reach) if s >= row), _ENDLESS)
-        for row in range(table.rows + 1)
-    ]
-    return tuple(torch.tensor(x, dtype=torch.int32, device=device) for x in (table.slots, first))
-
-
-def _band_scale(inputs: AttentionInputs) -> float:
-    """What float16 bands hold position scores times, to have room for them: a power of two, hence exact."""
-    if inputs.query.dtype != torch.float16:
-        return 1.0
-    return 2.0 ** max(-14, min(14, math.frexp(inputs.scale * LOG2E)[1] - 1))
