@@ -1,23 +1,33 @@
 // K^e = K^r[sigma(-e)] and log2(e) s Q^e, one row a distance e = j - i (6): scores of neighbouring pairs then read
 // neighbouring cells, with no look-up. Transposed, (D, distances), as the right-hand sides of products; in rows too for
-// backward. Q^e is stored by growing i - j, since its rows are met in that order.
+// backward. Q^e is stored by growing i - j, since its rows are met in that order. Distances that no pair has fill up
+// whole vectors: their rows are zero, which costs less than to look them up.
+#include <cstring>
+
 #include "tile.h"
 
 namespace deberta_fast::DEBERTA_FAST_ISA {
 
 void expand_tables(const Attention& a, bool with_rows, int64_t begin, int64_t end) {
   const int64_t size = round_up(a.size, kLanes), last_distance = a.first_distance + a.distances - 1;
+  // Row t is that of e = first + step t.
   const auto expand = [&](const Table& table, int64_t head, int64_t first, int64_t step, float scale, float* transposed,
                           float* rows) {
     if (table.data == nullptr) return;
+    const int64_t start = step > 0 ? a.first_reached - first : first - (a.first_reached + a.reached - 1);
+    transposed += head * size * a.pitch, rows += with_rows ? head * a.distances * size : 0;
+    if (a.reached < a.distances) {
+      std::memset(transposed, 0, size * a.pitch * sizeof(float));
+      if (with_rows) std::memset(rows, 0, size * a.distances * sizeof(float));
+    }
     with_element(a.element, [&](auto element) {
       using E = decltype(element);
-      const auto row = [&](int64_t t) {  // of i - j = -(first + step t)
-        const int64_t slot = slot_of(a, -(first + step * t));
+      const auto row = [&](int64_t t) {
+        const int64_t slot = slot_of(a, -(first + step * (start + t)));
         return static_cast<const typename E::Stored*>(table.data) + head * table.head + slot * table.row;
       };
-      transpose_rows<E>(row, a.distances, a.size, scale, transposed + head * size * a.pitch, a.pitch);
-      if (with_rows) copy_rows<E>(row, a.distances, a.size, scale, rows + head * a.distances * size, size);
+      transpose_rows<E>(row, a.reached, a.size, scale, transposed + start, a.pitch);
+      if (with_rows) copy_rows<E>(row, a.reached, a.size, scale, rows + start * size, size);
     });
   };
   for (int64_t head = begin; head < end; ++head) {

@@ -141,6 +141,7 @@ class ForwardPass {
       for (int64_t d = 0; d < size_; d += kLanes) {
         store(output_ + r * size_ + d, load(output_ + r * size_ + d) * inverse);
       }
+      if (f_.lse.data == nullptr) continue;
       *at(f_.lse, sequence.batch, block.head, sequence.first_query + block.first + r) =
           static_cast<float>((peak_[r] + std::log2(static_cast<double>(total_[r]))) / kLog2e);
     }

@@ -110,9 +110,9 @@ Request request_of(const Given& given) {
   return request;
 }
 
-void fused_forward(Tensor output, Tensor lse, DEBERTA_FAST_GIVEN) {
+void fused_forward(Tensor output, MaybeTensor lse, DEBERTA_FAST_GIVEN) {
   Request request = request_of(DEBERTA_FAST_NAMED);
-  run_forward(*kernels, request, {heads_of(output), statistic_of(lse)}, parallel_for);
+  run_forward(*kernels, request, {heads_of(output), lse ? statistic_of(*lse) : Statistic{}}, parallel_for);
 }
 
 void fused_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, MaybeTensor grad_pos_key,

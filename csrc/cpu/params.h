@@ -38,6 +38,7 @@ struct Attention {
   // The tables with one row a distance e = j - i, from first_distance on (6): K^e and log2(e) s Q^e, transposed for the
   // products that make scores; a row of Q^e stands where -e would, so that both are read forwards.
   int64_t first_distance, distances, pitch;        // pitch: of the transposed ones, in floats
+  int64_t first_reached, reached;                  // of these distances, those of pairs; the others' rows are zero
   float *key_by_distance_t, *query_by_distance_t;  // (H, D, pitch)
   float *key_by_distance, *query_by_distance;      // (H, distances, D rounded up): backward alone
 
@@ -53,7 +54,7 @@ struct Attention {
 
 struct Forward {
   Heads output;
-  Statistic lse;
+  Statistic lse;  // null where nobody wants it
 };
 
 struct Backward {

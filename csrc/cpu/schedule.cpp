@@ -78,6 +78,9 @@ struct Schedule {
     const int64_t last = std::min(longest_key - 1 - a.query_offset, -a.far_future + kMaxBlockRows);
     a.first_distance = first - kMargin;
     a.distances = std::max<int64_t>(last - first, 0) + 1 + 2 * kMargin;
+    a.first_reached = std::max(a.first_distance, 1 - longest_query - a.query_offset);
+    const int64_t last_reached = std::min(a.first_distance + a.distances, longest_key - a.query_offset) - 1;
+    a.reached = std::max<int64_t>(last_reached - a.first_reached + 1, 0);
     // An odd number of cache lines: the rows of a column then fall into different sets.
     a.pitch = round_up(a.distances, 16);
     if (a.pitch / 16 % 2 == 0) a.pitch += 16;

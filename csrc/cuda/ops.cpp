@@ -140,10 +140,11 @@ void run(const Tensor& query, Launches launches) {
   STD_TORCH_CHECK(error == nullptr, "deberta_fast: a kernel did not start: ", error);
 }
 
-void fused_forward(Tensor output, Tensor lse, DEBERTA_FAST_GIVEN) {
+void fused_forward(Tensor output, MaybeTensor lse, DEBERTA_FAST_GIVEN) {
   const Request request = request_of(DEBERTA_FAST_NAMED);
   const Heads to = heads_of(output);
-  const Statistic to_lse = statistic_of(lse);
+  STD_TORCH_CHECK(lse, "deberta_fast: the kernels write a log-sum-exp");
+  const Statistic to_lse = statistic_of(*lse);
   run(query, [&](Workspace& workspace, void* stream) { return run_forward(request, to, to_lse, workspace, stream); });
 }
 

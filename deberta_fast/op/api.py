@@ -8,8 +8,7 @@ Source: He et al., DeBERTa (arXiv 2006.03654), equations 2 to 4; sigma is ``rela
 import torch
 
 from . import backends
-from .call import Call, cast_and_align, check_cu_seqlens_form, check_heads, check_mask, check_settings
-from .dropout import new_seed
+from .call import Call, check_cu_seqlens_form, checked_call
 from .schema import attend, checked_cu_seqlens
 
 
@@ -59,9 +58,9 @@ def disentangled_attention(
         TypeError, ValueError: an argument is not as described; names argument, expected and got.
         RuntimeError: the named backend cannot serve the call; lists its reasons.
     """
-    call = _dense_call(
-        query, key, value, pos_key, pos_query, position_buckets, max_relative_positions, far_negative, attention_mask,
-        scale, dropout_p, query_offset, first_slot,
+    call = checked_call(
+        query, key, value, pos_key, pos_query, attention_mask, None, position_buckets, max_relative_positions,
+        far_negative, first_slot, query_offset, None, scale, dropout_p,
     )  # fmt: skip
     return _run(call, return_lse, backend)
 
@@ -97,13 +96,13 @@ def disentangled_attention_with_probabilities(
     Raises:
         TypeError, ValueError: as ``disentangled_attention``.
     """
-    call = _dense_call(
-        query, key, value, pos_key, pos_query, position_buckets, max_relative_positions, far_negative, attention_mask,
-        scale, dropout_p, query_offset, first_slot,
+    call = checked_call(
+        query, key, value, pos_key, pos_query, attention_mask, None, position_buckets, max_relative_positions,
+        far_negative, first_slot, query_offset, None, scale, dropout_p,
     )  # fmt: skip
     with torch.autocast(call.query.device.type, enabled=False):
         output, _, probabilities = backends.reference.attention_with_probabilities(
-            _with_seed(call), head_logits_proj=head_logits_proj, head_weights_proj=head_weights_proj
+            call, head_logits_proj=head_logits_proj, head_weights_proj=head_weights_proj
         )
     return output, probabilities
 
@@ -148,67 +147,30 @@ def disentangled_attention_varlen(
     Raises:
         TypeError, ValueError, RuntimeError: as in ``disentangled_attention``.
     """
-    check_heads(query, key, value, ndim=3, layout="(T, H, D)")
-    if query.shape[0] != key.shape[0]:
-        raise ValueError(f"key must have as many rows as query, {query.shape[0]}, got {key.shape[0]}")
+    if not isinstance(query, torch.Tensor):
+        raise TypeError(f"query must be a tensor, got {type(query).__name__}")
     check_cu_seqlens_form(cu_seqlens, query.device)
     if max_seqlen < 0:
         raise ValueError(f"max_seqlen must not be negative, got {max_seqlen}")
     if attention_mask is not None and attention_mask.dim() != 1:
         raise ValueError(f"attention_mask must be of shape ({query.shape[0]},), got {tuple(attention_mask.shape)}")
-    query, key, value, pos_key, pos_query = cast_and_align(query, key, value, pos_key, pos_query)
-    # To a backend, a dense call with one batch row: cu_seqlens says where in it the sequences lie.
-    query, key, value = (heads.transpose(0, 1).unsqueeze(0) for heads in (query, key, value))
-    call = Call(
-        query, key, value, pos_key, pos_query,
-        None if attention_mask is None else check_mask(attention_mask[None], query, key.shape[2]),
-        checked_cu_seqlens(cu_seqlens, query.shape[2], max_seqlen) if check_values else cu_seqlens,
-        None,
-        position_buckets, max_relative_positions, far_negative, first_slot, query_offset, max_seqlen,
-        _scale(query, pos_key, pos_query) if scale is None else float(scale),
-        dropout_p,
+    if check_values:
+        cu_seqlens = checked_cu_seqlens(cu_seqlens, query.shape[0], max_seqlen)
+    call = checked_call(
+        query, key, value, pos_key, pos_query, attention_mask, cu_seqlens, position_buckets, max_relative_positions,
+        far_negative, first_slot, query_offset, max_seqlen, scale, dropout_p,
     )  # fmt: skip
-    check_settings(call)
     result = _run(call, return_lse, backend)
     if return_lse:
         return result[0].squeeze(0).transpose(0, 1), result[1].squeeze(0)
     return result.squeeze(0).transpose(0, 1)
 
 
-def _dense_call(
-    query, key, value, pos_key, pos_query, position_buckets, max_relative_positions, far_negative, attention_mask,
-    scale, dropout_p, query_offset, first_slot,
-) -> Call:  # fmt: skip
-    check_heads(query, key, value, ndim=4, layout="(B, H, L, D)")
-    query, key, value, pos_key, pos_query = cast_and_align(query, key, value, pos_key, pos_query)
-    call = Call(
-        query, key, value, pos_key, pos_query,
-        None if attention_mask is None else check_mask(attention_mask, query, key.shape[2]),
-        None,
-        None,
-        position_buckets, max_relative_positions, far_negative, first_slot, query_offset,
-        query.shape[2],
-        _scale(query, pos_key, pos_query) if scale is None else float(scale),
-        dropout_p,
-    )  # fmt: skip
-    check_settings(call)
-    return call
-
-
 def _run(call: Call, return_lse: bool, backend: str | None):
-    call = _with_seed(call)
     name = backends.choose(backend, call)
     if name == "reference":
         with torch.autocast(call.query.device.type, enabled=False):
             output, lse = backends.reference.attention(call)
     else:
-        output, lse = attend(call, name)
+        output, lse = attend(call, name, return_lse)
     return (output, lse) if return_lse else output
-
-
-def _with_seed(call: Call) -> Call:
-    return call._replace(seed=new_seed(call.query.device)) if call.dropout_p > 0 else call
-
-
-def _scale(query, pos_key, pos_query) -> float:
-    return (query.shape[-1] * (1 + (pos_key is not None) + (pos_query is not None))) ** -0.5

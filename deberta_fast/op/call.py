@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from .dropout import new_seed
 from .relative_position import FAR_NEGATIVE_RULES, DeviceTables, SlotTable, device_tables, slot_table, table_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -87,7 +88,10 @@ class Call(NamedTuple):
 
     def new_lse(self) -> torch.Tensor:
         """Uninitialised log-sum-exp (B, H, Lq)."""
-        return self.query.new_empty(self.query.shape[:-1], dtype=self.work_dtype)
+        query = self.query
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        batch, heads, length, _ = query.shape
+        return query.new_empty_strided((batch, heads, length), (heads * length, length, 1), dtype=dtype)
 
     def new_gradients(self, wanted: tuple[bool, ...]) -> list[torch.Tensor | None]:
         """Uninitialised gradients of query, key, value, pos_key and pos_query.
@@ -120,97 +124,119 @@ class Call(NamedTuple):
 
 def _new_heads(heads: torch.Tensor) -> torch.Tensor:
     """(B, H, L, D) laid out as (B, L, H, D), so that joining the heads afterwards copies nothing."""
-    batch, count, length, size = heads.shape
-    return heads.new_empty((batch, length, count, size)).transpose(1, 2)
+    shape = batch, count, length, size = heads.shape
+    return heads.new_empty_strided(shape, (length * count * size, size, count * size, 1))
 
 
-def check_heads(query, key, value, ndim: int, layout: str) -> None:
-    """Types, shapes, dtypes and devices of (B, H, L, D) or (T, H, D)."""
-    for name, heads in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(heads, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(heads).__name__}")
-        if heads.dim() != ndim:
-            raise ValueError(f"{name} must be of shape {layout}, got {tuple(heads.shape)}")
-        if heads.dtype not in DTYPES:
-            raise TypeError(f"{name} must be one of {', '.join(map(str, DTYPES))}, got {heads.dtype}")
-        if heads.device != query.device:
-            raise ValueError(f"{name} must be on query's device, {query.device}, got {heads.device}")
-    asked, given = query.shape, key.shape
-    if given != value.shape:
-        raise ValueError(f"value must have key's shape, {tuple(given)}, got {tuple(value.shape)}")
-    # The length is the third dimension of the dense layout and the first of the packed one.
-    if asked[-1] != given[-1] or asked[1] != given[1] or (ndim == 4 and asked[0] != given[0]):
-        raise ValueError(f"key must match query, {tuple(asked)}, in all but the length of {layout}, got {tuple(given)}")
-    if asked[-1] < 1:
-        raise ValueError("query must have a head size of at least 1, got 0")
+def checked_call(
+    query, key, value, pos_key, pos_query, attention_mask, cu_seqlens, position_buckets, max_relative_positions,
+    far_negative, first_slot, query_offset, max_seqlen, scale, dropout_p,
+) -> Call:  # fmt: skip
+    """The call that these arguments of the public functions describe; packed where there are cu_seqlens, whose form and
+    values are checked before.
 
-
-def cast_and_align(query, key, value, pos_key, pos_query) -> list[torch.Tensor | None]:
-    """One dtype, autocast's where it is on as for torch's own attention (float64 left alone); a unit last stride."""
-    tensors = [query, key, value, pos_key, pos_query]
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        tensors = [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
-    dtype = tensors[0].dtype
+    Raises:
+        TypeError, ValueError: an argument is not as the public functions describe it.
+    """
+    packed = cu_seqlens is not None
+    _check_heads((query, key, value), *((3, "(T, H, D)") if packed else (4, "(B, H, L, D)")))
+    if far_negative not in FAR_NEGATIVE_RULES:
+        raise ValueError(f"far_negative must be one of {FAR_NEGATIVE_RULES}, got {far_negative!r}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    device, shape = query.device, query.shape
+    heads, size = shape[1], shape[-1]
+    lengths = (shape[2], key.shape[2]) if not packed else (max_seqlen, max_seqlen)
+    # Almost always the tables are whole; then this comparison is all that is to be done.
+    whole = heads, table_rows(position_buckets, max_relative_positions), size
+    for name, table in (("pos_key", pos_key), ("pos_query", pos_query)):
+        if table is not None and not (table.shape == whole and table.device == device and first_slot == 0):
+            numbering = position_buckets, max_relative_positions, far_negative
+            _check_table(name, table, pos_key, device, whole, numbering, first_slot, lengths, query_offset)
+    if scale is None:
+        scale = (size * (1 + (pos_key is not None) + (pos_query is not None))) ** -0.5
+    if torch.is_autocast_enabled(device.type):  # as torch's own attention does; float64 is left alone
+        dtype = torch.get_autocast_dtype(device.type)
+        query, key, value, pos_key, pos_query = (
+            x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value, pos_key, pos_query)
+        )
+    dtype, tensors = query.dtype, [query, key, value, pos_key, pos_query]
     for index, x in enumerate(tensors):
         if x is None:
             continue
         if x.dtype != dtype:
             raise TypeError(f"{Call._fields[index]} must have query's dtype, {dtype}, got {x.dtype}")
-        if x.stride(-1) != 1:
+        if not x.is_contiguous() and x.stride(-1) != 1:
             tensors[index] = x.contiguous()
-    return tensors
+    if packed:  # to a backend, a dense call with one batch row: cu_seqlens says where in it the sequences lie
+        tensors[:3] = [x.transpose(0, 1).unsqueeze(0) for x in tensors[:3]]
+    if attention_mask is not None:
+        whole = (1 if packed else shape[0], heads, shape[0] if packed else shape[2], tensors[1].shape[2])
+        attention_mask = _check_mask(attention_mask[None] if packed else attention_mask, device, whole)
+    return Call(
+        *tensors, attention_mask, cu_seqlens, new_seed(device) if dropout_p > 0 else None, position_buckets,
+        max_relative_positions, far_negative, first_slot, query_offset, lengths[0], float(scale), dropout_p,
+    )  # fmt: skip
 
 
-def check_mask(mask, query: torch.Tensor, key_length: int) -> torch.Tensor | None:
-    """Four-dimensional, its last dimension Lk, the others 1 or whole; query is (B, H, Lq, D)."""
-    if mask is None:
-        return None
+def _check_heads(heads: tuple, ndim: int, layout: str) -> None:
+    """Types, shapes, dtypes and devices of query, key and value."""
+    device = None
+    for index, x in enumerate(heads):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{Call._fields[index]} must be a tensor, got {type(x).__name__}")
+        if x.ndim != ndim:
+            raise ValueError(f"{Call._fields[index]} must be of shape {layout}, got {tuple(x.shape)}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{Call._fields[index]} must be one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
+        if device is None:
+            device = x.device
+        elif x.device != device:
+            raise ValueError(f"{Call._fields[index]} must be on query's device, {device}, got {x.device}")
+    asked, given, of_values = (x.shape for x in heads)
+    if given != of_values:
+        raise ValueError(f"value must have key's shape, {tuple(given)}, got {tuple(of_values)}")
+    # The length is the third dimension of the dense layout and the first of the packed one.
+    if asked[-1] != given[-1] or asked[1] != given[1] or (ndim == 4 and asked[0] != given[0]):
+        raise ValueError(f"key must match query, {tuple(asked)}, in all but the length of {layout}, got {tuple(given)}")
+    if asked[-1] < 1:
+        raise ValueError("query must have a head size of at least 1, got 0")
+    if ndim == 3 and asked[0] != given[0]:
+        raise ValueError(f"key must have as many rows as query, {asked[0]}, got {given[0]}")
+
+
+def _check_table(name, table, pos_key, device, whole, numbering, first_slot, lengths, query_offset) -> None:
+    """That pos_key or pos_query is (H, R, D), and has the rows that these lengths read."""
+    heads, rows, size = whole
+    if table.device != device:
+        raise ValueError(f"{name} must be on query's device, {device}, got {table.device}")
+    if table.ndim != 3 or table.shape[0] != heads or table.shape[2] != size:
+        raise ValueError(f"{name} must be of shape ({heads}, R, {size}), got {tuple(table.shape)}")
+    given = table.shape[1]
+    if pos_key is not None and given != pos_key.shape[1]:
+        raise ValueError(f"pos_query must have pos_key's rows, {pos_key.shape[1]}, got {given}")
+    start, stop = slot_table(*numbering).window(*lengths, query_offset)
+    if given == rows and first_slot == 0:
+        return
+    if not 0 <= first_slot <= start or not stop <= first_slot + given <= rows:
+        raise ValueError(
+            f"{name} must have all {rows} rows of the table, or at least rows {start} to {stop} that these lengths "
+            f"reach, got rows {first_slot} to {first_slot + given}"
+        )
+
+
+def _check_mask(mask, device: torch.device, whole: tuple[int, int, int, int]) -> torch.Tensor:
+    """Four-dimensional, its last dimension Lk, the others 1 or whole; ``whole`` is (B, H, Lq, Lk)."""
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"attention_mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
-    if mask.device != query.device:
-        raise ValueError(f"attention_mask must be on query's device, {query.device}, got {mask.device}")
-    batch, heads, query_length, _ = query.shape
-    full = (batch, heads, query_length, key_length)
-    if mask.dim() == 2 and mask.shape == (batch, key_length):
+    if mask.device != device:
+        raise ValueError(f"attention_mask must be on query's device, {device}, got {mask.device}")
+    keys = whole[0], whole[3]
+    if mask.dim() == 2 and mask.shape == keys:
         return mask[:, None, None]
-    if mask.dim() == 4 and all(size in (1, whole) for size, whole in zip(mask.shape, full, strict=True)):
-        return mask.expand(-1, -1, -1, key_length)
-    raise ValueError(
-        f"attention_mask must be of shape {(batch, key_length)} or broadcastable to {full}, got {tuple(mask.shape)}"
-    )
-
-
-def check_settings(call: Call) -> None:
-    """Tables and numbers: that the rows are there which these lengths read."""
-    if call.far_negative not in FAR_NEGATIVE_RULES:
-        raise ValueError(f"far_negative must be one of {FAR_NEGATIVE_RULES}, got {call.far_negative!r}")
-    if not 0 <= call.dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {call.dropout_p}")
-    query, first = call.query, call.first_slot
-    given = None
-    for name, table in (("pos_key", call.pos_key), ("pos_query", call.pos_query)):
-        if table is None:
-            continue
-        if table.device != query.device:
-            raise ValueError(f"{name} must be on query's device, {query.device}, got {table.device}")
-        shape = table.shape
-        if len(shape) != 3 or shape[0] != query.shape[1] or shape[2] != query.shape[3]:
-            raise ValueError(f"{name} must be of shape ({query.shape[1]}, R, {query.shape[3]}), got {tuple(shape)}")
-        if given is not None and shape[1] != given:
-            raise ValueError(f"pos_query must have pos_key's rows, {given}, got {shape[1]}")
-        given = shape[1]
-        rows = table_rows(call.position_buckets, call.max_relative_positions)
-        if given == rows and first == 0:
-            continue
-        lengths = (query.shape[2], call.key.shape[2]) if call.cu_seqlens is None else (call.max_seqlen,) * 2
-        start, stop = call.table.window(*lengths, call.query_offset)
-        if not 0 <= first <= start or not stop <= first + given <= rows:
-            raise ValueError(
-                f"{name} must have all {rows} rows of the table, or at least rows {start} to {stop} that these lengths "
-                f"reach, got rows {first} to {first + given}"
-            )
+    if mask.dim() == 4 and all(size in (1, most) for size, most in zip(mask.shape, whole, strict=True)):
+        return mask.expand(-1, -1, -1, whole[3])
+    raise ValueError(f"attention_mask must be of shape {keys} or broadcastable to {whole}, got {tuple(mask.shape)}")
 
 
 def check_cu_seqlens_form(cu_seqlens, device: torch.device) -> None:

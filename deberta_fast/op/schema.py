@@ -33,14 +33,18 @@ _library.define("checked_cu_seqlens(Tensor cu_seqlens, SymInt total, SymInt max_
 _PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)}
 
 
-def attend(call: Call, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (B, H, Lq, D) and log-sum-exp (B, H, Lq) of a checked call, differentiable once."""
+def attend(call: Call, backend: str, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Output (B, H, Lq, D) and log-sum-exp (B, H, Lq) of a checked call, differentiable once.
+
+    Without with_lse, the second is there only where it was needed anyway.
+    """
     if _is_traced(call[:TENSORS]):
         return torch.ops.deberta_fast.attention_forward(*call, backend)
     # A level of forward-mode derivatives goes the same way: the autograd function refuses it.
-    if torch.is_grad_enabled() and any([x.requires_grad for x in call[:5] if x is not None]) or _forward_ad():
+    differentiable = torch.is_grad_enabled() and any([x.requires_grad for x in call[:5] if x is not None])
+    if differentiable or forward_ad._current_level >= 0:
         return _Attention.apply(call, backend, *call[:5])
-    return backends.forward(call, backend)
+    return backends.forward(call, backend, with_lse)
 
 
 def checked_cu_seqlens(cu_seqlens: torch.Tensor, total: int, max_seqlen: int) -> torch.Tensor:
@@ -66,10 +70,6 @@ def _is_traced(tensors: tuple[torch.Tensor | None, ...]) -> bool:
         or not _PLAIN.issuperset(map(type, tensors))
         or tensors[0].is_meta
     )
-
-
-def _forward_ad() -> bool:
-    return forward_ad._current_level >= 0
 
 
 class _Attention(torch.autograd.Function):

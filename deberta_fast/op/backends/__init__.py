@@ -5,7 +5,6 @@ A backend is a module that names its reasons not to serve a call (``why_not``) a
 autograd. Backends know neither each other nor anything above them.
 """
 
-import contextlib
 from types import ModuleType
 
 import torch
@@ -58,11 +57,10 @@ def _reasons_against(name: str, call: Call) -> list[str]:
     return BACKENDS[name].why_not(call)
 
 
-def forward(call: Call, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (B, H, Lq, D) and log-sum-exp (B, H, Lq), outside autograd."""
-    output, lse = call.new_output(), call.new_lse()
-    with _without_autocast(call):
-        BACKENDS[backend].forward(call, output, lse)
+def forward(call: Call, backend: str, with_lse: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Output (B, H, Lq, D) and log-sum-exp (B, H, Lq), outside autograd; None where nobody wants the second."""
+    output, lse = call.new_output(), call.new_lse() if with_lse else None
+    BACKENDS[backend].forward(call, output, lse)
     return output, lse
 
 
@@ -83,15 +81,9 @@ def backward(
             value are made together.
     """
     grads = call.new_gradients(wanted)
-    with _without_autocast(call):
-        grad_output, grad_lse = (
-            like.new_zeros(()).expand(like.shape) if grad is None else grad
-            for grad, like in ((grad_output, output), (grad_lse, lse))
-        )
-        BACKENDS[backend].backward(call, output, lse, grad_output, grad_lse, grads)
+    if grad_output is None:
+        grad_output = output.new_zeros(()).expand(output.shape)
+    if grad_lse is None:
+        grad_lse = lse.new_zeros(()).expand(lse.shape)
+    BACKENDS[backend].backward(call, output, lse, grad_output, grad_lse, grads)
     return grads
-
-
-def _without_autocast(call: Call) -> contextlib.AbstractContextManager:
-    kind = call.query.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()

@@ -27,15 +27,16 @@ if NOT_LOADED is None and extension.implements("fused_forward", "CPU"):
 def why_not(call: Call) -> list[str]:
     """Reasons not to serve this call."""
     reasons = [] if NOT_LOADED is None else [NOT_LOADED]
-    if call.query.device.type != "cpu":
-        reasons.append(f"tensors must be on the CPU, got {call.query.device}")
-    if call.query.dtype not in DTYPES:
-        reasons.append(f"dtype must be float32, bfloat16 or float16, got {call.query.dtype}")
+    query = call.query
+    if not query.is_cpu:
+        reasons.append(f"tensors must be on the CPU, got {query.device}")
+    if query.dtype not in DTYPES:
+        reasons.append(f"dtype must be float32, bfloat16 or float16, got {query.dtype}")
     return reasons
 
 
-def forward(call: Call, output: torch.Tensor, lse: torch.Tensor) -> None:
-    """Fills output (B, H, Lq, D) and log-sum-exp (B, H, Lq)."""
+def forward(call: Call, output: torch.Tensor, lse: torch.Tensor | None) -> None:
+    """Fills output (B, H, Lq, D) and, unless it is None, log-sum-exp (B, H, Lq)."""
     extension.fused_forward(output, lse, *arguments(call))
 
 

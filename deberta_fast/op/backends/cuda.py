@@ -64,9 +64,9 @@ def device_reasons(device: torch.device, head_size: int) -> list[str]:
     return reasons
 
 
-def forward(call: Call, output: torch.Tensor, lse: torch.Tensor) -> None:
-    """Fills output (B, H, Lq, D) and log-sum-exp (B, H, Lq)."""
-    fused_forward(output, lse, *arguments(call))
+def forward(call: Call, output: torch.Tensor, lse: torch.Tensor | None) -> None:
+    """Fills output (B, H, Lq, D) and, unless it is None, log-sum-exp (B, H, Lq)."""
+    fused_forward(output, call.new_lse() if lse is None else lse, *arguments(call))
 
 
 def backward(

@@ -7,7 +7,7 @@ import importlib
 
 import torch
 
-from ..call import Call
+from ..call import TENSORS, Call
 
 _CALL = (
     "Tensor query, Tensor key, Tensor value, Tensor? pos_key, Tensor? pos_query, Tensor? mask, Tensor? cu_seqlens, "
@@ -15,7 +15,7 @@ _CALL = (
     "int first_slot, int query_offset, int max_seqlen, float scale, float band_scale, float dropout_p"
 )
 SCHEMAS = (
-    f"fused_forward(Tensor(a!) output, Tensor(b!) lse, {_CALL}) -> ()",
+    f"fused_forward(Tensor(a!) output, Tensor(b!)? lse, {_CALL}) -> ()",
     "fused_backward(Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!)? grad_pos_key, "
     f"Tensor(e!)? grad_pos_query, Tensor output, Tensor lse, Tensor grad_output, Tensor grad_lse, {_CALL}) -> ()",
     "use_instruction_set(str name) -> ()",
@@ -50,15 +50,10 @@ def implements(operator: str, key: str) -> bool:
 
 def arguments(call: Call) -> tuple:
     """A call as the operators take it, behind what they write to."""
-    query, key, value, pos_key, pos_query, mask, cu_seqlens, seed, *_ = call
-    if pos_key is None and pos_query is None:
+    if call.pos_key is None and call.pos_query is None:
         geometry = (None, None, 0, 0, 0, 0, 0)
     else:
         table, first_slot = call.table, call.first_slot
         past_row, future_row = table.slots[-1] - first_slot, table.slots[0] - first_slot
         geometry = (*call.device_tables, table.far_past, table.far_future, past_row, future_row, first_slot)
-    return (
-        *(query, key, value, pos_key, pos_query, mask, cu_seqlens, seed),
-        *geometry,
-        *(call.query_offset, call.max_seqlen, call.scale, call.band_scale, call.dropout_p),
-    )
+    return *call[:TENSORS], *geometry, call.query_offset, call.max_seqlen, call.scale, call.band_scale, call.dropout_p

@@ -13,6 +13,7 @@ through the same views. Nothing of size Lq x Lk or L x R is kept; temporaries ar
 a call or, for backward on a CPU, once a thread. float16 and bfloat16 are computed in float32.
 """
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -33,16 +34,29 @@ def why_not(call: Call) -> list[str]:
     return []
 
 
-def forward(call: Call, output: torch.Tensor, lse: torch.Tensor) -> None:
-    """Fills output (B, H, Lq, D) and log-sum-exp (B, H, Lq)."""
+def _outside_autocast(function):
+    """Autocast would round what is computed in float32 on purpose."""
+
+    @functools.wraps(function)
+    def outside(call: Call, *arguments) -> None:
+        with torch.autocast(call.query.device.type, enabled=False):
+            function(call, *arguments)
+
+    return outside
+
+
+@_outside_autocast
+def forward(call: Call, output: torch.Tensor, lse: torch.Tensor | None) -> None:
+    """Fills output (B, H, Lq, D) and, unless it is None, log-sum-exp (B, H, Lq)."""
     scratch = Scratch(call.query, call.work_dtype)
     for first_batch, x, rows in _dense_calls(call):
         for tables, batches in _parts(x, scratch):
             for batch in batches:
                 chunk = Chunk(x, tables, batch, first_batch, scratch)
-                chunk.forward(output[:, :, rows], lse[:, :, rows])
+                chunk.forward(output[:, :, rows], None if lse is None else lse[:, :, rows])
 
 
+@_outside_autocast
 def backward(
     call: Call,
     output: torch.Tensor,

@@ -48,7 +48,7 @@ class Chunk:
         part = source[self.batches, self.tables.heads].transpose(0, 1)
         return self.scratch(name, *part.shape).copy_(part).flatten(0, 1)
 
-    def forward(self, output: torch.Tensor, lse: torch.Tensor) -> None:
+    def forward(self, output: torch.Tensor, lse: torch.Tensor | None) -> None:
         """Fills its part of output (B, H, Lq, D) and lse (B, H, Lq)."""
         for block in self._blocks():
             segments = self._segments(block)
@@ -65,7 +65,8 @@ class Chunk:
                     p *= self._kept(block, segment)
                 out.baddbmm_(p, self.value[:, segment.start : segment.stop])
             self._store(block, out.div_(total.masked_fill(total == 0, 1.0)), output)
-            self._store(block, peak.add_(total.log2_()).div_(LOG2E), lse[..., None])
+            if lse is not None:
+                self._store(block, peak.add_(total.log2_()).div_(LOG2E), lse[..., None])
 
     def backward(
         self,

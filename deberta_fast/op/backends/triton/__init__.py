@@ -49,8 +49,9 @@ def why_not(inputs: Call) -> list[str]:
     return reasons
 
 
-def forward(inputs: Call, output: torch.Tensor, lse: torch.Tensor) -> None:
-    """Fills output (B, H, Lq, D) and log-sum-exp (B, H, Lq)."""
+def forward(inputs: Call, output: torch.Tensor, lse: torch.Tensor | None) -> None:
+    """Fills output (B, H, Lq, D) and, unless it is None, log-sum-exp (B, H, Lq)."""
+    lse = inputs.new_lse() if lse is None else lse
     _run(inputs, lambda plan: plan.forward(output, lse))
 
 
