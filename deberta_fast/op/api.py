@@ -8,7 +8,7 @@ Source: He et al., DeBERTa (arXiv 2006.03654), equations 2 to 4; sigma is ``rela
 import torch
 
 from . import backends
-from .call import Call, check_cu_seqlens_form, checked_call
+from .call import Call, checked_call
 from .schema import attend, checked_cu_seqlens
 
 
@@ -147,19 +147,14 @@ def disentangled_attention_varlen(
     Raises:
         TypeError, ValueError, RuntimeError: as in ``disentangled_attention``.
     """
-    if not isinstance(query, torch.Tensor):
-        raise TypeError(f"query must be a tensor, got {type(query).__name__}")
-    check_cu_seqlens_form(cu_seqlens, query.device)
-    if max_seqlen < 0:
-        raise ValueError(f"max_seqlen must not be negative, got {max_seqlen}")
-    if attention_mask is not None and attention_mask.dim() != 1:
-        raise ValueError(f"attention_mask must be of shape ({query.shape[0]},), got {tuple(attention_mask.shape)}")
-    if check_values:
-        cu_seqlens = checked_cu_seqlens(cu_seqlens, query.shape[0], max_seqlen)
+    if cu_seqlens is None:
+        raise TypeError("cu_seqlens must be an int32 tensor, got None")
     call = checked_call(
         query, key, value, pos_key, pos_query, attention_mask, cu_seqlens, position_buckets, max_relative_positions,
         far_negative, first_slot, query_offset, max_seqlen, scale, dropout_p,
     )  # fmt: skip
+    if check_values:
+        call = call._replace(cu_seqlens=checked_cu_seqlens(cu_seqlens, query.shape[0], max_seqlen))
     result = _run(call, return_lse, backend)
     if return_lse:
         return result[0].squeeze(0).transpose(0, 1), result[1].squeeze(0)

@@ -132,8 +132,8 @@ def checked_call(
     query, key, value, pos_key, pos_query, attention_mask, cu_seqlens, position_buckets, max_relative_positions,
     far_negative, first_slot, query_offset, max_seqlen, scale, dropout_p,
 ) -> Call:  # fmt: skip
-    """The call that these arguments of the public functions describe; packed where there are cu_seqlens, whose form and
-    values are checked before.
+    """The call that these arguments of the public functions describe; packed where there are cu_seqlens, whose values
+    are not looked at here.
 
     Raises:
         TypeError, ValueError: an argument is not as the public functions describe it.
@@ -145,14 +145,20 @@ def checked_call(
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     device, shape = query.device, query.shape
+    if packed:
+        check_cu_seqlens_form(cu_seqlens, device)
+        if max_seqlen < 0:
+            raise ValueError(f"max_seqlen must not be negative, got {max_seqlen}")
+        if attention_mask is not None and attention_mask.dim() != 1:
+            raise ValueError(f"attention_mask must be of shape ({shape[0]},), got {tuple(attention_mask.shape)}")
     heads, size = shape[1], shape[-1]
     lengths = (shape[2], key.shape[2]) if not packed else (max_seqlen, max_seqlen)
-    # Almost always the tables are whole; then this comparison is all that is to be done.
+    # Almost always the tables are whole; then these comparisons are all that is to be done.
     whole = heads, table_rows(position_buckets, max_relative_positions), size
-    for name, table in (("pos_key", pos_key), ("pos_query", pos_query)):
+    for table in (pos_key, pos_query):
         if table is not None and not (table.shape == whole and table.device == device and first_slot == 0):
             numbering = position_buckets, max_relative_positions, far_negative
-            _check_table(name, table, pos_key, device, whole, numbering, first_slot, lengths, query_offset)
+            _check_tables(pos_key, pos_query, device, whole, numbering, first_slot, lengths, query_offset)
     if scale is None:
         scale = (size * (1 + (pos_key is not None) + (pos_query is not None))) ** -0.5
     if torch.is_autocast_enabled(device.type):  # as torch's own attention does; float64 is left alone
@@ -205,24 +211,28 @@ def _check_heads(heads: tuple, ndim: int, layout: str) -> None:
         raise ValueError(f"key must have as many rows as query, {asked[0]}, got {given[0]}")
 
 
-def _check_table(name, table, pos_key, device, whole, numbering, first_slot, lengths, query_offset) -> None:
-    """That pos_key or pos_query is (H, R, D), and has the rows that these lengths read."""
+def _check_tables(pos_key, pos_query, device, whole, numbering, first_slot, lengths, query_offset) -> None:
+    """That pos_key and pos_query are (H, R, D), and have the rows that these lengths read."""
     heads, rows, size = whole
-    if table.device != device:
-        raise ValueError(f"{name} must be on query's device, {device}, got {table.device}")
-    if table.ndim != 3 or table.shape[0] != heads or table.shape[2] != size:
-        raise ValueError(f"{name} must be of shape ({heads}, R, {size}), got {tuple(table.shape)}")
-    given = table.shape[1]
-    if pos_key is not None and given != pos_key.shape[1]:
-        raise ValueError(f"pos_query must have pos_key's rows, {pos_key.shape[1]}, got {given}")
     start, stop = slot_table(*numbering).window(*lengths, query_offset)
-    if given == rows and first_slot == 0:
-        return
-    if not 0 <= first_slot <= start or not stop <= first_slot + given <= rows:
-        raise ValueError(
-            f"{name} must have all {rows} rows of the table, or at least rows {start} to {stop} that these lengths "
-            f"reach, got rows {first_slot} to {first_slot + given}"
-        )
+    given = None
+    for name, table in (("pos_key", pos_key), ("pos_query", pos_query)):
+        if table is None:
+            continue
+        if table.device != device:
+            raise ValueError(f"{name} must be on query's device, {device}, got {table.device}")
+        if table.ndim != 3 or table.shape[0] != heads or table.shape[2] != size:
+            raise ValueError(f"{name} must be of shape ({heads}, R, {size}), got {tuple(table.shape)}")
+        if given is not None and table.shape[1] != given:
+            raise ValueError(f"pos_query must have pos_key's rows, {given}, got {table.shape[1]}")
+        given = table.shape[1]
+        if given == rows and first_slot == 0:
+            continue
+        if not 0 <= first_slot <= start or not stop <= first_slot + given <= rows:
+            raise ValueError(
+                f"{name} must have all {rows} rows of the table, or at least rows {start} to {stop} that these lengths "
+                f"reach, got rows {first_slot} to {first_slot + given}"
+            )
 
 
 def _check_mask(mask, device: torch.device, whole: tuple[int, int, int, int]) -> torch.Tensor:
