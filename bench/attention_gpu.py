@@ -1,19 +1,21 @@
 """The attention operator on a GPU against its neighbours: ``python -m bench.attention_gpu``.
 
-What the variants are is said in ``attention_variants``. Every length has as many sequences as make the same number of
+What the variants are is said in ``variants.operator``. Every length has as many sequences as make the same number of
 tokens. Results go to bench/results/ and the GPU's name, after every row. ``--device cpu`` is there to try this out.
 """
 
 import argparse
 import functools
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from . import timing
-from .attention_variants import Workload, build_call, variants
-from .device import Device, Table, by_length
+from .device import Device, Table, by_length, times_by_length
+from .variants import Entry, described
+from .variants.operator import VARIANTS, Variant, Workload
 
 PASSES = ("forward", "backward", "forward+backward")
 FLOPS = {"forward": 4, "backward": 10, "forward+backward": 14}  # for each head's length^2 * size, plain attention's
@@ -21,18 +23,15 @@ LENGTHS = (512, 2048, 8192, 128, 1024, 4096, 16384, 256)  # most wanted first
 SECONDS_A_VARIANT = 0.15
 LEGEND = (
     "Medians of interleaved calls, kernels alone: the GPU is kept busy for a millisecond while the host queues a call, "
-    "and its second-level cache is overwritten before. plain: torch's scaled_dot_product_attention, by backend, on the "
-    "same query, key and value without position terms; plain-packed: torch's varlen_attn. x plain: times as long as "
-    "the fastest plain one. hf-eager: Hugging Face's order of operations; flex: FlexAttention, whose score_mod reads "
-    "both position terms from tables of every token and row, made in the timed call. mask, packed: how ours is told of "
-    "padding. TFLOP/s count the products of plain attention over valid tokens (4, 10 and 14 length^2 size), for all "
-    "variants alike. difference: of the output from the eager backend's, relative, in norm. Backward is "
-    "output.backward(gradient, retain_graph=True) with no .grad to add to."
+    "and its second-level cache is overwritten before. x plain: times as long as the fastest plain one. TFLOP/s count "
+    "the products of plain attention over valid tokens (4, 10 and 14 length^2 size), for all variants alike. "
+    "difference: of the output from the eager backend's, relative, in norm. Backward is output.backward(gradient, "
+    "retain_graph=True) with no .grad to add to."
 )
 HOST_LEGEND = "Microseconds until the host may go on, of many calls in a row without waiting for the GPU. No flush."
 MEMORY_LEGEND = (
     "Peak MiB that torch allocates in a call above what is there before it; and how much of it is left when outputs "
-    "and gradients, which the call has to leave behind, are taken off. The variants are those of attention.md."
+    "and gradients, which the call has to leave behind, are taken off."
 )
 
 
@@ -45,19 +44,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def times(options: argparse.Namespace, device: Device) -> None:
-    start = time.perf_counter()
-    table = Table(options.name, options.out, f"{_setting(options)} {LEGEND}", summarise)
-    for length in options.lengths:
-        spent = time.perf_counter() - start
-        if spent > options.seconds:
-            print(f"out of time before length {length}", flush=True)
-            return
-        workload = _workload(options, length)
-        chosen = _chosen(options, workload, costly=spent < options.seconds / 2)
-        exact = {name: workload.difference(variant) for name, variant in chosen.items()}
+    table = _table(options, LEGEND, times_by_length("x plain"))
+    for workload, chosen in _workloads(options):
+        exact = {name: workload.difference(name, variant) for name, variant in chosen.items()}
         for passes in options.passes:
-            build = {name: functools.partial(build_call, variant, passes) for name, variant in chosen.items()}
-            taken = device.measure(build, SECONDS_A_VARIANT)
+            taken = device.measure(_calls(chosen, passes), SECONDS_A_VARIANT)
             plain = min(
                 (t.seconds for name, t in taken.items() if name.startswith("plain") and t.seconds), default=None
             )
@@ -65,7 +56,7 @@ def times(options: argparse.Namespace, device: Device) -> None:
                 seconds = outcome.seconds
                 table.add(
                     {
-                        "length": length,
+                        "length": workload.length,
                         "batch": workload.batch,
                         "pass": passes,
                         "variant": name,
@@ -80,57 +71,66 @@ def times(options: argparse.Namespace, device: Device) -> None:
 
 
 def memory(options: argparse.Namespace, device: Device) -> None:
+    summarise = lambda rows: by_length(rows, lambda row: timing.cell(row["MiB"]) if "MiB" in row else "failed")
+    table = _table(options, MEMORY_LEGEND, summarise)
+    for workload, chosen in _workloads(options):
+        for passes in options.passes:
+            for name, variant in chosen.items():
+                row = {"length": workload.length, "batch": workload.batch, "pass": passes, "variant": name}
+                table.add(row | peak_row(device, variant, passes))
+
+
+def peak_row(device: Device, variant: Variant, passes: str) -> dict:
+    """The last columns of a row: MiB, without what the call has to leave behind, or what went wrong."""
+    peak = device.peaks({"": functools.partial(variant.call, passes)})[""]
+    if isinstance(peak, str):
+        return {"MiB": None, "beyond results MiB": None, "error": peak}
+    beyond = peak - variant.results(passes)
+    return {"MiB": peak / timing.MIB, "beyond results MiB": beyond / timing.MIB, "error": None}
+
+
+def host(options: argparse.Namespace, device: Device) -> None:
+    table = _table(options, HOST_LEGEND)
+    for workload, chosen in _workloads(options):
+        for passes in options.passes:
+            for name, variant in chosen.items():
+                row = {"length": workload.length, "batch": 1, "pass": passes, "variant": name}
+                outcome = device.measure(_calls({name: variant}, passes), 0.0)[name]
+                if outcome.error is None:
+                    row["host us"] = 1e6 * device.host_seconds(variant.call(passes), repeats=options.repeats)
+                table.add(row | {"error": outcome.error})
+
+
+def _calls(chosen: dict[str, Variant], passes: str) -> dict:
+    return {name: functools.partial(variant.call, passes) for name, variant in chosen.items()}
+
+
+def _workloads(options: argparse.Namespace) -> Iterator[tuple[Workload, dict[str, Variant]]]:
+    """Of each length, with the variants to measure, as long as there is time."""
     start = time.perf_counter()
-    table = Table(options.name, options.out, f"{_setting(options)} {MEMORY_LEGEND}", summarise_memory)
     for length in options.lengths:
         spent = time.perf_counter() - start
         if spent > options.seconds:
             print(f"out of time before length {length}", flush=True)
             return
         workload = _workload(options, length)
-        chosen = _chosen(options, workload, costly=spent < options.seconds / 2)
-        for passes in options.passes:
-            for name, variant in chosen.items():
-                build = {name: functools.partial(build_call, variant, passes)}
-                peak = device.peaks(build)[name]
-                failed = isinstance(peak, str)
-                table.add(
-                    {
-                        "length": length,
-                        "batch": workload.batch,
-                        "pass": passes,
-                        "variant": name,
-                        "MiB": None if failed else peak / timing.MIB,
-                        "beyond results MiB": None if failed else (peak - variant.results(passes)) / timing.MIB,
-                        "error": peak if failed else None,
-                    }
-                )
+        entries = _entries(options, workload)
+        if options.host or spent >= options.seconds / 2:
+            entries.pop("flex", None)  # which torch compiles for every length and pass
+        yield workload, {name: entry.build(workload) for name, entry in entries.items()}
 
 
-def host(options: argparse.Namespace, device: Device) -> None:
-    table = Table(options.name, options.out, f"{_setting(options)} {HOST_LEGEND}")
-    for length in options.lengths:
-        chosen = _chosen(options, _workload(options, length), costly=False)
-        for passes in options.passes:
-            for name, variant in chosen.items():
-                row = {"length": length, "batch": 1, "pass": passes, "variant": name}
-                outcome = device.measure({name: functools.partial(build_call, variant, passes)}, 0.0)[name]
-                if outcome.error is None:
-                    row["host us"] = 1e6 * device.host_seconds(build_call(variant, passes), repeats=options.repeats)
-                table.add(row | {"error": outcome.error})
+def _entries(options: argparse.Namespace, workload: Workload) -> dict[str, Entry]:
+    found = {name: entry for name, entry in VARIANTS.items() if name != "sdpa" and entry.suits(workload)}
+    chosen = {name: entry for name, entry in found.items() if name.startswith(tuple(options.variants))}
+    if not chosen:
+        raise SystemExit(f"no variant begins with {' or '.join(options.variants)}: there are {', '.join(found)}")
+    return chosen
 
 
-def summarise(rows: list[dict]) -> str:
-    def cell(row):
-        if "ms" not in row:
-            return "failed"
-        return f"{row['ms']:.3g}" + (f" ({row['x plain']:.2f}x)" if "x plain" in row else "")
-
-    return by_length(rows, cell)
-
-
-def summarise_memory(rows: list[dict]) -> str:
-    return by_length(rows, lambda row: timing.cell(row["MiB"]) if "MiB" in row else "failed")
+def _table(options: argparse.Namespace, legend: str, summarise: Callable[[list[dict]], str] = lambda rows: "") -> Table:
+    about = described(_entries(options, _workload(options, 16)))
+    return Table(options.name, options.out, f"{_setting(options)} {legend}{about}", summarise)
 
 
 def _workload(options: argparse.Namespace, length: int) -> Workload:
@@ -143,16 +143,6 @@ def _workload(options: argparse.Namespace, length: int) -> Workload:
         dropout_p=options.dropout,
         padding=options.padding,
     )
-
-
-def _chosen(options: argparse.Namespace, workload: Workload, costly: bool) -> dict:
-    found = variants(workload)
-    if not costly:
-        found.pop("flex", None)  # which torch compiles for every length and pass
-    chosen = {name: v for name, v in found.items() if name.startswith(tuple(options.variants))}
-    if not chosen:
-        raise SystemExit(f"no variant begins with {' or '.join(options.variants)}: there are {', '.join(found)}")
-    return chosen
 
 
 def _setting(options: argparse.Namespace) -> str:
@@ -181,7 +171,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=100, metavar="N", help="calls in a row, with --host")
     parser.add_argument("--seconds", type=float, default=200.0, help="no length is begun later than this")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=timing.results_folder(), metavar="DIR", help="folder of results")
     options = parser.parse_args(arguments)
     if options.lengths is None:
         options.lengths = (128,) if options.host else (512, 2048, 8192, 16384) if options.memory else LENGTHS
@@ -189,7 +179,6 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         options.passes = tuple(x for x in PASSES if x != "backward" or not (options.host or options.memory))
     if options.host:
         options.tokens = 1
-    options.out = options.out or timing.results_folder()
     what = "host" if options.host else "memory" if options.memory else "attention"
     what += "-dropout" * bool(options.dropout) + "-padding" * bool(options.padding)
     options.name = what + ("" if options.dtype == "bfloat16" else f"-{options.dtype}")

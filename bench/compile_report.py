@@ -29,7 +29,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from deberta_fast.op.backends.triton import configuration, plan
-from deberta_fast.op.call import AttentionInputs
+from deberta_fast.op.call import Call as AttentionCall
 
 from . import compile_cuda, sass, timing
 from .sass import Loop
@@ -117,7 +117,7 @@ def plan_launches(
     batch, heads = (1, 12) if packed else (32, 12)
     query, key, value = (meta(batch, heads, length, size) for _ in range(3))
     masks = {"keys": (batch, 1, 1, length), "pairs": (batch, 1, length, length)}
-    inputs = AttentionInputs(
+    inputs = AttentionCall(
         query, key, value, meta(heads, 512, size) if c2p else None, meta(heads, 512, size) if p2c else None,
         None if mask is None else meta(masks[mask], dtype=torch.bool),
         meta(9, dtype=torch.int32) if packed else None, meta(1, dtype=torch.int64) if dropout_p else None,
@@ -125,7 +125,7 @@ def plan_launches(
     )  # fmt: skip
     target = configuration.Target(capability, plan.block_size_of(inputs), dtype.itemsize)
     chosen = configuration.default(target)
-    output, lse = inputs.new_like_heads(query), inputs.new_lse()
+    output, lse = inputs.new_output(), inputs.new_lse()
     grads = [None if x is None else torch.empty_like(x) for x in inputs[:5]]
     forward = plan.Plan(inputs, chosen, precision).forward(output, lse)
     backward = plan.Plan(inputs, chosen, precision).backward(output, lse, output, lse, grads)

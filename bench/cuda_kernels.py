@@ -30,9 +30,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from deberta_fast import backends
 
-from . import attention_variants, timing
-from .attention_variants import Variant, Workload, build_call
+from . import timing
+from .attention_gpu import peak_row
 from .device import Call, Device, Table
+from .variants.operator import VARIANTS, Variant, Workload, asked
 
 PARTS = {"kernels": (512, 2048, 8192, 128), "variants": (512,), "memory": (512, 2048, 8192, 128)}
 NAMED = {"ncu": (512, 8192), "once": (512,)}  # only where asked for
@@ -99,26 +100,14 @@ def memory(options: argparse.Namespace, device: Device, lengths: tuple[int, ...]
         workload, found = _ours(options, length)
         for name, variant in found.items():
             for passes in PASSES:
-                peak = device.peaks({name: functools.partial(build_call, variant, passes)})[name]
-                kept = [variant.gradient] if passes == "forward" else variant.leaves
-                beyond = None if isinstance(peak, str) else peak - sum(x.numel() * x.element_size() for x in kept)
-                table.add(
-                    {
-                        "length": length,
-                        "batch": workload.batch,
-                        "variant": name,
-                        "pass": passes,
-                        "MiB": None if beyond is None else peak / timing.MIB,
-                        "beyond results MiB": None if beyond is None else beyond / timing.MIB,
-                        "error": peak if beyond is None else None,
-                    }
-                )
+                row = {"length": length, "batch": workload.batch, "variant": name, "pass": passes}
+                table.add(row | peak_row(device, variant, passes))
 
 
 def once(options: argparse.Namespace, device: Device, lengths: tuple[int, ...]) -> None:
     for length in lengths:
         for variant in _ours(options, length)[1].values():
-            calls = [build_call(variant, passes) for passes in PASSES]
+            calls = [variant.call(passes) for passes in PASSES]
             for call in calls:  # what the first call does once
                 call.run(), call.reset()
             device.synchronize()
@@ -207,7 +196,7 @@ def find_tool(name: str) -> str | None:
 def _of_call(variant: Variant, device: Device, repeats: int) -> Iterator[dict]:
     """Rows of each kernel, of what is not the backend's, and of the whole call."""
     for passes in PASSES:
-        build: Callable[[], Call] = functools.partial(build_call, variant, passes)
+        build: Callable[[], Call] = functools.partial(variant.call, passes)
         whole = device.measure({"call": build}, SECONDS)["call"]
         if whole.error is None and device.is_gpu:
             try:
@@ -260,9 +249,10 @@ def _ours(options: argparse.Namespace, length: int, **setting: float) -> tuple[W
     shape = {"length": length, "batch": max(1, options.tokens // length), "heads": options.heads}
     setting = {"dropout_p": 0.0, "padding": 0.0} | setting
     workload = Workload(**shape, dtype=torch.bfloat16, device=options.device, **setting)
-    if reasons := backends.BACKENDS["cuda"].why_not(attention_variants.asked(workload)):
+    if reasons := backends.BACKENDS["cuda"].why_not(asked(workload)):
         raise SystemExit(f"the CUDA backend cannot serve this call: {', '.join(reasons)}")
-    return workload, {name: v for name, v in attention_variants.variants(workload).items() if name.startswith("cuda")}
+    found = {name: entry for name, entry in VARIANTS.items() if name.startswith("cuda") and entry.suits(workload)}
+    return workload, {name: entry.build(workload) for name, entry in found.items()}
 
 
 def _table(part: str, options: argparse.Namespace, summarise: Callable[[list[dict]], str] = lambda rows: "") -> Table:
@@ -281,20 +271,13 @@ def _by_pass(rows: list[dict], line: str) -> str:
     parts = []
     for passes in PASSES:
         chosen = [row for row in rows if row["pass"] == passes]
-        parts += [f"## {passes}", _pivot(chosen, line, lambda row: row["kernel"], cell)] if chosen else []
+        parts += [f"## {passes}", timing.pivot(chosen, (line,), lambda row: row["kernel"], cell)] if chosen else []
     return "\n\n".join(parts)
 
 
 def _by_metric(rows: list[dict]) -> str:
     column = lambda row: f"{row['kernel']} {row['launch']}, L={row['length']}"
-    return _pivot(rows, "metric", column, lambda row: f"{row['value']:.6g} {row['unit']}")
-
-
-def _pivot(rows: list[dict], line: str, column: Callable[[dict], str], cell: Callable[[dict], str]) -> str:
-    lines: dict[object, dict] = {}
-    for row in rows:
-        lines.setdefault(row[line], {line: row[line]})[column(row)] = cell(row)
-    return timing.markdown(list(lines.values()))
+    return timing.pivot(rows, ("metric",), column, lambda row: f"{row['value']:.6g} {row['unit']}")
 
 
 def _output(command: list) -> str:
@@ -324,12 +307,11 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=12, metavar="H")
     parser.add_argument("--repeats", type=int, default=REPEATS, metavar="N", help="calls under the profiler")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=timing.results_folder(), metavar="DIR", help="folder of results")
     options = parser.parse_args(arguments)
     if unknown := set(options.parts) - set(every):
         parser.error(f"no part {', '.join(sorted(unknown))}: there are {', '.join(every)}")
     options.parts = options.parts or list(PARTS)
-    options.out = options.out or timing.results_folder()
     return options
 
 

@@ -156,9 +156,17 @@ def by_length(rows: list[dict], cell: Callable[[dict], str]) -> str:
     """For each pass a Markdown table of lengths and variants, out of rows of one variant each."""
     parts = []
     for passes in dict.fromkeys(row["pass"] for row in rows):
-        lines: dict[int, dict] = {}
-        for row in sorted((row for row in rows if row["pass"] == passes), key=lambda row: row["length"]):
-            line = lines.setdefault(row["length"], {"length": row["length"], "batch": row["batch"]})
-            line[row["variant"]] = cell(row)
-        parts += [f"## {passes}", timing.markdown(list(lines.values()))]
+        chosen = sorted((row for row in rows if row["pass"] == passes), key=lambda row: row["length"])
+        parts += [f"## {passes}", timing.pivot(chosen, ("length", "batch"), lambda row: row["variant"], cell)]
     return "\n\n".join(parts)
+
+
+def times_by_length(ratio: str) -> Callable[[list[dict]], str]:
+    """``by_length`` of milliseconds, each with what its row has under ``ratio``."""
+
+    def cell(row: dict) -> str:
+        if "ms" not in row:
+            return "failed"
+        return f"{row['ms']:.3g}" + (f" ({row[ratio]:.2f}x)" if ratio in row else "")
+
+    return lambda rows: by_length(rows, cell)

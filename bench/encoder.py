@@ -1,6 +1,6 @@
 """Whole encoders, DeBERTa's and ModernBERT's, on the CPU or a GPU: ``python -m bench.encoder``.
 
-What the variants are is said in ``encoder_variants``. Each length with a batch of variable lengths, a full one and, in
+What the variants are is said in ``variants.model``. Each length with a batch of variable lengths, a full one and, in
 the forward pass, one sequence. Compiled variants take minutes a row, so they are only there where they are named:
 
     python -m bench.encoder --name encoder-compiled --lengths 512 128 --variants eager eager+compile native \\
@@ -22,7 +22,8 @@ import torch
 
 from . import timing
 from .device import Call, Device, Table
-from .encoder_variants import (
+from .variants import described
+from .variants.model import (
     GRADIENTS,
     SHORTEST,
     SIZES,
@@ -58,7 +59,7 @@ LEGEND = (
     "peak MiB: what a call needs above the weights, their gradients included. difference: relative, in norm, of the "
     "valid tokens' states from eager's, or modernbert's, or those of the first variant that ran. Variants that differ "
     "by more than {} are not timed, nor where after a backward pass the gradients of {} differ by more than {} times "
-    "that; int8 is not compared. What the variants are is said in bench/encoder_variants.py."
+    "that; int8 is not compared."
 ).format(
     100 * SHORTEST,
     ", ".join(f"{value:g} ({name})" for name, value in TOLERANCE.items()),
@@ -74,7 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
     timing.provenance()
     versions = {name: timing.version(name) for name in ("onnxruntime", "flash-attn")}
     peers = "".join(f" {name}: {version or 'not installed'}." for name, version in versions.items())
-    table = Table(options.name, options.out, LEGEND + peers, summarise)
+    notes = LEGEND + described(VARIANTS, options.variants) + peers
+    table = Table(options.name, options.out, notes, summarise)
     start, encoders = time.perf_counter(), None
     for case in _cases(options):
         if time.perf_counter() - start > options.limit:
@@ -93,7 +95,7 @@ def measure(case: Case, encoders: Encoders, device: Device, options: argparse.Na
     """A row for each variant."""
     torch.compiler.reset()  # or what it compiled for other shapes would count towards its limit, and eager be timed
     batch = Batch(case.batch, case.length, case.variable, options.device)
-    found = {name: {} for name in options.variants if case.has(name, device.is_gpu)}
+    found = {name: {} for name in options.variants if VARIANTS[name].suits(case, device.is_gpu)}
     calls, references, times = {}, {}, {}
     for name, row in found.items():
         with _noting_errors(row, device):
@@ -208,16 +210,15 @@ def _free_memory() -> int:
 def summarise(rows: list[dict]) -> str:
     """For each model and pass a table of shapes and variants: milliseconds, and times as fast as eager."""
     shape = ("dtype", "threads", "batch", "length", "lengths")
+
+    def cell(row: dict) -> str:
+        ratio = f" ({row['x eager']:.2f}x)" if "x eager" in row else ""
+        return f"{timing.cell(row['ms'])}{ratio}" if "ms" in row else "not run"
+
     parts = []
     for model, passes in dict.fromkeys((row["model"], row["pass"]) for row in rows):
-        lines: dict[tuple, dict] = {}
-        for row in rows:
-            if (row["model"], row["pass"]) == (model, passes):
-                line = {head: row[head] for head in shape if head in row}
-                line = lines.setdefault(tuple(line.values()), line)
-                ratio = f" ({row['x eager']:.2f}x)" if "x eager" in row else ""
-                line[row["variant"]] = f"{timing.cell(row['ms'])}{ratio}" if "ms" in row else "not run"
-        parts += [f"## {model}, {passes}: ms (x eager)", timing.markdown(list(lines.values()))]
+        chosen = [row for row in rows if (row["model"], row["pass"]) == (model, passes)]
+        parts += [f"## {model}, {passes}: ms (x eager)", timing.pivot(chosen, shape, lambda row: row["variant"], cell)]
     return "\n\n".join(parts)
 
 

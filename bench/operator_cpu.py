@@ -1,8 +1,6 @@
 """The attention operator on the CPU against plain attention: ``python -m bench.operator_cpu``.
 
-    sdpa     torch's scaled_dot_product_attention on the same query, key and value: no position terms
-    cpu      disentangled_attention, the backend of that name
-    eager    disentangled_attention, the backend that needs no compiler; up to 2048 tokens
+What the variants are is said in ``variants.operator``; eager takes part up to 2048 tokens.
 
 The inputs are DeBERTa-v3-base's, in the layout in which a layer makes them. Two series of shapes: as many sequences as
 make 2048 tokens, and one sequence of each length. Peak memory is that of one sequence. Results go to
@@ -14,10 +12,10 @@ import functools
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from . import timing
-from .attention_variants import Workload, ours
+from .variants import described
+from .variants.operator import VARIANTS, Variant, Workload
 
 HEADS = 12
 TOKENS = EAGER_LONGEST = 2048
@@ -25,85 +23,68 @@ PASSES = ("forward", "backward")
 MEMORY_PASSES = ("forward", "forward+backward")
 DTYPES = ("float32", "bfloat16", "float16")
 SHAPE = f"{HEADS} heads of 64, position tables of 512 rows, nothing masked or dropped."
-UNITS = {
+COMPARED = ("sdpa", "cpu", "eager")
+LEGEND = described(VARIANTS, COMPARED) + " Lower cpu/sdpa and higher eager/cpu are better."
+NOTES = {
     "operator": f"Milliseconds of the operator alone, medians of interleaved calls; {SHAPE} forward without gradients; "
-    "backward alone, of query, key and value, and of both position tables but for sdpa.",
+    "backward alone, of query, key and value, and of both position tables but for sdpa." + LEGEND,
     "operator-memory": f"Peak resident MiB of a call above its inputs, each length in a process of its own; {SHAPE} "
-    "Output and gradients count. forward+backward hands over all gradients at once.",
+    "Output and gradients count. forward+backward hands over all gradients at once." + LEGEND,
 }
-LEGEND = (
-    "sdpa: scaled_dot_product_attention without position terms; cpu, eager: disentangled_attention by that backend. "
-    "Lower cpu/sdpa and higher eager/cpu are better."
-)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = _options(arguments)
     shapes = dict.fromkeys([(max(1, TOKENS // n), n) for n in options.lengths] + [(1, n) for n in options.lengths])
-    times = [
-        (dtype, one, threads, batch, length)
-        for dtype in options.dtypes
-        for one in PASSES
-        for threads in options.threads
-        for batch, length in shapes
-    ]
-    peaks = [(dtype, length) for dtype in options.dtypes for length in options.memory_lengths]
-    timing.provenance()
-    tables: dict[str, list[dict]] = {}
-    with tqdm(total=len(times) + len(peaks), unit="row") as progress:
-
-        def keep(name: str, rows: list[dict]) -> None:
-            tables.setdefault(name, []).extend(rows)
-            timing.save(name, tables[name], options.out, f"{UNITS[name]} {LEGEND}")
-            progress.update()
-
-        for dtype, one, threads, batch, length in times:
-            progress.set_description(f"{dtype} {one} {batch}x{length}, {threads} thread(s)")
-            keep("operator", [time_row(dtype, one, threads, batch, length, options.seconds)])
-        torch.set_num_threads(options.threads[-1])
-        for dtype, length in peaks:
-            progress.set_description(f"{dtype} 1x{length}, memory")
-            keep("operator-memory", memory_rows(dtype, length))
-    for name, rows in tables.items():
-        print(f"\n{name}: {UNITS[name]}\n\n{timing.markdown(rows)}")
-    print(f"\n{LEGEND}\nWritten to {options.out}")
+    jobs = []
+    for dtype in options.dtypes:
+        for one in PASSES:
+            for threads in options.threads:
+                for batch, length in shapes:
+                    make = functools.partial(time_rows, dtype, one, threads, batch, length, options.seconds)
+                    jobs.append(("operator", f"{dtype} {one} {batch}x{length}, {threads} thread(s)", make))
+    for dtype in options.dtypes:
+        for length in options.memory_lengths:
+            make = functools.partial(memory_rows, dtype, options.threads[-1], length)
+            jobs.append(("operator-memory", f"{dtype} 1x{length}, memory", make))
+    timing.fill(jobs, NOTES, options.out)
 
 
-def time_row(dtype: str, one: str, threads: int, batch: int, length: int, seconds: float) -> dict:
+def time_rows(dtype: str, one: str, threads: int, batch: int, length: int, seconds: float) -> list[dict]:
     """A row of the pass ``one``, forward or backward."""
     torch.set_num_threads(threads)
+    compared = COMPARED if length <= EAGER_LONGEST else COMPARED[:2]
     workload = _workload(dtype, batch, length)
-    variants = ("sdpa", "cpu", "eager") if length <= EAGER_LONGEST else ("sdpa", "cpu")
+    found = {name: VARIANTS[name].build(workload) for name in compared}
     if one == "forward":
-        calls = {variant: functools.partial(forward, workload, variant) for variant in variants}
+        calls = {name: variant.forward for name, variant in found.items()}
     else:
-        outputs = {variant: forward(workload, variant) for variant in variants}
-        calls = {variant: functools.partial(backward, workload, variant, outputs[variant]) for variant in variants}
+        calls = {name: functools.partial(backward, variant, variant.forward()) for name, variant in found.items()}
     with torch.set_grad_enabled(one != "forward"):
         taken = timing.medians(calls, seconds)
-    return {
+    row = {
         "dtype": dtype,
         "pass": one,
         "threads": threads,
         "batch": batch,
         "length": length,
-        **{
-            f"{variant} ms": 1000 * taken[variant] if variant in taken else None for variant in ("sdpa", "cpu", "eager")
-        },
+        **{f"{name} ms": 1000 * taken[name] if name in taken else None for name in COMPARED},
         "cpu/sdpa": taken["cpu"] / taken["sdpa"],
         "eager/cpu": taken["eager"] / taken["cpu"] if "eager" in taken else None,
     }
+    return [row]
 
 
-def memory_rows(dtype: str, length: int) -> list[dict]:
+def memory_rows(dtype: str, threads: int, length: int) -> list[dict]:
     """A row for each of MEMORY_PASSES."""
+    torch.set_num_threads(threads)
     peaks = {variant: timing.peak_memory(measured, dtype, length, variant) for variant in ("sdpa", "cpu")}
     mib = {variant: [peak / timing.MIB for peak in peaks[variant]] for variant in peaks}
     return [
         {
             "dtype": dtype,
             "pass": one,
-            "threads": torch.get_num_threads(),
+            "threads": threads,
             "batch": 1,
             "length": length,
             **{f"{variant} MiB": mib[variant][i] for variant in mib},
@@ -117,28 +98,18 @@ def memory_rows(dtype: str, length: int) -> list[dict]:
 def measured(dtype: str, length: int, variant: str) -> list:
     """For ``timing.peak_memory``: the calls of MEMORY_PASSES, after the same over a few tokens."""
 
-    def calls(workload: Workload) -> list:
-        return [
-            torch.no_grad()(functools.partial(forward, workload, variant)),
-            lambda: backward(workload, variant, forward(workload, variant)),
-        ]
+    def calls(length: int) -> list:
+        built = VARIANTS[variant].build(_workload(dtype, 1, length))
+        return [torch.no_grad()(built.forward), lambda: backward(built, built.forward())]
 
-    for call in calls(_workload(dtype, 1, 8)):
+    for call in calls(8):
         call()
-    return calls(_workload(dtype, 1, length))
+    return calls(length)
 
 
-def forward(workload: Workload, variant: str) -> torch.Tensor:
-    """O (B, H, L, D)."""
-    if variant == "sdpa":
-        return torch.nn.functional.scaled_dot_product_attention(*workload.qkv)
-    return ours(workload, variant, dropout_p=0.0)
-
-
-def backward(workload: Workload, variant: str, output: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def backward(variant: Variant, output: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The gradients of query, key and value, (B, H, L, D), and but for sdpa of both position tables, (H, R, D)."""
-    leaves = workload.qkv if variant == "sdpa" else [*workload.qkv, *workload.tables]
-    return torch.autograd.grad(output, leaves, workload.gradient, retain_graph=True)
+    return torch.autograd.grad(output, variant.leaves, variant.gradient, retain_graph=True)
 
 
 def _workload(dtype: str, batch: int, length: int) -> Workload:

@@ -204,6 +204,22 @@ def save(name: str, rows: list[dict], folder: Path, notes: str = "", summary: st
     (folder / f"{name}.md").write_text("\n\n".join(part for part in text if part) + "\n")
 
 
+def fill(jobs: list[tuple[str, str, Callable[[], list[dict]]]], notes: dict[str, str], folder: Path) -> None:
+    """Runs jobs of a table's name, what the progress bar says, and what makes rows; keeps tables, and prints them."""
+    from tqdm import tqdm
+
+    provenance()
+    tables: dict[str, list[dict]] = {}
+    with tqdm(jobs, unit="row") as progress:
+        for name, saying, make in progress:
+            progress.set_description(saying)
+            tables.setdefault(name, []).extend(make())
+            save(name, tables[name], folder, notes[name])
+    for name, rows in tables.items():
+        print(f"\n{name}: {notes[name]}\n\n{markdown(rows)}")
+    print(f"\nWritten to {folder}")
+
+
 def markdown(rows: list[dict]) -> str:
     """A Markdown table, its columns aligned to be read as plain text too."""
     heads = list(dict.fromkeys(key for row in rows for key in row))
@@ -212,6 +228,15 @@ def markdown(rows: list[dict]) -> str:
     lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths)) + " |" for line in cells]
     lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
     return "\n".join(lines)
+
+
+def pivot(rows: list[dict], heads: tuple[str, ...], column: Callable[[dict], str], cell: Callable[[dict], str]) -> str:
+    """A Markdown table with a line for all rows that have the same under ``heads``, their cells across."""
+    lines: dict[tuple, dict] = {}
+    for row in rows:
+        line = {head: row[head] for head in heads if head in row}
+        lines.setdefault(tuple(line.values()), line)[column(row)] = cell(row)
+    return markdown(list(lines.values()))
 
 
 def cell(value: object) -> str:

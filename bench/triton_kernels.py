@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
+from deberta_fast.op import backends
 from deberta_fast.op.backends import triton as backend
 from deberta_fast.op.backends.triton import configuration, plan
 from deberta_fast.op.backends.triton.configuration import Configuration, Tiles
-from deberta_fast.op.call import AttentionInputs
 
 from . import timing
 from .device import Call, Device, Table
+from .variants.operator import Workload, asked
 
 PARTS = ("kernels", "settings", "tiles")
 SECONDS = 0.05  # for each variant
@@ -45,11 +46,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=16384, metavar="N")
     parser.add_argument("--heads", type=int, default=12, metavar="H")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=timing.results_folder(), metavar="DIR", help="folder of results")
     options = parser.parse_args(arguments)
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
-    options.out = options.out or timing.results_folder()
     device = Device(options.device)
     timing.provenance()
     for part in options.parts or PARTS:
@@ -63,22 +63,19 @@ def main(arguments: list[str] | None = None) -> None:
 class Work:
     """One call of the operator."""
 
-    def __init__(self, device: str, length: int, batch: int, heads: int, size: int = 64):
-        normal = lambda *shape: torch.randn(shape, device=device).to(torch.bfloat16)
-        query, key, value = (normal(batch, heads, length, size) for _ in range(3))
+    def __init__(self, device: str, length: int, batch: int, heads: int):
         self.batch = batch
-        self.inputs = AttentionInputs(
-            query, key, value, normal(heads, 512, size), normal(heads, 512, size), None, None, None,
-            256, 512, "hf", 0, 0, length, (3 * size) ** -0.5, 0.0,
-        )  # fmt: skip
-        self.output, self.lse = backend.forward(self.inputs)
-        self.gradient = normal(*self.output.shape)
+        workload = Workload(length, batch, heads, torch.bfloat16, device, dropout_p=0.0, padding=0.0)
+        for x in (*workload.qkv, *workload.tables):
+            x.requires_grad_(False)  # the backend is called as autograd calls it
+        self.inputs, self.gradient = asked(workload), workload.gradient
+        self.output, self.lse = backends.forward(self.inputs, "triton")
 
     def forward(self) -> object:
-        return backend.forward(self.inputs)
+        return backends.forward(self.inputs, "triton")
 
     def backward(self) -> object:
-        return backend.backward(self.inputs, self.output, self.lse, self.gradient, torch.zeros_like(self.lse))
+        return backends.backward(self.inputs, "triton", self.output, self.lse, self.gradient, None)
 
     def launches(self) -> dict[str, list[plan.Launch]]:
         """By kernel and pass; run in order they make a call."""

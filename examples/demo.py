@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ belongs t
 
 import deberta_fast
 from bench import timing
+from bench.models import V3_BASE
 
 PAD, CLS, SEP, UNK = range(4)  # DeBERTa-v3's ids; [MASK] comes next
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -173,23 +174,7 @@ def make_model(settings: Settings) -> nn.Module:
 
 def random_v3_base(layers: int, vocabulary: int) -> DebertaV2Model:
     """DeBERTa-v3-base's shape."""
-    config = DebertaV2Config(
-        vocab_size=vocabulary,
-        hidden_size=768,
-        num_attention_heads=12,
-        intermediate_size=3072,
-        num_hidden_layers=layers,
-        type_vocab_size=0,
-        relative_attention=True,
-        position_buckets=256,
-        max_position_embeddings=512,
-        share_att_key=True,
-        pos_att_type=["p2c", "c2p"],
-        norm_rel_ebd="layer_norm",
-        position_biased_input=False,
-        layer_norm_eps=1e-7,
-        pad_token_id=PAD,
-    )
+    config = DebertaV2Config(**V3_BASE | dict(vocab_size=vocabulary, num_hidden_layers=layers, pad_token_id=PAD))
     torch.manual_seed(0)
     model = DebertaV2Model(config)
     # Hugging Face starts from weights of std 0.02: scores of std 0.3, a softmax that is close to uniform, and position

@@ -73,5 +73,5 @@ def test_operator(tmp_path):
 @needs_extension
 def test_operator_without_eager(bench, monkeypatch):
     monkeypatch.setattr(bench("operator_cpu"), "EAGER_LONGEST", 16)
-    row = bench("operator_cpu").time_row("bfloat16", "backward", 1, 1, 24, seconds=0)
+    [row] = bench("operator_cpu").time_rows("bfloat16", "backward", 1, 1, 24, seconds=0)
     assert row["cpu/sdpa"] > 0 and row["eager ms"] is None and row["eager/cpu"] is None

@@ -57,10 +57,10 @@ def test_rows(bench, tmp_path, capsys):
 
 def test_wrong_answers_are_not_timed(bench, measured, monkeypatch):
     """Wrong states, and right ones with wrong gradients."""
-    variants = bench("encoder_variants")
+    variants = bench("variants.model")
 
     def without_a_term(encoders, batch):
-        twin = variants.deberta_fast.patch(variants.sharing_parameters(encoders.deberta))
+        twin = variants.deberta_fast.patch(variants.models.sharing_parameters(encoders.deberta))
         for layer in twin.encoder.layer:
             layer.attention.self.pos_att_type = ["c2p"]
         return variants.padded(twin, batch)
@@ -69,8 +69,8 @@ def test_wrong_answers_are_not_timed(bench, measured, monkeypatch):
         forward = variants.padded(encoders.native(), batch)
         return lambda: (states := forward()) * 2 - states.detach()
 
-    monkeypatch.setitem(variants.VARIANTS, "patched", without_a_term)
-    monkeypatch.setitem(variants.VARIANTS, "native", twice_the_gradient)
+    for name, build in (("patched", without_a_term), ("native", twice_the_gradient)):
+        monkeypatch.setitem(variants.VARIANTS, name, variants.VARIANTS[name]._replace(build=build))
     rows = measured("eager", "patched", "native", "native-packed", passes="forward+backward")
     for name in ("patched", "native"):
         assert "ms" not in rows[name] and "ArithmeticError: differs by" in rows[name]["error"]
@@ -78,8 +78,8 @@ def test_wrong_answers_are_not_timed(bench, measured, monkeypatch):
 
 
 def test_what_does_not_fit_or_fails_is_left_out(bench, measured, monkeypatch):
-    variants = bench("encoder_variants").VARIANTS
-    build, calls = variants["patched"], []
+    variants = bench("variants.model").VARIANTS
+    build, calls = variants["patched"].build, []
 
     def failing_later(encoders, batch):
         forward = build(encoders, batch)
@@ -93,7 +93,7 @@ def test_what_does_not_fit_or_fails_is_left_out(bench, measured, monkeypatch):
         return run
 
     monkeypatch.setattr(bench("encoder"), "_free_memory", lambda: 1 << 10)
-    monkeypatch.setitem(variants, "patched", failing_later)
+    monkeypatch.setitem(variants, "patched", variants["patched"]._replace(build=failing_later))
     rows = measured("eager", "patched", "native", "modernbert")
     assert "not run: MemoryError: needs about 0 GiB" in rows["eager"]["error"]
     assert rows["patched"]["error"] == "not run: RuntimeError: no / more" and "ms" not in rows["patched"]
@@ -140,7 +140,7 @@ def test_packed_modernbert(bench, monkeypatch, passes):
         return torch.nn.functional.scaled_dot_product_attention(*inputs, seen, scale=scale).transpose(0, 1)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", dense)
-    variants = bench("encoder_variants")
+    variants = bench("variants.model")
     encoders, batch = variants.Encoders("tiny", torch.float32, "cpu"), variants.Batch(3, 200, True, "cpu")
     states = [variants.build_call(encoders, name, passes, batch)() for name in ("modernbert", "modernbert-packed")]
     torch.testing.assert_close(states[1], batch.packed(states[0]), atol=1e-5, rtol=1e-5)

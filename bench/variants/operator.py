@@ -1,15 +1,7 @@
-"""What ``attention_gpu`` compares: disentangled attention in several ways, and plain attention of the same shape.
-
-NAME          ours, for every backend without objection; NAME-mask and NAME-packed where there is padding
-plain-*       torch's scaled_dot_product_attention without position terms, by each of its backends; with padding
-              also -mask, where only one takes a mask, and plain-packed, torch's varlen_attn
-hf-eager      the order of operations of Hugging Face's code, in the dtype of the inputs: dense, matmul and gather
-flex          torch's FlexAttention, compiled; reads both position terms from tables (B, H, L, R) by row number
-"""
+"""Disentangled attention in several ways, and plain attention of the same shape, from query, key and value."""
 
 import functools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,16 +9,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import deberta_fast
 from deberta_fast import backends
-from deberta_fast.op.relative_position import distance_slots, slot_table
+from deberta_fast.op.call import Call as AttentionCall
+from deberta_fast.op.relative_position import device_tables, distance_slots
+from deberta_fast.op.testing import hf_style_scores
 
-from .device import Call
+from ..device import Call
+from . import PLAIN, Entry, call_of
 
 SIZE, BUCKETS, LONGEST = 64, 256, 512  # DeBERTa-v3's heads and table
-PLAIN = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
 # Matrices of the size of the scores that eager code holds at once, estimated: only to ask first where it cannot fit.
 EAGER_MATRICES = 6
 
@@ -37,31 +27,14 @@ class Variant(NamedTuple):
     forward: Callable[[], torch.Tensor]
     leaves: list[torch.Tensor]
     gradient: torch.Tensor
-    exact: bool  # computes disentangled attention
+
+    def call(self, passes: str) -> Call:
+        return call_of(self.forward, passes, self.gradient, self.leaves)
 
     def results(self, passes: str) -> int:
-        """Bytes of what a call cannot but leave behind."""
-        kept = [self.gradient] + (self.leaves if "backward" in passes else [])
+        """Bytes of what a call cannot but leave behind: the output, and gradients."""
+        kept = [self.gradient] * ("forward" in passes) + self.leaves * ("backward" in passes)
         return sum(x.numel() * x.element_size() for x in kept)
-
-
-def build_call(variant: Variant, passes: str) -> Call:
-    """The call of a pass; for backward alone, the forward pass is behind it."""
-
-    def reset():
-        for leaf in variant.leaves:
-            leaf.grad = None
-
-    def forward():
-        with torch.no_grad():
-            return variant.forward()
-
-    if passes == "forward":
-        return Call(forward)
-    if passes == "forward+backward":
-        return Call(lambda: variant.forward().backward(variant.gradient), reset)
-    output = variant.forward()
-    return Call(lambda: output.backward(variant.gradient, retain_graph=True), reset)
 
 
 class Workload:
@@ -97,6 +70,11 @@ class Workload:
         """(B, H, L, D) to (T, H, D), the valid tokens."""
         return heads.transpose(1, 2)[self.mask]
 
+    def variant(self, forward: Callable, *arguments, positions: bool = True, packed: bool = False) -> Variant:
+        """The call forward(self, *arguments), and whether it reads the tables, and the packed tensors."""
+        qkv, gradient = (self.packed_qkv, self.packed_gradient) if packed else (self.qkv, self.gradient)
+        return Variant(functools.partial(forward, self, *arguments), qkv + self.tables * positions, gradient)
+
     def square_terms(self) -> int:
         """The length^2 size of all heads and sequences, of valid tokens."""
         return self.heads * SIZE * sum(n * n for n in self.lengths)
@@ -104,26 +82,29 @@ class Workload:
     @functools.cached_property
     def slots(self) -> torch.Tensor:
         """Row numbers by distance, for i - j from 1 - L to L - 1, int64."""
-        table = slot_table(BUCKETS, LONGEST)
-        return distance_slots(table, torch.arange(1 - self.length, self.length, device=self.gradient.device))
+        return self._slots_of(torch.arange(1 - self.length, self.length, device=self.gradient.device))
 
     @functools.cached_property
     def buckets(self) -> torch.Tensor:
         """What Hugging Face's encoder makes once for all layers: bucketed i - j, (L, L), int64, not yet clamped."""
         distances = torch.arange(1 - self.length, self.length, device=self.gradient.device)
-        size = BUCKETS - distance_slots(slot_table(BUCKETS, LONGEST), -distances.abs())
+        size = BUCKETS - self._slots_of(-distances.abs())
         i = torch.arange(self.length, device=self.gradient.device)
         return (distances.sign() * size)[i[:, None] - i + self.length - 1]
+
+    @staticmethod
+    def _slots_of(distances: torch.Tensor) -> torch.Tensor:
+        return distance_slots(device_tables(BUCKETS, LONGEST, "hf", distances.device).slots, distances)
 
     @functools.cached_property
     def expected(self) -> torch.Tensor:
         """What exact variants give where nothing is dropped: the eager backend's output."""
         with torch.no_grad():
-            return ours(self, "eager", dropout_p=0.0)
+            return ours(self, "eager")
 
-    def difference(self, variant: Variant) -> float | None:
-        """Relative difference of an exact variant's output on valid tokens, in norm; None where that says nothing."""
-        if not variant.exact or self.dropout_p:
+    def difference(self, name: str, variant: Variant) -> float | None:
+        """Relative difference of an output on valid tokens, in norm; None where that says nothing."""
+        if name.startswith(("plain", "sdpa")) or self.dropout_p:
             return None
         try:
             with torch.no_grad():
@@ -136,44 +117,9 @@ class Workload:
         return float((got - want).norm() / want.norm())
 
 
-def variants(workload: Workload) -> dict[str, Variant]:
-    """By name, those that make sense for this workload."""
-    w = workload
-    dense = [*w.qkv, *w.tables]
-
-    def variant(forward, leaves=dense, gradient=w.gradient, exact=True):
-        return Variant(forward, leaves, gradient, exact)
-
-    found = {}
-    for name, backend in backends.BACKENDS.items():
-        if name == "reference" or backend.why_not(asked(w)):
-            continue
-        forward = functools.partial(ours, w, name, w.dropout_p)
-        if w.mask is None:
-            found[name] = variant(forward)
-            continue
-        found[f"{name}-mask"] = variant(forward)
-        packed = functools.partial(ours_packed, w, name)
-        found[f"{name}-packed"] = variant(packed, [*w.packed_qkv, *w.tables], w.packed_gradient)
-    for name, kernel in PLAIN.items():
-        found[f"plain-{name}"] = variant(functools.partial(plain, w, kernel), w.qkv, exact=False)
-    if w.mask is not None:
-        masked = functools.partial(plain, w, PLAIN["efficient"], w.mask[:, None, None])
-        found["plain-efficient-mask"] = variant(masked, w.qkv, exact=False)
-        found["plain-packed"] = variant(
-            functools.partial(plain_packed, w), w.packed_qkv, w.packed_gradient, exact=False
-        )
-    found["hf-eager"] = variant(functools.partial(hf_eager, w))
-    if w.mask is None and not w.dropout_p:
-        found["flex"] = variant(flex(w))
-    return found
-
-
-def asked(w: Workload):
-    """The call as a backend sees it, for ``why_not``."""
-    from deberta_fast.op.call import AttentionInputs
-
-    return AttentionInputs(
+def asked(w: Workload) -> AttentionCall:
+    """The call as a backend sees it."""
+    return AttentionCall(
         *w.qkv,
         *w.tables,
         mask=None if w.mask is None else w.mask[:, None, None],
@@ -190,9 +136,9 @@ def asked(w: Workload):
     )
 
 
-def ours(w: Workload, backend: str, dropout_p: float) -> torch.Tensor:
+def ours(w: Workload, backend: str) -> torch.Tensor:
     return deberta_fast.disentangled_attention(
-        *w.qkv, *w.tables, attention_mask=w.mask, dropout_p=dropout_p, backend=backend
+        *w.qkv, *w.tables, attention_mask=w.mask, dropout_p=w.dropout_p, backend=backend
     )
 
 
@@ -202,9 +148,13 @@ def ours_packed(w: Workload, backend: str) -> torch.Tensor:
     )
 
 
-def plain(w: Workload, kernel: SDPBackend, mask: torch.Tensor | None = None) -> torch.Tensor:
+def sdpa(w: Workload, mask: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(*w.qkv, attn_mask=mask, dropout_p=w.dropout_p)
+
+
+def plain(w: Workload, kernel: SDPBackend, masked: bool = False) -> torch.Tensor:
     with sdpa_kernel(kernel):
-        return torch.nn.functional.scaled_dot_product_attention(*w.qkv, attn_mask=mask, dropout_p=w.dropout_p)
+        return sdpa(w, w.mask[:, None, None] if masked else None)
 
 
 def plain_packed(w: Workload) -> torch.Tensor:
@@ -214,20 +164,14 @@ def plain_packed(w: Workload) -> torch.Tensor:
 
 
 def hf_eager(w: Workload) -> torch.Tensor:
-    (query, key, value), (pos_key, pos_query) = w.qkv, w.tables
+    query = w.qkv[0]
     needed = EAGER_MATRICES * w.batch * w.heads * w.length**2 * query.element_size()
     if query.is_cuda and needed > sum(_free_and_cached(query.device)):
         raise MemoryError(f"needs about {needed / 2**30:.0f} GiB")
-    scale = math.sqrt(3 * SIZE)
-    scores = query @ (key.mT / scale)
-    slots = (w.buckets + BUCKETS).clamp(0, 2 * BUCKETS - 1)
-    scores = scores + (query @ pos_key.mT).gather(-1, slots.expand_as(scores)) / scale
-    slots = (BUCKETS - w.buckets).clamp(0, 2 * BUCKETS - 1)  # of a key's row and a query's column
-    scores = scores + (key @ pos_query.mT).gather(-1, slots.expand_as(scores)).mT / scale
-    if w.mask is not None:
-        scores = scores.masked_fill(~w.mask[:, None, None], torch.finfo(scores.dtype).min)
-    probabilities = torch.nn.functional.dropout(torch.softmax(scores, -1), w.dropout_p)
-    return probabilities @ value
+    last = 2 * BUCKETS - 1
+    slots = (w.buckets + BUCKETS).clamp(0, last), (BUCKETS - w.buckets).clamp(0, last)
+    probabilities = torch.softmax(hf_style_scores(asked(w), slots), -1)
+    return torch.nn.functional.dropout(probabilities, w.dropout_p) @ w.qkv[2]
 
 
 def _free_and_cached(device: torch.device) -> tuple[int, int]:
@@ -235,7 +179,7 @@ def _free_and_cached(device: torch.device) -> tuple[int, int]:
     return torch.cuda.mem_get_info(device)[0], cached
 
 
-def flex(w: Workload) -> Callable[[], torch.Tensor]:
+def flex(w: Workload) -> Callable[[Workload], torch.Tensor]:
     torch._dynamo.reset()  # which counts how often this function was compiled, whatever for
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -251,4 +195,42 @@ def flex(w: Workload) -> Callable[[], torch.Tensor]:
         return flex_attention(query, key, value, score_mod=add_positions, scale=scale)
 
     compiled = torch.compile(attention, dynamic=False, fullgraph=True)
-    return lambda: compiled(*w.qkv, *w.tables, w.slots)
+    return lambda w: compiled(*w.qkv, *w.tables, w.slots)
+
+
+def _full(w: Workload) -> bool:
+    return w.mask is None
+
+
+def _padded(w: Workload) -> bool:
+    return w.mask is not None
+
+
+def _entries() -> Iterator[tuple[str, Entry]]:
+    """build(workload) gives a Variant. Ours can take padding in two ways."""
+    for name, backend in backends.BACKENDS.items():
+        if name == "reference":
+            continue
+        dense = lambda w, name=name: w.variant(ours, name)
+        packed = lambda w, name=name: w.variant(ours_packed, name, packed=True)
+        full, padded = (
+            lambda w, backend=backend, kind=kind: kind(w) and not backend.why_not(asked(w)) for kind in (_full, _padded)
+        )
+        yield name, Entry("disentangled_attention by that backend", dense, full)
+        yield f"{name}-mask", Entry("disentangled_attention, told of padding by a mask", dense, padded)
+        yield f"{name}-packed", Entry("disentangled_attention_varlen of packed sequences", packed, padded)
+    plain_packed_variant = lambda w: w.variant(plain_packed, positions=False, packed=True)
+    masked = lambda w: w.variant(plain, PLAIN["efficient"], True, positions=False)
+    about = "scaled_dot_product_attention without position terms"
+    yield "sdpa", Entry(about, lambda w: w.variant(sdpa, positions=False))
+    for name, kernel in PLAIN.items():
+        unmasked = lambda w, kernel=kernel: w.variant(plain, kernel, positions=False)
+        yield f"plain-{name}", Entry(f"{about} or mask, by that kernel", unmasked)
+    yield "plain-efficient-mask", Entry(f"{about}, by the only kernel that takes a mask", masked, _padded)
+    yield "plain-packed", Entry("torch's varlen_attn without position terms", plain_packed_variant, _padded)
+    yield "hf-eager", Entry("Hugging Face's order of operations, dense", lambda w: w.variant(hf_eager))
+    about = "FlexAttention, whose score_mod reads both position terms from tables (B, H, L, R), made in the call"
+    yield "flex", Entry(about, lambda w: w.variant(flex(w)), lambda w: _full(w) and not w.dropout_p)
+
+
+VARIANTS = dict(_entries())

@@ -1,19 +1,4 @@
-"""Whole encoders for ``encoder``: token ids and a mask in, the last layer's states out.
-
-    eager               Hugging Face's DebertaV2Model
-    eager+compile       the same in torch.compile(dynamic=False)
-    patched             the same after ``deberta_fast.patch``
-    patched-unpad       after ``deberta_fast.patch(model, unpad=True)``
-    native              ``deberta_fast.DebertaV2Model``, which takes padding out by itself
-    native-packed       its ``forward_packed``, of a batch that was never padded
-    native+compile      either in torch.compile(dynamic=False): the packed one where lengths vary
-    native-graph        native in a CUDA graph, ids and mask copied into it
-    modernbert          Hugging Face's ModernBertModel, scaled_dot_product_attention
-    modernbert+compile  the same in torch.compile(dynamic=False)
-    modernbert-flash    the same with flash-attn, which has to be installed
-    modernbert-packed   the same of a batch that was never padded, attention by torch's varlen_attn
-    onnxruntime         Hugging Face's DebertaV2Model exported to ONNX, one program for all shapes
-    int8                patched, with the linear layers of torch.ao.quantization.quantize_dynamic
+"""Whole encoders: token ids and a mask in, the last layer's states out.
 
 The DeBERTas are one model on one set of weights, but for int8's; so are the ModernBERTs.
 """
@@ -30,12 +15,13 @@ from transformers import DebertaV2Config, DebertaV2Model, ModernBertConfig, Mode
 
 import deberta_fast
 
+from .. import models
+from . import Entry, Forward
+
 VOCABULARY = 4096
 SHORTEST = 0.1  # of variable lengths, as a share of the longest
 GRADIENTS = ("embeddings.word_embeddings.weight", "encoder.rel_embeddings.weight")  # what is compared of them
 SCORES_HELD = {"forward": (6, 0), "forward+backward": (4, 2.5)}  # by eager: at once, and for each layer
-
-Forward = Callable[[], torch.Tensor]
 
 
 class Size(NamedTuple):
@@ -63,17 +49,6 @@ class Case(NamedTuple):
     batch: int
     length: int
     variable: bool
-
-    def has(self, variant: str, gpu: bool) -> bool:
-        """Whether this is a question for the variant."""
-        forward = self.passes == "forward"
-        if variant == "native-graph":
-            return gpu and forward and self.batch == 1
-        if variant in ("onnxruntime", "int8"):
-            return not gpu and forward and self.dtype == "float32"
-        if variant in ("modernbert-flash", "modernbert-packed"):
-            return gpu and self.dtype != "float32" and (self.variable or variant == "modernbert-flash")
-        return self.variable or variant not in ("patched-unpad", "native-packed")
 
     def eager_bytes(self) -> int:
         """About what Hugging Face's dense scores need: measured at a length of 4096 on the CPU."""
@@ -144,17 +119,12 @@ class Encoders:
         return self.kept("modernbert", lambda: self._model(ModernBertModel, modernbert_config(self.size)))
 
     def native(self) -> deberta_fast.DebertaV2Model:
-        def make():
-            with torch.device("meta"):
-                twin = deberta_fast.DebertaV2Model(deberta_config(deberta_fast.DebertaV2Config, self.size))
-            twin.load_state_dict(dict(self.deberta.named_parameters()), assign=True)
-            return twin.eval()
-
-        return self.kept("native", make)
+        config = deberta_config(deberta_fast.DebertaV2Config, self.size)
+        return self.kept("native", lambda: models.native(deberta_fast.DebertaV2Model, config, self.deberta))
 
     def patched(self, **options) -> nn.Module:
         name = f"patched{options}"
-        return self.kept(name, lambda: deberta_fast.patch(sharing_parameters(self.deberta), **options))
+        return self.kept(name, lambda: deberta_fast.patch(models.sharing_parameters(self.deberta), **options))
 
     def drop_gradients(self) -> None:
         for name in ("eager", "modernbert"):
@@ -175,21 +145,8 @@ class Encoders:
 
 def deberta_config(kind: type, size: str):
     """DeBERTa v3 as a configuration of Hugging Face's or this package's, with VOCABULARY words and without dropout."""
-    return kind(
-        **SIZES[size][0]._asdict(),
-        vocab_size=VOCABULARY,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        max_position_embeddings=512,
-        type_vocab_size=0,
-        relative_attention=True,
-        position_buckets=256,
-        position_biased_input=False,
-        share_att_key=True,
-        pos_att_type=["p2c", "c2p"],
-        norm_rel_ebd="layer_norm",
-        layer_norm_eps=1e-7,
-    )
+    changes = dict(vocab_size=VOCABULARY, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return kind(**models.V3_BASE | SIZES[size][0]._asdict() | changes)
 
 
 def modernbert_config(size: str) -> ModernBertConfig:
@@ -209,10 +166,6 @@ def draw_weights(model: nn.Module) -> None:
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
 
 
-def sharing_parameters(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-
-
 def padded(model: Callable, batch: Batch) -> Forward:
     return lambda: model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
 
@@ -220,6 +173,10 @@ def padded(model: Callable, batch: Batch) -> Forward:
 def packed(forward_packed: Callable, batch: Batch) -> Forward:
     ids, ends, longest = batch.packed_ids, batch.cu_seqlens, batch.longest
     return lambda: forward_packed(ids, ends, max_seqlen=longest).last_hidden_state
+
+
+def native_packed(encoders: Encoders, batch: Batch) -> Forward:
+    return packed(encoders.native().forward_packed, batch)
 
 
 def native_compiled(encoders: Encoders, batch: Batch) -> Forward:
@@ -253,7 +210,7 @@ def native_graph(encoders: Encoders, batch: Batch) -> Forward:
 
 def modernbert_flash(encoders: Encoders, batch: Batch) -> Forward:
     def make():
-        twin = sharing_parameters(encoders.modernbert())
+        twin = models.sharing_parameters(encoders.modernbert())
         twin.set_attn_implementation("flash_attention_2")
         return twin
 
@@ -275,7 +232,7 @@ def modernbert_packed(encoders: Encoders, batch: Batch) -> Forward:
 
     def make():
         AttentionInterface.register("varlen", attention)
-        twin = sharing_parameters(encoders.modernbert())
+        twin = models.sharing_parameters(encoders.modernbert())
         twin.set_attn_implementation("varlen")
         return twin
 
@@ -332,34 +289,66 @@ class _StatesOnly(nn.Module):
 
 def int8(encoders: Encoders, batch: Batch) -> Forward:
     def make():
-        twin = sharing_parameters(encoders.deberta)
+        twin = models.sharing_parameters(encoders.deberta)
         torch.ao.quantization.quantize_dynamic(twin, {nn.Linear}, torch.qint8, inplace=True)
         return deberta_fast.patch(twin)
 
     return padded(encoders.kept("int8", make), batch)
 
 
-VARIANTS: dict[str, Callable[[Encoders, Batch], Forward]] = {
-    "eager": lambda encoders, batch: padded(encoders.deberta, batch),
-    "eager+compile": lambda encoders, batch: padded(torch.compile(encoders.deberta, dynamic=False), batch),
-    "patched": lambda encoders, batch: padded(encoders.patched(), batch),
-    "patched-unpad": lambda encoders, batch: padded(encoders.patched(unpad=True), batch),
-    "native": lambda encoders, batch: padded(encoders.native(), batch),
-    "native-packed": lambda encoders, batch: packed(encoders.native().forward_packed, batch),
-    "native+compile": native_compiled,
-    "native-graph": native_graph,
-    "modernbert": lambda encoders, batch: padded(encoders.modernbert(), batch),
-    "modernbert+compile": lambda encoders, batch: padded(torch.compile(encoders.modernbert(), dynamic=False), batch),
-    "modernbert-flash": modernbert_flash,
-    "modernbert-packed": modernbert_packed,
-    "onnxruntime": onnxruntime,
-    "int8": int8,
+def _of(module: Callable[[Encoders], nn.Module]) -> Callable[[Encoders, Batch], Forward]:
+    return lambda encoders, batch: padded(module(encoders), batch)
+
+
+def _compiled(module: Callable[[Encoders], nn.Module]) -> Callable[[Encoders, Batch], Forward]:
+    return lambda encoders, batch: padded(torch.compile(module(encoders), dynamic=False), batch)
+
+
+def _variable(case: Case, gpu: bool) -> bool:
+    return case.variable
+
+
+def _half_on_gpu(case: Case, gpu: bool) -> bool:
+    return gpu and case.dtype != "float32"
+
+
+def _forward_on_cpu(case: Case, gpu: bool) -> bool:
+    return not gpu and case.passes == "forward" and case.dtype == "float32"
+
+
+_DEBERTA = "Hugging Face's DebertaV2Model"
+# build(encoders, batch) gives a Forward; suits(case, gpu) says whether a group of rows asks for the variant.
+VARIANTS = {
+    "eager": Entry(_DEBERTA, _of(lambda encoders: encoders.deberta)),
+    "eager+compile": Entry("eager in torch.compile(dynamic=False)", _compiled(lambda encoders: encoders.deberta)),
+    "patched": Entry("eager after deberta_fast.patch", _of(Encoders.patched)),
+    "patched-unpad": Entry(
+        "after deberta_fast.patch(model, unpad=True)", _of(lambda encoders: encoders.patched(unpad=True)), _variable
+    ),
+    "native": Entry("deberta_fast.DebertaV2Model, which takes padding out by itself", _of(Encoders.native)),
+    "native-packed": Entry("its forward_packed, of a batch that was never padded", native_packed, _variable),
+    "native+compile": Entry("either in torch.compile(dynamic=False): packed where lengths vary", native_compiled),
+    "native-graph": Entry(
+        "native in a CUDA graph, ids and mask copied into it",
+        native_graph,
+        lambda case, gpu: gpu and case.passes == "forward" and case.batch == 1,
+    ),
+    "modernbert": Entry("Hugging Face's ModernBertModel, scaled_dot_product_attention", _of(Encoders.modernbert)),
+    "modernbert+compile": Entry("modernbert in torch.compile(dynamic=False)", _compiled(Encoders.modernbert)),
+    "modernbert-flash": Entry("modernbert with flash-attn, which has to be installed", modernbert_flash, _half_on_gpu),
+    "modernbert-packed": Entry(
+        "modernbert of a batch that was never padded, attention by torch's varlen_attn",
+        modernbert_packed,
+        lambda case, gpu: _half_on_gpu(case, gpu) and case.variable,
+    ),
+    "onnxruntime": Entry(f"{_DEBERTA} exported to ONNX, one program for all shapes", onnxruntime, _forward_on_cpu),
+    "int8": Entry("patched, its linear layers by torch.ao.quantization.quantize_dynamic", int8, _forward_on_cpu),
 }
 
 
 def build_call(encoders: Encoders, variant: str, passes: str, batch: Batch) -> Callable[[], torch.Tensor]:
     """A call without arguments that returns the states; a training step drops the gradients of the one before."""
-    forward = VARIANTS[variant](encoders, batch)
+    forward = VARIANTS[variant].build(encoders, batch)
 
     def infer():
         with torch.inference_mode():

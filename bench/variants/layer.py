@@ -1,0 +1,179 @@
+"""Encoder layers of DeBERTa-v3-base, and their attention module alone with its projections, from hidden states."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Encoder
+
+import deberta_fast
+from deberta_fast import backends
+
+from .. import models
+from ..device import Call
+from . import PLAIN, Entry, Forward, call_of
+
+Built = tuple[nn.Module, Forward]
+
+
+class Layer:
+    """An encoder, its first attention module, their input and its gradient; dtype and device are the encoder's.
+
+    Masks and relative positions that an attention module wants are made beforehand, as its encoder makes them once for
+    all layers. All tokens are valid.
+    """
+
+    def __init__(self, encoder: DebertaV2Encoder, batch: int, length: int):
+        self.encoder, self.batch, self.length = encoder, batch, length
+        self.config, self.attention = encoder.config, encoder.layer[0].attention.self
+        like = next(encoder.parameters())
+        normal = functools.partial(torch.randn, batch, length, self.config.hidden_size)
+        self.hidden, self.gradient = (normal(dtype=like.dtype, device=like.device) for _ in range(2))
+        self.table = encoder.get_rel_embedding().detach()
+        for x in (self.hidden, self.table):
+            x.requires_grad_()
+
+    def all_valid(self) -> torch.Tensor:
+        return torch.ones(self.batch, self.length, dtype=torch.bool, device=self.hidden.device)
+
+    def twin(self) -> nn.Module:
+        """The attention module on the same parameters."""
+        return models.sharing_parameters(self.attention)
+
+    def loaded(self, module: nn.Module) -> nn.Module:
+        """A peer's module with the same weights."""
+        module.load_state_dict(self.attention.state_dict(), strict=True)
+        return module.to(self.hidden.device, self.hidden.dtype).eval()
+
+    def call(self, built: Built, passes: str) -> Call:
+        module, forward = built
+        return call_of(forward, passes, self.gradient, [*module.parameters(), self.hidden, self.table])
+
+
+def hf_eager(layer: Layer, passes: str) -> Built:
+    module, mask = layer.twin(), layer.encoder.get_attention_mask(layer.all_valid())
+    positions = layer.encoder.get_rel_pos(layer.hidden)
+    return module, lambda: module(layer.hidden, mask, relative_pos=positions, rel_embeddings=layer.table)[0]
+
+
+def patched(backend: str | None, masked: bool, layer: Layer, passes: str) -> Built:
+    return _with_mask(deberta_fast.patch(layer.twin(), backend), masked, layer)
+
+
+def native(layer: Layer, passes: str) -> Built:
+    return _with_mask(models.native_encoder(layer.encoder).layer[0].attention.self, True, layer)
+
+
+def _with_mask(module: nn.Module, masked: bool, layer: Layer) -> Built:
+    """The (B, L) bool mask that our encoders hand down, or none."""
+    mask = layer.all_valid() if masked else None
+    return module, lambda: module(layer.hidden, mask, rel_embeddings=layer.table)[0]
+
+
+def plain(layer: Layer, passes: str) -> Built:
+    module = layer.twin()
+    return module, lambda: models.plain_attention(module, layer.hidden)
+
+
+def plain_by(kernel: SDPBackend, layer: Layer, passes: str) -> Built:
+    module, forward = plain(layer, passes)
+    return module, sdpa_kernel(kernel)(forward)
+
+
+def disentangled_flash(layer: Layer, passes: str) -> Built:
+    import disentangled_flash
+
+    tuning = disentangled_flash.KernelTuningOptions(mode="heuristic")
+    kind = "DisentangledFlashAttention" if passes == "forward" else "TritonTrainingDisentangledSelfAttention"
+    module = layer.loaded(getattr(disentangled_flash, kind)(layer.config, tuning=tuning, assume_unpadded=True))
+    mask = layer.all_valid()
+    if passes == "forward":
+        with torch.no_grad():
+            module.prepare_for_inference(layer.table)
+            plan = module.prepare_shape(layer.length, layer.hidden.device)
+        return module, lambda: module.forward_prepared(layer.hidden, mask, plan)[0]
+    return module, lambda: module(layer.hidden, mask, rel_embeddings=layer.table)[0]
+
+
+def flashdeberta(layer: Layer, passes: str) -> Built:
+    from flashdeberta import FlashDisentangledSelfAttention
+
+    module = layer.loaded(FlashDisentangledSelfAttention(layer.config))
+    return module, lambda: module(layer.hidden, None, rel_embeddings=layer.table)[0]
+
+
+def _able(backend: str, layer: Layer) -> bool:
+    """Whether a backend has no objection to this module's call, by trying it on a few tokens."""
+    module = deberta_fast.patch(layer.twin(), backend)
+    try:
+        with torch.no_grad():
+            module(layer.hidden[:1, :8], None, rel_embeddings=layer.table)
+    except RuntimeError as error:
+        return "cannot serve" not in str(error)  # another error is told where it is timed
+    return True
+
+
+def _by_backend():
+    for name in backends.BACKENDS:
+        able = functools.partial(_able, name)
+        if name != "reference":
+            about = "Hugging Face's module after deberta_fast.patch, by that backend, without a mask"
+            yield f"patched-{name}", Entry(about, functools.partial(patched, name, False), able)
+        if name in ("cuda", "triton"):
+            about = "the same with a (B, L) mask"
+            yield f"patched-{name}-mask", Entry(about, functools.partial(patched, name, True), able)
+
+
+# The attention module. build(layer, passes) gives a module and its forward call; peers' libraries are imported then.
+ATTENTION: dict[str, Entry] = {
+    "hf-eager": Entry("Hugging Face's module, with a (B, 1, L, L) mask and (1, L, L) relative positions", hf_eager),
+    **dict(_by_backend()),
+    "patched-mask": Entry(
+        "Hugging Face's module after deberta_fast.patch, by the backend it chooses, with a (B, L) mask",
+        functools.partial(patched, None, True),
+    ),
+    "native": Entry("this package's module on the same weights, with a (B, L) mask", native),
+    "plain": Entry("scaled_dot_product_attention between the same projections: no position terms, no mask", plain),
+    **{
+        f"plain-{name}": Entry(
+            "scaled_dot_product_attention by that kernel between the same projections: no position terms, no mask",
+            functools.partial(plain_by, kernel),
+        )
+        for name, kernel in PLAIN.items()
+    },
+    "disentangled-flash": Entry(
+        "that library with assume_unpadded=True and its heuristic; in the forward pass its inference module, which "
+        "projects the positions beforehand, otherwise its training module",
+        disentangled_flash,
+    ),
+    "flashdeberta": Entry("that library without a mask, which it would sum up and wait for", flashdeberta),
+}
+
+
+def _hf_encoder(make: Callable[[DebertaV2Encoder], DebertaV2Encoder], layer: Layer, passes: str) -> Built:
+    encoder, mask = make(layer.encoder), layer.all_valid().long()
+    return encoder, lambda: encoder(layer.hidden, mask).last_hidden_state
+
+
+def _native_encoder(layer: Layer, passes: str) -> Built:
+    encoder, mask = models.native_encoder(layer.encoder), layer.all_valid()
+    return encoder, lambda: encoder(layer.hidden, mask, mask)[0][-1]
+
+
+def _patched_encoder(encoder: DebertaV2Encoder) -> DebertaV2Encoder:
+    return deberta_fast.patch(models.sharing_parameters(encoder))
+
+
+# Encoder layers, with the (B, L) mask of a tokenizer. The plain ones still make an L x L mask and positions that they
+# do not read.
+ENCODER: dict[str, Entry] = {
+    "eager": Entry("Hugging Face's encoder", functools.partial(_hf_encoder, models.sharing_parameters)),
+    "patched": Entry("the same after deberta_fast.patch", functools.partial(_hf_encoder, _patched_encoder)),
+    "native": Entry("this package's encoder on the same weights", _native_encoder),
+    "plain": Entry(
+        "Hugging Face's with scaled_dot_product_attention in place of its attention: no position terms, no mask",
+        functools.partial(_hf_encoder, models.plain_encoder),
+    ),
+}

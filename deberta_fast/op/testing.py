@@ -1,0 +1,108 @@
+"""How precise an implementation of disentangled attention has to be: twice as wrong as Hugging Face's way at most.
+
+    max  |got - exact|  <=  2 max  |eager - exact|  +  eps / 2 max |exact|                      (1)
+    mean |got - exact|  <=  2 mean |eager - exact|                                              (2)
+
+exact is computed in float64, eager in the dtype of got by ``hf_style_attention``; eps is that dtype's. A bound on the
+maximum alone misses a wrong row in a large tensor, and a bound on the mean alone misses a wrong element. Unit-variance
+inputs make the position terms matter: with small ones, a wrong table hides behind rounding.
+
+Nothing in the package imports this module: it is for tests, benchmarks and whoever wants to check a machine.
+"""
+
+import torch
+
+from .call import Call
+from .dropout import keep_mask
+from .relative_position import distance_slots
+
+
+def hf_style_attention(inputs: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention in the order of operations of Hugging Face's eager code, in the dtype of the inputs throughout.
+
+    Dense: everything is of size Lq x Lk a head. Differentiable by torch's autograd.
+
+    Args:
+        inputs: a call without cu_seqlens, any floating dtype; query (B, H, Lq, D), key and value (B, H, Lk, D).
+
+    Returns:
+        Output (B, H, Lq, D) and log-sum-exp (B, H, Lq), both in the dtype of query. A query that sees no key gets the
+        mean of value, as in Hugging Face's code; the package's functions give zeros.
+    """
+    scores = hf_style_scores(inputs)
+    probabilities = torch.softmax(scores, -1)
+    if inputs.dropout_p > 0:
+        batch, heads, rows, keys = scores.shape
+        batch_head = torch.arange(batch * heads, device=scores.device).view(batch, heads, 1, 1)
+        row = torch.arange(rows, device=scores.device)[:, None]
+        keep = keep_mask(inputs.seed, batch_head, row, (0, keys), inputs.dropout_p)
+        probabilities = probabilities * keep / (1 - inputs.dropout_p)
+    return probabilities @ inputs.value, torch.logsumexp(scores, -1)
+
+
+def hf_style_scores(inputs: Call, slots: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+    """The masked scores of ``hf_style_attention``, (B, H, Lq, Lk).
+
+    The keys are divided by the scale before the content product, the position terms after product and gather.
+
+    Args:
+        inputs: as there.
+        slots: rows of pos_key by query and key, (Lq, Lk), and of pos_query by key and query, (Lk, Lq), int64; None
+            makes them from the distances. Hugging Face's encoder makes most of them once for all layers.
+    """
+    query, key = inputs.query, inputs.key
+    scale = torch.tensor(1 / inputs.scale, dtype=torch.float32).to(query.dtype)
+    scores = query @ (key.mT / scale)
+    if inputs.has_positions:
+        c2p_slots, p2c_slots = slots or _slots(inputs)
+    if inputs.pos_key is not None:
+        scores = scores + (query @ inputs.pos_key.mT).gather(-1, c2p_slots.expand_as(scores)) / scale
+    if inputs.pos_query is not None:
+        scores = scores + (key @ inputs.pos_query.mT).gather(-1, p2c_slots.expand_as(scores.mT)).mT / scale
+    if inputs.mask is not None:
+        scores = scores.masked_fill(~inputs.mask, torch.finfo(scores.dtype).min)
+    return scores
+
+
+def _slots(inputs: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    i, j = (torch.arange(x.shape[2], device=x.device) for x in (inputs.query, inputs.key))
+    slots = distance_slots(inputs.device_tables.slots, i[:, None] + inputs.query_offset - j) - inputs.first_slot
+    return slots, slots.mT
+
+
+def assert_as_precise(name: str, got: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> None:
+    """Equations (1) and (2), for one tensor of an attention call: the output, the log-sum-exp or a gradient.
+
+    The first dimension counts draws of random inputs. The largest error is averaged over them: that of a single draw is
+    a matter of luck, and of two equally precise computations one is beyond twice the other once in a hundred times.
+
+    Args:
+        name: of the tensor, for the message.
+        got: (draws, ...), what is judged.
+        eager: the same shape and dtype, by ``hf_style_attention``.
+        exact: the same shape, float64, from the same inputs.
+
+    Raises:
+        AssertionError: shapes or dtypes differ, an element is not finite, or an error is too large; names which.
+    """
+    _require(got.shape == exact.shape, f"{name} is of shape {tuple(got.shape)}, not {tuple(exact.shape)}")
+    _require(got.dtype == eager.dtype, f"{name} is of dtype {got.dtype}, not {eager.dtype}")
+    _require(bool(torch.isfinite(got).all()), f"{name} is not finite")
+    error, allowed = ((x.double() - exact).abs().flatten(1) for x in (got, eager))
+    if error.numel() == 0:
+        return
+    # Half a unit in the last place of the largest value: the rounding of the result itself.
+    rounding = 0.5 * torch.finfo(got.dtype).eps * exact.abs().flatten(1).amax(1).mean()
+    largest, largest_allowed = (x.amax(1).mean() for x in (error, allowed))
+    within = largest <= 2 * largest_allowed + rounding
+    _require(bool(within), f"{name}: max error {largest:.2e}, eager's {largest_allowed:.2e}")
+    # The mean has no slack of its own; a term far below the rounding of any entry keeps exact zeros comparable.
+    mean, mean_allowed = error.mean(), allowed.mean()
+    within = mean <= 2 * mean_allowed + 1e-3 * rounding
+    _require(bool(within), f"{name}: mean error {mean:.2e}, eager's {mean_allowed:.2e}")
+
+
+def _require(condition: bool, message: str) -> None:
+    # Not an assert statement, which python -O leaves out.
+    if not condition:
+        raise AssertionError(message)
