@@ -38,7 +38,6 @@ typedef Bytes AnyBytes __attribute__((aligned(1), may_alias));
 
 #define INLINE inline __attribute__((always_inline))
 
-constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 constexpr int64_t round_down(int64_t n, int64_t step) { return n / step * step; }
 
 INLINE Vector load(const float* p) { return *reinterpret_cast<const AnyVector*>(p); }
