@@ -7,6 +7,8 @@ namespace deberta_fast {
 
 constexpr double kLog2e = 1.4426950408889634;
 
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
 enum class Element { float32, bfloat16, float16 };
 
 // (B, H, L, D) or, for packed sequences, (1, H, T, D). Strides in elements; the last one is 1.

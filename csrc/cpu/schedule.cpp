@@ -15,7 +15,6 @@ constexpr int64_t kMostItems = 96;     // of backward: each keeps gradients of t
 constexpr int64_t kMostTableFloats = int64_t{8} << 20;                               // no more than these in all
 constexpr int64_t kKeptFloats[kMemoryUses] = {int64_t{4} << 20, int64_t{16} << 20};  // at most, from call to call
 
-int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 int64_t shares(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 // A request whose open fields are filled in.

@@ -38,7 +38,6 @@ typedef Bytes AnyBytes __attribute__((aligned(1), may_alias));
 
 #define INLINE inline __attribute__((always_inline))
 
-constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 constexpr int64_t round_down(int64_t n, int64_t step) { return n / step * step; }
 
 INLINE Vector load(const float* p) { return *reinterpret_cast<const AnyVector*>(p); }
@@ -101,7 +100,7 @@ INLINE float maximum(Vector v) {
   return detail::reduce_steps<kLanes / 2>(v, [](Vector a, Vector b) { return max(a, b); })[0];
 }
 
-// 2^x, to 2e-9 before rounding; 0 below -127, so also for minus infinity. NaN stays NaN.
+// 2^x, to 2e-8 before rounding; 0 below -127, so also for minus infinity. NaN stays NaN.
 INLINE Vector exp2(Vector x) {
   constexpr float kRound = 0x1.8p23f;  // added, it leaves the nearest integer in the low bits
   x = x < -127.0f ? broadcast(-127.0f) : x;

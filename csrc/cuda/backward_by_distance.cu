@@ -8,7 +8,7 @@
 namespace deberta_fast::cuda {
 namespace {
 
-constexpr int kSquare = 64, kSpan = 2 * kSquare, kWarps = 4, kThreads = 32 * kWarps;
+constexpr int kWarps = 4, kThreads = 32 * kWarps;
 // Rows of dA and of the band, in bytes: 16 more than a multiple of 128.
 constexpr int kPitch = kHalf * kSquare + 16, kBandPitch = kHalf * kSpan + 16;
 
@@ -156,26 +156,21 @@ struct Pass {
 
 template <class T, int size, bool keys>
 KERNEL(kThreads, size <= 64 ? 3 : 2)
-by_distance_kernel(const TableCall arguments) {
+by_distance_kernel(GRID_CONSTANT const TableCall arguments) {
   const int diagonal = block_x() / arguments.splits, share = block_x() % arguments.splits;
   Pass<T, size, keys> pass(arguments);
   pass.walk(arguments.first_diagonal + diagonal, share);
   pass.finish(diagonal, share);
 }
 
-template <class T, int size>
-const char* start(const TableCall& arguments, void* stream) {
-  const auto kernel = arguments.keys ? &by_distance_kernel<T, size, true> : &by_distance_kernel<T, size, false>;
-  return launch(kernel, int64_t{arguments.diagonals} * arguments.splits, arguments.backward.head_count, kThreads,
-                Memory<size>::kBytes, stream, arguments);
-}
-
 }  // namespace
 
 const char* backward_by_distance(const TableCall& arguments, void* stream) {
-  return at_size(padded_size(arguments.backward.call.size), [&](auto size) {
-    if (arguments.backward.call.element == Element::float16) return start<Float16, size()>(arguments, stream);
-    return start<Bfloat16, size()>(arguments, stream);
+  const Call& call = arguments.backward.call;
+  return at_variant(call.element, call.size, arguments.keys, [&](auto type, auto size, auto keys) {
+    return launch<by_distance_kernel<decltype(type), size(), keys()>>(int64_t{arguments.diagonals} * arguments.splits,
+                                                                      arguments.backward.head_count, kThreads,
+                                                                      Memory<size()>::kBytes, stream, arguments);
   });
 }
 

@@ -5,12 +5,12 @@
 namespace deberta_fast::cuda {
 namespace {
 
-constexpr int kThreads = 256, kSquare = 64, kSpan = 2 * kSquare;
+constexpr int kThreads = 256;
 
 // A block owns a row of a head, a thread two of its elements and a share of the terms; shares are added in order.
 template <class T>
 KERNEL(kThreads, 1)
-by_row_kernel(const RowCall arguments) {
+by_row_kernel(GRID_CONSTANT const RowCall arguments) {
   const int row = block_x(), pairs = arguments.padded_size / 2, shares = kThreads / pairs;
   const int pair = thread() % pairs, share = thread() / pairs;
   float sum[2] = {};
@@ -28,7 +28,7 @@ by_row_kernel(const RowCall arguments) {
     int turn = 0;
     for (int distance = begin; distance <= end; ++distance) {
       // 64 d - 63 to 64 d + 63: two diagonals, or one.
-      const int low = (distance - 64 * arguments.first_diagonal + kSpan) / kSquare - 2;
+      const int low = (distance - kSquare * arguments.first_diagonal + kSpan) / kSquare - 2;
       for (int d = low; d < low + 2; ++d) {
         if (d < 0 || d >= arguments.diagonals) continue;
         const int at = distance - kSquare * (arguments.first_diagonal + d) + kSquare;
@@ -61,8 +61,10 @@ by_row_kernel(const RowCall arguments) {
 }  // namespace
 
 const char* backward_by_row(const RowCall& arguments, void* stream) {
-  const auto kernel = arguments.element == Element::float16 ? &by_row_kernel<Float16> : &by_row_kernel<Bfloat16>;
-  return launch(kernel, arguments.rows, arguments.head_count, kThreads, 8 * kThreads, stream, arguments);
+  return at_element(arguments.element, [&](auto type) {
+    return launch<by_row_kernel<decltype(type)>>(arguments.rows, arguments.head_count, kThreads, 8 * kThreads, stream,
+                                                 arguments);
+  });
 }
 
 }  // namespace deberta_fast::cuda

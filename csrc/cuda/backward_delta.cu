@@ -8,7 +8,7 @@ constexpr int kThreads = 128, kRows = kThreads / 8;
 
 template <class T>
 KERNEL(kThreads, 1)
-delta_kernel(const BackwardCall arguments) {
+delta_kernel(GRID_CONSTANT const BackwardCall arguments) {
   const Call& call = arguments.call;
   const Place place = find_place(call, call.query, call.key, kRows);
   if (place.outside) return;
@@ -35,9 +35,11 @@ delta_kernel(const BackwardCall arguments) {
 }  // namespace
 
 const char* backward_delta(const BackwardCall& arguments, void* stream) {
-  const auto kernel = arguments.call.element == Element::float16 ? &delta_kernel<Float16> : &delta_kernel<Bfloat16>;
-  return launch(kernel, block_count(arguments.call, arguments.call.query, kRows), arguments.call.heads, kThreads, 0,
-                stream, arguments);
+  const Call& call = arguments.call;
+  return at_element(call.element, [&](auto type) {
+    return launch<delta_kernel<decltype(type)>>(block_count(call, call.query, kRows), call.heads, kThreads, 0, stream,
+                                                arguments);
+  });
 }
 
 }  // namespace deberta_fast::cuda

@@ -240,7 +240,7 @@ struct Pass {
 
 template <class T, int size, bool dropout>
 KERNEL(BackwardShape<size>::kThreads, size <= 64 ? 2 : 1)
-backward_key_kernel(const BackwardCall arguments) {
+backward_key_kernel(GRID_CONSTANT const BackwardCall arguments) {
   using S = BackwardShape<size>;
   static_assert(S::kRows == kBackwardRows, "blocks of all backward passes are alike");
   const Call& call = arguments.call;
@@ -262,15 +262,6 @@ backward_key_kernel(const BackwardCall arguments) {
   pass.finish();
 }
 
-template <class T, int size>
-const char* start(const BackwardCall& arguments, void* stream) {
-  using S = BackwardShape<size>;
-  const auto kernel =
-      arguments.call.dropout ? &backward_key_kernel<T, size, true> : &backward_key_kernel<T, size, false>;
-  return launch(kernel, block_count(arguments.call, arguments.call.key, S::kRows), arguments.head_count, S::kThreads,
-                Memory<S>::kBytes, stream, arguments);
-}
-
 }  // namespace
 
 int backward_shared_bytes(int padded_size) {
@@ -278,9 +269,11 @@ int backward_shared_bytes(int padded_size) {
 }
 
 const char* backward_key(const BackwardCall& arguments, void* stream) {
-  return at_size(padded_size(arguments.call.size), [&](auto size) {
-    if (arguments.call.element == Element::float16) return start<Float16, size()>(arguments, stream);
-    return start<Bfloat16, size()>(arguments, stream);
+  const Call& call = arguments.call;
+  return at_variant(call.element, call.size, call.dropout, [&](auto type, auto size, auto dropout) {
+    using S = BackwardShape<size()>;
+    return launch<backward_key_kernel<decltype(type), size(), dropout()>>(
+        block_count(call, call.key, S::kRows), arguments.head_count, S::kThreads, Memory<S>::kBytes, stream, arguments);
   });
 }
 

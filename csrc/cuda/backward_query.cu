@@ -47,19 +47,6 @@ struct Pass {
     return place.first_row + warp() * S::kWarpRows + 16 * f + 8 * half + lane() / 4;
   }
 
-  DEVICE uint64_t visible(int tile) const {
-    return visible_keys(call, place, place.base, tile * S::kColumns, place.columns, S::kColumns);
-  }
-
-  DEVICE int next(int tile, int end) const {
-    if (call.visible == nullptr) return tile;
-    for (; tile < end; tile += 32) {
-      const uint32_t found = ballot(tile + lane() < end && visible(tile + lane()) != 0);
-      if (found != 0) return tile + lowest_bit(found);
-    }
-    return end;
-  }
-
   DEVICE void load_tile(int tile, uint64_t there) const {
     load_columns<S>(memory.keys, call.key.x, call, place, tile * S::kColumns, there);
     load_columns<S>(memory.values, call.value, call, place, tile * S::kColumns, there);
@@ -94,10 +81,10 @@ struct Pass {
   }
 
   DEVICE void meet_far(int tile, const int end, int far_row, int side) {
-    tile = next(tile, end);
+    tile = next_tile<S>(call, place, tile, end);
     if (tile >= end) return;
     load_rows(far_row);
-    uint64_t there = visible(tile);
+    uint64_t there = visible_in_tile<S>(call, place, tile);
     load_tile(tile, there);
     while (tile < end) {
       wait_copies<0>();
@@ -116,9 +103,9 @@ struct Pass {
         EACH(f, kFragments) as_left<T>(d[f], grads[f], step);
         add_weighted<T, S>(sums, d, memory.keys, 16 * step);
       }
-      tile = next(tile + 1, end);
+      tile = next_tile<S>(call, place, tile + 1, end);
       sync_block();  // nobody reads K and V any more
-      if (tile < end) there = visible(tile), load_tile(tile, there);
+      if (tile < end) there = visible_in_tile<S>(call, place, tile), load_tile(tile, there);
     }
     add_far_row<T, S>(sums, far, call, place, call.query, far_row);
     if (call.query.table.data != nullptr)
@@ -155,8 +142,9 @@ struct Pass {
     constexpr int chunks = S::kWarpRows / 8;
     EACH(i, S::kColumns * chunks / 32) {
       const int item = 32 * i + lane(), position = item / chunks, chunk = item % chunks;
+      // The last tile of 32 queries may not be there.
       copy_async(memory.near + position * Memory<S>::kNearPitch + 16 * chunk,
-                 from + 64 * column_at(position) + 16 * chunk, true);
+                 from + 64 * column_at(position) + 16 * chunk, exists >> (8 * chunk) & 1);
     }
     commit_copies();
   }
@@ -174,13 +162,13 @@ struct Pass {
   }
 
   DEVICE void meet_near(int tile, const int end) {
-    tile = next(tile, end);
+    tile = next_tile<S>(call, place, tile, end);
     if (tile >= end) return;
     const bool c2p = call.query.gradient_table != nullptr;
     int expected = tile;  // what the band goes on with
     if (c2p) gradient_band(tile).clear();
     const auto load = [&] {
-      load_columns<S>(memory.keys, call.key.x, call, place, tile * S::kColumns, visible(tile));
+      load_columns<S>(memory.keys, call.key.x, call, place, tile * S::kColumns, visible_in_tile<S>(call, place, tile));
       load_near(tile, near_begin(tile));
     };
     load();
@@ -207,7 +195,7 @@ struct Pass {
       }
       if (c2p) band.take(sums);
       expected = tile + 1;
-      tile = next(tile + 1, end);
+      tile = next_tile<S>(call, place, tile + 1, end);
       sync_block();  // nobody reads K any more
       if (tile < end) load();
     }
@@ -223,7 +211,7 @@ struct Pass {
 
 template <class T, int size, bool dropout>
 KERNEL(BackwardShape<size>::kThreads, size <= 64 ? 2 : 1)
-backward_query_kernel(const BackwardCall arguments) {
+backward_query_kernel(GRID_CONSTANT const BackwardCall arguments) {
   using S = BackwardShape<size>;
   const Call& call = arguments.call;
   if (call.query.table.data != nullptr) clear_far_sums<S>(arguments.far_query_sums, arguments.query_far_count);
@@ -240,15 +228,6 @@ backward_query_kernel(const BackwardCall arguments) {
   pass.finish();
 }
 
-template <class T, int size>
-const char* start(const BackwardCall& arguments, void* stream) {
-  using S = BackwardShape<size>;
-  const auto kernel =
-      arguments.call.dropout ? &backward_query_kernel<T, size, true> : &backward_query_kernel<T, size, false>;
-  return launch(kernel, block_count(arguments.call, arguments.call.query, S::kRows), arguments.head_count, S::kThreads,
-                Memory<S>::kBytes, stream, arguments);
-}
-
 }  // namespace
 
 int64_t far_count(const Call& call, const Side& rows) {
@@ -257,9 +236,12 @@ int64_t far_count(const Call& call, const Side& rows) {
 }
 
 const char* backward_query(const BackwardCall& arguments, void* stream) {
-  return at_size(padded_size(arguments.call.size), [&](auto size) {
-    if (arguments.call.element == Element::float16) return start<Float16, size()>(arguments, stream);
-    return start<Bfloat16, size()>(arguments, stream);
+  const Call& call = arguments.call;
+  return at_variant(call.element, call.size, call.dropout, [&](auto type, auto size, auto dropout) {
+    using S = BackwardShape<size()>;
+    return launch<backward_query_kernel<decltype(type), size(), dropout()>>(block_count(call, call.query, S::kRows),
+                                                                            arguments.head_count, S::kThreads,
+                                                                            Memory<S>::kBytes, stream, arguments);
   });
 }
 

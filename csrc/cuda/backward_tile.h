@@ -11,8 +11,8 @@ template <int size>
 using BackwardShape = Shape<size, (size <= 64 ? 2 : 1), (size <= 64 ? 4 : 8), 32>;
 
 // P from the exponent: at most one, though far scores of queries and of keys are rounded in different places, which in
-// float16 can be much.
-DEVICE float probability_of(float exponent) { return exp2_fast(exponent < 0 ? exponent : 0); }
+// float16 can be much. A NaN stays NaN.
+DEVICE float probability_of(float exponent) { return exp2_fast(exponent > 0 ? 0 : exponent); }
 
 // ---- dA of near pairs, on its way from the pass that owns keys to those that need it again.
 

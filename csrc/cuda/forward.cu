@@ -50,20 +50,6 @@ struct Pass {
     EACH(f, kFragments) peak[f][0] = peak[f][1] = kLowest;
   }
 
-  DEVICE uint64_t visible(int tile) const {
-    return visible_keys(call, place, place.base, tile * S::kColumns, place.columns, S::kColumns);
-  }
-
-  // The first tile from `tile` on with a key that may be attended to.
-  DEVICE int next(int tile, int end) const {
-    if (call.visible == nullptr) return tile;
-    for (; tile < end; tile += 32) {
-      const uint32_t found = ballot(tile + lane() < end && visible(tile + lane()) != 0);
-      if (found != 0) return tile + lowest_bit(found);
-    }
-    return end;
-  }
-
   DEVICE void left(uint32_t (&a)[kFragments][4], int step) const {
     EACH(f, kFragments)
       if constexpr (M::kRowsInRegisters) {
@@ -95,10 +81,10 @@ struct Pass {
 
   template <bool near>
   DEVICE void meet(int tile, const int end, int far_row) {
-    tile = next(tile, end);
+    tile = next_tile<S>(call, place, tile, end);
     if (tile >= end) return;
     load_rows<near>(far_row);
-    uint64_t exists = visible(tile);
+    uint64_t exists = visible_in_tile<S>(call, place, tile);
     load_columns<S>(memory.keys, call.key.x, call, place, tile * S::kColumns, exists);
     commit_copies();
     const bool c2p = call.query.score_table != nullptr, p2c = call.key.score_table != nullptr;
@@ -129,12 +115,12 @@ struct Pass {
         left(a, step);
         add_products<T, S>(scores, a, memory.keys, step);
       }
-      const int following = next(tile + 1, end);
+      const int following = next_tile<S>(call, place, tile + 1, end);
       const uint64_t seen = exists;
       wait_copies<0>();
       sync_block();  // V is there; nobody reads K any more
       if (following < end) {
-        exists = visible(following);
+        exists = visible_in_tile<S>(call, place, following);
         load_columns<S>(memory.keys, call.key.x, call, place, following * S::kColumns, exists);
         commit_copies();
       }
@@ -238,7 +224,7 @@ struct Pass {
 
 template <class T, int size, bool dropout>
 KERNEL(ForwardShape<size>::kThreads, size <= 64 ? 2 : 1)
-forward_kernel(const ForwardCall arguments) {
+forward_kernel(GRID_CONSTANT const ForwardCall arguments) {
   using S = ForwardShape<size>;
   const Side& rows = arguments.call.query;
   const Place place = find_place(arguments.call, rows, arguments.call.key, S::kRows);
@@ -251,14 +237,6 @@ forward_kernel(const ForwardCall arguments) {
   pass.finish();
 }
 
-template <class T, int size>
-const char* start(const ForwardCall& arguments, void* stream) {
-  using S = ForwardShape<size>;
-  const auto kernel = arguments.call.dropout ? &forward_kernel<T, size, true> : &forward_kernel<T, size, false>;
-  return launch(kernel, block_count(arguments.call, arguments.call.query, S::kRows), arguments.call.heads, S::kThreads,
-                Memory<S>::kBytes, stream, arguments);
-}
-
 }  // namespace
 
 int forward_shared_bytes(int padded_size) {
@@ -266,9 +244,11 @@ int forward_shared_bytes(int padded_size) {
 }
 
 const char* forward(const ForwardCall& arguments, void* stream) {
-  return at_size(padded_size(arguments.call.size), [&](auto size) {
-    if (arguments.call.element == Element::float16) return start<Float16, size()>(arguments, stream);
-    return start<Bfloat16, size()>(arguments, stream);
+  const Call& call = arguments.call;
+  return at_variant(call.element, call.size, call.dropout, [&](auto type, auto size, auto dropout) {
+    using S = ForwardShape<size()>;
+    return launch<forward_kernel<decltype(type), size(), dropout()>>(
+        block_count(call, call.query, S::kRows), call.heads, S::kThreads, Memory<S>::kBytes, stream, arguments);
   });
 }
 

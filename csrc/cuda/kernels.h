@@ -2,6 +2,7 @@
 #pragma once
 
 #include "arguments.h"
+#include "cuts.h"
 
 namespace deberta_fast::cuda {
 
@@ -47,9 +48,6 @@ struct ForwardCall {
 };
 const char* forward(const ForwardCall& arguments, void* stream);
 
-// Backward cuts queries and keys into blocks of this many rows, and tells near from far by pairs of blocks.
-constexpr int kBackwardRows = 128;
-
 struct BackwardCall {
   Call call;
   Heads output, grad_output, grad_query, grad_key, grad_value;
@@ -73,8 +71,8 @@ const char* backward_query(const BackwardCall& arguments, void* stream);
 int64_t far_count(const Call& call, const Side& rows);
 int backward_shared_bytes(int padded_size);
 
-// Gradients of a table by distance: along a diagonal of 64 x 64 pairs lie distances 64 d - 63 to 64 d + 63, column minus
-// row. A program sums a share of them; `sums` is (head_count, diagonals, splits, 128, D rounded up), float32.
+// Gradients of a table by distance: along diagonal d of the squares lie distances kSquare d - 63 to kSquare d + 63. A
+// program sums a share of them; `sums` is (head_count, diagonals, splits, kSpan, D rounded up), float32.
 struct TableCall {
   BackwardCall backward;
   bool keys;  // rows are keys, the table is Q^r

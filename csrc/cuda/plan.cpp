@@ -6,7 +6,6 @@
 namespace deberta_fast::cuda {
 namespace {
 
-constexpr int kDistances = 32;   // as in skew.h, which is for the kernels' compiler
 constexpr int kNever = 1 << 29;  // a distance beyond any
 
 // From a distance that makes a pair of blocks near to the farthest one that their bands read: 223 at most, which backward
@@ -126,7 +125,7 @@ TablePass table_pass(const BackwardCall& backward, const Request& request, const
   const Side &rows = keys ? call.key : call.query, &columns = keys ? call.query : call.key;
   const BlockRange near = near_blocks(rows, columns);
   const int diagonals = near.last < near.first ? 0 : 2 * (near.last - near.first) + 3;
-  const int64_t squares = block_count(call, rows, 64);
+  const int64_t squares = block_count(call, rows, kSquare);
   const int64_t splits = diagonals == 0 ? 1 : std::min<int64_t>(squares, kPrograms / (int64_t{diagonals} * heads));
   TablePass pass;
   TableCall& table = pass.call;
@@ -134,7 +133,7 @@ TablePass table_pass(const BackwardCall& backward, const Request& request, const
   table.splits = static_cast<int>(std::max<int64_t>(splits, 1));
   table.first_block = near.first, table.last_block = near.last;
   const int size = padded_size(call.size);
-  table.sums = workspace.take<float>(int64_t{heads} * diagonals * table.splits * 128 * size);
+  table.sums = workspace.take<float>(int64_t{heads} * diagonals * table.splits * kSpan * size);
   RowCall& by_row = pass.rows;
   by_row.element = call.element, by_row.grad_table = keys ? gradients.grad_pos_query : gradients.grad_pos_key;
   by_row.rows = request.table_rows, by_row.size = call.size, by_row.padded_size = size, by_row.scale = call.scale;

@@ -28,7 +28,7 @@ class Workspace {
   template <class T>
   T* take(int64_t count) {
     char* start = counts_ ? nullptr : base_ + bytes_;
-    bytes_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    bytes_ += round_up(count * static_cast<int64_t>(sizeof(T)), 256);
     return reinterpret_cast<T*>(start);
   }
   int64_t bytes() const { return bytes_; }

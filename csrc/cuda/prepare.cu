@@ -8,7 +8,7 @@ namespace {
 constexpr int kThreads = 128;
 
 // A block of 32 distances of a head; every thread writes 16 bytes at a time.
-KERNEL(kThreads, 1) expand_kernel(const Expansion e) {
+KERNEL(kThreads, 1) expand_kernel(GRID_CONSTANT const Expansion e) {
   const int reads = e.padded_size / 8, block = block_x(), head = block_y();
   const uint16_t* table = static_cast<const uint16_t*>(e.table) + head * e.table_head;
   const int64_t target = (int64_t{head} * e.blocks + block) * reads * 32;
@@ -39,7 +39,7 @@ KERNEL(kThreads, 1) expand_kernel(const Expansion e) {
 }
 
 // A warp makes a word.
-KERNEL(kThreads, 1) pack_mask_kernel(const MaskBits mask) {
+KERNEL(kThreads, 1) pack_mask_kernel(GRID_CONSTANT const MaskBits mask) {
   const int64_t item = int64_t{block_x()} * (kThreads / 32) + warp(), batch = item / mask.words,
                 word = item % mask.words;
   const int64_t key = 32 * word + lane();
@@ -51,12 +51,12 @@ KERNEL(kThreads, 1) pack_mask_kernel(const MaskBits mask) {
 }  // namespace
 
 const char* expand_table(const Expansion& expansion, void* stream) {
-  return launch(&expand_kernel, expansion.blocks, expansion.heads, kThreads, 0, stream, expansion);
+  return launch<expand_kernel>(expansion.blocks, expansion.heads, kThreads, 0, stream, expansion);
 }
 
 const char* pack_mask(const MaskBits& mask, void* stream) {
   const int64_t blocks = (mask.batches * mask.words + kThreads / 32 - 1) / (kThreads / 32);
-  return launch(&pack_mask_kernel, blocks, 1, kThreads, 0, stream, mask);
+  return launch<pack_mask_kernel>(blocks, 1, kThreads, 0, stream, mask);
 }
 
 }  // namespace deberta_fast::cuda

@@ -3,6 +3,7 @@
 // the same kernels: so no kernel may reach for a CUDA built-in by itself.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 namespace deberta_fast {
@@ -19,6 +20,17 @@ struct alignas(16) Words {
 
 #if !defined(__CUDACC__)
 #include "emulator.h"
+
+namespace deberta_fast {
+
+template <auto kernel, class Arguments>
+const char* launch(int64_t blocks_x, int64_t blocks_y, int threads, int shared_bytes, void* stream,
+                   const Arguments& arguments) {
+  return launch(kernel, blocks_x, blocks_y, threads, shared_bytes, stream, arguments);
+}
+
+}  // namespace deberta_fast
+
 #else
 
 #include <cuda_bf16.h>
@@ -28,6 +40,8 @@ struct alignas(16) Words {
 // For index arithmetic that tests check on the host.
 #define ANYWHERE __host__ __device__ __forceinline__ constexpr
 #define KERNEL(threads, blocks_at_once) __global__ void __launch_bounds__(threads, blocks_at_once)
+// Before a kernel's arguments: it reads them where the launch put them, even through references.
+#define GRID_CONSTANT __grid_constant__
 #define UNROLL _Pragma("unroll")
 // For i from 0 to count - 1, unrolled.
 #define EACH(i, count) _Pragma("unroll") for (int i = 0; i < (count); ++i)
@@ -201,7 +215,7 @@ DEVICE float exp2_fast(float x) {
   return y;
 }
 DEVICE float log2_fast(float x) { return __log2f(x); }
-DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
+DEVICE float maximum(float a, float b) { return fmaxf(a, b); }  // of a number and NaN the number
 DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 // The same address, of which the compiler knows nothing: it may not trade one pointer and constants for many pointers.
 DEVICE const char* opaque(const char* address) {
@@ -215,23 +229,36 @@ DEVICE uint32_t high_product(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 DEVICE int lowest_bit(uint32_t x) { return __ffs(static_cast<int>(x)) - 1; }  // -1 where there is none
 DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
-// ---- Launches, from the host. The reason for which it failed, or null.
+// ---- Launches, from the host.
 
-template <class Arguments>
-const char* launch(void (*kernel)(Arguments), int64_t blocks_x, int64_t blocks_y, int threads, int shared_bytes,
-                   void* stream, const Arguments& arguments) {
+// Lets a kernel take so much shared memory, always the same for it. CUDA is told once for each device.
+template <auto kernel>
+cudaError_t allow_shared_memory(int bytes) {
+  static std::atomic<uint64_t> allowed{0};  // a bit for each device, and none from the 65th on
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (error != cudaSuccess || (allowed.load(std::memory_order_relaxed) & bit) != 0) return error;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) allowed.fetch_or(bit, std::memory_order_relaxed);
+  return error;
+}
+
+// The reason for which it failed, or null. It is this launch's own: CUDA's last error may be somebody else's.
+template <auto kernel, class Arguments>
+const char* launch(int64_t blocks_x, int64_t blocks_y, int threads, int shared_bytes, void* stream,
+                   const Arguments& arguments) {
   if (blocks_x == 0 || blocks_y == 0) return nullptr;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  cudaError_t error = allow_shared_memory<kernel>(shared_bytes);
   if (error == cudaSuccess) {
-    const dim3 grid(static_cast<unsigned>(blocks_x), static_cast<unsigned>(blocks_y));
-    // clang-format off
-    kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments);
-    // clang-format on
-    error = cudaPeekAtLastError();
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(blocks_x), static_cast<unsigned>(blocks_y));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
+    error = cudaLaunchKernelEx(&config, kernel, arguments);
   }
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // or the next launch would report it too
-  return cudaGetErrorString(error);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace deberta_fast

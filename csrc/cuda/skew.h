@@ -1,12 +1,10 @@
 // Index arithmetic of the kernels, where a test can reach it: what lies where in a tile, in a band, in a table.
 #pragma once
 
+#include "cuts.h"
 #include "primitives.h"
 
 namespace deberta_fast {
-
-// A table by distance is cut into blocks of so many.
-constexpr int kDistances = 32;
 
 // Eight neighbouring columns to a lane. Tensor cores give lane 4g + t the columns 2t and 2t + 1 of eight, so the four
 // products that make up 32 columns take them in this order: position 8k + 2t + s holds column 8t + 2k + s. Columns lie

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "arguments.h"
+#include "kernels.h"
 #include "skew.h"
 
 namespace deberta_fast::cuda {
@@ -108,6 +108,23 @@ DEVICE uint64_t visible_keys(const Call& call, const Place& place, int64_t base,
     bits &= shift == 0 ? low : low >> shift | uint64_t{words[2]} << (64 - shift);
   }
   return bits;
+}
+
+// Those of a tile of columns.
+template <class S>
+DEVICE uint64_t visible_in_tile(const Call& call, const Place& place, int tile) {
+  return visible_keys(call, place, place.base, tile * S::kColumns, place.columns, S::kColumns);
+}
+
+// The first tile from `tile` on with a key that may be attended to.
+template <class S>
+DEVICE int next_tile(const Call& call, const Place& place, int tile, int end) {
+  if (call.visible == nullptr) return tile;
+  for (; tile < end; tile += 32) {
+    const uint32_t found = ballot(tile + lane() < end && visible_in_tile<S>(call, place, tile + lane()) != 0);
+    if (found != 0) return tile + lowest_bit(found);
+  }
+  return end;
 }
 
 // ---- Rows in shared memory.
@@ -262,6 +279,22 @@ auto at_size(int padded_size, Function function) {
     default:
       return function(std::integral_constant<int, 128>{});
   }
+}
+
+// With the type of elements.
+template <class Function>
+const char* at_element(Element element, Function function) {
+  return element == Element::float16 ? function(Float16{}) : function(Bfloat16{});
+}
+
+// With all that a pass is compiled for: the type of elements, the padded head size, a flag.
+template <class Function>
+const char* at_variant(Element element, int size, bool flag, Function function) {
+  return at_size(padded_size(size), [&](auto padded) {
+    return at_element(element, [&](auto type) {
+      return flag ? function(type, padded, std::true_type{}) : function(type, padded, std::false_type{});
+    });
+  });
 }
 
 }  // namespace deberta_fast::cuda

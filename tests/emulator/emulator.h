@@ -12,6 +12,7 @@
 #define DEVICE inline
 #define ANYWHERE constexpr inline
 #define KERNEL(threads, blocks_at_once) inline void
+#define GRID_CONSTANT
 #define UNROLL
 #define EACH(i, count) for (int i = 0; i < (count); ++i)
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from cases import BY_NAME, CASES, DROPOUT_SEED, TENSORS, Case, as_dtype, forward_and_gradients, make_inputs, seed_after
 from comparison import compare, public, reversed_distance, shifted_slot, swapped_tables
+from spoiled import HEAD, LONG, PLACES, assert_no_nan_is_lost, assert_same_nans, where_nan
 
 import deberta_fast
 from deberta_fast import disentangled_attention
@@ -353,6 +354,28 @@ def test_what_is_not_finite_stays_in_its_row(size, number):
     output, lse = backends.forward(inputs, "cuda")
     assert torch.equal(output[~rows], clean[~rows]) and torch.equal(lse[~rows], clean_lse[~rows])
     assert output[rows].isnan().all()
+
+
+@each_half
+@pytest.mark.parametrize("size", [64, 96])
+@pytest.mark.parametrize("name", PLACES)
+def test_nans_are_where_the_reference_has_them(name, size, dtype):
+    assert_same_nans(public("cuda"), replace(LONG, size=size), dtype, name)
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_no_nan_is_lost_under_a_mask(name):
+    assert_no_nan_is_lost(public("cuda"), replace(LONG, mask="holes"), torch.bfloat16, name)
+
+
+@each_half
+def test_a_pair_that_dropout_drops_keeps_its_nan(dtype):
+    """From dV alone, in which it has no share."""
+    case, (query, _) = replace(LONG, dropout_p=0.4), PLACES["query"]
+    found = where_nan(public("cuda"), case, dtype, "query")
+    keep = keep_mask(make_inputs(case, dtype).seed, torch.tensor(HEAD), torch.tensor(query), (0, 330), 0.4)
+    assert found["grad_value"].equal(keep.view(-1, 1).expand(-1, 64)) and found["grad_key"].all()
+    assert found["lse"].nonzero().tolist() == [[query]] and found["grad_query"].any(1).equal(found["lse"])
 
 
 # Large numbers

@@ -1,6 +1,7 @@
 """What nvcc makes of the CUDA kernels, without a GPU: registers, shared memory, and the instructions of their loops."""
 
 import re
+import subprocess
 
 import pytest
 
@@ -91,3 +92,13 @@ def test_far_tiles_use_no_band(passes):
                 seed = {"LDG"} if name.endswith("true>") else set()  # dropout reads it
                 assert not {"LDG", "STS", "STG"} & set(far.opcodes) - seed, name
                 assert far.opcodes["LDGSTS"] == near.opcodes["LDGSTS"]
+
+
+def test_launches(tmp_path):
+    """CUDA is asked for shared memory once for a kernel and device, and a launch tells its own errors."""
+    replaced = ("GetDevice", "FuncSetAttribute", "LaunchKernelExC", "GetLastError", "PeekAtLastError")
+    flags = ["-std=c++17", "-arch=sm_80", *(f"-Xlinker=--wrap=cuda{name}" for name in replaced)]
+    source, folder = compile_cuda.EMULATOR / "launch_test.cu", compile_cuda.REPOSITORY / "csrc/cuda"
+    program = tmp_path / "launch_test"
+    subprocess.run([compile_cuda.find_nvcc(), *flags, f"-I{folder}", source, "-o", program], check=True)
+    assert subprocess.run([program], capture_output=True, text=True).stdout == "ok\n"
