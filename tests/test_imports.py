@@ -31,6 +31,7 @@ RANKS = [
     {"checkpoint.error", "checkpoint.hub"},
     {"checkpoint.formats", "checkpoint.prefixes", "checkpoint.tf"},
     {"checkpoint.files", "checkpoint.names"},
+    {"checkpoint.load"},
     {"checkpoint"},
     # models
     {"models"},

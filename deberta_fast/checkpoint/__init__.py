@@ -2,6 +2,16 @@
 
 from .error import CheckpointError
 from .files import read_tensors, write_tensors
+from .load import LoadingInfo, fill, without_memory
 from .names import to_hf, to_native
 
-__all__ = ["CheckpointError", "read_tensors", "to_hf", "to_native", "write_tensors"]
+__all__ = [
+    "CheckpointError",
+    "LoadingInfo",
+    "fill",
+    "read_tensors",
+    "to_hf",
+    "to_native",
+    "without_memory",
+    "write_tensors",
+]

@@ -235,7 +235,10 @@ class DebertaConfig:
         """
         place = {name: changes.pop(name) for name in Source.OPTIONS if name in changes}
         source = name_or_path if isinstance(name_or_path, Source) else Source(name_or_path, **place)
-        values, path = read_values(source)
+        return cls._of_file(*_read_values(source), **changes)
+
+    @classmethod
+    def _of_file(cls, values: dict, path: Path, **changes) -> "DebertaConfig":
         try:
             return cls.from_dict(values, **changes)
         except (TypeError, ValueError) as error:
@@ -309,13 +312,22 @@ class DebertaV2Config(DebertaConfig):
         activation(self.conv_act)
 
 
-def read_values(source: Source) -> tuple[dict, Path]:
-    """The values of a config.json, and the file that they are from.
+def read_config(source: Source) -> DebertaConfig:
+    """The configuration of a folder or of a model on the hub, a ``DebertaConfig`` or a ``DebertaV2Config``.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is no JSON object.
+        FileNotFoundError: there is no config.json.
+        TypeError, ValueError: as ``DebertaConfig.from_pretrained``; or it is of another kind of model.
     """
+    values, path = _read_values(source)
+    kinds = {kind.model_type: kind for kind in (DebertaConfig, DebertaV2Config)}
+    if values.get("model_type") not in kinds:
+        raise ValueError(f"{path}: model_type must be one of {', '.join(kinds)}, got {values.get('model_type')!r}")
+    return kinds[values["model_type"]]._of_file(values, path)
+
+
+def _read_values(source: Source) -> tuple[dict, Path]:
+    """The values of a config.json, and the file that they are from."""
     path = source.file(FILE)
     if path is None:
         raise FileNotFoundError(f"there is no {FILE} in {source}")

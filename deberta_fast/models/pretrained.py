@@ -2,14 +2,11 @@
 
 import copy
 import os
-import warnings
-from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from ..checkpoint import CheckpointError, read_tensors, to_hf, to_native, write_tensors
+from ..checkpoint import LoadingInfo, fill, read_tensors, to_hf, without_memory, write_tensors
 from ..checkpoint.hub import Source
 from ..op import backends
 from .attention import Kept
@@ -19,26 +16,6 @@ from .packing import check_unpad
 from .weight_cache import WeightCache
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-class LoadingInfo(NamedTuple):
-    """What ``from_pretrained`` did with the names of a checkpoint and of the model.
-
-    Attributes:
-        file: the file that was read.
-        loaded: parameters that it gave.
-        missing: parameters that it lacks; they are initialised.
-        unexpected: tensors that the model has no place for.
-        ignored: tensors that are known to belong to other models or other libraries.
-        mismatched: tensors of another shape, with ignore_mismatched_sizes; their parameters are initialised.
-    """
-
-    file: str
-    loaded: list[str]
-    missing: list[str]
-    unexpected: list[str]
-    ignored: list[str]
-    mismatched: list[str]
 
 
 class PreTrainedModel(nn.Module):
@@ -107,9 +84,20 @@ class PreTrainedModel(nn.Module):
         file = "state_dict"
         if state_dict is None:
             state_dict, file = read_tensors(source, weights=weights)
-        with torch.device("meta"), _WithoutNumbers():
+        with without_memory():
             model = cls(copy.deepcopy(config))
-        info = model._load(state_dict, f"{name_or_path}: {file}", dtype, device, ignore_mismatched_sizes)
+        info: LoadingInfo = fill(
+            model,
+            state_dict,
+            f"{name_or_path}: {file}",
+            version=config.generation,
+            heads=config.num_attention_heads,
+            part=cls.checkpoint_part,
+            initialise=model._initialise,
+            dtype=dtype,
+            device=device,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+        )
         return (model.eval(), info) if output_loading_info else model.eval()
 
     @classmethod
@@ -118,70 +106,6 @@ class PreTrainedModel(nn.Module):
         unknown = sorted(set(changes) - known - {"num_labels"})
         if unknown:
             raise TypeError(f"{cls.config_class.__name__} has no {', '.join(unknown)}")
-
-    def _load(self, tensors, file, dtype, device, ignore_mismatched_sizes) -> LoadingInfo:
-        """Fills a model that lies on the meta device."""
-        expected = self.state_dict()
-        try:
-            tensors, ignored = to_native(
-                tensors,
-                version=self.config.generation,
-                heads=self.config.num_attention_heads,
-                expected=set(expected),
-                part=self.checkpoint_part,
-            )
-        except CheckpointError as error:
-            raise CheckpointError(f"{file}: {error}") from None
-        mismatched = [name for name, x in tensors.items() if name in expected and x.shape != expected[name].shape]
-        if mismatched and not ignore_mismatched_sizes:
-            raise ValueError(
-                f"{file} does not fit {type(self).__name__}: "
-                + "; ".join(
-                    f"{name} must be of shape {tuple(expected[name].shape)}, got {tuple(tensors[name].shape)}"
-                    for name in mismatched
-                )
-                + " (ignore_mismatched_sizes=True initialises them)"
-            )
-        fitting = {name: x for name, x in tensors.items() if name in expected and name not in mismatched}
-        info = LoadingInfo(
-            file=file,
-            loaded=sorted(fitting),
-            missing=sorted(set(expected) - set(fitting) - set(mismatched)),
-            unexpected=sorted(set(tensors) - set(expected)),
-            ignored=sorted(ignored),
-            mismatched=sorted(mismatched),
-        )
-        if not any("embeddings." in name for name in fitting):
-            names = ", ".join(info.unexpected[:5]) or "no tensor"
-            raise ValueError(f"{file} holds no DeBERTa, but {names} ...")
-        if dtype == "auto":
-            dtype = next((x.dtype for x in fitting.values() if x.is_floating_point()), torch.float32)
-        elif isinstance(dtype, str):
-            dtype = getattr(torch, dtype, dtype)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f'dtype must be a floating-point torch.dtype or "auto", got {dtype!r}')
-        device = torch.device("cpu" if device is None else device)
-        for name, module in self.named_modules():
-            own = [f"{name}.{parameter}".removeprefix(".") for parameter, _ in module.named_parameters(recurse=False)]
-            if not fitting.keys() >= set(own):
-                module.to_empty(device="cpu", recurse=False)
-                self._initialise(module)
-        # Copies: what was read may be a map of the file, which others may write to
-        fitting = {name: x.to(device=device, dtype=dtype, copy=True).contiguous() for name, x in fitting.items()}
-        self.load_state_dict(fitting, strict=False, assign=True)
-        self.to(device=device, dtype=dtype)
-        self._warn(info)
-        return info
-
-    def _warn(self, info: LoadingInfo) -> None:
-        parts = {
-            "initialised, for the file lacks them": info.missing,
-            "initialised, for their shape is another": info.mismatched,
-            "not used": info.unexpected,
-        }
-        parts = [f"{what}: {', '.join(names)}" for what, names in parts.items() if names]
-        if parts:
-            warnings.warn(f"{info.file} and {type(self).__name__} differ. {'. '.join(parts)}.", stacklevel=4)
 
     def save_pretrained(
         self,
@@ -365,16 +289,6 @@ class PreTrainedModel(nn.Module):
 
 def _require_gradient(module: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
     output.requires_grad_()
-
-
-class _WithoutNumbers(TorchFunctionMode):
-    """Nothing is drawn: on the meta device there is nowhere to put it, and torch would import its compiler for that."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is torch.Tensor.normal_ or getattr(function, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **kwargs)
 
 
 def resized(old: nn.Parameter, rows: int, new_row: torch.Tensor | float) -> nn.Parameter:

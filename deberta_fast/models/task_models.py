@@ -72,6 +72,13 @@ class DebertaForMaskedLM(PreTrainedModel):
         Returns:
             loss, logits (T, vocab_size), hidden_states.
         """
+        states, outputs = self.predicting_states_packed(input_ids, cu_seqlens, **packed)
+        return self._predictions(states, outputs, labels, return_dict)
+
+    def predicting_states_packed(
+        self, input_ids: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None, **packed
+    ) -> tuple[torch.Tensor, BaseModelOutput]:
+        """``predicting_states`` of packed sequences, (T, hidden_size); arguments of ``DebertaModel.forward_packed``."""
         kept = (
             self.config.output_hidden_states if (asked := packed.pop("output_hidden_states", None)) is None else asked
         )
@@ -83,7 +90,7 @@ class DebertaForMaskedLM(PreTrainedModel):
             mask, positions = packed.get("attention_mask"), packed.get("position_ids")
             packing = packed_sequences(cu_seqlens, packed.get("max_seqlen"), mask, states)
             states = self.deberta.enhanced_mask_decoder_packed(self._before_last(outputs), packing, positions)
-        return self._predictions(states, self._kept(outputs, kept), labels, return_dict)
+        return states, self._kept(outputs, kept)
 
     def _predictions(self, states, outputs, labels, return_dict) -> MaskedLMOutput | tuple:
         logits = self.lm_predictions(states, self.get_input_embeddings())

@@ -7,7 +7,8 @@ import torch
 
 from .. import tokenization
 from ..checkpoint.hub import Source
-from ..models.config import read_values
+from ..models import task_models
+from ..models.config import DebertaConfig, read_config
 from ..models.pretrained import PreTrainedModel
 from .base import InputError, Pipeline
 from .fill_mask import FillMaskPipeline
@@ -28,7 +29,6 @@ _KINDS = (
 TASKS = {kind.task: kind for kind in _KINDS}
 # Hugging Face's other names for two of them
 ALIASES = {"sentiment-analysis": "text-classification", "ner": "token-classification"}
-_PREFIXES = {"deberta": "Deberta", "deberta-v2": "DebertaV2"}
 
 
 def pipeline(
@@ -79,35 +79,23 @@ def pipeline(
             raise ValueError("with a model that is loaded already, tokenizer must be given")
         if device is not None or dtype is not None:
             model = model.to(device=device, dtype=dtype)
-        prefix = _PREFIXES[model.config.model_type]
     elif isinstance(model, str | os.PathLike):
-        source = Source(model, **place)
         tokenizer = model if tokenizer is None else tokenizer
-        prefix = _prefix(source)
-        head = kind.head if prefix == "Deberta" else _v2(kind.head)
+        config = read_config(Source(model, **place))
+        head = getattr(task_models, kind.head.__name__.replace("Deberta", _prefix(config)))
+        dtype = torch.float32 if dtype is None else dtype
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
-        model = head.from_pretrained(model, dtype=torch.float32 if dtype is None else dtype, device=device, **place)
+        model = head.from_pretrained(model, config=config, dtype=dtype, device=device, **place)
     else:
         raise TypeError(f"model must be a folder, a name on the hub or a model, got {type(model).__name__}")
     if isinstance(tokenizer, str | os.PathLike):
-        tokenizer = _tokenizer(prefix, tokenizer, place)
+        fast = "Fast" if importlib.util.find_spec("tokenizers") else ""
+        kind_of_tokenizer = getattr(tokenization, f"{_prefix(model.config)}Tokenizer{fast}")
+        tokenizer = kind_of_tokenizer.from_pretrained(tokenizer, **place)
     if backend is not None:
         model.set_backend(backend)
     return kind(model, tokenizer, batch_size=batch_size, progress=progress, **options)
 
 
-def _prefix(source: Source) -> str:
-    values, path = read_values(source)
-    if values.get("model_type") not in _PREFIXES:
-        raise ValueError(f"{path}: model_type must be one of {', '.join(_PREFIXES)}, got {values.get('model_type')!r}")
-    return _PREFIXES[values["model_type"]]
-
-
-def _v2(head: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    [v2] = head.__subclasses__()
-    return v2
-
-
-def _tokenizer(prefix: str, name: str | os.PathLike, place: dict):
-    fast = "Fast" if importlib.util.find_spec("tokenizers") else ""
-    return getattr(tokenization, f"{prefix}Tokenizer{fast}").from_pretrained(name, **place)
+def _prefix(config: DebertaConfig) -> str:
+    return "Deberta" if config.generation == 1 else "DebertaV2"

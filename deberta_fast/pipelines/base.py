@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ..models.pretrained import PreTrainedModel
 
@@ -126,12 +127,28 @@ class Pipeline:
         raise NotImplementedError
 
     def outputs(self, inputs: dict, rows: list[Row], options) -> Iterable:
-        """What ``answer`` needs of the model's output for each row, off the model's device."""
+        """What ``answer`` needs of the model's output for each row, off the model's device.
+
+        Args:
+            inputs: as ``call`` takes them: the rows one after the other, with cu_seqlens; or a batch (B, L), with an
+                attention_mask where it holds padding.
+        """
         raise NotImplementedError
 
     def answer(self, item, rows: list[Row], outputs: list, options):
         """The result of an input."""
         raise NotImplementedError
+
+    def call(self, inputs: dict):
+        """The model's output."""
+        return (self.model.forward_packed if "cu_seqlens" in inputs else self.model)(**inputs)
+
+    @staticmethod
+    def unpadded(values: torch.Tensor, inputs: dict) -> torch.Tensor:
+        """The output's values of tokens, (T, ...) or (B, L, ...), as (T, ...): row after row, without padding."""
+        if "cu_seqlens" in inputs:
+            return values
+        return values[inputs["attention_mask"]] if "attention_mask" in inputs else values.flatten(0, 1)
 
     def encode(self, pairs: list[tuple[str, str | None]], **options) -> list[Row]:
         """Rows of texts and pairs; options as the tokenizer takes them."""
@@ -194,7 +211,7 @@ class Pipeline:
     def _check_lengths(self, rows: list[list[Row]]) -> None:
         config = self.model.config
         for index, own in enumerate(rows):
-            longest = max(len(row.input_ids) for row in own)
+            longest = max(lengths_of(own))
             if config.position_biased_input and longest > config.max_position_embeddings:
                 raise InputError(
                     index,
@@ -214,21 +231,48 @@ class Pipeline:
 
     @torch.no_grad()
     def _outputs(self, rows: list[Row], options) -> list:
-        lengths = [len(row.input_ids) for row in rows]
+        lengths = lengths_of(rows)
         longest = max(lengths)
-        padded = lambda values, fill: torch.tensor([list(x) + [fill] * (longest - len(x)) for x in values])
-        ids = padded([row.input_ids for row in rows], self.tokenizer.pad_token_id or 0)
-        if ids.max() >= self.model.config.vocab_size:
+        inputs = {"input_ids": torch.tensor([x for row in rows for x in row.input_ids])}
+        if rows[0].token_type_ids is not None:
+            inputs["token_type_ids"] = torch.tensor([x for row in rows for x in row.token_type_ids])
+        highest = int(inputs["input_ids"].max())
+        if highest >= self.model.config.vocab_size:
             raise ValueError(
-                f"the tokenizer gives token {int(ids.max())}, and the model has {self.model.config.vocab_size}: they "
+                f"the tokenizer gives token {highest}, and the model has {self.model.config.vocab_size}: they "
                 "do not belong together, or resize_token_embeddings(len(tokenizer)) was forgotten"
             )
-        inputs = {"input_ids": ids}
-        if min(lengths) < longest:
-            inputs["attention_mask"] = torch.arange(longest) < torch.tensor(lengths)[:, None]
-        if rows[0].token_type_ids is not None:
-            inputs["token_type_ids"] = padded([row.token_type_ids for row in rows], 0)
-        return list(self.outputs({name: x.to(self.model.device) for name, x in inputs.items()}, rows, options))
+        # Rows of one length are a batch without padding, and some backends are faster with a batch
+        ragged = min(lengths) < longest
+        packed = ragged and self._packs()
+        if packed:
+            inputs["cu_seqlens"] = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        else:
+            fill = {"input_ids": self.tokenizer.pad_token_id or 0, "token_type_ids": 0}
+            inputs = {name: pad_sequence(x.split(lengths), True, fill[name]) for name, x in inputs.items()}
+            if ragged:
+                inputs["attention_mask"] = torch.arange(longest) < torch.tensor(lengths)[:, None]
+        inputs = {name: x.to(self.model.device) for name, x in inputs.items()}
+        if packed:
+            inputs["max_seqlen"] = longest
+        return list(self.outputs(inputs, rows, options))
+
+    def _packs(self) -> bool:
+        """Whether ``forward_packed`` gives the model's output."""
+        config, encoder = self.model.config, self.model.base_model.encoder
+        dense = config.talking_head or config.output_attentions
+        return encoder.unpad is not False and not dense and _is_plain(self.model) and _is_plain(self.model.base_model)
+
+
+def _is_plain(module: torch.nn.Module) -> bool:
+    """Whether a call runs the forward that ``forward_packed`` stands beside: not a subclass's, no hook, no program."""
+    owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+    around = (module._forward_hooks, module._forward_pre_hooks, module._compiled_call_impl, vars(module).get("forward"))
+    return "forward_packed" in vars(owner) and not any(around)
+
+
+def lengths_of(rows: list[Row]) -> list[int]:
+    return [len(row.input_ids) for row in rows]
 
 
 def text_of(item, name: str = "text") -> str:

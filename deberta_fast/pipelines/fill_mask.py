@@ -1,13 +1,14 @@
 """fill-mask: what may stand where the masks are."""
 
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Iterable
 
 import torch
 
 from ..models.task_models import DebertaForMaskedLM
-from .base import InputError, Pipeline, Row, check_number
+from .base import InputError, Pipeline, Row, check_number, lengths_of
 
 
 class FillMaskPipeline(Pipeline):
@@ -60,19 +61,20 @@ class FillMaskPipeline(Pipeline):
 
     def outputs(self, inputs: dict, rows: list[Row], options) -> Iterable:
         numbers = [len(row.about) for row in rows]
-        batch = torch.arange(len(rows)).repeat_interleave(torch.tensor(numbers))
-        places = torch.tensor([place for row in rows for place in row.about])
-        scores = self._logits(inputs, batch.to(self.model.device), places.to(self.model.device)).float().softmax(-1)
+        starts = itertools.accumulate(lengths_of(rows), initial=0)
+        places = torch.tensor([start + place for start, row in zip(starts, rows) for place in row.about])
+        scores = self._logits(inputs, places.to(self.model.device)).float().softmax(-1)
         if options.targets is not None:
             scores = scores[:, options.targets]
         top = scores.topk(min(options.top_k, scores.shape[1]))
         tokens = top.indices if options.targets is None else torch.tensor(options.targets)[top.indices.cpu()]
         return zip(top.values.cpu().split(numbers), tokens.cpu().split(numbers))
 
-    def _logits(self, inputs: dict, batch: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def _logits(self, inputs: dict, places: torch.Tensor) -> torch.Tensor:
         """(masks, vocab_size): of a long batch, the scores of all tokens would fill many gigabytes."""
-        states, _ = self.model.predicting_states(**inputs)
-        return self.model.lm_predictions(states[batch, places], self.model.get_input_embeddings())
+        packed = "cu_seqlens" in inputs
+        states, _ = (self.model.predicting_states_packed if packed else self.model.predicting_states)(**inputs)
+        return self.model.lm_predictions(self.unpadded(states, inputs)[places], self.model.get_input_embeddings())
 
     def answer(self, item, rows, outputs, options):
         [row], [(scores, tokens)] = rows, outputs

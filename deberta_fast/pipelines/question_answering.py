@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..models.task_models import DebertaForQuestionAnswering
-from .base import InputError, Pipeline, Row, check_number, checked_text
+from .base import InputError, Pipeline, Row, check_number, checked_text, lengths_of
 
 MAX_SEQ_LEN, DOC_STRIDE = 384, 128
 
@@ -142,8 +142,9 @@ class QuestionAnsweringPipeline(Pipeline):
         return Row(row, types, Part(len(row) - 1 - len(ids), offsets, words))
 
     def outputs(self, inputs: dict, rows: list[Row], options) -> Iterable:
-        output = self.model(**inputs)
-        return zip(output.start_logits.float().cpu(), output.end_logits.float().cpu())
+        output = self.call(inputs)
+        logits = (self.unpadded(x, inputs).float().cpu() for x in (output.start_logits, output.end_logits))
+        return zip(*(x.split(lengths_of(rows)) for x in logits))
 
     def answer(self, item, rows, outputs, options):
         text, answers, impossible = item["context"], {}, float("inf")

@@ -63,7 +63,7 @@ class TextClassificationPipeline(Pipeline):
         return [[row] for row in self.encode(items, truncation=options.truncation, max_length=options.max_length)]
 
     def outputs(self, inputs: dict, rows: list[Row], options) -> Iterable:
-        return FUNCTIONS[options.function_to_apply or self._function()](self.model(**inputs).logits.float()).tolist()
+        return FUNCTIONS[options.function_to_apply or self._function()](self.call(inputs).logits.float()).tolist()
 
     def _function(self) -> str:
         kind, number = self.model.config.problem_type, self.model.config.num_labels

@@ -7,7 +7,7 @@ import torch
 
 from ..models.task_models import DebertaForTokenClassification
 from ..tokenization.model_inputs import UNLIMITED
-from .base import Pipeline, Row, check_number, checked_text, text_of, types_of
+from .base import Pipeline, Row, check_number, checked_text, lengths_of, text_of, types_of
 
 STRATEGIES = ("none", "simple", "first", "average", "max")
 OF_WORDS = STRATEGIES[2:]
@@ -126,8 +126,8 @@ class TokenClassificationPipeline(Pipeline):
         return rows
 
     def outputs(self, inputs: dict, rows: list[Row], options) -> Iterable:
-        scores = self.model(**inputs).logits.float().softmax(-1).cpu()
-        return (own[: len(row.input_ids)] for own, row in zip(scores, rows))
+        scores = self.unpadded(self.call(inputs).logits, inputs).float().softmax(-1)
+        return scores.cpu().split(lengths_of(rows))
 
     def answer(self, item, rows, outputs, options):
         strategy, ignored = options.aggregation_strategy, options.ignore_labels

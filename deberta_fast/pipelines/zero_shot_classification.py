@@ -85,7 +85,7 @@ class ZeroShotClassificationPipeline(Pipeline):
             return self.encode(pairs, truncation=False, verbose=False)
 
     def outputs(self, inputs: dict, rows: list[Row], options) -> Iterable:
-        return self.model(**inputs).logits.float().cpu()
+        return self.call(inputs).logits.float().cpu()
 
     def answer(self, item, rows, outputs, options):
         logits = torch.stack(outputs)

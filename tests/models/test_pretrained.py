@@ -180,8 +180,9 @@ def test_heads_that_the_model_lacks(tmp_path):
 
 def test_unexpected_tensors_are_reported(folder):
     tensors = {**tiny().state_dict(), "encoder.layer.0.adapter.weight": torch.zeros(2)}
-    with pytest.warns(UserWarning, match="not used: encoder.layer.0.adapter.weight"):
+    with pytest.warns(UserWarning, match="not used: encoder.layer.0.adapter.weight") as caught:
         DebertaV2Model.from_pretrained(None, config=tiny().config, state_dict=tensors)
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_other_shapes(folder):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,9 +46,9 @@ def model(task, name="v3", **changes):
     return build(name, head, **{"vocab_size": 1100, "max_position_embeddings": 64, **labels, **changes})
 
 
-def ready(task, name="v3", slow=False, **options):
+def ready(task, name="v3", slow=False, changes=None, **options):
     more = {"candidate_labels": "one,two"} if task == "zero-shot-classification" else {}
-    return pipeline(task, model(task, name), tokenizer(name, slow), **{**more, **options})
+    return pipeline(task, model(task, name, **(changes or {})), tokenizer(name[:2], slow), **{**more, **options})
 
 
 def close(a, b):
@@ -59,18 +60,18 @@ def close(a, b):
     return a == pytest.approx(b, abs=1e-5) if isinstance(a, float) else a == b
 
 
+@pytest.mark.parametrize("unpad", [False, "auto"])
 @pytest.mark.parametrize("task", HEADS)
-def test_order_and_batches(task):
+def test_order_and_batches(task, unpad):
     """Results are those of each input alone, whatever the batches; no padding is seen, and none too many is made."""
     run = ready(task)
+    run.model.set_unpad(unpad)
     first = INPUTS[task]
     alone = [run(iter([item])) for item in first]
     alone = [next(results) for results in alone]
     assert len({json.dumps(result) for result in alone}) > 30
-    shapes = []
-    run.model.deberta.register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(ids_shape(args, kwargs)), with_kwargs=True
-    )
+    shapes, outputs = [], run._outputs
+    run._outputs = lambda rows, options: shapes.append((len(rows), longest(rows))) or outputs(rows, options)
     for batch_size in (None, 1, 7):
         shapes.clear()
         assert close(run(first, batch_size=batch_size), alone)
@@ -85,16 +86,111 @@ def test_order_and_batches(task):
     assert close(run(tuple(first)), alone)
 
 
-def ids_shape(args, kwargs):
-    return tuple((args[0] if args else kwargs["input_ids"]).shape)
+def longest(rows):
+    return max(len(row.input_ids) for row in rows)
+
+
+def watched(run):
+    """Shapes of the ids that are embedded, and of the states that enter the first layer."""
+    shapes = []
+    note = lambda module, args: shapes.append(tuple(args[0].shape))
+    run.model.deberta.embeddings.word_embeddings.register_forward_pre_hook(note)
+    run.model.deberta.encoder.layer[0].register_forward_pre_hook(note)
+    return shapes
+
+
+ROWS = [*((task, name, {}) for task in HEADS for name in ("v1", "v2", "v3"))]
+ROWS += [("fill-mask", "v3", {"enhanced_mask_decoder": True}), ("token-classification", "v3", {"z_steps": 2})]
+LONGER = {"max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize("task, name, changes", ROWS, ids=lambda x: x if isinstance(x, str) else ", ".join(x))
+def test_no_padding_is_made(task, name, changes):
+    """Rows of several lengths go through the model one after the other, and the results are those of a padded batch."""
+    run, items = ready(task, name, batch_size=len(TEXTS), changes={**LONGER, **changes}), INPUTS[task][:9]
+    rows = run.rows([run.checked(item, run.options) for item in items], run.resolved(run.options))
+    rows = [row for own in rows for row in own]
+    tokens = sum(len(row.input_ids) for row in rows)
+    assert tokens < len(rows) * longest(rows)
+    shapes = watched(run)
+    results = run(items)
+    assert shapes == [(1, tokens), (tokens, 32)]
+    shapes.clear()
+    run.model.set_unpad(False)
+    assert close(results, run(items))
+    assert shapes == [(len(rows), longest(rows)), (len(rows), longest(rows), 32)]
+
+
+def test_rows_of_one_length_are_a_batch():
+    run = ready("text-classification")
+    shapes = watched(run)
+    run(TEXTS[:1] * 3)
+    length = longest(run.rows([run.checked(TEXTS[0], run.options)], run.options)[0])
+    assert shapes == [(3, length), (3, length, 32)]
+
+
+def hooked(run):
+    run.model.register_forward_hook(lambda module, args, output: None)
+
+
+def hooked_below(run):
+    run.model.deberta.register_forward_pre_hook(lambda module, args: None)
+
+
+def wrapped(run):
+    run.model.forward = run.model.forward
+
+
+def compiled(run):
+    run.model.compile(backend="eager")
+
+
+def derived(run):
+    run.model.__class__ = type("Derived", (type(run.model),), {"forward": type(run.model).forward})
+
+
+def attentive(run):
+    run.model.config.output_attentions = True
+
+
+@pytest.mark.parametrize("change", [hooked, hooked_below, wrapped, compiled, derived, attentive])
+def test_calls_stay_calls(change):
+    """What is set on a call of the model is not passed by: rows are padded then."""
+    run = ready("text-classification")
+    expected = run(TEXTS)
+    change(run)
+    assert not run._packs()
+    assert close(run(TEXTS), expected)
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_talking_heads(task):
+    """They need a batch; its padding is no result."""
+    run, items = ready(task, "v1-talking-heads", changes=LONGER, batch_size=9), INPUTS[task][:9]
+    alone = [next(run(iter([item]))) for item in items]
+    shapes = watched(run)
+    assert close(run(items), alone)
+    assert len(shapes[1]) == 3
+
+
+def files_opened(monkeypatch):
+    """Names of the files that are read as text from now on."""
+    names, read = [], Path.read_text
+    monkeypatch.setattr(
+        Path, "read_text", lambda path, *given, **more: names.append(path.name) or read(path, *given, **more)
+    )
+    return names
 
 
 @pytest.mark.parametrize("name", ["v1", "v3"])
-def test_from_folder(name, tmp_path):
+def test_from_folder(name, tmp_path, monkeypatch):
     own = model("text-classification", name)
     own.save_pretrained(tmp_path)
     tokenizer(name, model_max_length=64).save_pretrained(tmp_path)
+    type("Derived", (type(own),), {})  # a subclass of somebody's is not what gets loaded
+    opened = files_opened(monkeypatch)
     run = pipeline("sentiment-analysis", tmp_path, top_k=None, truncation=True)
+    assert opened.count("config.json") == 1
     assert type(run.model) is type(own) and run.tokenizer.is_fast and run.model.dtype == torch.float32
     options = dict(top_k=None, truncation=True)
     assert close(
