@@ -131,6 +131,7 @@ def disentangled_attention_varlen(
     first_slot: int = 0,
     return_lse: bool = False,
     backend: str | None = None,
+    check_values: bool = True,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """``disentangled_attention`` over packed sequences, without padding: each attends within itself alone.
 
@@ -140,6 +141,7 @@ def disentangled_attention_varlen(
             Rises from 0 to T; empty sequences are allowed. On a GPU a device-side assertion checks its values.
         max_seqlen: at least the longest sequence's length.
         attention_mask: bool (T,), False for keys that nobody attends to.
+        check_values: False: the caller has checked cu_seqlens with ``checked_cu_seqlens``.
         The others: as in ``disentangled_attention``.
 
     Returns:

@@ -89,3 +89,25 @@ def check_ends(cu_seqlens: torch.Tensor, device: torch.device) -> None:
             f"cu_seqlens must be one-dimensional, not empty and on {device}, "
             f"got shape {tuple(cu_seqlens.shape)} on {cu_seqlens.device}"
         )
+
+
+def checked_cu_seqlens(cu_seqlens: torch.Tensor, total: int, max_seqlen: int) -> torch.Tensor:
+    """cu_seqlens, once it is known to be right: type, shape and values.
+
+    On a device nobody waits for the values: a mistake trips a device-side assertion.
+
+    Raises:
+        TypeError: it is no int32 tensor.
+        ValueError: on the host, it does not rise from 0 to ``total`` in steps of 0 to ``max_seqlen``.
+    """
+    check_ends(cu_seqlens, cu_seqlens.device)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return cu_seqlens
+    lengths = cu_seqlens.diff()
+    expected = f"cu_seqlens must rise from 0 to {total} in steps of 0 to max_seqlen={max_seqlen}"
+    right = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total) & ((lengths >= 0) & (lengths <= max_seqlen)).all()
+    if cu_seqlens.device.type != "cpu":
+        torch._assert_async(right, expected)
+    elif not right:
+        raise ValueError(f"{expected}, got {cu_seqlens.tolist()}")
+    return cu_seqlens

@@ -34,12 +34,21 @@ def choose(name: str | None, inputs: AttentionInputs) -> str:
                 return candidate
         reasons = "; ".join(f"{candidate}: {', '.join(why)}" for candidate, why in why_not(inputs).items())
         raise RuntimeError(f"no backend can serve this call: {reasons}")
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {name!r}")
+    check_name(name)
     reasons = _reasons_against(name, inputs)
     if reasons:
         raise RuntimeError(f"backend {name!r} cannot serve this call: {', '.join(reasons)}")
     return name
+
+
+def check_name(name: str | None) -> None:
+    """Whether ``name`` is a backend's, or None for the best one.
+
+    Raises:
+        ValueError: no backend of that name.
+    """
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {name!r}")
 
 
 def _reasons_against(name: str, inputs: AttentionInputs) -> list[str]:
