@@ -1,4 +1,3 @@
-import importlib
 import os
 
 import pytest
@@ -20,11 +19,12 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def fused_calls(monkeypatch):
-    """The backends that patched modules ask for, one a fused call."""
-    module = importlib.import_module("deberta_fast.hf.patch")
-    calls, fused = [], module.attend
+    """The backends that attention modules ask for, one per fused call."""
+    from deberta_fast.models import attention
+
+    calls, fused = [], attention.attend
     counting = lambda *args, **kwargs: calls.append(kwargs["backend"]) or fused(*args, **kwargs)
-    monkeypatch.setattr(module, "attend", counting)
+    monkeypatch.setattr(attention, "attend", counting)
     return calls
 
 

@@ -15,11 +15,11 @@ DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo.py"
 
 # A mutant: the row of the position table one further on, in every call of the patched model.
 ONE_ROW_OFF = """
-import importlib, runpy, sys
+import runpy, sys
 sys.path.insert(0, sys.argv[1])
-hf = importlib.import_module("deberta_fast.hf.patch")
-right = hf.attend
-hf.attend = lambda *heads, pos_key, **rest: right(*heads, pos_key=pos_key.roll(1, dims=1), **rest)
+from deberta_fast.models import attention
+right = attention.attend
+attention.attend = lambda *heads, pos_key, **rest: right(*heads, pos_key=pos_key.roll(1, dims=1), **rest)
 demo = sys.argv[2]
 sys.argv = sys.argv[2:]
 runpy.run_path(demo, run_name="__main__")

@@ -53,6 +53,8 @@ RANKS = [
     {f"pipelines.{path.stem}" for path in (PACKAGE / "pipelines").glob("[c-z]*.py")},
     {"pipelines"},
     # leaves
+    {"hf.fallback"},
+    {"hf.forwards"},
     {"hf.patch"},
     {"cli", "hf"},
     {"__main__", ""},

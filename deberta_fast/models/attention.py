@@ -1,5 +1,8 @@
 """The attention module of DeBERTa v1, v2 and v3: projections around ``disentangled_attention``."""
 
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
@@ -15,19 +18,50 @@ from .packing import Packing
 from .weight_cache import WeightCache
 
 
-class Kept:
-    """What an attention module keeps in inference: its projected tables, and where its weights are promised to be
-    constant, the three projections as one."""
+class AttentionCache:
+    """What an attention module keeps between calls in inference.
+
+    Attributes:
+        tables: the projected position tables.
+        joint: the three projections as one matrix, kept only where weights are promised to be constant.
+    """
 
     def __init__(self, constant: bool = False):
         self.tables, self.joint = WeightCache(constant), WeightCache(constant)
 
 
+class PositionTerms(NamedTuple):
+    """The parts of an attention module that make its position terms.
+
+    Attributes:
+        key_proj: projects the table for content-to-position, hidden_size to H D; None leaves the term out.
+        query_proj: projects the table for position-to-content; None leaves the term out.
+        dropout: runs on the table's rows before they are projected.
+        table: position_buckets, max_relative_positions and far_negative, as ``disentangled_attention`` takes them.
+    """
+
+    key_proj: nn.Module | None
+    query_proj: nn.Module | None
+    dropout: nn.Module
+    table: dict
+
+    @classmethod
+    def of(cls, module: nn.Module, names: Collection[str], table: dict) -> "PositionTerms":
+        """The terms called ``names`` ("c2p", "p2c") of this library's module, or of Hugging Face's v2."""
+        key, query = ("key_proj", "query_proj") if module.share_att_key else ("pos_key_proj", "pos_query_proj")
+        return cls(
+            key_proj=getattr(module, key) if "c2p" in names else None,
+            query_proj=getattr(module, query) if "p2c" in names else None,
+            dropout=module.pos_dropout,
+            table=table,
+        )
+
+
 class DisentangledSelfAttention(nn.Module):
     """Self-attention with the position terms that the configuration names (He et al., arXiv 2006.03654, equation 4).
 
-    v1 and v2 differ in biases alone: v1 has none on keys and on the table's keys. ``backend`` is a name of
-    ``backends.BACKENDS``, or None for the best one call by call.
+    v1 differs from v2 only in biases: keys and the table's keys have none. ``backend`` is a name of
+    ``backends.BACKENDS``; None chooses the best one for each call.
     """
 
     def __init__(self, config: DebertaConfig):
@@ -54,7 +88,7 @@ class DisentangledSelfAttention(nn.Module):
         self.table = config.table
         self.scale = (self.attention_head_size * config.scale_terms) ** -0.5
         self.backend: str | None = None
-        self.kept = Kept()
+        self.cache = AttentionCache()
 
     def forward(
         self,
@@ -76,53 +110,48 @@ class DisentangledSelfAttention(nn.Module):
         Returns:
             (B, Lq, H D), and the probabilities after dropout (B, H, Lq, L) or None.
         """
-        heads = self.num_attention_heads
-        linears = (self.query_proj, self.key_proj, self.value_proj)
-        query, key, value = project_heads(linears, hidden_states, query_states, heads, self.kept.joint)
-        arguments = {"scale": self.scale, "dropout_p": self.dropout.p if self.training else 0.0}
-        if self.terms:
-            pos_key_proj, pos_query_proj = (
-                (self.key_proj, self.query_proj)
-                if self.share_att_key
-                else (getattr(self, "pos_key_proj", None), getattr(self, "pos_query_proj", None))
-            )
-            arguments |= project_table(
-                rel_embeddings,
-                query,
-                key,
-                mask,
-                pos_key_proj if "c2p" in self.terms else None,
-                pos_query_proj if "p2c" in self.terms else None,
-                self.pos_dropout,
-                self.kept.tables,
-                **self.table,
-            )
+        heads = project_heads(self, hidden_states, query_states, self.cache.joint)
+        terms = PositionTerms.of(self, self.terms, self.table) if self.terms else None
+        dropout_p = self.dropout.p if self.training else 0.0
         if not (output_attentions or self.talking_head):
-            return attend(query, key, value, mask, backend=self.backend, **arguments), None
+            context = run_attention(
+                heads,
+                mask,
+                rel_embeddings,
+                terms,
+                self.cache.tables,
+                scale=self.scale,
+                dropout_p=dropout_p,
+                backend=self.backend,
+            )
+            return context, None
         if isinstance(mask, Packing):
             raise ValueError("talking heads and output_attentions are computed densely, not on packed states")
         output, probabilities = disentangled_attention_with_probabilities(
-            *(x.transpose(1, 2) for x in (query, key, value)),
+            *(x.transpose(1, 2) for x in heads),
             attention_mask=mask,
+            scale=self.scale,
+            dropout_p=dropout_p,
             head_logits_proj=self.head_logits_proj if self.talking_head else None,
             head_weights_proj=self.head_weights_proj if self.talking_head else None,
-            **arguments,
+            **project_table(rel_embeddings, heads, mask, terms, self.cache.tables),
         )
         return output.transpose(1, 2).flatten(2), probabilities if output_attentions else None
 
 
 def project_heads(
-    linears: tuple[nn.Module, nn.Module, nn.Module],
-    hidden_states: torch.Tensor,
-    query_states: torch.Tensor | None,
-    heads: int,
-    joint: WeightCache,
-) -> list[torch.Tensor]:
-    """Queries, keys and values, (..., H, D), of (..., hidden_size); queries of query_states where there are any.
+    module: nn.Module, hidden_states: torch.Tensor, query_states: torch.Tensor | None, joint: WeightCache
+) -> Sequence[torch.Tensor]:
+    """Queries, keys and values, (..., H, D), from states (..., hidden_size).
 
-    By one product where ``joint`` may keep a matrix of all three. To put it together each time costs as much as it
-    saves.
+    One product makes all three where ``joint`` may keep their weights as one matrix. To join them in every call would
+    cost as much as it saves.
+
+    Args:
+        module: an attention module with query_proj, key_proj, value_proj and num_attention_heads.
+        query_states: the states to make queries from; None means hidden_states.
     """
+    linears, heads = (module.query_proj, module.key_proj, module.value_proj), module.num_attention_heads
     if joint.constant and query_states is None:
         if all(map(is_plain, linears)):
             weights = [x for linear in linears for x in (linear.weight, linear.bias)]
@@ -140,6 +169,34 @@ def _joined(linears: tuple[nn.Module, ...]) -> tuple[torch.Tensor, torch.Tensor]
     return torch.cat(weights), torch.cat(biases)
 
 
+def run_attention(
+    heads: Sequence[torch.Tensor],
+    mask: torch.Tensor | Packing | None,
+    rel_embeddings: torch.Tensor | None,
+    terms: PositionTerms | None,
+    cache: WeightCache,
+    *,
+    scale: float,
+    dropout_p: float,
+    backend: str | None,
+) -> torch.Tensor:
+    """Fused attention of projected heads, with position terms from the table.
+
+    Args:
+        heads: queries, keys and values, (B, L, H, D); or packed, (T, H, D).
+        mask: bool, as of ``disentangled_attention``; a ``Packing`` where states are packed.
+        rel_embeddings: the table of relative positions, (R, hidden_size); unused without terms.
+        terms: None for attention without position terms.
+        cache: keeps the projected tables in inference.
+        scale, dropout_p, backend: as of ``disentangled_attention``.
+
+    Returns:
+        (B, Lq, H D); or packed, (T, H D).
+    """
+    positions = project_table(rel_embeddings, heads, mask, terms, cache)
+    return attend(*heads, mask, scale=scale, dropout_p=dropout_p, backend=backend, **positions)
+
+
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | Packing | None, **arguments
 ) -> torch.Tensor:
@@ -151,53 +208,43 @@ def attend(
     """
     if isinstance(mask, Packing):
         arguments |= {"cu_seqlens": mask.cu_seqlens, "max_seqlen": mask.max_seqlen, "attention_mask": mask.mask}
-        return disentangled_attention_varlen(query, key, value, **arguments).flatten(1)
+        # A Packing's cu_seqlens are right: to check them in every layer costs launches.
+        return disentangled_attention_varlen(query, key, value, **arguments, check_values=False).flatten(1)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return disentangled_attention(query, key, value, attention_mask=mask, **arguments).transpose(1, 2).flatten(2)
 
 
 def project_table(
-    rel_embeddings: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
+    rel_embeddings: torch.Tensor | None,
+    heads: Sequence[torch.Tensor],
     mask: torch.Tensor | Packing | None,
-    pos_key_proj: nn.Module | None,
-    pos_query_proj: nn.Module | None,
-    pos_dropout: nn.Module,
-    kept: WeightCache,
-    **table,
+    terms: PositionTerms | None,
+    cache: WeightCache,
 ) -> dict:
-    """Keywords of ``disentangled_attention``: ``table``, and of it the projected rows that these lengths can reach.
+    """Keywords of ``disentangled_attention``: ``terms.table``, and the projected rows that these lengths can reach.
 
-    Args:
-        rel_embeddings: (R, hidden_size).
-        query, key: (B, L, H, D), or packed, (T, H, D).
-        mask: a ``Packing`` where they are packed.
-        pos_key_proj, pos_query_proj: from hidden_size to H D; None leaves a term out.
-        pos_dropout: runs on the rows.
-        kept: keeps the projected tables, whole ones, in inference.
-        table: position_buckets, max_relative_positions and far_negative.
+    The arguments are those of ``run_attention``. There are no keywords without terms.
     """
+    if terms is None:
+        return {}
+    table, count = terms.table, heads[0].shape[-2]
     start, stop = 0, table_rows(table["position_buckets"], table["max_relative_positions"])
-    projections = [("pos_key", pos_key_proj), ("pos_query", pos_query_proj)]
-    projections = [(name, linear) for name, linear in projections if linear is not None]
+    projections = {"pos_key": terms.key_proj, "pos_query": terms.query_proj}
+    projections = {name: linear for name, linear in projections.items() if linear is not None}
 
     def projected() -> dict[str, torch.Tensor]:
-        rows = pos_dropout(rel_embeddings[start:stop])
-        return {
-            name: project(linear, rows).unflatten(-1, (query.shape[-2], -1)).transpose(0, 1)
-            for name, linear in projections
-        }
+        rows = terms.dropout(rel_embeddings[start:stop])
+        return {name: split_heads(project(linear, rows), count).transpose(0, 1) for name, linear in projections.items()}
 
-    # Compiled, all rows: one graph for every length
+    # A compiled program projects all rows: one graph then serves every length.
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return {**table, **projected()}
-    if not pos_dropout.training and all(is_plain(linear) for _, linear in projections):
-        weights = [rel_embeddings, *(x for _, linear in projections for x in (linear.weight, linear.bias))]
-        if kept.keeps(weights):
-            return {**table, **kept.get(weights, projected)}
-    kept.clear()
-    lengths = (mask.max_seqlen,) * 2 if isinstance(mask, Packing) else (query.shape[1], key.shape[1])
+    if not terms.dropout.training and all(map(is_plain, projections.values())):
+        weights = [rel_embeddings, *(x for linear in projections.values() for x in (linear.weight, linear.bias))]
+        if cache.keeps(weights):
+            return {**table, **cache.get(weights, projected)}
+    cache.clear()
+    lengths = (mask.max_seqlen,) * 2 if isinstance(mask, Packing) else (heads[0].shape[1], heads[1].shape[1])
     start, stop = slot_table(**table).window(*lengths)
     return {**table, "first_slot": start, **projected()}
 

@@ -1,6 +1,6 @@
 """The stack of layers, with the table of relative positions that they share."""
 
-import warnings
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -10,12 +10,12 @@ from .activation import activation
 from .attention import DisentangledSelfAttention
 from .config import DebertaConfig
 from .onednn_linear import project
-from .packing import Packing, packing_of, why_not
+from .packing import Packing, Unpadding
 from .weight_cache import WeightCache
 
 
 class AddAndNorm(nn.Module):
-    """LayerNorm(dropout(W x + b) + residual)."""
+    """``add_and_norm`` with its parameters."""
 
     def __init__(self, width: int, config: DebertaConfig):
         super().__init__()
@@ -24,11 +24,18 @@ class AddAndNorm(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return self.LayerNorm(self.dropout(project(self.dense, x)) + residual)
+        return add_and_norm(self.dense, self.dropout, self.LayerNorm, x, residual)
+
+
+def add_and_norm(
+    dense: nn.Module, dropout: nn.Module, norm: nn.Module, x: torch.Tensor, residual: torch.Tensor
+) -> torch.Tensor:
+    """LayerNorm(dropout(W x + b) + residual), (..., width) and (..., hidden_size) to (..., hidden_size)."""
+    return norm(dropout(project(dense, x)) + residual)
 
 
 class DebertaAttention(nn.Module):
-    """Attention, added to what asked: to the queries' states."""
+    """Attention, added to the states that its queries come from."""
 
     def __init__(self, config: DebertaConfig):
         super().__init__()
@@ -49,14 +56,19 @@ class DebertaIntermediate(nn.Module):
         self.activation = activation(config.hidden_act)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.activation(project(self.dense, x))
+        return intermediate(self.dense, self.activation, x)
+
+
+def intermediate(dense: nn.Module, act: Callable, x: torch.Tensor) -> torch.Tensor:
+    """act(W x + b), (..., hidden_size) to (..., intermediate_size)."""
+    return act(project(dense, x))
 
 
 class DebertaLayer(nn.Module):
     """Attention and feed-forward, normalised after each.
 
-    Its tensors are positional: reentrant checkpointing detaches those alone, and would walk the graph of the normalised
-    table once a layer otherwise.
+    Its tensors are positional arguments: reentrant checkpointing detaches only those. Otherwise every layer's backward
+    would walk the graph of the normalised table.
     """
 
     def __init__(self, config: DebertaConfig):
@@ -100,17 +112,59 @@ class ConvLayer(nn.Module):
         return output if token_mask is None else output * token_mask.unsqueeze(-1)
 
 
-def normalised_table(weight: torch.Tensor, norm: nn.Module | None, kept: WeightCache) -> torch.Tensor:
-    """The table of relative positions, (R, hidden_size); ``kept`` keeps it in inference."""
+def normalised_table(weight: torch.Tensor, norm: nn.Module | None, cache: WeightCache) -> torch.Tensor:
+    """The table of relative positions, (R, hidden_size); ``cache`` keeps it in inference."""
     if norm is None:
         return weight
-    # Whatever is more than torch's own depends on who knows what
+    # A subclassed or hooked norm may depend on anything: its output is not kept.
     if type(norm) is nn.LayerNorm and not ("forward" in vars(norm) or norm._forward_hooks or norm._forward_pre_hooks):
         weights = [weight, norm.weight, norm.bias]
-        if kept.keeps(weights):
-            return kept.get(weights, lambda: norm(weight))
-    kept.clear()
+        if cache.keeps(weights):
+            return cache.get(weights, lambda: norm(weight))
+    cache.clear()
     return norm(weight)
+
+
+def run_layers(
+    call: Callable,
+    depth: int,
+    hidden_states: torch.Tensor,
+    mask: torch.Tensor | Packing | None,
+    packing: Packing | None,
+    conv: nn.Module | None,
+    token_mask: torch.Tensor | None,
+    output_hidden_states: bool,
+) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    """The loop over the layers, for this library's encoder and for a patched one.
+
+    Args:
+        call: ``call(index, states, mask)`` runs one layer; returns its output, and its probabilities or None.
+        depth: the number of layers.
+        hidden_states: the embeddings, (B, L, hidden_size); or packed, (T, hidden_size).
+        mask: as of ``DisentangledSelfAttention``.
+        packing: takes the padding out of (B, L, hidden_size) before the first layer, and its rows come out as zeros.
+        conv: v2's convolution of the embeddings, added to the first layer's output; None where there is none.
+        token_mask: what ``conv`` takes, (B, L), 0 for padding; unused where states are packed.
+
+    Returns:
+        Every layer's output, the embeddings first (only the last one without output_hidden_states), and what each
+        layer returned as its probabilities.
+    """
+    shape = hidden_states.shape[:2]
+    if packing is not None:
+        hidden_states, mask = packing.pack(hidden_states), packing
+    states, attentions = [hidden_states], []
+    for index in range(depth):
+        output, probabilities = call(index, states[-1], mask)
+        if index == 0 and conv is not None and isinstance(mask, Packing):
+            output = mask.convolve(conv, hidden_states, output)
+        elif index == 0 and conv is not None:
+            output = conv(hidden_states, output, token_mask)
+        states = [*states, output] if output_hidden_states else [output]
+        attentions.append(probabilities)
+    if packing is not None:
+        states = [packing.pad(x, *shape) for x in states]
+    return states, attentions
 
 
 class DebertaEncoder(nn.Module):
@@ -123,16 +177,15 @@ class DebertaEncoder(nn.Module):
         self.conv = ConvLayer(config) if getattr(config, "conv_kernel_size", 0) > 0 else None
         self.checkpointing: dict | None = None  # torch.utils.checkpoint's keywords, where layers are checkpointed
         self.checkpoint_every = 1
-        self.unpad: bool | str = "auto"  # "auto" and True take padding out; True says so where it stays
+        self.unpadding = Unpadding("auto")
         self.talking_head = config.talking_head
-        self._warned = False
-        self.kept = WeightCache()
+        self.cache = WeightCache()
 
     def table(self) -> torch.Tensor | None:
         """Relative positions, (R, hidden_size)."""
         if self.rel_embeddings is None:
             return None
-        return normalised_table(self.rel_embeddings.weight, self.LayerNorm, self.kept)
+        return normalised_table(self.rel_embeddings.weight, self.LayerNorm, self.cache)
 
     def forward(
         self,
@@ -145,63 +198,40 @@ class DebertaEncoder(nn.Module):
         """
         Args:
             hidden_states: the embeddings, (B, L, hidden_size); or packed, (T, hidden_size).
-            mask: as of ``DisentangledSelfAttention``. With (B, L), padding is left out on the way, as ``unpad`` says.
+            mask: as of ``DisentangledSelfAttention``. With (B, L), ``unpadding`` decides whether padding is taken out.
             token_mask: bool (B, L), False for padding; not for packed states.
 
         Returns:
             Every layer's output, the embeddings first (only the last one without output_hidden_states), and every
             layer's probabilities (none without output_attentions).
         """
-        packing = self._packing(mask, output_attentions)
-        if packing is not None:
-            states, _ = self.forward(packing.pack(hidden_states), packing, None, output_hidden_states)
-            return [packing.pad(x, *hidden_states.shape[:2]) for x in states], []
+        packing = self.unpadding.packing(mask, dense=output_attentions or self.talking_head)
         table = self.table()
-        states, attentions = [hidden_states], []
-        for index in range(len(self.layer)):
-            output, probabilities = self._run(index, states[-1], mask, table, None, output_attentions)
-            if index == 0 and self.conv is not None and isinstance(mask, Packing):
-                output = mask.convolve(self.conv, hidden_states, output)
-            elif index == 0 and self.conv is not None:
-                output = self.conv(hidden_states, output, token_mask)
-            states = [*states, output] if output_hidden_states else [output]
-            if output_attentions:
-                attentions.append(probabilities)
-        return states, attentions
+        call = lambda index, states, mask: self._run(index, states, mask, table, None, output_attentions)
+        states, attentions = run_layers(
+            call, len(self.layer), hidden_states, mask, packing, self.conv, token_mask, output_hidden_states
+        )
+        return states, attentions if output_attentions else []
 
-    def again(
+    def repeat_last_layer(
         self,
         hidden_states: torch.Tensor,
         query_states: torch.Tensor,
         mask: torch.Tensor | Packing | None,
         times: int,
     ) -> list[torch.Tensor]:
-        """The last layer run ``times`` more, each on the output before it as queries, with keys and values of
-        hidden_states: Microsoft's z_steps and the enhanced mask decoder's two layers."""
-        packing = self._packing(mask)
-        if packing is not None:
-            outputs = self.again(packing.pack(hidden_states), packing.pack(query_states), packing, times)
-            return [packing.pad(x, *hidden_states.shape[:2]) for x in outputs]
-        table, last = self.table(), len(self.layer) - 1
-        outputs = []
-        for _ in range(times):
-            query_states, _ = self._run(last, hidden_states, mask, table, query_states, False)
-            outputs.append(query_states)
-        return outputs
+        """Runs the last layer ``times`` more, for Microsoft's z_steps and enhanced mask decoder.
 
-    def _packing(self, mask: torch.Tensor | Packing | None, output_attentions: bool = False) -> Packing | None:
-        """Of a batch whose padding is to be left out."""
-        if not self.unpad or mask is None or isinstance(mask, Packing):
-            return None
-        reason = why_not(mask)
-        if output_attentions or self.talking_head:
-            reason = "output_attentions and talking heads are computed densely"
-        if reason is None:
-            return packing_of(mask, self.unpad)
-        if self.unpad is True and not self._warned and not torch.compiler.is_compiling():
-            self._warned = True
-            warnings.warn(f"padding stays, in spite of unpad=True: {reason}", stacklevel=2)
-        return None
+        Keys and values come from hidden_states each time, queries from the output before; from query_states at first.
+        """
+        packing, shape = self.unpadding.packing(mask, dense=self.talking_head), hidden_states.shape[:2]
+        if packing is not None:
+            hidden_states, query_states, mask = packing.pack(hidden_states), packing.pack(query_states), packing
+        table, outputs = self.table(), [query_states]
+        for _ in range(times):
+            output, _ = self._run(len(self.layer) - 1, hidden_states, mask, table, outputs[-1], False)
+            outputs.append(output)
+        return outputs[1:] if packing is None else [packing.pad(x, *shape) for x in outputs[1:]]
 
     def _run(self, index: int, *inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
         layer = self.layer[index]

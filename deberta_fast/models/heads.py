@@ -73,7 +73,7 @@ def span_loss(
     """Mean of the cross entropies of a span's two ends, logits (B, L), positions (B,) or (B, 1).
 
     Positions below 0 count as 0; those outside of the text or in its padding are left out, and so are the logits of
-    padding, where token_mask (B, L) is 0.
+    padding, where token_mask, bool (B, L), is False.
 
     Raises:
         ValueError: positions are of another shape.
@@ -85,19 +85,22 @@ def span_loss(
             raise ValueError(f"{name}_positions must be of shape {(batch,)}, got {tuple(positions.shape)}")
         positions = positions.reshape(-1).clamp(0, outside)
         if token_mask is not None:
-            token = nn.functional.pad(token_mask.bool(), (0, 1)).gather(1, positions.unsqueeze(1)).squeeze(1)
+            token = nn.functional.pad(token_mask, (0, 1)).gather(1, positions.unsqueeze(1)).squeeze(1)
             positions = torch.where(token, positions, outside)
-            logits = logits.masked_fill(~token_mask.bool(), -torch.inf)
+            logits = logits.masked_fill(~token_mask, -torch.inf)
         losses.append(F.cross_entropy(logits, positions, ignore_index=outside))
     return (losses[0] + losses[1]) / 2
 
 
 def first_states(states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
-    """Of each sequence's first token, (B, L, hidden_size) to (B, hidden_size); token_mask (B, L), or None where none of
-    padding."""
+    """Each sequence's first token, (B, L, hidden_size) to (B, hidden_size).
+
+    Args:
+        token_mask: bool (B, L), False for padding; None if there is no padding.
+    """
     if token_mask is None:
         return states[:, 0]
-    first = token_mask.bool().int().argmax(1)
+    first = token_mask.int().argmax(1)
     return states.gather(1, first.view(-1, 1, 1).expand(-1, 1, states.shape[-1])).squeeze(1)
 
 

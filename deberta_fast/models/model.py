@@ -53,7 +53,6 @@ class DebertaModel(PreTrainedModel):
         Raises:
             ValueError: both or neither of input_ids and inputs_embeds, or shapes that do not fit.
         """
-        config = self.config
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         shape = tuple(input_ids.shape if input_ids is not None else inputs_embeds.shape[:-1])
@@ -67,18 +66,8 @@ class DebertaModel(PreTrainedModel):
             self._warn_of_padding(input_ids)
         mask, token_mask = masks(attention_mask, *shape)
         embedded = self.embeddings(input_ids, token_mask, token_type_ids, position_ids, inputs_embeds)
-        output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        states, attentions = self._encode(embedded, mask, token_mask, output_hidden_states, output_attentions)
-        return returned(
-            self,
-            return_dict,
-            BaseModelOutput(
-                last_hidden_state=states[-1],
-                hidden_states=tuple(states) if output_hidden_states else None,
-                attentions=tuple(attentions) if output_attentions else None,
-            ),
-        )
+        output = self._encode(embedded, mask, token_mask, output_hidden_states, output_attentions)
+        return returned(self, return_dict, output)
 
     def forward_packed(
         self,
@@ -98,8 +87,8 @@ class DebertaModel(PreTrainedModel):
         Args:
             input_ids: (T,) token ids of all sequences, or inputs_embeds (T, embedding_size).
             cu_seqlens: int32 (n + 1,), on the same device: sequence s lies at rows cu_seqlens[s] to cu_seqlens[s + 1].
-            max_seqlen: at least the longest sequence's length. None reads it from cu_seqlens, which waits for the
-                device; where this is compiled, it must be given.
+            max_seqlen: at least the longest sequence's length. None reads it from cu_seqlens, which synchronises with
+                the device; a compiled program needs it given.
             attention_mask: (T,), 0 for tokens that nobody may attend to.
             token_type_ids, position_ids: (T,), zeros and each token's place in its sequence by default.
             output_hidden_states, return_dict: as of ``forward``; there are no attentions.
@@ -110,7 +99,31 @@ class DebertaModel(PreTrainedModel):
         Raises:
             TypeError, ValueError: an argument is not as described; or the model has talking heads.
         """
-        config = self.config
+        output, _ = self.run_packed(
+            input_ids,
+            cu_seqlens,
+            max_seqlen=max_seqlen,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+        )
+        return returned(self, return_dict, output)
+
+    def run_packed(
+        self,
+        input_ids: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        *,
+        max_seqlen: int | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> tuple[BaseModelOutput, Packing]:
+        """``forward_packed`` for task models, which need to know where the sequences lie."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         given = input_ids if input_ids is not None else inputs_embeds
@@ -128,22 +141,22 @@ class DebertaModel(PreTrainedModel):
             for x in (input_ids, packing.mask, token_type_ids, position_ids, inputs_embeds)
         )
         embedded = self.embeddings(*rows).squeeze(0)
-        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        states, _ = self._encode(embedded, packing, None, output_hidden_states, False)
-        return returned(
-            self,
-            return_dict,
-            BaseModelOutput(
-                last_hidden_state=states[-1], hidden_states=tuple(states) if output_hidden_states else None
-            ),
-        )
+        return self._encode(embedded, packing, None, output_hidden_states, False), packing
 
-    def _encode(self, embedded, mask, token_mask, output_hidden_states, output_attentions):
-        again = self.config.z_steps > 1 and self.config.num_hidden_layers > 0
-        states, attentions = self.encoder(embedded, mask, token_mask, output_hidden_states or again, output_attentions)
-        if again:
-            states = [*states, *self.encoder.again(states[-2], states[-1], mask, self.config.z_steps - 1)]
-        return states, attentions
+    def _encode(self, embedded, mask, token_mask, output_hidden_states, output_attentions) -> BaseModelOutput:
+        config = self.config
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        repeats = config.z_steps - 1 if config.num_hidden_layers > 0 else 0
+        keep_all = output_hidden_states or repeats > 0
+        states, attentions = self.encoder(embedded, mask, token_mask, keep_all, output_attentions)
+        if repeats > 0:
+            states = [*states, *self.encoder.repeat_last_layer(states[-2], states[-1], mask, repeats)]
+        return BaseModelOutput(
+            last_hidden_state=states[-1],
+            hidden_states=tuple(states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
 
     def _packed_positions(self, packing: Packing, tokens: int) -> torch.Tensor:
         self.embeddings.check_length(packing.max_seqlen)
@@ -155,7 +168,7 @@ class DebertaModel(PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The last layer run twice more on what it was given, with absolute positions in its first queries.
+        """Runs the last layer twice more on the states it was given, with absolute positions in its first queries.
 
         Keys and values are hidden_states both times; the first queries are hidden_states + positions, the second ones
         the first output (He et al., arXiv 2006.03654, section 3.2, as Microsoft's code has it).
@@ -170,7 +183,7 @@ class DebertaModel(PreTrainedModel):
         positions = self.embeddings.positions(hidden_states.shape[1], position_ids)
         queries = hidden_states + self.embeddings.project(positions)
         mask, _ = masks(attention_mask, *hidden_states.shape[:2])
-        return self.encoder.again(hidden_states, queries, mask, 2)[-1]
+        return self.encoder.repeat_last_layer(hidden_states, queries, mask, 2)[-1]
 
     def enhanced_mask_decoder_packed(
         self, hidden_states: torch.Tensor, packing: Packing, position_ids: torch.Tensor | None = None
@@ -179,10 +192,10 @@ class DebertaModel(PreTrainedModel):
         if position_ids is None:
             position_ids = self._packed_positions(packing, hidden_states.shape[0])
         queries = hidden_states + self.embeddings.project(self.embeddings.position_embeddings(position_ids))
-        return self.encoder.again(hidden_states, queries, packing, 2)[-1]
+        return self.encoder.repeat_last_layer(hidden_states, queries, packing, 2)[-1]
 
     def _warn_of_padding(self, input_ids: torch.Tensor | None) -> None:
-        """Looks at the first call alone: on a GPU, looking means waiting for it."""
+        """Checks only the first call, because the check synchronises with the device."""
         if self._saw_no_mask or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
         self._saw_no_mask = True
@@ -210,7 +223,9 @@ def returned(model: PreTrainedModel, return_dict: bool | None, output: ModelOutp
 
 
 def masks(mask: torch.Tensor | None, batch: int, length: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """What attention takes, (B, L) or (B, 1, L, L), and which tokens are none of padding, (B, L); both bool.
+    """The mask that attention takes, (B, L) or (B, 1, L, L), and the mask of tokens, (B, L), False for padding.
+
+    Both are bool, as everything below takes them.
 
     Raises:
         ValueError: the mask is of another shape.

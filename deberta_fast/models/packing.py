@@ -1,21 +1,27 @@
 """Batches without their padding: the tokens of all sequences one after the other.
 
 What works token by token (linear layers, norms, activations) takes packed states (T, hidden_size) as it takes any;
-attention needs to know where sequences end, and a convolution that they do not touch.
+attention needs to know where sequences end, and a convolution must not reach from one into the next.
 """
 
+import warnings
 from typing import NamedTuple
 
 import torch
 
 from ..op.call import check_cu_seqlens_form
+from ..op.schema import checked_cu_seqlens
 
 UNPAD = (False, "auto", True)
-WORTH = 1 / 32  # of a batch's rows: to take less padding out costs as much as it saves (12 layers of 768 on a CPU)
+# "auto" takes padding out from this share of a batch's rows on: below, that costs as much as it saves (12 layers of 768
+# on a CPU).
+WORTH = 1 / 32
 
 
 class Packing(NamedTuple):
     """Where the sequences of packed states (T, ...) lie. Attention takes it in the place of a mask.
+
+    Whoever makes one answers for its cu_seqlens: attention does not check their values.
 
     Attributes:
         cu_seqlens: int32 (n + 1,), sequence s at rows cu_seqlens[s] to cu_seqlens[s + 1].
@@ -31,7 +37,7 @@ class Packing(NamedTuple):
 
     @property
     def lengths(self) -> torch.Tensor:
-        """Of the sequences, (n,)."""
+        """Sequence lengths, (n,)."""
         return self.cu_seqlens.diff()
 
     def pack(self, states: torch.Tensor) -> torch.Tensor:
@@ -43,13 +49,13 @@ class Packing(NamedTuple):
         return _scattered(states, self.rows, batch * length).unflatten(0, (batch, length))
 
     def positions(self, tokens: int) -> torch.Tensor:
-        """Of each of the T tokens in its own sequence, int64 (T,)."""
-        return torch.arange(tokens, device=self.cu_seqlens.device) - self._of_each(self.cu_seqlens[:-1], tokens)
+        """Each token's place in its own sequence, int64 (T,)."""
+        return torch.arange(tokens, device=self.cu_seqlens.device) - self._by_token(self.cu_seqlens[:-1], tokens)
 
-    def by_sequence(self, values: torch.Tensor, fill: float) -> torch.Tensor:
+    def by_sequence(self, values: torch.Tensor, fill: float | bool) -> torch.Tensor:
         """(T,) to (n, max_seqlen), ``fill`` behind each sequence's end."""
         sequences = torch.arange(self.lengths.shape[0], device=values.device)
-        rows = self._of_each(sequences, values.shape[0]) * self.max_seqlen + self.positions(values.shape[0])
+        rows = self._by_token(sequences, values.shape[0]) * self.max_seqlen + self.positions(values.shape[0])
         filled = values.new_full((sequences.shape[0] * self.max_seqlen,), fill)
         return filled.index_copy(0, rows, values).unflatten(0, (-1, self.max_seqlen))
 
@@ -64,13 +70,19 @@ class Packing(NamedTuple):
         tokens, sequences = embeddings.shape[0], self.cu_seqlens.shape[0] - 1
         gap = layer.conv.weight.shape[-1] // 2
         shifts = gap * torch.arange(sequences, device=embeddings.device)
-        rows = torch.arange(tokens, device=embeddings.device) + self._of_each(shifts, tokens)
+        rows = torch.arange(tokens, device=embeddings.device) + self._by_token(shifts, tokens)
         seen = rows.new_ones(tokens) if self.mask is None else self.mask.long()
         apart = (_scattered(x, rows, tokens + gap * sequences).unsqueeze(0) for x in (embeddings, output, seen))
         return layer(*apart).squeeze(0).index_select(0, rows)
 
-    def _of_each(self, values: torch.Tensor, tokens: int) -> torch.Tensor:
-        """A value a sequence, (n,), as one a token, (T,)."""
+    def first_tokens(self, states: torch.Tensor) -> torch.Tensor:
+        """Each sequence's first token, (T, ...) to (n, ...); zeros for an empty sequence."""
+        starts = self.cu_seqlens[:-1].long().clamp(max=states.shape[0] - 1)
+        empty = (self.lengths == 0).reshape(-1, *(1,) * (states.dim() - 1))
+        return states.index_select(0, starts).masked_fill(empty, 0)
+
+    def _by_token(self, values: torch.Tensor, tokens: int) -> torch.Tensor:
+        """One value per sequence, (n,), repeated for each of its tokens, (T,)."""
         return values.repeat_interleave(self.lengths, output_size=tokens)
 
 
@@ -80,17 +92,46 @@ def check_unpad(unpad: bool | str) -> bool | str:
     return unpad
 
 
-def packing_of(token_mask: torch.Tensor, unpad: bool | str) -> Packing | None:
-    """Of a padded batch: each row from its first token to its last; holes between them stay, masked.
+class Unpadding:
+    """Decides for every batch whether its padding is taken out.
 
-    Waits for the device once, to learn how many tokens there are.
+    Attributes:
+        mode: False, never; "auto", where it pays; True, wherever there is padding, with one warning where it stays.
+    """
+
+    def __init__(self, mode: bool | str):
+        self.mode = check_unpad(mode)
+        self._warned = False
+
+    def packing(self, mask: torch.Tensor | Packing | None, dense: bool = False) -> Packing | None:
+        """The packing to run the layers with, or None to run them on the batch as it is.
+
+        Args:
+            mask: bool; a ``Packing`` where states are packed already.
+            dense: attention needs the batch as it is, for its probabilities or for talking heads.
+        """
+        if not self.mode or mask is None or isinstance(mask, Packing):
+            return None
+        reason = "output_attentions and talking heads are computed densely" if dense else _reason_to_stay(mask)
+        if reason is None:
+            return packing_of(mask, self.mode)
+        if self.mode is True and not (self._warned or torch.compiler.is_compiling()):
+            self._warned = True
+            warnings.warn(f"deberta_fast: padding stays, in spite of unpad=True: {reason}", stacklevel=2)
+        return None
+
+
+def packing_of(token_mask: torch.Tensor, unpad: bool | str) -> Packing | None:
+    """The packing of a padded batch. Each row is kept from its first token to its last; padding between them is masked.
+
+    Synchronises with the device once, to learn how many tokens there are.
 
     Args:
         token_mask: bool (B, L), False for padding.
-        unpad: True, or "auto" where little padding does not count.
+        unpad: True, or "auto" to leave little padding in.
 
     Returns:
-        None where there is no padding to leave out, or no token at all.
+        None where there is no padding to take out, or no token at all.
     """
     batch, length = token_mask.shape
     places = torch.arange(length, device=token_mask.device)
@@ -114,15 +155,15 @@ def packing_of(token_mask: torch.Tensor, unpad: bool | str) -> Packing | None:
 def packed_sequences(
     cu_seqlens: torch.Tensor, max_seqlen: int | None, attention_mask: torch.Tensor | None, states: torch.Tensor
 ) -> Packing:
-    """Of sequences that were packed elsewhere.
+    """The packing of sequences that the caller has packed. This is the one place that checks them.
 
     Args:
         cu_seqlens, max_seqlen, attention_mask: as of ``DebertaModel.forward_packed``.
         states: (T, ...).
 
     Raises:
-        TypeError, ValueError: an argument is not as described. Values of cu_seqlens are looked at on the host; on a
-            device attention asserts them.
+        TypeError, ValueError: an argument is not as described. Where cu_seqlens lie on a device and max_seqlen is
+            given, nobody waits for their values: a device-side assertion checks them.
     """
     tokens = states.shape[0]
     check_cu_seqlens_form(cu_seqlens, states.device)
@@ -141,22 +182,15 @@ def packed_sequences(
             expected = f"rise from 0 to {tokens} in steps of 0 to max_seqlen={longest}"
             raise ValueError(f"cu_seqlens must {expected}, got {ends}")
         max_seqlen = longest
+    else:
+        cu_seqlens = checked_cu_seqlens(cu_seqlens, tokens, max_seqlen)
     return Packing(cu_seqlens, max_seqlen, None if attention_mask is None else attention_mask.bool())
 
 
-def first_tokens(states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Each packed sequence's first token, (T, ...) to (n, ...); zeros for an empty sequence."""
-    starts = cu_seqlens[:-1].long().clamp(max=states.shape[0] - 1)
-    empty = (cu_seqlens.diff() == 0).reshape(-1, *(1,) * (states.dim() - 1))
-    return states.index_select(0, starts).masked_fill(empty, 0)
-
-
-def why_not(mask: torch.Tensor | None) -> str | None:
-    """The reason for which a batch with this mask, bool, keeps its padding; None where it need not."""
+def _reason_to_stay(mask: torch.Tensor) -> str | None:
+    """The reason for which a batch with this mask, bool, keeps its padding; None if there is none."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "a traced program cannot depend on how many tokens there are"
-    if mask is None:
-        return None
     if mask.dim() != 2:
         return "a mask of pairs of tokens"
     if type(mask) is not torch.Tensor or mask.is_meta:

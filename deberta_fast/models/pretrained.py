@@ -9,7 +9,7 @@ from torch import nn
 from ..checkpoint import LoadingInfo, fill, read_tensors, to_hf, without_memory, write_tensors
 from ..checkpoint.hub import Source
 from ..op import backends
-from .attention import Kept
+from .attention import AttentionCache
 from .config import DebertaConfig
 from .heads import LMHead
 from .packing import check_unpad
@@ -174,8 +174,7 @@ class PreTrainedModel(nn.Module):
         Raises:
             ValueError: there is none of that name.
         """
-        if backend is not None and backend not in backends.BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(backends.BACKENDS)} or None, got {backend!r}")
+        backends.check_name(backend)
         for layer in self.base_model.encoder.layer:
             layer.attention.self.backend = backend
 
@@ -190,7 +189,7 @@ class PreTrainedModel(nn.Module):
         Raises:
             ValueError: it is another value.
         """
-        self.base_model.encoder.unpad = check_unpad(unpad)
+        self.base_model.encoder.unpadding.mode = check_unpad(unpad)
 
     def set_constant_weights(self, constant: bool) -> None:
         """The promise that no weight will be written through ``.data``, which torch cannot see.
@@ -200,9 +199,9 @@ class PreTrainedModel(nn.Module):
         still count. Without it, projected position tables alone are kept, on a CPU.
         """
         encoder = self.base_model.encoder
-        encoder.kept = WeightCache(constant)
+        encoder.cache = WeightCache(constant)
         for layer in encoder.layer:
-            layer.attention.self.kept = Kept(constant)
+            layer.attention.self.cache = AttentionCache(constant)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.base_model.embeddings.word_embeddings

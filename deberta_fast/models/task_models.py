@@ -17,7 +17,6 @@ from .outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from .packing import first_tokens, packed_sequences
 from .pretrained import PreTrainedModel, resized
 
 
@@ -79,18 +78,16 @@ class DebertaForMaskedLM(PreTrainedModel):
         self, input_ids: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None, **packed
     ) -> tuple[torch.Tensor, BaseModelOutput]:
         """``predicting_states`` of packed sequences, (T, hidden_size); arguments of ``DebertaModel.forward_packed``."""
-        kept = (
-            self.config.output_hidden_states if (asked := packed.pop("output_hidden_states", None)) is None else asked
-        )
-        outputs = self.deberta.forward_packed(
-            input_ids, cu_seqlens, output_hidden_states=kept or self._decodes, return_dict=True, **packed
+        asked = packed.pop("output_hidden_states", None)
+        asked = self.config.output_hidden_states if asked is None else asked
+        outputs, packing = self.deberta.run_packed(
+            input_ids, cu_seqlens, output_hidden_states=asked or self._decodes, **packed
         )
         states = outputs.last_hidden_state
         if self._decodes:
-            mask, positions = packed.get("attention_mask"), packed.get("position_ids")
-            packing = packed_sequences(cu_seqlens, packed.get("max_seqlen"), mask, states)
-            states = self.deberta.enhanced_mask_decoder_packed(self._before_last(outputs), packing, positions)
-        return states, self._kept(outputs, kept)
+            last_input = self._last_input(outputs)
+            states = self.deberta.enhanced_mask_decoder_packed(last_input, packing, packed.get("position_ids"))
+        return states, self._as_asked(outputs, asked)
 
     def _predictions(self, states, outputs, labels, return_dict) -> MaskedLMOutput | tuple:
         logits = self.lm_predictions(states, self.get_input_embeddings())
@@ -115,31 +112,33 @@ class DebertaForMaskedLM(PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> tuple[torch.Tensor, BaseModelOutput]:
-        """What the head predicts from, (B, L, hidden_size), and the output of ``deberta``; arguments as of ``forward``.
+        """The states that the head predicts from, (B, L, hidden_size), and the output of ``deberta``.
 
-        Of the states, ``lm_predictions`` need only see those at masks: scores of a whole vocabulary are large.
+        Arguments are as of ``forward``. Scores of a whole vocabulary are large: give ``lm_predictions`` only the states
+        at masks where no others are needed.
         """
-        kept = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         outputs = self.deberta(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
-            kept or self._decodes, True,
+            asked or self._decodes, True,
         )  # fmt: skip
         states = outputs.last_hidden_state
         if self._decodes:
-            states = self.deberta.enhanced_mask_decoder(self._before_last(outputs), attention_mask, position_ids)
-        return states, self._kept(outputs, kept)
+            states = self.deberta.enhanced_mask_decoder(self._last_input(outputs), attention_mask, position_ids)
+        return states, self._as_asked(outputs, asked)
 
     @property
     def _decodes(self) -> bool:
         return self.config.enhanced_mask_decoder and not self.config.position_biased_input
 
-    def _before_last(self, outputs: BaseModelOutput) -> torch.Tensor:
-        """The last layer's input: of z_steps' repetitions, none is."""
+    def _last_input(self, outputs: BaseModelOutput) -> torch.Tensor:
+        """The last layer's input, also where z_steps' repetitions have added states behind it."""
         return outputs.hidden_states[self.config.num_hidden_layers - 1]
 
     @staticmethod
-    def _kept(outputs: BaseModelOutput, kept: bool) -> BaseModelOutput:
-        if kept:
+    def _as_asked(outputs: BaseModelOutput, asked: bool) -> BaseModelOutput:
+        """The outputs without hidden states, unless the caller has asked for those."""
+        if asked:
             return outputs
         return BaseModelOutput(last_hidden_state=outputs.last_hidden_state, attentions=outputs.attentions)
 
@@ -233,8 +232,8 @@ class DebertaForSequenceClassification(PreTrainedModel):
         Returns:
             loss, logits (n, num_labels), hidden_states.
         """
-        outputs = self.deberta.forward_packed(input_ids, cu_seqlens, return_dict=True, **packed)
-        return self._classes(first_tokens(outputs.last_hidden_state, cu_seqlens), outputs, labels, return_dict)
+        outputs, packing = self.deberta.run_packed(input_ids, cu_seqlens, **packed)
+        return self._classes(packing.first_tokens(outputs.last_hidden_state), outputs, labels, return_dict)
 
     def _classes(self, first, outputs, labels, return_dict) -> SequenceClassifierOutput | tuple:
         logits = self.classifier(self.dropout(self.pooler(first)))
@@ -309,7 +308,7 @@ class DebertaForTokenClassification(PreTrainedModel):
         Returns:
             loss, logits (T, num_labels), hidden_states.
         """
-        outputs = self.deberta.forward_packed(input_ids, cu_seqlens, return_dict=True, **packed)
+        outputs, _ = self.deberta.run_packed(input_ids, cu_seqlens, **packed)
         return self._classes(outputs, labels, return_dict)
 
     def _classes(self, outputs, labels, return_dict) -> TokenClassifierOutput | tuple:
@@ -391,14 +390,13 @@ class DebertaForQuestionAnswering(PreTrainedModel):
         Returns:
             loss, start_logits (T,), end_logits (T,), hidden_states.
         """
-        outputs = self.deberta.forward_packed(input_ids, cu_seqlens, return_dict=True, **packed)
+        outputs, packing = self.deberta.run_packed(input_ids, cu_seqlens, **packed)
         start_logits, end_logits = (x.contiguous() for x in self.qa_outputs(outputs.last_hidden_state).unbind(-1))
         loss = None
         if start_positions is not None and end_positions is not None:
-            packing = packed_sequences(cu_seqlens, packed.get("max_seqlen"), packed.get("attention_mask"), start_logits)
             logits = (packing.by_sequence(x, 0.0) for x in (start_logits, end_logits))
-            seen = torch.ones_like(start_logits) if packing.mask is None else packing.mask.to(start_logits)
-            loss = span_loss(*logits, start_positions, end_positions, packing.by_sequence(seen, 0.0))
+            tokens = torch.ones_like(start_logits, dtype=torch.bool) if packing.mask is None else packing.mask
+            loss = span_loss(*logits, start_positions, end_positions, packing.by_sequence(tokens, False))
         return self._span(start_logits, end_logits, loss, outputs, return_dict)
 
     def _span(self, start_logits, end_logits, loss, outputs, return_dict) -> QuestionAnsweringModelOutput | tuple:
@@ -485,8 +483,8 @@ class DebertaV2ForMultipleChoice(PreTrainedModel):
         Returns:
             loss, logits (n / C, C), hidden_states.
         """
-        outputs = self.deberta.forward_packed(input_ids, cu_seqlens, return_dict=True, **packed)
-        first = first_tokens(outputs.last_hidden_state, cu_seqlens)
+        outputs, packing = self.deberta.run_packed(input_ids, cu_seqlens, **packed)
+        first = packing.first_tokens(outputs.last_hidden_state)
         if choices < 1 or first.shape[0] % choices:
             raise ValueError(f"choices must divide the number of sequences, {first.shape[0]}, got {choices}")
         return self._choice(first, choices, outputs, labels, return_dict)

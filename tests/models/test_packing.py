@@ -112,7 +112,7 @@ def test_layers_see_tokens_alone():
     model(**batch_of("full"))
     model(inputs["input_ids"])
     assert {x[1:] for x in seen} == {(LENGTH, 32)}
-    assert build("v3").encoder.unpad == "auto"
+    assert build("v3").encoder.unpadding.mode == "auto"
 
 
 def test_kinds_of_token_masks():

@@ -19,13 +19,13 @@ def projected(monkeypatch):
     """The linear layers that rows of tables went through, call by call."""
     calls, project_table = [], deberta_fast.models.attention.project_table
 
-    def recording(*arguments, **table):
+    def recording(*arguments):
         project = deberta_fast.models.attention.project
         with monkeypatch.context() as patches:
             patches.setattr(
                 deberta_fast.models.attention, "project", lambda linear, x: calls.append(linear) or project(linear, x)
             )
-            return project_table(*arguments, **table)
+            return project_table(*arguments)
 
     monkeypatch.setattr(deberta_fast.models.attention, "project_table", recording)
     return calls
@@ -144,13 +144,13 @@ def test_tables_that_torch_counts_no_writes_of():
         before, _ = attention(states, None, table)
         table.mul_(2)
         after, _ = attention(states, None, table)
-    assert not torch.equal(after, before) and attention.kept.tables._kept is None
+    assert not torch.equal(after, before) and attention.cache.tables._kept is None
 
 
 def test_nothing_is_kept_in_training(projected):
     model = build("v3", hidden_dropout_prob=0.5)
     run(model)
-    kept = model.encoder.layer[0].attention.self.kept.tables
+    kept = model.encoder.layer[0].attention.self.cache.tables
     assert kept._kept is not None
     for _ in range(2):
         projected.clear()
@@ -228,7 +228,7 @@ def test_copies_and_pickles_are_without():
     assert sizes[0] == sizes[1]
     buffer.seek(0)
     for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
-        assert other.encoder.kept._kept is None and torch.equal(run(other), expected)
+        assert other.encoder.cache._kept is None and torch.equal(run(other), expected)
         other.encoder.rel_embeddings.weight.data.mul_(2)
         assert not torch.equal(run(other), expected)
     assert torch.equal(run(model), expected)
@@ -248,7 +248,7 @@ def test_constant_weights_are_not_looked_at():
         weight.mul_(2)
     assert torch.equal(run(model), unkept(model)) and not torch.equal(run(model), second)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other.encoder.layer[0].attention.self.kept.joint.constant
+        assert other.encoder.layer[0].attention.self.cache.joint.constant
     model.set_constant_weights(False)
     weight.data.mul_(2)
     assert torch.equal(run(model), unkept(model))
@@ -263,9 +263,9 @@ def test_three_projections_as_one(name, length):
     with torch.no_grad():
         for _ in range(2):
             torch.testing.assert_close(model(**inputs).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
-    assert model.encoder.layer[1].attention.self.kept.joint._kept is not None
+    assert model.encoder.layer[1].attention.self.cache.joint._kept is not None
     torch.testing.assert_close(model(**inputs).last_hidden_state, expected, rtol=1e-5, atol=1e-5)  # for training
-    assert model.encoder.layer[1].attention.self.kept.joint._kept is None
+    assert model.encoder.layer[1].attention.self.cache.joint._kept is None
 
 
 def test_queries_of_other_states():

@@ -1,0 +1,199 @@
+"""The forwards that ``patch`` gives Hugging Face's modules. Each hands over to ``models.attention`` or
+``models.encoder``; what those lack runs the original forward.
+
+The module itself is every forward's first argument, so that copies and pickles of a patched model are patched too.
+"""
+
+import functools
+import sys
+
+import torch
+from torch import nn
+
+from ..models.attention import AttentionCache, PositionTerms, project_heads, run_attention, split_heads
+from ..models.encoder import add_and_norm, intermediate, normalised_table, run_layers
+from ..models.onednn_linear import project
+from ..models.packing import Packing
+from ..models.weight_cache import WeightCache
+from .fallback import Shared, attention_reason, encoder_reason
+
+# The encoder hands this to its layers as relative_pos: distances of tokens need no tensor. None would not do, because
+# DeBERTa v1 leaves out the position terms then.
+_TOKEN_DISTANCES = "token distances"
+
+
+def _encoder(
+    encoder: nn.Module,
+    shared: Shared,
+    cache: AttentionCache,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor,
+    output_hidden_states: bool = True,
+    output_attentions: bool = False,
+    query_states: torch.Tensor | None = None,
+    relative_pos: torch.Tensor | None = None,
+    return_dict: bool = True,
+):
+    """DebertaEncoder and DebertaV2Encoder without the (B, 1, L, L) mask and the (L, L) relative positions."""
+    reason = encoder_reason(encoder, output_attentions, query_states, relative_pos)
+    if reason is not None:
+        shared.warn(reason)
+        return type(encoder).forward(
+            encoder, hidden_states, attention_mask, output_hidden_states, output_attentions, query_states, relative_pos,
+            return_dict,
+        )  # fmt: skip
+
+    table = _table(encoder, cache.tables)
+
+    def call(index: int, states: torch.Tensor, mask: torch.Tensor | Packing) -> tuple[torch.Tensor, None]:
+        layer = encoder.layer[index]
+        run = layer
+        if encoder.gradient_checkpointing and encoder.training and not hasattr(layer, "gradient_checkpointing"):
+            run = functools.partial(encoder._gradient_checkpointing_func, layer.__call__)  # transformers < 4.53
+        # By position: reentrant checkpointing detaches only positional tensors. Otherwise every layer's backward would
+        # walk the graph of the normalised table.
+        return run(states, mask, None, _TOKEN_DISTANCES, table, False)[0], None
+
+    mask = _bool_mask(attention_mask)
+    states, _ = run_layers(
+        call,
+        len(encoder.layer),
+        hidden_states,
+        mask,
+        shared.unpadding.packing(mask),
+        getattr(encoder, "conv", None),
+        attention_mask if attention_mask.dim() <= 2 else attention_mask.sum(-2) > 0,
+        output_hidden_states,
+    )
+    output, states = states[-1], tuple(states) if output_hidden_states else None
+    if not return_dict:
+        return tuple(x for x in (output, states) if x is not None)
+    return sys.modules[type(encoder).__module__].BaseModelOutput(last_hidden_state=output, hidden_states=states)
+
+
+def _table(encoder: nn.Module, cache: WeightCache) -> torch.Tensor | None:
+    """The table of relative positions, (R, hidden_size)."""
+    own = type(encoder).get_rel_embedding.__qualname__ == "DebertaV2Encoder.get_rel_embedding"
+    if not (own and encoder.relative_attention and "layer_norm" in encoder.norm_rel_ebd):
+        return encoder.get_rel_embedding()
+    return normalised_table(encoder.rel_embeddings.weight, encoder.LayerNorm, cache)
+
+
+def _bool_mask(mask: torch.Tensor | Packing) -> torch.Tensor | Packing:
+    """A mask as ``disentangled_attention`` takes it, from (B, L), (B, L, L) or what broadcasts to (B, H, L, L)."""
+    if isinstance(mask, Packing):
+        return mask
+    return mask.bool().unsqueeze(1) if mask.dim() == 3 else mask.bool()
+
+
+def _attention_v2(
+    attention: nn.Module,
+    shared: Shared,
+    cache: AttentionCache,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | Packing,
+    output_attentions: bool = False,
+    query_states: torch.Tensor | None = None,
+    relative_pos: torch.Tensor | None = None,
+    rel_embeddings: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, None]:
+    """DisentangledSelfAttention of v2 and v3; the mask may be (B, L), (B, L, L) or (B, 1, L, L)."""
+    reason = attention_reason(attention, output_attentions, relative_pos)
+    if reason is not None:
+        shared.warn_unless_warned(reason)
+        return type(attention).forward(
+            attention, hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
+        )
+    heads = project_heads(attention, hidden_states, query_states, cache.joint)
+    names, terms = attention.pos_att_type, None
+    if attention.relative_attention:
+        table = {
+            "position_buckets": attention.position_buckets,
+            "max_relative_positions": attention.max_relative_positions,
+        }
+        terms = PositionTerms.of(attention, names, table)
+    scale_terms = 1 + ("c2p" in names) + ("p2c" in names)
+    return _attend(attention, shared, cache, heads, attention_mask, rel_embeddings, terms, scale_terms)
+
+
+def _attention_v1(
+    attention: nn.Module,
+    shared: Shared,
+    cache: AttentionCache,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | Packing,
+    output_attentions: bool = False,
+    query_states: torch.Tensor | None = None,
+    relative_pos: torch.Tensor | None = None,
+    rel_embeddings: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, None]:
+    """DisentangledSelfAttention of v1; masks as in v2."""
+    reason = attention_reason(attention, output_attentions, relative_pos)
+    if query_states is not None:
+        reason = reason or "query_states of DeBERTa v1 are not fused"
+    if reason is not None:
+        shared.warn_unless_warned(reason)
+        return type(attention).forward(
+            attention, hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
+        )
+    count, names, terms = attention.num_attention_heads, attention.pos_att_type, None
+    query, key, value = split_heads(project(attention.in_proj, hidden_states), count).chunk(3, dim=-1)
+    heads = (query + attention.q_bias.view(count, -1), key, value + attention.v_bias.view(count, -1))
+    if attention.relative_attention and rel_embeddings is not None and relative_pos is not None:
+        terms = PositionTerms(
+            key_proj=attention.pos_proj if "c2p" in names else None,
+            query_proj=attention.pos_q_proj if "p2c" in names else None,
+            dropout=attention.pos_dropout,
+            table={"position_buckets": -1, "max_relative_positions": attention.max_relative_positions},
+        )
+    return _attend(attention, shared, cache, heads, attention_mask, rel_embeddings, terms, 1 + len(names))
+
+
+def _attend(attention, shared, cache, heads, mask, rel_embeddings, terms, scale_terms) -> tuple[torch.Tensor, None]:
+    context = run_attention(
+        heads,
+        _bool_mask(mask),
+        rel_embeddings,
+        terms,
+        cache.tables,
+        # Hugging Face counts the names of pos_att_type, even where relative_attention is off and no term is there.
+        scale=(heads[0].shape[-1] * scale_terms) ** -0.5,
+        dropout_p=getattr(attention.dropout, "p", 0.0) if attention.dropout.training else 0.0,
+        backend=shared.backend,
+    )
+    return context, None
+
+
+def _add_and_norm(module: nn.Module, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
+    return add_and_norm(module.dense, module.dropout, module.LayerNorm, hidden_states, input_tensor)
+
+
+def _intermediate(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    return intermediate(module.dense, module.intermediate_act_fn, hidden_states)
+
+
+def _layer_norm(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """v1's own norm: Hugging Face writes it out in eight passes over memory, in float32 whatever the dtype."""
+    if not hidden_states.dtype == norm.weight.dtype == norm.bias.dtype or hidden_states.dtype == torch.float64:
+        return type(norm).forward(norm, hidden_states)
+    return nn.functional.layer_norm(hidden_states, norm.weight.shape, norm.weight, norm.bias, norm.variance_epsilon)
+
+
+# By module (under transformers.models) and class. These forwards take the module, what the patched modules share, and a
+# cache of their own.
+FUSED = {
+    ("deberta.modeling_deberta", "DebertaEncoder"): _encoder,
+    ("deberta.modeling_deberta", "DisentangledSelfAttention"): _attention_v1,
+    ("deberta_v2.modeling_deberta_v2", "DebertaV2Encoder"): _encoder,
+    ("deberta_v2.modeling_deberta_v2", "DisentangledSelfAttention"): _attention_v2,
+}
+# These take only the module. A module whose forward other code has replaced keeps it.
+POINTWISE = {
+    ("deberta.modeling_deberta", "DebertaSelfOutput"): _add_and_norm,
+    ("deberta.modeling_deberta", "DebertaOutput"): _add_and_norm,
+    ("deberta.modeling_deberta", "DebertaIntermediate"): _intermediate,
+    ("deberta.modeling_deberta", "DebertaLayerNorm"): _layer_norm,
+    ("deberta_v2.modeling_deberta_v2", "DebertaV2SelfOutput"): _add_and_norm,
+    ("deberta_v2.modeling_deberta_v2", "DebertaV2Output"): _add_and_norm,
+    ("deberta_v2.modeling_deberta_v2", "DebertaV2Intermediate"): _intermediate,
+}
