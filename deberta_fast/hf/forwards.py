@@ -15,6 +15,7 @@ from ..models.encoder import add_and_norm, intermediate, normalised_table, run_l
 from ..models.onednn_linear import project
 from ..models.packing import Packing
 from ..models.weight_cache import WeightCache
+from ..op.relative_position import device_tables
 from .fallback import Shared, attention_reason, encoder_reason
 
 # The encoder hands this to its layers as relative_pos: distances of tokens need no tensor. None would not do, because
@@ -162,6 +163,13 @@ def _attend(attention, shared, cache, heads, mask, rel_embeddings, terms, scale_
         backend=shared.backend,
     )
     return context, None
+
+
+def fill_device_tables(attention: nn.Module) -> None:
+    """Before the first call, so that a CUDA graph may capture it."""
+    if getattr(attention, "relative_attention", False):
+        device = next(attention.parameters()).device
+        device_tables(getattr(attention, "position_buckets", -1), attention.max_relative_positions, "hf", device)
 
 
 def _add_and_norm(module: nn.Module, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:

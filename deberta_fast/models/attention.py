@@ -11,7 +11,7 @@ from ..op.api import (
     disentangled_attention_varlen,
     disentangled_attention_with_probabilities,
 )
-from ..op.relative_position import slot_table, table_rows
+from ..op.relative_position import device_tables, slot_table, table_rows
 from .config import DebertaConfig
 from .onednn_linear import is_plain, product, project
 from .packing import Packing
@@ -89,6 +89,17 @@ class DisentangledSelfAttention(nn.Module):
         self.scale = (self.attention_head_size * config.scale_terms) ** -0.5
         self.backend: str | None = None
         self.cache = AttentionCache()
+        self._fill_device_tables()
+
+    def _apply(self, *arguments, **keywords):
+        module = super()._apply(*arguments, **keywords)
+        self._fill_device_tables()
+        return module
+
+    def _fill_device_tables(self) -> None:
+        """Before the first call, so that a CUDA graph may capture it."""
+        if self.terms:
+            device_tables(**self.table, device=self.query_proj.weight.device)
 
     def forward(
         self,
