@@ -18,7 +18,7 @@ import torch
 from . import timing
 
 BUSY_CYCLES = 2_000_000  # about a millisecond: what the host needs to queue a call
-WARMUP = 2
+MOST = 50  # calls of a variant
 
 
 def nothing() -> None:
@@ -71,24 +71,25 @@ class Device:
         seconds: float,
         queued: bool = True,
         fewest: int = 3,
-        most: int = 50,
+        warmup: int = 2,
     ) -> dict[str, Taken]:
         """Medians over interleaved rounds.
 
         Args:
             build: by variant, what makes its call. A variant that raises, here or in a call, is left out from then on.
             seconds: for each variant: who needs longer than this for ``fewest`` calls gets no more of them.
+            warmup: calls of each before.
         """
         taken, ready, times = {}, {}, {}
         for name in build:
             try:
                 ready[name] = build[name]()
-                for _ in range(WARMUP):
+                for _ in range(warmup):
                     self.seconds(ready[name], queued)
             except Exception as error:
-                taken[name] = self._failure(error)
+                taken[name] = self.failure(error)
                 ready.pop(name, None)
-        for _ in range(most):
+        for _ in range(MOST):
             for name, call in list(ready.items()):
                 mine = times.setdefault(name, [])
                 if len(mine) >= fewest and sum(mine) > seconds:
@@ -96,7 +97,7 @@ class Device:
                 try:
                     mine.append(self.seconds(call, queued))
                 except Exception as error:
-                    taken[name] = self._failure(error)
+                    taken[name] = self.failure(error)
                     del ready[name]
         taken |= {name: Taken(median(times[name]), len(times[name])) for name in ready}
         return {name: taken[name] for name in build}
@@ -111,7 +112,7 @@ class Device:
                 call.reset()
                 found[name] = timing.peak_of_call(call.run, self.name)
             except Exception as error:
-                found[name] = self._failure(error).error
+                found[name] = self.failure(error).error
             call = None
         return found
 
@@ -131,7 +132,8 @@ class Device:
         if self.is_gpu:
             torch.cuda.synchronize()
 
-    def _failure(self, error: Exception) -> Taken:
+    def failure(self, error: Exception) -> Taken:
+        """What went wrong, in a line; the memory of it is free again."""
         text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         self.synchronize()  # raises where the device is lost: no time after that is worth anything
         if self.is_gpu:
