@@ -26,7 +26,7 @@ def nothing() -> None:
 
 
 class Call(NamedTuple):
-    """What is timed, and what makes ready for it without being timed."""
+    """A timed function, and one that makes ready for it without being timed."""
 
     run: Callable[[], object]
     reset: Callable[[], object] = nothing
@@ -49,7 +49,7 @@ class Device:
             self._flush = torch.empty(2 * cache, dtype=torch.int8, device=name)
 
     def seconds(self, call: Call, queued: bool) -> float:
-        """Of one call."""
+        """The time of one call."""
         call.reset()
         if not self.is_gpu:
             start = time.perf_counter()
@@ -117,7 +117,7 @@ class Device:
         return found
 
     def host_seconds(self, call: Call, repeats: int) -> float:
-        """Of one call until the host may go on, many in a row so that none of them waits for the GPU to start."""
+        """The time of one call until the host may go on; many in a row, so that none waits for the GPU to start."""
         rounds = []
         for _ in range(5):
             self.synchronize()
@@ -133,7 +133,7 @@ class Device:
             torch.cuda.synchronize()
 
     def failure(self, error: Exception) -> Taken:
-        """What went wrong, in a line; the memory of it is free again."""
+        """Describes in a line what went wrong, and frees the memory that it held."""
         text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         self.synchronize()  # raises where the device is lost: no time after that is worth anything
         if self.is_gpu:

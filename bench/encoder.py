@@ -44,7 +44,8 @@ MOST_SEQUENCES = {"cuda": 1 << 10, "cpu": 8}
 SECONDS = {"cuda": 0.4, "cpu": 5.0}
 LIMIT = {"cuda": 180.0, "cpu": 1200.0}
 FEWEST = 2  # calls of a variant
-# Of the states. Of bfloat16's 12 or 24 layers, rounding changes 0.01; leaving a position term out 0.04 to 0.06.
+# Relative differences of the states. After 12 or 24 layers in bfloat16 rounding makes 0.01, a position term left out
+# 0.04 to 0.06.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.03, "float16": 0.01}
 GRADIENTS_TOLERANCE = 5  # times as much: rounding changes 0.04, leaving the term out 0.9
 DENSE = ("eager", "eager+compile", "onnxruntime")  # they hold all scores
