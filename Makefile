@@ -79,7 +79,7 @@ sanitize: $(READY)
 bench: setup
 	$(BIN)/python -m bench.cpu $(BENCH_ARGS)
 	$(BIN)/python -m bench.operator_cpu $(BENCH_ARGS)
-	$(BIN)/python -m bench.host $(BENCH_ARGS)
+	$(BIN)/python -m bench.host $(filter --quick,$(BENCH_ARGS))
 	$(BIN)/python -m bench.encoder $(BENCH_ARGS)
 
 # A GPU machine brings its own build of torch, so not in $(VENV)

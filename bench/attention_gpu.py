@@ -106,7 +106,7 @@ def _calls(chosen: dict[str, Variant], passes: str) -> dict:
 
 
 def _workloads(options: argparse.Namespace) -> Iterator[tuple[Workload, dict[str, Variant]]]:
-    """Of each length, with the variants to measure, as long as there is time."""
+    """A workload for each length and its variants, as long as there is time."""
     start = time.perf_counter()
     for length in options.lengths:
         spent = time.perf_counter() - start

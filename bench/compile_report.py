@@ -80,7 +80,7 @@ class Compiled(NamedTuple):
 
 
 def launches(capability: int, only: str = "") -> Iterator[Planned]:
-    """What the report is about: DeBERTa-v3's head size and tables in bfloat16, then the other head sizes and dtypes.
+    """The kernels of the report: DeBERTa-v3's head size and tables in bfloat16, then the other head sizes and dtypes.
 
     Labels read "64 bfloat16 forward"; ``only`` is what they begin with.
     """

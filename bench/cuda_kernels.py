@@ -228,7 +228,7 @@ def _profiled(call: Call, device: Device, repeats: int) -> Iterator[dict]:
 
 
 def _events(device: Device, run: Callable[[], object], times: int) -> list[tuple[str, float]]:
-    """What ran on the GPU, in order: name and microseconds."""
+    """Name and microseconds of everything that ran on the GPU, in order."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         for _ in range(times):
             run()

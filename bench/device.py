@@ -18,7 +18,7 @@ import torch
 from . import timing
 
 BUSY_CYCLES = 2_000_000  # about a millisecond: what the host needs to queue a call
-WARMUP = 2
+MOST = 50  # calls of a variant
 
 
 def nothing() -> None:
@@ -26,7 +26,7 @@ def nothing() -> None:
 
 
 class Call(NamedTuple):
-    """What is timed, and what makes ready for it without being timed."""
+    """A timed function, and one that makes ready for it without being timed."""
 
     run: Callable[[], object]
     reset: Callable[[], object] = nothing
@@ -49,7 +49,7 @@ class Device:
             self._flush = torch.empty(2 * cache, dtype=torch.int8, device=name)
 
     def seconds(self, call: Call, queued: bool) -> float:
-        """Of one call."""
+        """The time of one call."""
         call.reset()
         if not self.is_gpu:
             start = time.perf_counter()
@@ -71,24 +71,25 @@ class Device:
         seconds: float,
         queued: bool = True,
         fewest: int = 3,
-        most: int = 50,
+        warmup: int = 2,
     ) -> dict[str, Taken]:
         """Medians over interleaved rounds.
 
         Args:
             build: by variant, what makes its call. A variant that raises, here or in a call, is left out from then on.
             seconds: for each variant: who needs longer than this for ``fewest`` calls gets no more of them.
+            warmup: calls of each before.
         """
         taken, ready, times = {}, {}, {}
         for name in build:
             try:
                 ready[name] = build[name]()
-                for _ in range(WARMUP):
+                for _ in range(warmup):
                     self.seconds(ready[name], queued)
             except Exception as error:
-                taken[name] = self._failure(error)
+                taken[name] = self.failure(error)
                 ready.pop(name, None)
-        for _ in range(most):
+        for _ in range(MOST):
             for name, call in list(ready.items()):
                 mine = times.setdefault(name, [])
                 if len(mine) >= fewest and sum(mine) > seconds:
@@ -96,7 +97,7 @@ class Device:
                 try:
                     mine.append(self.seconds(call, queued))
                 except Exception as error:
-                    taken[name] = self._failure(error)
+                    taken[name] = self.failure(error)
                     del ready[name]
         taken |= {name: Taken(median(times[name]), len(times[name])) for name in ready}
         return {name: taken[name] for name in build}
@@ -111,12 +112,12 @@ class Device:
                 call.reset()
                 found[name] = timing.peak_of_call(call.run, self.name)
             except Exception as error:
-                found[name] = self._failure(error).error
+                found[name] = self.failure(error).error
             call = None
         return found
 
     def host_seconds(self, call: Call, repeats: int) -> float:
-        """Of one call until the host may go on, many in a row so that none of them waits for the GPU to start."""
+        """The time of one call until the host may go on; many in a row, so that none waits for the GPU to start."""
         rounds = []
         for _ in range(5):
             self.synchronize()
@@ -131,7 +132,8 @@ class Device:
         if self.is_gpu:
             torch.cuda.synchronize()
 
-    def _failure(self, error: Exception) -> Taken:
+    def failure(self, error: Exception) -> Taken:
+        """Describes in a line what went wrong, and frees the memory that it held."""
         text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         self.synchronize()  # raises where the device is lost: no time after that is worth anything
         if self.is_gpu:

@@ -10,13 +10,12 @@ Results go to bench/results/cpu/ or the GPU's folder, after every group of rows.
 """
 
 import argparse
-import contextlib
+import functools
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import torch
 
@@ -44,8 +43,9 @@ TOKENS = {"cuda": 16384, "cpu": 2048}
 MOST_SEQUENCES = {"cuda": 1 << 10, "cpu": 8}
 SECONDS = {"cuda": 0.4, "cpu": 5.0}
 LIMIT = {"cuda": 180.0, "cpu": 1200.0}
-FEWEST, MOST = 2, 50  # calls of a variant
-# Of the states. Of bfloat16's 12 or 24 layers, rounding changes 0.01; leaving a position term out 0.04 to 0.06.
+FEWEST = 2  # calls of a variant
+# Relative differences of the states. After 12 or 24 layers in bfloat16 rounding makes 0.01, a position term left out
+# 0.04 to 0.06.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.03, "float16": 0.01}
 GRADIENTS_TOLERANCE = 5  # times as much: rounding changes 0.04, leaving the term out 0.9
 DENSE = ("eager", "eager+compile", "onnxruntime")  # they hold all scores
@@ -95,34 +95,29 @@ def measure(case: Case, encoders: Encoders, device: Device, options: argparse.Na
     """A row for each variant."""
     torch.compiler.reset()  # or what it compiled for other shapes would count towards its limit, and eager be timed
     batch = Batch(case.batch, case.length, case.variable, options.device)
-    found = {name: {} for name in options.variants if VARIANTS[name].suits(case, device.is_gpu)}
-    calls, references, times = {}, {}, {}
-    for name, row in found.items():
-        with _noting_errors(row, device):
-            if name in DENSE and not device.is_gpu:
-                _refuse_what_does_not_fit(case)
-            call = build_call(encoders, name, case.passes, batch)
-            states = call()
-            row["difference"] = difference(case, name, encoders, batch.packed(states), references)
-            del states
-            calls[name] = call
-    for _ in range(MOST):
-        for name, call in list(calls.items()):
-            mine = times.setdefault(name, [])
-            if len(mine) >= FEWEST and sum(mine) > options.seconds:
-                continue
-            with _noting_errors(found[name], device):
-                mine.append(device.seconds(Call(call), queued=False))
-            if "error" in found[name]:
-                del calls[name]
-    for name, call in calls.items():
-        with _noting_errors(found[name], device):
-            if device.is_gpu:
-                encoders.drop_gradients()
-                found[name]["peak"] = timing.peak_of_call(call, options.device)
-            elif options.memory:
-                found[name]["peak"] = timing.peak_memory(measured, case, name, options.device)[0]
-    seconds = {name: median(times[name]) for name in calls}
+    calls, references, differences, peaks = {}, {}, {}, {}
+
+    def build(name: str) -> Call:
+        if name in DENSE and not device.is_gpu:
+            _refuse_what_does_not_fit(case)
+        call = build_call(encoders, name, case.passes, batch)
+        differences[name] = difference(case, name, encoders, batch.packed(call()), references)
+        calls[name] = call
+        return Call(call)
+
+    builds = {
+        name: functools.partial(build, name) for name in options.variants if VARIANTS[name].suits(case, device.is_gpu)
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of exports, compilers and quantization
+        taken = device.measure(builds, options.seconds, queued=False, fewest=FEWEST, warmup=0)
+        seconds = {name: outcome.seconds for name, outcome in taken.items() if outcome.seconds}
+        errors = {name: outcome.error for name, outcome in taken.items()}
+        for name in seconds if device.is_gpu or options.memory else ():
+            try:
+                peaks[name] = _peak(case, name, calls[name], encoders, device)
+            except Exception as error:
+                errors[name] = device.failure(error).error
     neighbours = {
         "x eager": seconds.get("eager"),
         "x modernbert": min((s for name, s in seconds.items() if name.startswith("modernbert")), default=None),
@@ -144,13 +139,20 @@ def measure(case: Case, encoders: Encoders, device: Device, options: argparse.Na
             **{
                 head: other / seconds[name] if other and name in seconds else None for head, other in neighbours.items()
             },
-            "peak MiB": row["peak"] / timing.MIB if "peak" in row else None,
-            "calls": len(times[name]) if name in seconds else None,
-            "difference": row.get("difference"),
-            "error": row.get("error"),
+            "peak MiB": peaks[name] / timing.MIB if name in peaks else None,
+            "calls": taken[name].runs or None,
+            "difference": differences.get(name),
+            "error": errors[name] and f"not run: {errors[name]}",
         }
-        for name, row in found.items()
+        for name in builds
     ]
+
+
+def _peak(case: Case, name: str, call: Callable[[], object], encoders: Encoders, device: Device) -> int:
+    if not device.is_gpu:
+        return timing.peak_memory(measured, case, name, device.name)[0]
+    encoders.drop_gradients()
+    return timing.peak_of_call(call, device.name)
 
 
 def difference(case: Case, name: str, encoders: Encoders, states: torch.Tensor, references: dict) -> float | None:
@@ -176,20 +178,6 @@ def difference(case: Case, name: str, encoders: Encoders, states: torch.Tensor, 
     if not all(x < most for x, most in zip(found, allowed)):
         raise ArithmeticError(f"differs by {', '.join(f'{x:.2g}' for x in found)} from what it should be")
     return found[0]
-
-
-@contextlib.contextmanager
-def _noting_errors(row: dict, device: Device) -> Iterator[None]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of exports, compilers and quantization
-            yield
-    except Exception as error:
-        text = f"not run: {type(error).__name__}: {error}".strip().splitlines()[0]
-        row["error"] = text[:120].replace("|", "/")
-    if "error" in row and device.is_gpu:
-        torch.cuda.synchronize()  # raises where the device is lost: no time after that is worth anything
-        torch.cuda.empty_cache()
 
 
 def _refuse_what_does_not_fit(case: Case) -> None:

@@ -30,7 +30,7 @@ limit=240
 all=(build tests op layer kernels sanitize ncu dropout padding memory host encoder encoder-training encoder-large
   encoder-compiled plots)
 named=(cuda)
-# What sanitize runs: forward and backward, near and far tiles, masks, dropout.
+# The tests that sanitize runs: forward and backward, near and far tiles, masks, dropout.
 checked='cuda and bf16 and (ragged-L129-D64 or holes-L200 or dropout-L140)'
 
 out='' archive='' stages=()

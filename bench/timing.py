@@ -1,4 +1,4 @@
-"""What every benchmark measures with: interleaved times, peak memory, where a figure comes from, and how it is kept."""
+"""The tools of every benchmark: interleaved times, peak memory, where a figure comes from, and how it is kept."""
 
 import ctypes
 import functools
@@ -122,7 +122,7 @@ def _lifetime_peak() -> int:
 
 @functools.cache
 def provenance() -> dict[str, str | int | None]:
-    """What a figure needs to be believed and repeated. Taken once a process, before it writes anything."""
+    """Everything that a figure needs to be believed and repeated. Taken once a process, before it writes anything."""
     record = {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
@@ -145,7 +145,7 @@ def provenance() -> dict[str, str | int | None]:
 
 
 def _gpu_state() -> dict[str, str]:
-    """What else decides how fast a GPU is, as nvidia-smi tells it; nothing where it does not."""
+    """Driver, clock and power limit, which decide how fast a GPU is; nothing where nvidia-smi does not tell."""
     asked = {"driver": "driver_version", "gpu clock": "clocks.max.sm", "power limit": "power.limit"}
     command = ["nvidia-smi", f"--query-gpu={','.join(asked.values())}", "--format=csv,noheader"]
     uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)

@@ -1,4 +1,4 @@
-"""What the benchmarks compare: every variant is named, described and built here, and the scripts choose among them.
+"""The variants that benchmarks compare. Each is named, described and built here, and the scripts choose among them.
 
 operator   attention alone, from query, key, value and position tables
 layer      one DeBERTa-v3-base attention module, or whole encoder layers, from hidden states

@@ -1,7 +1,7 @@
 """Encoder layers of DeBERTa-v3-base, and their attention module alone with its projections, from hidden states."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -115,41 +115,33 @@ def _able(backend: str, layer: Layer) -> bool:
     return True
 
 
-def _by_backend():
+def _entries() -> Iterator[tuple[str, Entry]]:
+    """build(layer, passes) gives a module and its forward call; peers' libraries are imported then."""
+    yield "hf-eager", Entry("Hugging Face's module with a (B, 1, L, L) mask and (1, L, L) relative positions", hf_eager)
+    about = "the same after deberta_fast.patch"
     for name in backends.BACKENDS:
         able = functools.partial(_able, name)
         if name != "reference":
-            about = "Hugging Face's module after deberta_fast.patch, by that backend, without a mask"
-            yield f"patched-{name}", Entry(about, functools.partial(patched, name, False), able)
+            without_mask = functools.partial(patched, name, False)
+            yield f"patched-{name}", Entry(f"{about} by that backend, without a mask", without_mask, able)
         if name in ("cuda", "triton"):
-            about = "the same with a (B, L) mask"
-            yield f"patched-{name}-mask", Entry(about, functools.partial(patched, name, True), able)
+            with_mask = functools.partial(patched, name, True)
+            yield f"patched-{name}-mask", Entry(f"{about} by that backend, with a (B, L) mask", with_mask, able)
+    default = functools.partial(patched, None, True)
+    yield "patched-mask", Entry(f"{about} by the backend that it chooses, with a (B, L) mask", default)
+    yield "native", Entry("this package's module on the same weights, with a (B, L) mask", native)
+    about = "scaled_dot_product_attention between the same projections, no position terms or mask"
+    yield "plain", Entry(about, plain)
+    for name, kernel in PLAIN.items():
+        yield f"plain-{name}", Entry(f"{about}, by that kernel", functools.partial(plain_by, kernel))
+    about = (
+        "that library with assume_unpadded=True and its heuristic, forward its inference module, which projects the "
+    )
+    yield "disentangled-flash", Entry(f"{about}positions beforehand, otherwise its training module", disentangled_flash)
+    yield "flashdeberta", Entry("that library without a mask, which it would sum up and wait for", flashdeberta)
 
 
-# The attention module. build(layer, passes) gives a module and its forward call; peers' libraries are imported then.
-ATTENTION: dict[str, Entry] = {
-    "hf-eager": Entry("Hugging Face's module, with a (B, 1, L, L) mask and (1, L, L) relative positions", hf_eager),
-    **dict(_by_backend()),
-    "patched-mask": Entry(
-        "Hugging Face's module after deberta_fast.patch, by the backend it chooses, with a (B, L) mask",
-        functools.partial(patched, None, True),
-    ),
-    "native": Entry("this package's module on the same weights, with a (B, L) mask", native),
-    "plain": Entry("scaled_dot_product_attention between the same projections: no position terms, no mask", plain),
-    **{
-        f"plain-{name}": Entry(
-            "scaled_dot_product_attention by that kernel between the same projections: no position terms, no mask",
-            functools.partial(plain_by, kernel),
-        )
-        for name, kernel in PLAIN.items()
-    },
-    "disentangled-flash": Entry(
-        "that library with assume_unpadded=True and its heuristic; in the forward pass its inference module, which "
-        "projects the positions beforehand, otherwise its training module",
-        disentangled_flash,
-    ),
-    "flashdeberta": Entry("that library without a mask, which it would sum up and wait for", flashdeberta),
-}
+ATTENTION = dict(_entries())
 
 
 def _hf_encoder(make: Callable[[DebertaV2Encoder], DebertaV2Encoder], layer: Layer, passes: str) -> Built:
@@ -168,12 +160,12 @@ def _patched_encoder(encoder: DebertaV2Encoder) -> DebertaV2Encoder:
 
 # Encoder layers, with the (B, L) mask of a tokenizer. The plain ones still make an L x L mask and positions that they
 # do not read.
-ENCODER: dict[str, Entry] = {
+ENCODER = {
     "eager": Entry("Hugging Face's encoder", functools.partial(_hf_encoder, models.sharing_parameters)),
     "patched": Entry("the same after deberta_fast.patch", functools.partial(_hf_encoder, _patched_encoder)),
     "native": Entry("this package's encoder on the same weights", _native_encoder),
     "plain": Entry(
-        "Hugging Face's with scaled_dot_product_attention in place of its attention: no position terms, no mask",
+        "Hugging Face's with scaled_dot_product_attention for attention, no position terms or mask",
         functools.partial(_hf_encoder, models.plain_encoder),
     ),
 }

@@ -40,7 +40,7 @@ SIZES = {
 
 
 class Case(NamedTuple):
-    """What a group of rows has in common."""
+    """All that a group of rows has in common."""
 
     model: str
     dtype: str
@@ -134,7 +134,7 @@ class Encoders:
                     parameter.grad = None
 
     def gradients(self) -> list[torch.Tensor]:
-        """Of DeBERTa's parameters that depend on all of the model."""
+        """The gradients of two of DeBERTa's parameters, which depend on all of the model."""
         return [self.deberta.get_parameter(name).grad for name in GRADIENTS]
 
     def _model(self, kind: type, config) -> nn.Module:

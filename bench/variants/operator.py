@@ -71,7 +71,7 @@ class Workload:
         return heads.transpose(1, 2)[self.mask]
 
     def variant(self, forward: Callable, *arguments, positions: bool = True, packed: bool = False) -> Variant:
-        """The call forward(self, *arguments), and whether it reads the tables, and the packed tensors."""
+        """forward(self, *arguments) as a variant that reads both tables, or none, and dense tensors or packed ones."""
         qkv, gradient = (self.packed_qkv, self.packed_gradient) if packed else (self.qkv, self.gradient)
         return Variant(functools.partial(forward, self, *arguments), qkv + self.tables * positions, gradient)
 
@@ -86,7 +86,7 @@ class Workload:
 
     @functools.cached_property
     def buckets(self) -> torch.Tensor:
-        """What Hugging Face's encoder makes once for all layers: bucketed i - j, (L, L), int64, not yet clamped."""
+        """Bucketed i - j, (L, L), int64, not yet clamped: Hugging Face's encoder makes it once for all layers."""
         distances = torch.arange(1 - self.length, self.length, device=self.gradient.device)
         size = BUCKETS - self._slots_of(-distances.abs())
         i = torch.arange(self.length, device=self.gradient.device)
@@ -98,7 +98,7 @@ class Workload:
 
     @functools.cached_property
     def expected(self) -> torch.Tensor:
-        """What exact variants give where nothing is dropped: the eager backend's output."""
+        """The eager backend's output, which exact variants give where nothing is dropped."""
         with torch.no_grad():
             return ours(self, "eager")
 

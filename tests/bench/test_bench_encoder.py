@@ -101,7 +101,7 @@ def test_what_does_not_fit_or_fails_is_left_out(bench, measured, monkeypatch):
 
 
 def test_order(bench):
-    """What is wanted most comes first; a quick look is short; what is asked for is all there is."""
+    """The most wanted comes first; a quick look is short; nothing is added to what is asked for."""
     encoder = bench("encoder")
 
     def cases(options):

@@ -101,7 +101,7 @@ def test_charts(bench, tmp_path):
 
 
 def test_kernels_are_told_apart(bench):
-    """Of a profile of two calls, the second of them slower."""
+    """A profile of two calls, the second of them slower."""
     name = "void deberta_fast::cuda::(anonymous namespace)::{}<64, false>(deberta_fast::cuda::Call)".format
     call = [("spin_kernel(long)", 1e3), (name("expand_kernel"), 2.0), (name("expand_kernel"), 3.0)]
     call.append(("_ZN12deberta_fast4cuda12_GLOBAL__N_114forward_kernelILi64EEEvNS0_11ForwardCallE", 100.0))

@@ -106,7 +106,7 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> Call:
 
 
 def seed_after(manual_seed: int, device: str = "cpu") -> torch.Tensor:
-    """What ``new_seed`` draws first after ``torch.manual_seed``."""
+    """The seed that ``new_seed`` draws first after ``torch.manual_seed``."""
     generator = torch.Generator(device).manual_seed(manual_seed)
     return torch.randint(0, 2**63 - 1, (1,), generator=generator, device=device)
 

@@ -91,7 +91,7 @@ def _errors(draws, exact_draws):
 
 
 def assert_close(got, expected, tolerance=1e-10):
-    """Of float64 models: outputs, which gradients there are, and gradients."""
+    """Compares float64 models: outputs, which gradients there are, and gradients."""
     assert len(got[0]) == len(expected[0]) and got[1].keys() == expected[1].keys()
     for name, x, y in [*zip("01", got[0], expected[0]), *((name, got[1][name], expected[1][name]) for name in got[1])]:
         assert (x is None) == (y is None), name
