@@ -110,6 +110,7 @@ class Launches {
 #ifndef DEBERTA_FAST_NEAR_BYTES
 #define DEBERTA_FAST_NEAR_BYTES (int64_t{160} << 20)
 #endif
+// Chosen, not measured yet (docs/measured.md).
 constexpr int64_t kNearBytes = DEBERTA_FAST_NEAR_BYTES;  // of dA at once, or that of one head
 constexpr int kPrograms = 512;                           // of a pass over diagonals, if there is work for them
 
