@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "deberta_fast"
 RANKS = [
     # op: the operator knows no model
     {"op.relative_position", "op.dropout"},
-    {"op.call", "op.backends.extension"},
+    {"op.call"},
+    {"op.backends.extension"},
     {"op.backends.eager.scratch"},
     {"op.backends.eager.tables", "op.backends.eager.band"},
     {"op.backends.eager.chunk"},

@@ -259,9 +259,9 @@ class Pipeline:
 
     def _packs(self) -> bool:
         """Whether ``forward_packed`` gives the model's output."""
-        config, encoder = self.model.config, self.model.base_model.encoder
-        dense = config.talking_head or config.output_attentions
-        return encoder.unpad is not False and not dense and _is_plain(self.model) and _is_plain(self.model.base_model)
+        config, base = self.model.config, self.model.base_model
+        dense = config.talking_head or config.output_attentions or base.encoder.unpadding.mode is False
+        return not dense and _is_plain(self.model) and _is_plain(base)
 
 
 def _is_plain(module: torch.nn.Module) -> bool:
