@@ -48,10 +48,17 @@ def encoder_reason(
     return None
 
 
-def attention_reason(attention: nn.Module, output_attentions: bool, relative_pos: torch.Tensor | None) -> str | None:
+def attention_reason(
+    attention: nn.Module,
+    output_attentions: bool,
+    query_states: torch.Tensor | None,
+    relative_pos: torch.Tensor | str | None,
+) -> str | None:
     """The reason for which a call of a patched attention module is not fused; None if there is none."""
     if getattr(attention, "talking_head", False):
         return "talking heads are not fused"
+    if query_states is not None and is_v1(attention):
+        return "query_states of DeBERTa v1 are not fused"
     if output_attentions:
         return "output_attentions=True needs the probabilities, which the fused path never holds"
     if isinstance(relative_pos, torch.Tensor):
@@ -59,3 +66,8 @@ def attention_reason(attention: nn.Module, output_attentions: bool, relative_pos
     if not isinstance(attention.dropout, nn.Dropout | nn.Identity):
         return f"the attention's dropout is a {type(attention.dropout).__name__}, not torch's"
     return None
+
+
+def is_v1(attention: nn.Module) -> bool:
+    """Whether an attention module is v1's: the classes of v1 and v2 have one name."""
+    return hasattr(attention, "in_proj")

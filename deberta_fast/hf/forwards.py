@@ -6,6 +6,7 @@ The module itself is every forward's first argument, so that copies and pickles 
 
 import functools
 import sys
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from ..models.onednn_linear import project
 from ..models.packing import Packing
 from ..models.weight_cache import WeightCache
 from ..op.relative_position import device_tables
-from .fallback import Shared, attention_reason, encoder_reason
+from .fallback import Shared, attention_reason, encoder_reason, is_v1
 
 # The encoder hands this to its layers as relative_pos: distances of tokens need no tensor. None would not do, because
 # DeBERTa v1 leaves out the position terms then.
@@ -47,24 +48,18 @@ def _encoder(
     table = _table(encoder, cache.tables)
 
     def call(index: int, states: torch.Tensor, mask: torch.Tensor | Packing) -> tuple[torch.Tensor, None]:
-        layer = encoder.layer[index]
-        run = layer
-        if encoder.gradient_checkpointing and encoder.training and not hasattr(layer, "gradient_checkpointing"):
-            run = functools.partial(encoder._gradient_checkpointing_func, layer.__call__)  # transformers < 4.53
+        run = encoder.layer[index]
+        if encoder.gradient_checkpointing and encoder.training and not hasattr(run, "gradient_checkpointing"):
+            run = functools.partial(encoder._gradient_checkpointing_func, run.__call__)  # transformers < 4.53
         # By position: reentrant checkpointing detaches only positional tensors. Otherwise every layer's backward would
         # walk the graph of the normalised table.
         return run(states, mask, None, _TOKEN_DISTANCES, table, False)[0], None
 
-    mask = _bool_mask(attention_mask)
+    mask, conv = _bool_mask(attention_mask), getattr(encoder, "conv", None)
+    token_mask = attention_mask if conv is None or attention_mask.dim() <= 2 else attention_mask.sum(-2) > 0
+    packing = shared.unpadding.packing(mask)
     states, _ = run_layers(
-        call,
-        len(encoder.layer),
-        hidden_states,
-        mask,
-        shared.unpadding.packing(mask),
-        getattr(encoder, "conv", None),
-        attention_mask if attention_mask.dim() <= 2 else attention_mask.sum(-2) > 0,
-        output_hidden_states,
+        call, len(encoder.layer), hidden_states, mask, packing, conv, token_mask, output_hidden_states
     )
     output, states = states[-1], tuple(states) if output_hidden_states else None
     if not return_dict:
@@ -80,84 +75,47 @@ def _table(encoder: nn.Module, cache: WeightCache) -> torch.Tensor | None:
     return normalised_table(encoder.rel_embeddings.weight, encoder.LayerNorm, cache)
 
 
-def _bool_mask(mask: torch.Tensor | Packing) -> torch.Tensor | Packing:
-    """A mask as ``disentangled_attention`` takes it, from (B, L), (B, L, L) or what broadcasts to (B, H, L, L)."""
-    if isinstance(mask, Packing):
+def _bool_mask(mask: torch.Tensor | Packing | None) -> torch.Tensor | Packing | None:
+    """A mask as ``models.attention`` takes it, from (B, L), (B, L, L) or what broadcasts to (B, H, L, L)."""
+    if not isinstance(mask, torch.Tensor):
         return mask
     return mask.bool().unsqueeze(1) if mask.dim() == 3 else mask.bool()
 
 
-def _attention_v2(
+def _attention(
     attention: nn.Module,
     shared: Shared,
     cache: AttentionCache,
     hidden_states: torch.Tensor,
-    attention_mask: torch.Tensor | Packing,
+    attention_mask: torch.Tensor | Packing | None,
     output_attentions: bool = False,
     query_states: torch.Tensor | None = None,
-    relative_pos: torch.Tensor | None = None,
+    relative_pos: torch.Tensor | str | None = None,
     rel_embeddings: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, None]:
-    """DisentangledSelfAttention of v2 and v3; the mask may be (B, L), (B, L, L) or (B, 1, L, L)."""
-    reason = attention_reason(attention, output_attentions, relative_pos)
+    """DisentangledSelfAttention of v1, v2 and v3; the mask may be (B, L), (B, L, L) or (B, 1, L, L)."""
+    reason = attention_reason(attention, output_attentions, query_states, relative_pos)
     if reason is not None:
         shared.warn_unless_warned(reason)
         return type(attention).forward(
             attention, hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
         )
-    heads = project_heads(attention, hidden_states, query_states, cache.joint)
-    names, terms = attention.pos_att_type, None
-    if attention.relative_attention:
-        table = {
-            "position_buckets": attention.position_buckets,
-            "max_relative_positions": attention.max_relative_positions,
-        }
-        terms = PositionTerms.of(attention, names, table)
-    scale_terms = 1 + ("c2p" in names) + ("p2c" in names)
-    return _attend(attention, shared, cache, heads, attention_mask, rel_embeddings, terms, scale_terms)
-
-
-def _attention_v1(
-    attention: nn.Module,
-    shared: Shared,
-    cache: AttentionCache,
-    hidden_states: torch.Tensor,
-    attention_mask: torch.Tensor | Packing,
-    output_attentions: bool = False,
-    query_states: torch.Tensor | None = None,
-    relative_pos: torch.Tensor | None = None,
-    rel_embeddings: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, None]:
-    """DisentangledSelfAttention of v1; masks as in v2."""
-    reason = attention_reason(attention, output_attentions, relative_pos)
-    if query_states is not None:
-        reason = reason or "query_states of DeBERTa v1 are not fused"
-    if reason is not None:
-        shared.warn_unless_warned(reason)
-        return type(attention).forward(
-            attention, hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
-        )
-    count, names, terms = attention.num_attention_heads, attention.pos_att_type, None
-    query, key, value = split_heads(project(attention.in_proj, hidden_states), count).chunk(3, dim=-1)
-    heads = (query + attention.q_bias.view(count, -1), key, value + attention.v_bias.view(count, -1))
-    if attention.relative_attention and rel_embeddings is not None and relative_pos is not None:
-        terms = PositionTerms(
-            key_proj=attention.pos_proj if "c2p" in names else None,
-            query_proj=attention.pos_q_proj if "p2c" in names else None,
-            dropout=attention.pos_dropout,
-            table={"position_buckets": -1, "max_relative_positions": attention.max_relative_positions},
-        )
-    return _attend(attention, shared, cache, heads, attention_mask, rel_embeddings, terms, 1 + len(names))
-
-
-def _attend(attention, shared, cache, heads, mask, rel_embeddings, terms, scale_terms) -> tuple[torch.Tensor, None]:
+    names = attention.pos_att_type
+    # Hugging Face counts names where relative_attention is off too, and v1 counts those that make no term.
+    if is_v1(attention):
+        heads, scale_terms = _heads_v1(attention, hidden_states), 1 + len(names)
+        positions = rel_embeddings is not None and relative_pos is not None
+        terms = _terms_v1(attention, names) if attention.relative_attention and positions else None
+    else:
+        heads = project_heads(attention, hidden_states, query_states, cache.joint)
+        scale_terms = 1 + ("c2p" in names) + ("p2c" in names)
+        terms = _terms_v2(attention, names) if attention.relative_attention else None
     context = run_attention(
         heads,
-        _bool_mask(mask),
+        _bool_mask(attention_mask),
         rel_embeddings,
         terms,
         cache.tables,
-        # Hugging Face counts the names of pos_att_type, even where relative_attention is off and no term is there.
         scale=(heads[0].shape[-1] * scale_terms) ** -0.5,
         dropout_p=getattr(attention.dropout, "p", 0.0) if attention.dropout.training else 0.0,
         backend=shared.backend,
@@ -170,6 +128,27 @@ def fill_device_tables(attention: nn.Module) -> None:
     if getattr(attention, "relative_attention", False):
         device = next(attention.parameters()).device
         device_tables(getattr(attention, "position_buckets", -1), attention.max_relative_positions, "hf", device)
+
+
+def _heads_v1(attention: nn.Module, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """v1 projects all three at once, head by head, and keeps two of the biases apart."""
+    count = attention.num_attention_heads
+    query, key, value = split_heads(project(attention.in_proj, hidden_states), count).chunk(3, dim=-1)
+    return query + attention.q_bias.view(count, -1), key, value + attention.v_bias.view(count, -1)
+
+
+def _terms_v1(attention: nn.Module, names: Collection[str]) -> PositionTerms:
+    return PositionTerms(
+        key_proj=attention.pos_proj if "c2p" in names else None,
+        query_proj=attention.pos_q_proj if "p2c" in names else None,
+        dropout=attention.pos_dropout,
+        table={"position_buckets": -1, "max_relative_positions": attention.max_relative_positions},
+    )
+
+
+def _terms_v2(attention: nn.Module, names: Collection[str]) -> PositionTerms:
+    table = {name: getattr(attention, name) for name in ("position_buckets", "max_relative_positions")}
+    return PositionTerms.of(attention, names, table)
 
 
 def _add_and_norm(module: nn.Module, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
@@ -191,9 +170,9 @@ def _layer_norm(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
 # cache of their own.
 FUSED = {
     ("deberta.modeling_deberta", "DebertaEncoder"): _encoder,
-    ("deberta.modeling_deberta", "DisentangledSelfAttention"): _attention_v1,
+    ("deberta.modeling_deberta", "DisentangledSelfAttention"): _attention,
     ("deberta_v2.modeling_deberta_v2", "DebertaV2Encoder"): _encoder,
-    ("deberta_v2.modeling_deberta_v2", "DisentangledSelfAttention"): _attention_v2,
+    ("deberta_v2.modeling_deberta_v2", "DisentangledSelfAttention"): _attention,
 }
 # These take only the module. A module whose forward other code has replaced keeps it.
 POINTWISE = {

@@ -126,15 +126,9 @@ class DisentangledSelfAttention(nn.Module):
         dropout_p = self.dropout.p if self.training else 0.0
         if not (output_attentions or self.talking_head):
             context = run_attention(
-                heads,
-                mask,
-                rel_embeddings,
-                terms,
-                self.cache.tables,
-                scale=self.scale,
-                dropout_p=dropout_p,
+                heads, mask, rel_embeddings, terms, self.cache.tables, scale=self.scale, dropout_p=dropout_p,
                 backend=self.backend,
-            )
+            )  # fmt: skip
             return context, None
         if isinstance(mask, Packing):
             raise ValueError("talking heads and output_attentions are computed densely, not on packed states")
@@ -219,7 +213,7 @@ def attend(
     """
     if isinstance(mask, Packing):
         arguments |= {"cu_seqlens": mask.cu_seqlens, "max_seqlen": mask.max_seqlen, "attention_mask": mask.mask}
-        # A Packing's cu_seqlens are right: to check them in every layer costs launches.
+        # Whoever made the packing has checked it. A check in every layer would launch kernels for nothing.
         return disentangled_attention_varlen(query, key, value, **arguments, check_values=False).flatten(1)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return disentangled_attention(query, key, value, attention_mask=mask, **arguments).transpose(1, 2).flatten(2)

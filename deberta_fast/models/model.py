@@ -100,22 +100,15 @@ class DebertaModel(PreTrainedModel):
             TypeError, ValueError: an argument is not as described; or the model has talking heads.
         """
         output, _ = self.run_packed(
-            input_ids,
-            cu_seqlens,
-            max_seqlen=max_seqlen,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            output_hidden_states=output_hidden_states,
-        )
+            input_ids, cu_seqlens, max_seqlen, attention_mask, token_type_ids, position_ids, inputs_embeds,
+            output_hidden_states,
+        )  # fmt: skip
         return returned(self, return_dict, output)
 
     def run_packed(
         self,
         input_ids: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
-        *,
         max_seqlen: int | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,

@@ -12,6 +12,7 @@ from .model import base_model, masks, returned
 from .outputs import (
     BaseModelOutput,
     MaskedLMOutput,
+    ModelOutput,
     MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
@@ -20,7 +21,14 @@ from .outputs import (
 from .pretrained import PreTrainedModel, resized
 
 
-class DebertaForMaskedLM(PreTrainedModel):
+class _TaskModel(PreTrainedModel):
+    def _returned(self, outputs: BaseModelOutput, return_dict: bool | None, kind: type, **own) -> ModelOutput | tuple:
+        """The task's output of class ``kind``: its own values, with the encoder's states and probabilities."""
+        output = kind(**own, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+        return returned(self, return_dict, output)
+
+
+class DebertaForMaskedLM(_TaskModel):
     """Language model of masked tokens. With ``enhanced_mask_decoder`` in the configuration, Microsoft's decoder."""
 
     checkpoint_part = "generator"
@@ -91,16 +99,8 @@ class DebertaForMaskedLM(PreTrainedModel):
 
     def _predictions(self, states, outputs, labels, return_dict) -> MaskedLMOutput | tuple:
         logits = self.lm_predictions(states, self.get_input_embeddings())
-        return returned(
-            self,
-            return_dict,
-            MaskedLMOutput(
-                loss=None if labels is None else token_loss(logits, labels),
-                logits=logits,
-                hidden_states=outputs.hidden_states,
-                attentions=outputs.attentions,
-            ),
-        )
+        loss = None if labels is None else token_loss(logits, labels)
+        return self._returned(outputs, return_dict, MaskedLMOutput, loss=loss, logits=logits)
 
     def predicting_states(
         self,
@@ -178,7 +178,7 @@ class DebertaV2ForMaskedLM(DebertaForMaskedLM):
     config_class = DebertaV2Config
 
 
-class DebertaForSequenceClassification(PreTrainedModel):
+class DebertaForSequenceClassification(_TaskModel):
     """Classification or regression of whole texts and pairs, from the first token's state."""
 
     def __init__(self, config: DebertaConfig):
@@ -242,13 +242,7 @@ class DebertaForSequenceClassification(PreTrainedModel):
             loss = sequence_loss(logits, labels, self.config.problem_type)
             if self.num_labels == 1 and self.config.problem_type is None:
                 logits = logits.view(-1)
-        return returned(
-            self,
-            return_dict,
-            SequenceClassifierOutput(
-                loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-            ),
-        )
+        return self._returned(outputs, return_dict, SequenceClassifierOutput, loss=loss, logits=logits)
 
 
 class DebertaV2ForSequenceClassification(DebertaForSequenceClassification):
@@ -257,7 +251,7 @@ class DebertaV2ForSequenceClassification(DebertaForSequenceClassification):
     config_class = DebertaV2Config
 
 
-class DebertaForTokenClassification(PreTrainedModel):
+class DebertaForTokenClassification(_TaskModel):
     """Classification of every token."""
 
     def __init__(self, config: DebertaConfig):
@@ -313,16 +307,8 @@ class DebertaForTokenClassification(PreTrainedModel):
 
     def _classes(self, outputs, labels, return_dict) -> TokenClassifierOutput | tuple:
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
-        return returned(
-            self,
-            return_dict,
-            TokenClassifierOutput(
-                loss=None if labels is None else token_loss(logits, labels),
-                logits=logits,
-                hidden_states=outputs.hidden_states,
-                attentions=outputs.attentions,
-            ),
-        )
+        loss = None if labels is None else token_loss(logits, labels)
+        return self._returned(outputs, return_dict, TokenClassifierOutput, loss=loss, logits=logits)
 
 
 class DebertaV2ForTokenClassification(DebertaForTokenClassification):
@@ -331,7 +317,7 @@ class DebertaV2ForTokenClassification(DebertaForTokenClassification):
     config_class = DebertaV2Config
 
 
-class DebertaForQuestionAnswering(PreTrainedModel):
+class DebertaForQuestionAnswering(_TaskModel):
     """Where in the text an answer starts and ends."""
 
     def __init__(self, config: DebertaConfig):
@@ -400,17 +386,8 @@ class DebertaForQuestionAnswering(PreTrainedModel):
         return self._span(start_logits, end_logits, loss, outputs, return_dict)
 
     def _span(self, start_logits, end_logits, loss, outputs, return_dict) -> QuestionAnsweringModelOutput | tuple:
-        return returned(
-            self,
-            return_dict,
-            QuestionAnsweringModelOutput(
-                loss=loss,
-                start_logits=start_logits,
-                end_logits=end_logits,
-                hidden_states=outputs.hidden_states,
-                attentions=outputs.attentions,
-            ),
-        )
+        logits = {"start_logits": start_logits, "end_logits": end_logits}
+        return self._returned(outputs, return_dict, QuestionAnsweringModelOutput, loss=loss, **logits)
 
 
 class DebertaV2ForQuestionAnswering(DebertaForQuestionAnswering):
@@ -419,7 +396,7 @@ class DebertaV2ForQuestionAnswering(DebertaForQuestionAnswering):
     config_class = DebertaV2Config
 
 
-class DebertaV2ForMultipleChoice(PreTrainedModel):
+class DebertaV2ForMultipleChoice(_TaskModel):
     """Which of several continuations fits, each scored by its first token's state."""
 
     config_class = DebertaV2Config
@@ -491,13 +468,5 @@ class DebertaV2ForMultipleChoice(PreTrainedModel):
 
     def _choice(self, first, choices, outputs, labels, return_dict) -> MultipleChoiceModelOutput | tuple:
         logits = self.classifier(self.dropout(self.pooler(first))).view(-1, choices)
-        return returned(
-            self,
-            return_dict,
-            MultipleChoiceModelOutput(
-                loss=None if labels is None else nn.functional.cross_entropy(logits, labels),
-                logits=logits,
-                hidden_states=outputs.hidden_states,
-                attentions=outputs.attentions,
-            ),
-        )
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return self._returned(outputs, return_dict, MultipleChoiceModelOutput, loss=loss, logits=logits)

@@ -57,7 +57,7 @@ def assert_no_nan_is_lost(attention, case: Case, dtype: torch.dtype, name: str) 
     pairs = visible & spoilt[:, None]
     assert pairs.any() and found["grad_query"][spoilt].all() and found["grad_key"][pairs.any(0)].all()
     distances = torch.arange(length)[:, None] - torch.arange(length)
-    rows = distance_slots(inputs.table, distances)[pairs].unique()
+    rows = distance_slots(inputs.device_tables.slots, distances)[pairs].unique()
     assert found["grad_pos_key"][rows].all() and found["grad_pos_query"][rows].all()
     if name == "value":
         assert not found["lse"].any() and found["output"][spoilt][:, column].all() and not found["grad_value"].any()

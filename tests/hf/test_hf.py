@@ -88,6 +88,8 @@ def test_attention_module_alone(queries, fused_calls):
     got, nothing = patch(attention)(states, mask, rel_embeddings=table, **queries)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
     assert nothing is None and len(fused_calls) == 1
+    everything, _ = attention(states, torch.ones_like(mask), rel_embeddings=table, **queries)
+    assert torch.equal(attention(states, None, rel_embeddings=table, **queries)[0], everything)
 
 
 def test_v1_attention_module_alone():

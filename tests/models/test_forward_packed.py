@@ -7,6 +7,8 @@ from packed_batches import LENGTH, assert_same_gradients, batch_of, gradients_of
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
+from deberta_fast.models import attention, packing
+
 
 @heads
 def test_heads(name, head):
@@ -162,6 +164,21 @@ def test_what_packed_sequences_may_and_may_not_be():
         build("v1-talking-heads").forward_packed(IDS, ENDS)
     # no positions are added, and relative ones reach any length
     assert build("v3").forward_packed(**LONG)[0].shape == (72, 32)
+
+
+@pytest.mark.parametrize("head", ["ForMaskedLM", "ForQuestionAnswering", "ForSequenceClassification"])
+def test_sequences_are_checked_once(head, monkeypatch):
+    """Where the packing is made: neither a layer nor a head checks the values again."""
+    checks, layers = [], []
+    check, run = packing.check_ends, attention.disentangled_attention_varlen
+    monkeypatch.setattr(packing, "check_ends", lambda *given: checks.append(check(*given)))
+    monkeypatch.setattr(
+        attention, "disentangled_attention_varlen", lambda *heads, **rest: layers.append(rest) or run(*heads, **rest)
+    )
+    positions = dict(start_positions=IDS[:2], end_positions=IDS[:2]) if head == "ForQuestionAnswering" else {}
+    build("v3", head, **(EMD if head == "ForMaskedLM" else {})).forward_packed(IDS, ENDS, **positions)
+    assert len(checks) == 1 and len(layers) == (4 if head == "ForMaskedLM" else 2)
+    assert not any(x["check_values"] for x in layers)
 
 
 def test_masked_tokens_anywhere():
