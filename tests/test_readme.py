@@ -15,7 +15,7 @@ import deberta_fast
 from deberta_fast import DebertaV2TokenizerFast
 
 ROOT = Path(__file__).parents[1]
-PAGES = {path.stem: path.read_text() for path in (ROOT / "README.md", ROOT / "docs" / "recipes.md")}
+PAGES = {path.stem: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 SNIPPETS = {
     f"{page}-{number}": code
     for page, text in PAGES.items()
@@ -71,6 +71,6 @@ def test_command_line_runs(folder):
 
 def test_is_short_and_links_lead_somewhere():
     assert len(PAGES["README"].splitlines()) <= 195
-    for page, folder in (("README", ROOT), ("recipes", ROOT / "docs")):
-        for link in re.findall(r"\]\(([^)#:]+)\)", PAGES[page]):
-            assert (folder / link).exists(), link
+    for page, text in PAGES.items():
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (ROOT / ("" if page == "README" else "docs") / link).exists(), link
