@@ -37,13 +37,6 @@ struct Given {
   {query,    key,        value,    pos_key,    pos_query,  mask,         cu_seqlens, seed,  slots,      first_of_slot, \
    far_past, far_future, past_row, future_row, first_slot, query_offset, max_seqlen, scale, band_scale, dropout_p}
 
-// What backward is given besides, and fills. A gradient of a table that nobody wants is absent.
-struct GivenGradients {
-  const torch::stable::Tensor &query, &key, &value;
-  const MaybeTensor &pos_key, &pos_query;
-  const torch::stable::Tensor &output, &lse, &of_output, &of_lse;
-};
-
 inline Statistic statistic_of(const torch::stable::Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 3 && x.scalar_type() == torch::headeronly::ScalarType::Float,
                   "deberta_fast: (B, H, L) float32");

@@ -163,7 +163,8 @@ class BackwardPass {
       const auto output = rows(b_.output);
       for (int64_t r = 0; r < block.rows; ++r) {
         copy_rows<E>([&](int64_t) { return output(r); }, 1, a_.size, 1.0f, row_, size_);
-        delta_[r] = dot(grad_output_ + r * size_, row_, size_) - *at(b_.grad_lse, sequence.batch, head_, first + r);
+        delta_[r] = dot(grad_output_ + r * size_, row_, size_);
+        if (b_.grad_lse.data) delta_[r] -= *at(b_.grad_lse, sequence.batch, head_, first + r);
       }
     });
     for (int64_t r = 0; r < block.rows; ++r) {
@@ -180,7 +181,7 @@ class BackwardPass {
     const int64_t in_tile = local / kTileKeys * kTilePitch * size_ + local % kTileKeys;
     const bool near = side == kNear;
     if (near) {
-      near_scores(a_, block, query_, key_t_ + in_tile, key, columns, strips_, scores_, kGradPitch);
+      near_scores(a_, block, query_, key_t_ + in_tile, key, count, columns, strips_, scores_, kGradPitch);
     } else {
       far_scores(a_, block.rows, far_query_, key_t_ + in_tile, columns, scores_, kGradPitch);
     }
@@ -370,19 +371,26 @@ void store_sums(const Attention& a, const Backward& b, int64_t begin, int64_t en
 void store_table(const Attention& a, const Backward& b, const float* sums, float scale, void* gradient, int64_t begin,
                  int64_t end) {
   const int64_t size = round_up(a.size, kLanes), items = b.groups * b.parts;
+  const int64_t stop = a.first_used_row + a.used_rows;
   ThreadMemory row(kThreadScratch, size);
   with_element(a.element, [&](auto element) {
     using E = decltype(element);
     auto* to = static_cast<typename E::Stored*>(gradient) + begin * a.table_rows * a.size;
+    // Short sequences read few of the rows: the others are zero, in every element type.
+    const auto clear = [&](int64_t rows) {
+      std::memset(to, 0, rows * a.size * sizeof(*to));
+      to += rows * a.size;
+    };
     for (int64_t head = begin; head < end; ++head) {
-      for (int64_t r = 0; r < a.table_rows; ++r, to += a.size) {
+      clear(a.first_used_row);
+      for (int64_t used = 0; used < a.used_rows; ++used, to += a.size) {
         std::fill_n(row.data(), size, 0.0f);
-        const int64_t used = r - a.first_used_row;
-        for (int64_t item = head * items; item < (head + 1) * items && 0 <= used && used < a.used_rows; ++item) {
+        for (int64_t item = head * items; item < (head + 1) * items; ++item) {
           add_scaled(1.0f, sums + (item * a.used_rows + used) * size, row.data(), size);
         }
         store_rows<E>(row.data(), size, 1, a.size, scale, [&](int64_t) { return to; });
       }
+      clear(a.table_rows - stop);
     }
   });
 }

@@ -93,7 +93,7 @@ class ForwardPass {
         const int64_t columns = round_up(next - key, kLanes);
         const float* key_t = key_t_ + key / kTileKeys * kTilePitch * size_ + key % kTileKeys;
         if (segment.side == kNear) {
-          near_scores(a_, block, query_, key_t, key, columns, strips_, scores_, kTilePitch);
+          near_scores(a_, block, query_, key_t, key, next - key, columns, strips_, scores_, kTilePitch);
         } else {
           far_scores(a_, block.rows, far_query_, key_t, columns, scores_, kTilePitch);
         }

@@ -116,12 +116,13 @@ void fused_forward(Tensor output, MaybeTensor lse, DEBERTA_FAST_GIVEN) {
 }
 
 void fused_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, MaybeTensor grad_pos_key,
-                    MaybeTensor grad_pos_query, Tensor output, Tensor lse, Tensor grad_output, Tensor grad_lse,
+                    MaybeTensor grad_pos_query, Tensor output, Tensor lse, Tensor grad_output, MaybeTensor grad_lse,
                     DEBERTA_FAST_GIVEN) {
   Request request = request_of(DEBERTA_FAST_NAMED);
   Backward backward{};
   backward.output = heads_of(output), backward.grad_output = heads_of(grad_output);
-  backward.lse = statistic_of(lse), backward.grad_lse = statistic_of(grad_lse);
+  backward.lse = statistic_of(lse);
+  if (grad_lse) backward.grad_lse = statistic_of(*grad_lse);
   backward.grad_query = heads_of(grad_query);
   backward.grad_key = heads_of(grad_key), backward.grad_value = heads_of(grad_value);
   backward.grad_pos_key = gradient_of_table(grad_pos_key);

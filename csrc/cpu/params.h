@@ -59,7 +59,7 @@ struct Forward {
 
 struct Backward {
   Heads output, grad_output;
-  Statistic lse, grad_lse;
+  Statistic lse, grad_lse;  // the second null where nobody differentiates the log-sum-exp
   Heads grad_query, grad_key, grad_value;
   void *grad_pos_key, *grad_pos_query;  // (H, table_rows, D), contiguous; null where nobody wants them
 

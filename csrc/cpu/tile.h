@@ -159,9 +159,11 @@ INLINE void add_transposed(const float* p2c, int64_t pitch, int64_t rows, int64_
 //
 // c2p: a strip of kStrip queries meets columns + kStrip - 1 distances one after the other; query r of it starts one
 // cell further left than query r - 1. Read with a pitch one less, that product is what the c2c term is added to.
-// p2c: the same with keys for queries; its tile is transposed on the way.
+// p2c: the same with keys for queries; its tile is transposed on the way. Columns beyond `keys` fill up the last vector:
+// whatever stands there is hidden afterwards.
 inline void near_scores(const Attention& a, const Block& block, const float* query, const float* key_t,
-                        int64_t first_key, int64_t columns, const Strips& strips, float* scores, int64_t pitch) {
+                        int64_t first_key, int64_t all_keys, int64_t columns, const Strips& strips, float* scores,
+                        int64_t pitch) {
   const int64_t size = round_up(a.size, kLanes), last_distance = a.first_distance + a.distances - 1;
   for (int64_t r = 0; r < block.rows; r += kStrip) {
     const int64_t count = std::min<int64_t>(block.rows - r, kStrip);
@@ -177,8 +179,8 @@ inline void near_scores(const Attention& a, const Block& block, const float* que
     gemm(count, columns, a.size, strip, key_t, kTilePitch, start, Strips::kKeyPitch - 1, scores + r * pitch, pitch);
   }
   if (a.pos_query.data == nullptr) return;
-  for (int64_t group = 0; group < columns; group += kKeyGroup) {
-    const int64_t keys = std::min(columns - group, kKeyGroup);
+  for (int64_t group = 0; group < all_keys; group += kKeyGroup) {
+    const int64_t keys = std::min(all_keys - group, kKeyGroup), filled = std::min(columns - group, kKeyGroup);
     // Cell t of key j's row belongs to query i = t + j - (kKeyGroup - 1).
     const int64_t delta = block.position - (first_key + group) - (kKeyGroup - 1);  // of cell 0
     const float* table = a.query_by_distance_t + block.head * size * a.pitch + (delta + last_distance);
@@ -187,7 +189,7 @@ inline void near_scores(const Attention& a, const Block& block, const float* que
       gemm(count, block.rows + count - 1, a.size, {key_t + group + j, 1, kTilePitch}, table + cell, a.pitch, nullptr, 0,
            strips.p2c + j * Strips::kQueryPitch + cell, Strips::kQueryPitch);
     }
-    add_transposed(strips.p2c + kKeyGroup - 1, Strips::kQueryPitch - 1, block.rows, keys, scores + group, pitch);
+    add_transposed(strips.p2c + kKeyGroup - 1, Strips::kQueryPitch - 1, block.rows, filled, scores + group, pitch);
   }
 }
 

@@ -149,14 +149,15 @@ void fused_forward(Tensor output, MaybeTensor lse, DEBERTA_FAST_GIVEN) {
 }
 
 void fused_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, MaybeTensor grad_pos_key,
-                    MaybeTensor grad_pos_query, Tensor output, Tensor lse, Tensor grad_output, Tensor grad_lse,
+                    MaybeTensor grad_pos_query, Tensor output, Tensor lse, Tensor grad_output, MaybeTensor grad_lse,
                     DEBERTA_FAST_GIVEN) {
   const Request request = request_of(DEBERTA_FAST_NAMED);
   Gradients gradients;
   gradients.output = heads_of(output), gradients.grad_output = heads_of(grad_output);
   gradients.grad_query = heads_of(grad_query), gradients.grad_key = heads_of(grad_key);
   gradients.grad_value = heads_of(grad_value);
-  gradients.lse = statistic_of(lse), gradients.grad_lse = statistic_of(grad_lse);
+  STD_TORCH_CHECK(grad_lse, "deberta_fast: the kernels read a gradient of the log-sum-exp");
+  gradients.lse = statistic_of(lse), gradients.grad_lse = statistic_of(*grad_lse);
   gradients.grad_pos_key = gradient_of_table(grad_pos_key);
   gradients.grad_pos_query = gradient_of_table(grad_pos_query);
   run(query, [&](Workspace& workspace, void* stream) { return run_backward(request, gradients, workspace, stream); });

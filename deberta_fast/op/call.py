@@ -52,8 +52,7 @@ class Call(NamedTuple):
 
     @property
     def device_tables(self) -> DeviceTables:
-        numbering = self.position_buckets, self.max_relative_positions, self.far_negative
-        return device_tables(*numbering, self.query.device)
+        return device_tables(self.position_buckets, self.max_relative_positions, self.far_negative, self.query.device)
 
     @property
     def past_row(self) -> int:
@@ -139,7 +138,7 @@ def checked_call(
         TypeError, ValueError: an argument is not as the public functions describe it.
     """
     packed = cu_seqlens is not None
-    _check_heads((query, key, value), *((3, "(T, H, D)") if packed else (4, "(B, H, L, D)")))
+    _check_heads(query, key, value, 3 if packed else 4)
     if far_negative not in FAR_NEGATIVE_RULES:
         raise ValueError(f"far_negative must be one of {FAR_NEGATIVE_RULES}, got {far_negative!r}")
     if not 0 <= dropout_p < 1:
@@ -155,10 +154,13 @@ def checked_call(
     lengths = (shape[2], key.shape[2]) if not packed else (max_seqlen, max_seqlen)
     # Almost always the tables are whole; then these comparisons are all that is to be done.
     whole = heads, table_rows(position_buckets, max_relative_positions), size
-    for table in (pos_key, pos_query):
-        if table is not None and not (table.shape == whole and table.device == device and first_slot == 0):
-            numbering = position_buckets, max_relative_positions, far_negative
-            _check_tables(pos_key, pos_query, device, whole, numbering, first_slot, lengths, query_offset)
+    if (
+        (pos_key is not None and (pos_key.shape != whole or pos_key.device != device))
+        or (pos_query is not None and (pos_query.shape != whole or pos_query.device != device))
+        or first_slot != 0
+    ):
+        numbering = position_buckets, max_relative_positions, far_negative
+        _check_tables(pos_key, pos_query, device, whole, numbering, first_slot, lengths, query_offset)
     if scale is None:
         scale = (size * (1 + (pos_key is not None) + (pos_query is not None))) ** -0.5
     if torch.is_autocast_enabled(device.type):  # as torch's own attention does; float64 is left alone
@@ -185,10 +187,10 @@ def checked_call(
     )  # fmt: skip
 
 
-def _check_heads(heads: tuple, ndim: int, layout: str) -> None:
+def _check_heads(query, key, value, ndim: int) -> None:
     """Types, shapes, dtypes and devices of query, key and value."""
-    device = None
-    for index, x in enumerate(heads):
+    device, layout = None, "(B, H, L, D)" if ndim == 4 else "(T, H, D)"
+    for index, x in enumerate((query, key, value)):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{Call._fields[index]} must be a tensor, got {type(x).__name__}")
         if x.ndim != ndim:
@@ -199,9 +201,9 @@ def _check_heads(heads: tuple, ndim: int, layout: str) -> None:
             device = x.device
         elif x.device != device:
             raise ValueError(f"{Call._fields[index]} must be on query's device, {device}, got {x.device}")
-    asked, given, of_values = (x.shape for x in heads)
-    if given != of_values:
-        raise ValueError(f"value must have key's shape, {tuple(given)}, got {tuple(of_values)}")
+    asked, given = query.shape, key.shape
+    if given != value.shape:
+        raise ValueError(f"value must have key's shape, {tuple(given)}, got {tuple(value.shape)}")
     # The length is the third dimension of the dense layout and the first of the packed one.
     if asked[-1] != given[-1] or asked[1] != given[1] or (ndim == 4 and asked[0] != given[0]):
         raise ValueError(f"key must match query, {tuple(asked)}, in all but the length of {layout}, got {tuple(given)}")

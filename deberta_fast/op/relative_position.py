@@ -132,10 +132,16 @@ class DeviceTables(NamedTuple):
         slots: (2N + 1,), sigma over the distances [-N, N].
         first_of_slot: (R + 1,), the first distance of each row, and of the row after the last. The rows at both ends
             serve endless distances.
+        far_past, far_future: as of ``SlotTable``, on the host.
+        past_slot, future_slot: the rows of distances beyond them.
     """
 
     slots: torch.Tensor
     first_of_slot: torch.Tensor
+    far_past: int
+    far_future: int
+    past_slot: int
+    future_slot: int
 
 
 _on_devices: dict[tuple, DeviceTables] = {}
@@ -173,7 +179,8 @@ def _copied_to_device(key: tuple) -> DeviceTables:
         for row, distance in enumerate(first)
     ]
     with torch.inference_mode(False):  # kept, it also meets tensors that ask for gradients
-        tables = DeviceTables(*(torch.tensor(x, dtype=torch.int32, device=device) for x in (table.slots, first)))
+        tensors = (torch.tensor(x, dtype=torch.int32, device=device) for x in (table.slots, first))
+        tables = DeviceTables(*tensors, table.far_past, table.far_future, table.slots[-1], table.slots[0])
     # Tensors of a traced program are not real ones.
     if not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()):
         while len(_on_devices) >= _MOST_ON_DEVICES:

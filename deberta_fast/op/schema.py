@@ -43,7 +43,7 @@ def attend(call: Call, backend: str, with_lse: bool) -> tuple[torch.Tensor, torc
     # A level of forward-mode derivatives goes the same way: the autograd function refuses it.
     differentiable = torch.is_grad_enabled() and any([x.requires_grad for x in call[:5] if x is not None])
     if differentiable or forward_ad._current_level >= 0:
-        return _Attention.apply(call, backend, *call[:5])
+        return _Attention.apply(call, backend, False, *call[:5])
     return backends.forward(call, backend, with_lse)
 
 
@@ -76,8 +76,8 @@ class _Attention(torch.autograd.Function):
     """The derivative of ``backends.forward`` is ``backends.backward``, in eager mode and behind the operators."""
 
     @staticmethod
-    def forward(ctx, call, backend, *differentiable):
-        if _is_traced(call[:TENSORS]):
+    def forward(ctx, call, backend, traced, *differentiable):
+        if traced:
             with torch._C._AutoDispatchBelowAutograd():
                 output, lse = torch.ops.deberta_fast.attention_forward(*call, backend)
         else:
@@ -91,9 +91,9 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output, grad_lse):
         *tensors, output, lse = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[2:]
+        wanted = ctx.needs_input_grad[3:]
         if grad_output is None and grad_lse is None:
-            return (None,) * (2 + len(wanted))
+            return (None,) * (3 + len(wanted))
         call = Call(*tensors, *ctx.settings)
         if _is_traced(tensors):
             grads = torch.ops.deberta_fast.attention_backward(
@@ -101,7 +101,7 @@ class _Attention(torch.autograd.Function):
             )
         else:
             grads = backends.backward(call, ctx.backend, output, lse, grad_output, grad_lse, wanted)
-        return None, None, *(grad if want else None for grad, want in zip(grads, wanted, strict=True))
+        return None, None, None, *(grad if want else None for grad, want in zip(grads, wanted, strict=True))
 
 
 # The operators
@@ -146,7 +146,7 @@ def _fake_checked(cu_seqlens, total, max_seqlen):
 def _differentiable_forward(*arguments):
     """The operator under autograd: in torch.compile, and in a program made by torch.export."""
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:5]):
-        return _Attention.apply(Call(*arguments[:-1]), arguments[-1], *arguments[:5])
+        return _Attention.apply(Call(*arguments[:-1]), arguments[-1], True, *arguments[:5])
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.deberta_fast.attention_forward(*arguments)
 

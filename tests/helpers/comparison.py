@@ -6,6 +6,7 @@ from tolerance import assert_as_precise, hf_style_attention
 
 import deberta_fast
 from deberta_fast.op.backends import reference
+from deberta_fast.op.call import Call
 
 HALF_CASES = [
     "one-token",
@@ -73,3 +74,15 @@ def swapped_tables(inputs):
 
 def reversed_distance(inputs):
     return inputs._replace(pos_key=inputs.pos_key.flip(1), pos_query=inputs.pos_query.flip(1))
+
+
+def mistake_far_distances(monkeypatch, **steps: int) -> None:
+    """far_past and far_future of every call are off by these, on the host and on the device."""
+    for name in ("table", "device_tables"):
+        right = getattr(Call, name).fget
+
+        def wrong(call, right=right):
+            tables = right(call)
+            return tables._replace(**{field: getattr(tables, field) + step for field, step in steps.items()})
+
+        monkeypatch.setattr(Call, name, property(wrong))

@@ -15,7 +15,7 @@ import emulated
 import pytest
 import torch
 from cases import BY_NAME, CASES, DROPOUT_SEED, TENSORS, Case, as_dtype, forward_and_gradients, make_inputs, seed_after
-from comparison import compare, public, reversed_distance, shifted_slot, swapped_tables
+from comparison import compare, mistake_far_distances, public, reversed_distance, shifted_slot, swapped_tables
 from spoiled import HEAD, LONG, PLACES, assert_no_nan_is_lost, assert_same_nans, where_nan
 
 import deberta_fast
@@ -171,13 +171,7 @@ def test_a_wrong_table_is_caught(mutate):
 
 @pytest.mark.parametrize("mistake", [{"far_past": -16}, {"far_future": 16}], ids=["past", "future"])
 def test_a_far_segment_too_long_is_caught(mistake, monkeypatch):
-    right = deberta_fast.op.call.Call.table.fget
-
-    def wrong(inputs):
-        table = right(inputs)
-        return table._replace(**{name: getattr(table, name) + 4 * step for name, step in mistake.items()})
-
-    monkeypatch.setattr(deberta_fast.op.call.Call, "table", property(wrong))
+    mistake_far_distances(monkeypatch, **{name: 4 * step for name, step in mistake.items()})
     with pytest.raises(AssertionError, match="error"):
         compare(public("cuda"), Case("far", 330, 330, batch=1, heads=1), torch.bfloat16, 1)
 

@@ -5,12 +5,19 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from cases import BY_NAME, CASES, ON_CPU, Case, as_dtype, forward_and_gradients, make_inputs
-from comparison import HALF_CASES, compare, public, reversed_distance, shifted_slot, swapped_tables
+from comparison import (
+    HALF_CASES,
+    compare,
+    mistake_far_distances,
+    public,
+    reversed_distance,
+    shifted_slot,
+    swapped_tables,
+)
 from tolerance import hf_style_attention
 
 from deberta_fast.op import backends
 from deberta_fast.op.backends import eager, reference
-from deberta_fast.op.call import Call
 
 BACKENDS = [name for name in ON_CPU if name != "reference"]
 CPU_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -110,12 +117,6 @@ def test_a_wrong_table_is_caught(mutate, dtype):
 @pytest.mark.parametrize("mistake", [{"far_past": -1}, {"far_future": 1}], ids=["past", "future"])
 def test_a_far_segment_one_key_too_long_is_caught(mistake, monkeypatch):
     """The narrowest mistake in the classification of keys: one pair a block of queries reads its neighbour's row."""
-    right = Call.table.fget
-
-    def wrong(inputs):
-        table = right(inputs)
-        return table._replace(**{name: getattr(table, name) + step for name, step in mistake.items()})
-
-    monkeypatch.setattr(Call, "table", property(wrong))
+    mistake_far_distances(monkeypatch, **mistake)
     with pytest.raises(AssertionError, match="error"):
         compare(public("eager"), BY_NAME["far-L700"], torch.float32)

@@ -94,7 +94,7 @@ def test_fake_tensors_leave_no_trace():
             assert disentangled_attention(*tensors(), **TABLE, backend=backend).shape == (1, 2, 9, 16)
     assert not relative_position._on_devices
     disentangled_attention(*tensors(), **TABLE, backend="eager")
-    assert all(type(x) is torch.Tensor for kept in relative_position._on_devices.values() for x in kept)
+    assert all(type(x) is torch.Tensor for kept in relative_position._on_devices.values() for x in kept[:2])
 
 
 @each_backend
@@ -151,7 +151,8 @@ def test_cotangents_that_nobody_gave_take_one_element(backend, monkeypatch):
     second = torch.autograd.grad(lse.sum(), leaves, retain_graph=True)
     lone = torch.autograd.grad([output, lse], leaves, [torch.zeros_like(output), torch.ones_like(lse)])
     assert all(map(torch.equal, first, both)) and all(map(torch.equal, second, lone))
-    assert given[1][1].untyped_storage().nbytes() == given[2][0].untyped_storage().nbytes() == 4
+    made_up = [x for x in (given[1][1], given[2][0]) if x is not None]
+    assert len(made_up) == 1 + (backend != "cpu") and all(x.untyped_storage().nbytes() == 4 for x in made_up)
 
 
 @each_backend
@@ -181,7 +182,7 @@ def test_hooks_on_saved_tensors_see_all_of_them():
 def test_device_tables_say_what_the_slot_table_says():
     for numbering in ((16, 32, "hf"), (16, 32, "ms"), (-1, 5, "hf"), (256, 512, "hf")):
         table = relative_position.slot_table(*numbering)
-        slots, first = device_tables(*numbering, torch.device("cpu"))
+        slots, first = device_tables(*numbering, torch.device("cpu"))[:2]
         assert slots.tolist() == list(table.slots) and len(first) == table.rows + 1
         for row in range(table.rows):
             inside = range(max(first[row], -table.reach), min(first[row + 1], table.reach + 1))

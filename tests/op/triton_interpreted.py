@@ -13,7 +13,15 @@ import pytest
 import torch
 import triton.language as tl
 from cases import BY_NAME, CASES, DROPOUT_SEED, TENSORS, Case, as_dtype, forward_and_gradients, make_inputs
-from comparison import HALF_CASES, compare, public, reversed_distance, shifted_slot, swapped_tables
+from comparison import (
+    HALF_CASES,
+    compare,
+    mistake_far_distances,
+    public,
+    reversed_distance,
+    shifted_slot,
+    swapped_tables,
+)
 from triton import OutOfResources
 from triton.runtime import interpreter
 
@@ -21,7 +29,6 @@ import deberta_fast
 from deberta_fast import disentangled_attention, disentangled_attention_varlen
 from deberta_fast.op.backends import reference, triton
 from deberta_fast.op.backends.triton import configuration, plan
-from deberta_fast.op.call import Call
 from deberta_fast.op.dropout import keep_mask
 
 TABLE = dict(position_buckets=16, max_relative_positions=32)
@@ -317,13 +324,7 @@ def test_a_wrong_table_is_caught(mutate):
 
 @pytest.mark.parametrize("mistake", [{"far_past": -16}, {"far_future": 16}], ids=["past", "future"])
 def test_a_far_segment_one_grain_too_long_is_caught(mistake, monkeypatch):
-    right = Call.table.fget
-
-    def wrong(inputs):
-        table = right(inputs)
-        return table._replace(**{name: getattr(table, name) + step for name, step in mistake.items()})
-
-    monkeypatch.setattr(Call, "table", property(wrong))
+    mistake_far_distances(monkeypatch, **mistake)
     configured(monkeypatch, 16, 16, 16)
     with pytest.raises(AssertionError, match="error"):
         compare(public("triton"), quick(replace(FAR_L300, query_length=100, key_length=100)), torch.float32, 1)

@@ -76,14 +76,19 @@ def backward(
     """Gradients of query, key, value, pos_key and pos_query, shaped and typed as these.
 
     Args:
-        grad_output, grad_lse: None counts as zeros, which take one element.
+        grad_output, grad_lse: None counts as zeros.
         wanted: of the five, those that somebody asks for. A table's is None where nobody does; those of query, key and
             value are made together.
     """
     grads = call.new_gradients(wanted)
     if grad_output is None:
-        grad_output = output.new_zeros(()).expand(output.shape)
-    if grad_lse is None:
-        grad_lse = lse.new_zeros(()).expand(lse.shape)
+        grad_output = _zeros_like(output)
+    # The CPU's kernels take None; what the others are handed takes one element.
+    if grad_lse is None and backend != "cpu":
+        grad_lse = _zeros_like(lse)
     BACKENDS[backend].backward(call, output, lse, grad_output, grad_lse, grads)
     return grads
+
+
+def _zeros_like(x: torch.Tensor) -> torch.Tensor:
+    return x.new_zeros(()).expand(x.shape)

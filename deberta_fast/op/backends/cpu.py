@@ -45,7 +45,7 @@ def backward(
     output: torch.Tensor,
     lse: torch.Tensor,
     grad_output: torch.Tensor,
-    grad_lse: torch.Tensor,
+    grad_lse: torch.Tensor | None,
     grads: list[torch.Tensor | None],
 ) -> None:
     """Fills the gradients of query, key, value, pos_key and pos_query; None where a table's is not wanted."""

@@ -17,7 +17,7 @@ _CALL = (
 SCHEMAS = (
     f"fused_forward(Tensor(a!) output, Tensor(b!)? lse, {_CALL}) -> ()",
     "fused_backward(Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!)? grad_pos_key, "
-    f"Tensor(e!)? grad_pos_query, Tensor output, Tensor lse, Tensor grad_output, Tensor grad_lse, {_CALL}) -> ()",
+    f"Tensor(e!)? grad_pos_query, Tensor output, Tensor lse, Tensor grad_output, Tensor? grad_lse, {_CALL}) -> ()",
     "use_instruction_set(str name) -> ()",
     "finds_torch_stream() -> bool",
 )
@@ -53,7 +53,7 @@ def arguments(call: Call) -> tuple:
     if call.pos_key is None and call.pos_query is None:
         geometry = (None, None, 0, 0, 0, 0, 0)
     else:
-        table, first_slot = call.table, call.first_slot
-        past_row, future_row = table.slots[-1] - first_slot, table.slots[0] - first_slot
-        geometry = (*call.device_tables, table.far_past, table.far_future, past_row, future_row, first_slot)
+        slots, first_of_slot, far_past, far_future, past_slot, future_slot = call.device_tables
+        first = call.first_slot
+        geometry = (slots, first_of_slot, far_past, far_future, past_slot - first, future_slot - first, first)
     return *call[:TENSORS], *geometry, call.query_offset, call.max_seqlen, call.scale, call.band_scale, call.dropout_p

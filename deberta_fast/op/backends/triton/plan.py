@@ -228,7 +228,7 @@ class Plan:
             )
         if not inputs.has_positions:
             return
-        slots, self.first_of_slot = inputs.device_tables
+        slots, self.first_of_slot = inputs.device_tables[:2]
         for name, table in (("key_table", inputs.pos_key), ("query_table", inputs.pos_query)):
             if table is not None:
                 heads, rows, size = table.shape
