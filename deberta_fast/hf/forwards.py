@@ -125,9 +125,10 @@ def _attention(
 
 def fill_device_tables(attention: nn.Module) -> None:
     """Before the first call, so that a CUDA graph may capture it."""
-    if getattr(attention, "relative_attention", False):
-        device = next(attention.parameters()).device
-        device_tables(getattr(attention, "position_buckets", -1), attention.max_relative_positions, "hf", device)
+    weight = next(attention.parameters(), None)  # None where the projections are quantised
+    if weight is not None and getattr(attention, "relative_attention", False):
+        buckets = getattr(attention, "position_buckets", -1)
+        device_tables(buckets, attention.max_relative_positions, "hf", weight.device)
 
 
 def _heads_v1(attention: nn.Module, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -98,8 +98,9 @@ class DisentangledSelfAttention(nn.Module):
 
     def _fill_device_tables(self) -> None:
         """Before the first call, so that a CUDA graph may capture it."""
-        if self.terms:
-            device_tables(**self.table, device=self.query_proj.weight.device)
+        weight = next(self.parameters(), None)  # None where the projections are quantised
+        if self.terms and weight is not None:
+            device_tables(**self.table, device=weight.device)
 
     def forward(
         self,

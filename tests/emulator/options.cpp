@@ -50,7 +50,9 @@ EXPORTED int64_t emulator_workspace_bytes(int batches, int heads, int length, in
   request.far_past = far_past, request.far_future = far_future, request.table_rows = table_rows;
   cuda::Workspace workspace;
   if (backward) {
-    cuda::run_backward(request, {}, workspace, nullptr);
+    cuda::Gradients gradients;
+    gradients.grad_pos_key = gradients.grad_pos_query = something;
+    cuda::run_backward(request, gradients, workspace, nullptr);
   } else {
     cuda::run_forward(request, {}, {}, workspace, nullptr);
   }

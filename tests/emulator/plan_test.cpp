@@ -210,13 +210,22 @@ void check_problem(const Problem& given) {
   request.far_past = problem.past, request.far_future = problem.future, request.query_offset = problem.offset;
   request.past_row = kPastRow, request.future_row = kFutureRow, request.table_rows = 16;
 
+  // Gradients of tables that nobody wants are not launched.
   launched = {};
+  Workspace unwanted(something);
+  CHECK(run_backward(request, {}, unwanted, nullptr) == nullptr && !launched.key.empty());
+  CHECK(launched.by_distance.empty() && launched.by_row.empty());
+
+  launched = {};
+  Gradients gradients;
+  if (problem.c2p) gradients.grad_pos_key = something;
+  if (problem.p2c) gradients.grad_pos_query = something;
   Workspace counted, workspace(something);  // of which nobody touches a byte
   CHECK(run_forward(request, {}, {}, counted, nullptr) == nullptr && launched.forward.empty());
   CHECK(run_forward(request, {}, {}, workspace, nullptr) == nullptr && launched.forward.size() == 1);
   CHECK(counted.bytes() == workspace.bytes() && launched.expansions.size() == size_t(problem.c2p + problem.p2c));
-  CHECK(run_backward(request, {}, counted, nullptr) == nullptr && launched.delta.empty());
-  CHECK(run_backward(request, {}, workspace, nullptr) == nullptr && launched.delta.size() == 1);
+  CHECK(run_backward(request, gradients, counted, nullptr) == nullptr && launched.delta.empty());
+  CHECK(run_backward(request, gradients, workspace, nullptr) == nullptr && launched.delta.size() == 1);
   CHECK(counted.bytes() == workspace.bytes());
 
   // Whatever the shares of heads, each has every launch.

@@ -170,8 +170,8 @@ def test_what_packed_sequences_may_and_may_not_be():
 def test_sequences_are_checked_once(head, monkeypatch):
     """Where the packing is made: neither a layer nor a head checks the values again."""
     checks, layers = [], []
-    check, run = packing.check_ends, attention.disentangled_attention_varlen
-    monkeypatch.setattr(packing, "check_ends", lambda *given: checks.append(check(*given)))
+    check, run = packing.check_cu_seqlens_form, attention.disentangled_attention_varlen
+    monkeypatch.setattr(packing, "check_cu_seqlens_form", lambda *given: checks.append(check(*given)))
     monkeypatch.setattr(
         attention, "disentangled_attention_varlen", lambda *heads, **rest: layers.append(rest) or run(*heads, **rest)
     )

@@ -53,7 +53,7 @@ def test_eager_calls_go_to_the_backend_directly(backend, traced):
     with torch.inference_mode():
         disentangled_attention(*leaves, **TABLE, backend=backend)
     disentangled_attention(*map(torch.nn.Parameter, leaves), **TABLE, backend=backend)
-    assert len(traced) >= 5 and not any(traced)
+    assert len(traced) == 4 and not any(traced)
 
 
 @each_backend
@@ -103,7 +103,7 @@ def test_forward_mode_derivatives_are_refused(backend):
     query, *others = tensors()
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(query, torch.ones_like(query))
-        with pytest.raises(NotImplementedError, match="forward-mode"):
+        with pytest.raises(NotImplementedError, match="forward mode AD"):
             disentangled_attention(dual, *others, **TABLE, backend=backend)
 
 
