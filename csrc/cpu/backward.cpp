@@ -301,10 +301,13 @@ class BackwardPass {
     constexpr int64_t kRun = 16;
     if (start) std::fill_n(sums, a_.used_rows * size_, 0.0f);
     const auto row_of = [&](int64_t slot) { return sums + (slot - a_.first_used_row) * size_; };
-    for (int64_t t = 0; t < a_.distances;) {
+    const int64_t last_distance = a_.first_distance + a_.distances - 1;
+    const int64_t begin =
+        step < 0 ? a_.first_reached - a_.first_distance : last_distance - (a_.first_reached + a_.reached - 1);
+    for (int64_t t = begin; t < begin + a_.reached;) {
       const int64_t slot = slot_of(a_, first + step * t);
       std::fill_n(row_, size_, 0.0f);
-      for (int64_t n = 0; n < kRun && t < a_.distances && slot_of(a_, first + step * t) == slot; ++n, ++t) {
+      for (int64_t n = 0; n < kRun && t < begin + a_.reached && slot_of(a_, first + step * t) == slot; ++n, ++t) {
         add_scaled(1.0f, by_distance + t * size_, row_, size_);
       }
       add_scaled(1.0f, row_, row_of(slot), size_);

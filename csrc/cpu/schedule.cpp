@@ -88,8 +88,10 @@ struct Schedule {
       const int64_t slot = a.slots[std::clamp(delta, -a.reach, a.reach) + a.reach] - a.first_slot;
       return std::clamp<int64_t>(slot, 0, a.table_rows - 1);
     };
-    a.first_used_row = row(1 - a.first_distance - a.distances);  // slots fall while distances grow
-    a.used_rows = row(-a.first_distance) + 1 - a.first_used_row;
+    // Slots fall while distances grow. Where no pair is near, the margin has the row of the far ones.
+    const int64_t lowest = a.reached > 0 ? a.first_reached : a.first_distance;
+    const int64_t highest = a.reached > 0 ? a.first_reached + a.reached - 1 : a.first_distance + a.distances - 1;
+    a.first_used_row = row(-highest), a.used_rows = row(-lowest) + 1 - a.first_used_row;
   }
 };
 
