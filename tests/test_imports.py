@@ -138,6 +138,17 @@ def test_import_brings_neither_triton_nor_transformers():
     assert run[0] == run[1]
 
 
+def test_import_takes_little_longer_than_torchs():
+    """1.3 times at most; of a few tries in turn the fastest, since a busy machine slows any of them."""
+    code = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
+    seconds = {"torch": [], "deberta_fast": []}
+    for _ in range(4):
+        for module, found in seconds.items():
+            command = [sys.executable, "-W", "ignore", "-c", code.format(module)]
+            found.append(float(subprocess.check_output(command, timeout=120)))
+    assert min(seconds["deberta_fast"]) <= 1.3 * min(seconds["torch"]), seconds
+
+
 def test_torch_sentencepiece_and_safetensors_are_enough(tmp_path):
     """For a model, its tokenizer and a pipeline, loaded and saved; NumPy is what safetensors writes with."""
     pytest.importorskip("sentencepiece")

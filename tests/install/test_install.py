@@ -17,7 +17,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("bench", "csrc", "deberta_fast", "examples", "tests")
+FOLDERS = ("bench", "csrc", "deberta_fast", "docs", "examples", "tests")
 FILES = {
     "CHANGELOG.md",
     "LICENSE",
