@@ -68,6 +68,8 @@ LATE = {
     "pipelines": {"tqdm"},
     "cli": {"tqdm"},
 }
+# Nothing else imports from these folders.
+LEAVES = {"hf": {""}, "pipelines": {"", "cli"}, "cli": {"__main__"}}
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 
 
@@ -100,6 +102,9 @@ def test_arrows(name, path):
     for kind, target in imported(name, path):
         if kind == "own":
             assert RANK[target] < RANK[name], f"{name or 'deberta_fast'} imports {target}"
+            folder = target.partition(".")[0]
+            leaf = folder in LEAVES and name.partition(".")[0] != folder
+            assert not leaf or name in LEAVES[folder], f"{name} imports {target}, a leaf"
         else:
             late = set().union(*(packages for prefix, packages in LATE.items() if name.startswith(prefix)))
             assert target in sys.stdlib_module_names | {"torch"} | late, f"{name} imports {target}"

@@ -44,7 +44,7 @@ class Workspace {
 const char* run_forward(const Request& request, const Heads& output, const Statistic& lse, Workspace& workspace,
                         void* stream);
 
-// What backward is given and fills. The gradients of tables are (H, table_rows, D), contiguous, or null where nobody wants
+// Backward reads and fills these. The gradients of tables are (H, table_rows, D), contiguous, or null where nobody wants
 // them.
 struct Gradients {
   Heads output, grad_output, grad_query, grad_key, grad_value;

@@ -281,13 +281,13 @@ auto at_size(int padded_size, Function function) {
   }
 }
 
-// With the type of elements.
+// Calls the function with the type of elements.
 template <class Function>
 const char* at_element(Element element, Function function) {
   return element == Element::float16 ? function(Float16{}) : function(Bfloat16{});
 }
 
-// With all that a pass is compiled for: the type of elements, the padded head size, a flag.
+// Calls the function with all that a pass is compiled for: the type of elements, the padded head size, a flag.
 template <class Function>
 const char* at_variant(Element element, int size, bool flag, Function function) {
   return at_size(padded_size(size), [&](auto padded) {

@@ -13,7 +13,8 @@ TENSORS = 8  # the first fields of a Call
 
 
 class Call(NamedTuple):
-    """What every backend is handed, in the order of the operator's schema. ``api`` builds and checks it, once.
+    """The arguments of one call, in the order of the operator's schema: ``checked_call`` makes it, every backend is
+    handed it.
 
     Dense: query (B, H, Lq, D), key and value (B, H, Lk, D). Packed: B = 1 and all sequences along the length, sequence
     s at rows cu_seqlens[s] to cu_seqlens[s + 1]; no query sees a key of another sequence.

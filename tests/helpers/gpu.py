@@ -1,4 +1,4 @@
-"""What the tests of GPUs share."""
+"""The device and the backends that tests of GPUs run."""
 
 import pytest
 import torch

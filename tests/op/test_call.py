@@ -119,7 +119,7 @@ def test_functorch_transforms_are_not_answered_wrongly():
     torch.testing.assert_close(got, torch.autograd.grad(loss(leaf), leaf)[0])
 
 
-# What nobody asked for
+# Results that nobody asked for are not made
 
 
 @each_backend
