@@ -164,10 +164,10 @@ def checked_call(
         _check_tables(pos_key, pos_query, device, whole, numbering, first_slot, lengths, query_offset)
     if scale is None:
         scale = (size * (1 + (pos_key is not None) + (pos_query is not None))) ** -0.5
-    if device.type != "meta" and torch.is_autocast_enabled(
-        device.type
-    ):  # as torch's own attention does; float64 is left alone
-        dtype = torch.get_autocast_dtype(device.type)
+    kind = device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        # As torch's own attention does; float64 is left alone.
+        dtype = torch.get_autocast_dtype(kind)
         query, key, value, pos_key, pos_query = (
             x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value, pos_key, pos_query)
         )
