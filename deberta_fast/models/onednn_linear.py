@@ -1,8 +1,7 @@
 """Linear layers of a patched or native model: oneDNN's product where torch's own choice is far from the fastest.
 
 torch multiplies float32 with MKL, which does not use the whole width of an AMD processor; the oneDNN inside the same
-torch does, and is 2.2 times faster from 64 rows on (AMD EPYC of family 26, torch 2.13, one thread and two), forward as
-well as in both products of the backward pass.
+torch does, forward and in both products of the backward pass. docs/measured.md has the figures behind this module.
 """
 
 import functools
@@ -11,10 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-FEWEST_ROWS = 8  # below, oneDNN's way in costs more than its product saves
-DEEPEST = (
-    1024  # oneDNN sums one after the other: over 3072 its error is twice MKL's, over parts of 1024 half as much more
-)
+FEWEST_ROWS = 8  # below, oneDNN's call overhead exceeds its speed-up
+DEEPEST = 1024  # oneDNN accumulates sequentially: deeper products are made in parts, which round less
 
 
 def project(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,7 @@ from ..op.call import check_cu_seqlens_form
 from ..op.schema import checked_cu_seqlens
 
 UNPAD = (False, "auto", True)
-# "auto" takes padding out from this share of a batch's rows on: below, that costs as much as it saves (12 layers of 768
-# on a CPU).
+# "auto" takes padding out from this share of a batch's rows on: less costs as much as it saves (docs/measured.md).
 WORTH = 1 / 32
 
 

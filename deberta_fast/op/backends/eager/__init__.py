@@ -23,6 +23,7 @@ from .chunk import Chunk
 from .scratch import Scratch, kept_scratch
 from .tables import Tables
 
+# docs/measured.md says how these were found.
 BLOCK_ROWS = 256, 512  # fewest and most; in between, as many as CHUNK_ELEMENTS_CPU holds of one head
 CHUNK_ELEMENTS_CPU = 1 << 19  # scores held at once: a thread's share of the caches,
 CHUNK_THREADS = 8  # for as many threads at most,

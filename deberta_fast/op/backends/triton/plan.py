@@ -22,6 +22,7 @@ from .kernels.forward import forward
 from .kernels.key_spans import key_spans
 
 LOG2E = 1 / math.log(2)
+# No GPU has measured these yet (docs/measured.md).
 BAND_BYTES = 128 << 20  # of near scores held at once: as many heads, or batch rows of one head, as fit
 SHARES = 2  # of the rows of each residue in the gradients of the tables: each keeps a sum of its own
 ROOM = 128  # rows that the workspace is cut into: whole grains
