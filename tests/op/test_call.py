@@ -1,5 +1,7 @@
 """How a call reaches its backend: directly in eager mode, through the operators where a program is traced."""
 
+import weakref
+
 import pytest
 import torch
 from cases import BY_NAME, Case, make_inputs
@@ -74,7 +76,14 @@ def test_a_dispatch_mode_sees_the_operators(backend):
 
 
 class Subclass(torch.Tensor):
-    pass
+    """Sees what torch is asked to do with it."""
+
+    asked: list = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.asked.append(str(function))
+        return super().__torch_function__(function, types, args, kwargs or {})
 
 
 def test_tensors_that_are_more_than_tensors_go_to_the_operators():
@@ -82,6 +91,8 @@ def test_tensors_that_are_more_than_tensors_go_to_the_operators():
     expected = disentangled_attention(query, *others, **TABLE)
     output = disentangled_attention(query.as_subclass(Subclass), *others, **TABLE)
     assert type(output) is Subclass and torch.equal(output.as_subclass(torch.Tensor), expected)
+    assert any("attention_forward" in name for name in Subclass.asked)
+    assert not any("fused" in name for name in Subclass.asked)
     on_meta = disentangled_attention(*tensors(device="meta"), **TABLE)
     assert on_meta.is_meta and on_meta.shape == (1, 2, 9, 16)
 
@@ -174,6 +185,12 @@ def test_hooks_on_saved_tensors_see_all_of_them():
         output = disentangled_attention(*leaves, **TABLE, dropout_p=0.1)
     saved = [*(x.shape for x in leaves), (1,), output.shape, output.shape[:-1]]
     assert sorted(map(tuple, packed)) == sorted(map(tuple, saved))
+    query = leaves[0] * 1
+    alive = weakref.ref(query)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.numpy(force=True), torch.from_numpy):
+        output = disentangled_attention(query, *leaves[1:], **TABLE)
+    del query
+    assert alive() is None and output.requires_grad
 
 
 # Geometry
