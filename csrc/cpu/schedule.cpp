@@ -8,7 +8,7 @@
 namespace deberta_fast {
 namespace {
 
-// What is known of these numbers: docs/measured.md.
+// docs/measured.md says how these numbers were found.
 constexpr int64_t kFewestItems = 24;   // to share out, where the lengths allow it: small parts cost more
 constexpr int64_t kMinBlockRows = 59;  // of a forward block, where heads and sequences are few
 constexpr int64_t kMinPartRows = 192;  // of queries and keys, where backward is cut into parts

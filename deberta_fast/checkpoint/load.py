@@ -127,6 +127,6 @@ def fill(
     }
     parts = [f"{what}: {', '.join(names)}" for what, names in parts.items() if names]
     if parts:
-        # Of the line that calls from_pretrained
+        # The warning names the line that calls from_pretrained.
         warnings.warn(f"{file} and {type(model).__name__} differ. {'. '.join(parts)}.", stacklevel=3)
     return info

@@ -1,4 +1,4 @@
-"""What the patched modules of one model share, and the reasons for which they run Hugging Face's own forward."""
+"""Settings that the patched modules of one model share, and the reasons to run Hugging Face's own forward."""
 
 import warnings
 

@@ -214,7 +214,7 @@ def attend(
     """
     if isinstance(mask, Packing):
         arguments |= {"cu_seqlens": mask.cu_seqlens, "max_seqlen": mask.max_seqlen, "attention_mask": mask.mask}
-        # Whoever made the packing has checked it. A check in every layer would launch kernels for nothing.
+        # The packing was checked when it was made. A check in every layer would launch kernels for nothing.
         return disentangled_attention_varlen(query, key, value, **arguments, check_values=False).flatten(1)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return disentangled_attention(query, key, value, attention_mask=mask, **arguments).transpose(1, 2).flatten(2)

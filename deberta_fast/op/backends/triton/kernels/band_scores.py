@@ -55,7 +55,7 @@ def band_scores(
         t = tl.minimum(tl.maximum(direction * e - first_distance, 0), distances - 1)
         product = matmul(tile, tl.trans(load_rows(table, t, SIZE, SIZE, BLOCK_SIZE)), PRECISION)
         if band.dtype.element_ty == tl.float16:
-            # Without propagate_nan these would make numbers of a NaN.
+            # By default, both return the other operand for a NaN.
             product = tl.maximum(product * band_scale, -LARGEST, propagate_nan=tl.PropagateNan.ALL)
             product = tl.minimum(product, LARGEST, propagate_nan=tl.PropagateNan.ALL)
         column = window // STEP * STEP + shift[:, None] + tl.arange(0, WINDOW)[None, :]
