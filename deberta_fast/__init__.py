@@ -14,8 +14,9 @@ from .models.task_models import (
     DebertaV2ForSequenceClassification,
     DebertaV2ForTokenClassification,
 )
-from .op import backends, disentangled_attention, disentangled_attention_varlen
+from .op import backends, disentangled_attention, disentangled_attention_varlen, set_backend_check
 from .pipelines import pipeline
+from .selfcheck import check
 from .tokenization import (
     BatchEncoding,
     DebertaTokenizer,
@@ -45,9 +46,11 @@ __all__ = [
     "DebertaV2Tokenizer",
     "DebertaV2TokenizerFast",
     "backends",
+    "check",
     "disentangled_attention",
     "disentangled_attention_varlen",
     "patch",
     "pipeline",
+    "set_backend_check",
     "unpatch",
 ]

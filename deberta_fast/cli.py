@@ -1,4 +1,4 @@
-"""``python -m deberta_fast``: a pipeline on JSON lines."""
+"""``python -m deberta_fast``: ``run``, a pipeline on JSON lines, and ``check``, what this machine can do."""
 
 import argparse
 import contextlib
@@ -14,6 +14,7 @@ import torch
 from . import __version__
 from .op import backends
 from .pipelines import ALIASES, TASKS, InputError, pipeline
+from .selfcheck import check
 
 # Lines that wait to be read together; what reads them takes as many as there are.
 WAITING = 1024
@@ -44,9 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"deberta_fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)
+    _add_check(commands)
     given = parser.parse_args(arguments)
     try:
-        return _run(given, commands.choices["run"])
+        return _check(given) if given.command == "check" else _run(given, commands.choices["run"])
     except BrokenPipeError:
         # Whoever read the results has stopped
         return UNREAD
@@ -98,12 +100,34 @@ def _add_run(commands) -> None:
     add("--no-align-to-words", dest="align_to_words", action="store_false", help="question-answering: parts of words")
 
 
+def _add_check(commands) -> None:
+    add = commands.add_parser(
+        "check",
+        help="compare and time the backends on this machine",
+        description="Says what is installed, compares every backend with the reference on a device, times it, and says "
+        "which one is taken by default. Exit status 0 if a fused backend passed, 1 if none did: what a bug report "
+        "should contain.",
+    ).add_argument
+    add("--device", help="cpu, cuda, cuda:1, ...; by default a GPU if there is one")
+    add("--head-size", type=int, default=64, metavar="N", help="64 by default, as in all published models")
+    add("--dtype", nargs="+", choices=[name for name in DTYPES if name != "auto"], help="all three by default")
+    add("--quick", action="store_true", help="only dense calls with masks, and no times")
+    add("--json", action="store_true", help="print a JSON object")
+
+
 def _number_or_all(text: str) -> int | None:
     return None if text == "all" else int(text)
 
 
 def _list(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _check(given: argparse.Namespace) -> int:
+    dtypes = {"dtypes": tuple(DTYPES[name] for name in given.dtype)} if given.dtype else {}
+    report = check(given.device, head_size=given.head_size, quick=given.quick, **dtypes)
+    print(json.dumps(report.as_dict(), indent=1) if given.json else report)
+    return 0 if report.passed else FAILED
 
 
 def _run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:

@@ -24,10 +24,11 @@ RANKS = [
     {f"op.backends.{name}" for name in ("reference", "eager", "cpu", "cuda", "triton")},
     {"op.backends"},
     {"op.backends.triton.autotune"},
-    {"op.schema"},
+    {"op.schema", "op.testing", "op.problems"},
+    {"op.proof", "op.speed"},
+    {"op.selection"},
     {"op.api"},
     {"op"},
-    {"op.testing"},
     # checkpoint: tensors and names
     {"checkpoint.error", "checkpoint.hub"},
     {"checkpoint.formats", "checkpoint.prefixes", "checkpoint.tf"},
@@ -57,6 +58,7 @@ RANKS = [
     {"hf.fallback"},
     {"hf.forwards"},
     {"hf.patch"},
+    {"selfcheck"},
     {"cli", "hf"},
     {"__main__", ""},
 ]

@@ -11,12 +11,11 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from ..models.attention import AttentionCache, PositionTerms, project_heads, run_attention, split_heads
+from ..models.attention import AttentionCache, PositionTerms, prepare, project_heads, run_attention, split_heads
 from ..models.encoder import add_and_norm, intermediate, normalised_table, run_layers
 from ..models.onednn_linear import project
 from ..models.packing import Packing
 from ..models.weight_cache import WeightCache
-from ..op.relative_position import device_tables
 from .fallback import Shared, attention_reason, encoder_reason, is_v1
 
 # The encoder hands this to its layers as relative_pos: distances of tokens need no tensor. None would not do, because
@@ -123,12 +122,17 @@ def _attention(
     return context, None
 
 
-def fill_device_tables(attention: nn.Module) -> None:
-    """Before the first call, so that a CUDA graph may capture it."""
-    weight = next(attention.parameters(), None)  # None where the projections are quantised
-    if weight is not None and getattr(attention, "relative_attention", False):
-        buckets = getattr(attention, "position_buckets", -1)
-        device_tables(buckets, attention.max_relative_positions, "hf", weight.device)
+def prepare_attention(module: nn.Module, backend: str | None) -> None:
+    """What a first call would do otherwise, and the capture of a CUDA graph cannot; nothing for an encoder."""
+    if not hasattr(module, "pos_att_type") or getattr(module, "talking_head", False):
+        return
+    terms = module.pos_att_type if module.relative_attention else ()
+    table = {
+        "position_buckets": getattr(module, "position_buckets", -1),
+        "max_relative_positions": getattr(module, "max_relative_positions", 0),  # there is none without terms
+        "far_negative": "hf",
+    }
+    prepare(module, module.attention_head_size, terms, table, backend)
 
 
 def _heads_v1(attention: nn.Module, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

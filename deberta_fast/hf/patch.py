@@ -15,7 +15,7 @@ from torch import nn
 from ..models.attention import AttentionCache
 from ..op import backends
 from .fallback import MARK, Shared
-from .forwards import FUSED, POINTWISE, fill_device_tables
+from .forwards import FUSED, POINTWISE, prepare_attention
 
 
 def patch(
@@ -62,7 +62,7 @@ def patch(
             )
     for module, forward in found:
         _replace(module, functools.partial(forward, module, shared, AttentionCache(constant_weights)))
-        fill_device_tables(module)
+        prepare_attention(module, backend)
     for module in model.modules():
         forward = _fused_forward(module, POINTWISE)
         if forward is not None and _is_own(module, vars(module).get(_place(module))):

@@ -6,11 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..op import selection
 from ..op.api import (
     disentangled_attention,
     disentangled_attention_varlen,
     disentangled_attention_with_probabilities,
 )
+from ..op.problems import Kind
 from ..op.relative_position import device_tables, slot_table, table_rows
 from .config import DebertaConfig
 from .onednn_linear import is_plain, product, project
@@ -89,18 +91,16 @@ class DisentangledSelfAttention(nn.Module):
         self.scale = (self.attention_head_size * config.scale_terms) ** -0.5
         self.backend: str | None = None
         self.cache = AttentionCache()
-        self._fill_device_tables()
+        self._prepare()
 
     def _apply(self, *arguments, **keywords):
         module = super()._apply(*arguments, **keywords)
-        self._fill_device_tables()
+        self._prepare()
         return module
 
-    def _fill_device_tables(self) -> None:
-        """Before the first call, so that a CUDA graph may capture it."""
-        weight = next(self.parameters(), None)  # None where the projections are quantised
-        if self.terms and weight is not None:
-            device_tables(**self.table, device=weight.device)
+    def _prepare(self) -> None:
+        backend = "reference" if self.talking_head else self.backend
+        prepare(self, self.attention_head_size, self.terms, self.table, backend)
 
     def forward(
         self,
@@ -143,6 +143,26 @@ class DisentangledSelfAttention(nn.Module):
             **project_table(rel_embeddings, heads, mask, terms, self.cache.tables),
         )
         return output.transpose(1, 2).flatten(2), probabilities if output_attentions else None
+
+
+def prepare(attention: nn.Module, head_size: int, terms: Collection[str], table: dict, backend: str | None) -> None:
+    """What the first call would do otherwise, and the capture of a CUDA graph cannot: tables are copied to the device,
+    and a backend is chosen where half-precision weights tell the dtype.
+
+    Args:
+        attention: an attention module, of this library or Hugging Face's.
+        terms, table: as of ``PositionTerms.of``.
+        backend: the one that is named; None where the choice is open.
+    """
+    weight = next(attention.parameters(), None)  # None where the projections are quantised
+    if weight is None:
+        return
+    if terms:
+        device_tables(**table, device=weight.device)
+    if backend is None:
+        dropout = attention.dropout.training and getattr(attention.dropout, "p", 0.0) > 0
+        kind = Kind("c2p" in terms, "p2c" in terms, mask="keys", dropout=dropout)
+        selection.prepare(weight.device, weight.dtype, head_size, kind)
 
 
 def project_heads(

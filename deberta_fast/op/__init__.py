@@ -2,5 +2,6 @@
 
 from . import backends
 from .api import disentangled_attention, disentangled_attention_varlen
+from .selection import set_backend_check
 
-__all__ = ["backends", "disentangled_attention", "disentangled_attention_varlen"]
+__all__ = ["backends", "disentangled_attention", "disentangled_attention_varlen", "set_backend_check"]

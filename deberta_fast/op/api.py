@@ -7,7 +7,7 @@ Source: He et al., DeBERTa (arXiv 2006.03654), equations 2 to 4; sigma is ``rela
 
 import torch
 
-from . import backends
+from . import backends, selection
 from .call import Call, checked_call
 from .schema import attend, checked_cu_seqlens
 
@@ -162,7 +162,7 @@ def disentangled_attention_varlen(
 
 
 def _run(call: Call, return_lse: bool, backend: str | None):
-    name = backends.choose(backend, call)
+    name = selection.choose(backend, call)
     if name == "reference":
         with torch.autocast(call.query.device.type, enabled=False):
             output, lse = backends.reference.attention(call)

@@ -7,8 +7,10 @@ exact is computed in float64, eager in the dtype of got by ``hf_style_attention`
 maximum alone misses a wrong row in a large tensor, and a bound on the mean alone misses a wrong element. Unit-variance
 inputs make the position terms matter: with small ones, a wrong table hides behind rounding.
 
-Nothing in the package imports this module: it is for tests, benchmarks and whoever wants to check a machine.
+Tests and benchmarks judge by this rule, and so does the check that a fused backend has to pass on a device (``proof``).
 """
+
+from typing import NamedTuple
 
 import torch
 
@@ -17,13 +19,14 @@ from .dropout import keep_mask
 from .relative_position import distance_slots
 
 
-def hf_style_attention(inputs: Call) -> tuple[torch.Tensor, torch.Tensor]:
+def hf_style_attention(inputs: Call, first_batch: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention in the order of operations of Hugging Face's eager code, in the dtype of the inputs throughout.
 
     Dense: everything is of size Lq x Lk a head. Differentiable by torch's autograd.
 
     Args:
         inputs: a call without cu_seqlens, any floating dtype; query (B, H, Lq, D), key and value (B, H, Lk, D).
+        first_batch: number of the first batch row, for dropout.
 
     Returns:
         Output (B, H, Lq, D) and log-sum-exp (B, H, Lq), both in the dtype of query. A query that sees no key gets the
@@ -33,7 +36,7 @@ def hf_style_attention(inputs: Call) -> tuple[torch.Tensor, torch.Tensor]:
     probabilities = torch.softmax(scores, -1)
     if inputs.dropout_p > 0:
         batch, heads, rows, keys = scores.shape
-        batch_head = torch.arange(batch * heads, device=scores.device).view(batch, heads, 1, 1)
+        batch_head = torch.arange(batch * heads, device=scores.device).view(batch, heads, 1, 1) + first_batch * heads
         row = torch.arange(rows, device=scores.device)[:, None]
         keep = keep_mask(inputs.seed, batch_head, row, (0, keys), inputs.dropout_p)
         probabilities = probabilities * keep / (1 - inputs.dropout_p)
@@ -70,7 +73,28 @@ def _slots(inputs: Call) -> tuple[torch.Tensor, torch.Tensor]:
     return slots, slots.mT
 
 
-def assert_as_precise(name: str, got: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> None:
+class Precision(NamedTuple):
+    """One tensor's errors, and what equations (1) and (2) allow."""
+
+    largest: float
+    largest_allowed: float
+    mean: float
+    mean_allowed: float
+
+    @property
+    def share(self) -> float:
+        """The error as a share of its bound, the worse of the two; above 1 it is too large."""
+        pairs = (self.largest, self.largest_allowed), (self.mean, self.mean_allowed)
+        # Where eager is no number, nothing is allowed.
+        return max(error / allowed if allowed > 0 else float("inf") if error else 0.0 for error, allowed in pairs)
+
+    def __str__(self) -> str:
+        if self.largest <= self.largest_allowed:
+            return f"mean error {self.mean:.2e}, allowed {self.mean_allowed:.2e}"
+        return f"max error {self.largest:.2e}, allowed {self.largest_allowed:.2e}"
+
+
+def precision(name: str, got: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> Precision:
     """Equations (1) and (2), for one tensor of an attention call: the output, the log-sum-exp or a gradient.
 
     The first dimension counts draws of random inputs. The largest error is averaged over them: that of a single draw is
@@ -83,23 +107,30 @@ def assert_as_precise(name: str, got: torch.Tensor, eager: torch.Tensor, exact: 
         exact: the same shape, float64, from the same inputs.
 
     Raises:
-        AssertionError: shapes or dtypes differ, an element is not finite, or an error is too large; names which.
+        AssertionError: shapes or dtypes differ, or an element is not finite; names which.
     """
     _require(got.shape == exact.shape, f"{name} is of shape {tuple(got.shape)}, not {tuple(exact.shape)}")
     _require(got.dtype == eager.dtype, f"{name} is of dtype {got.dtype}, not {eager.dtype}")
     _require(bool(torch.isfinite(got).all()), f"{name} is not finite")
     error, allowed = ((x.double() - exact).abs().flatten(1) for x in (got, eager))
     if error.numel() == 0:
-        return
+        return Precision(0.0, 0.0, 0.0, 0.0)
     # Half a unit in the last place of the largest value: the rounding of the result itself.
     rounding = 0.5 * torch.finfo(got.dtype).eps * exact.abs().flatten(1).amax(1).mean()
     largest, largest_allowed = (x.amax(1).mean() for x in (error, allowed))
-    within = largest <= 2 * largest_allowed + rounding
-    _require(bool(within), f"{name}: max error {largest:.2e}, eager's {largest_allowed:.2e}")
     # The mean has no slack of its own; a term far below the rounding of any entry keeps exact zeros comparable.
-    mean, mean_allowed = error.mean(), allowed.mean()
-    within = mean <= 2 * mean_allowed + 1e-3 * rounding
-    _require(bool(within), f"{name}: mean error {mean:.2e}, eager's {mean_allowed:.2e}")
+    figures = largest, 2 * largest_allowed + rounding, error.mean(), 2 * allowed.mean() + 1e-3 * rounding
+    return Precision(*(float(x) for x in figures))
+
+
+def assert_as_precise(name: str, got: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> None:
+    """Equations (1) and (2), as ``precision`` measures them.
+
+    Raises:
+        AssertionError: as ``precision``, or an error is too large; names which.
+    """
+    measured = precision(name, got, eager, exact)
+    _require(measured.share <= 1, f"{name}: {measured}")
 
 
 def _require(condition: bool, message: str) -> None:

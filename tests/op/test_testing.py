@@ -40,8 +40,8 @@ def test_twice_the_error_is_allowed(draws):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda got: got.index_fill_(1, torch.tensor([7]), 9.0), "output: max error .*, eager's 1.00e-03"),
-        (lambda got: got.add_(1.2e-3), "output: mean error 2.21e-03, eager's 1.01e-03"),
+        (lambda got: got.index_fill_(1, torch.tensor([7]), 9.0), "output: max error .*, allowed 2.00e-03"),
+        (lambda got: got.add_(1.2e-3), "output: mean error 2.21e-03, allowed 2.02e-03"),
         (lambda got: got.index_fill_(1, torch.tensor([7]), torch.nan), "output is not finite"),
         (lambda got: got.half(), "output is of dtype torch.float16, not torch.float32"),
         (lambda got: got[:, :-1], r"output is of shape \(2, 999\), not \(2, 1000\)"),

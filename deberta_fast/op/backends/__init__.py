@@ -5,6 +5,7 @@ A backend is a module that names its reasons not to serve a call (``why_not``) a
 autograd. Backends know neither each other nor anything above them.
 """
 
+from collections.abc import Iterable
 from types import ModuleType
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from ..call import Call
 from . import cpu, cuda, eager, reference, triton
 
-# In order of preference. What no GPU has run yet stands behind eager, which serves everything: it has to be named.
+# In order of preference on a CPU; ``selection`` has that of other devices.
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "eager": eager, "triton": triton, "cuda": cuda, "reference": reference}
 
 
@@ -27,30 +28,31 @@ def check_name(backend: str | None) -> None:
 
 def why_not(call: Call) -> dict[str, list[str]]:
     """For every backend, the reasons for which it cannot serve this call; an empty list where it can."""
-    return {name: _reasons_against(name, call) for name in BACKENDS}
+    return {name: reasons_against(name, call) for name in BACKENDS}
 
 
-def choose(name: str | None, call: Call) -> str:
-    """The backend to run: the one named, or the first without objection.
+def choose(name: str | None, call: Call, order: Iterable[str] = BACKENDS) -> str:
+    """The backend to run: the one named, or the first of ``order`` without objection.
 
     Raises:
         ValueError: no backend of that name.
         RuntimeError: the backend named, or every backend, has reasons not to serve this call; they are listed.
     """
     if name is None:
-        for candidate in BACKENDS:
-            if not _reasons_against(candidate, call):
+        for candidate in order:
+            if not reasons_against(candidate, call):
                 return candidate
         reasons = "; ".join(f"{candidate}: {', '.join(why)}" for candidate, why in why_not(call).items())
         raise RuntimeError(f"no backend can serve this call: {reasons}")
     check_name(name)
-    reasons = _reasons_against(name, call)
+    reasons = reasons_against(name, call)
     if reasons:
         raise RuntimeError(f"backend {name!r} cannot serve this call: {', '.join(reasons)}")
     return name
 
 
-def _reasons_against(name: str, call: Call) -> list[str]:
+def reasons_against(name: str, call: Call) -> list[str]:
+    """The reasons for which one backend cannot serve this call."""
     # An ONNX graph knows torch's operators, and none of ours
     if name != "reference" and torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
         return ["only 'reference' can be exported to ONNX"]

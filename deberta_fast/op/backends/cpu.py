@@ -6,6 +6,8 @@ the content scores along a shifted row pointer (equation 6); far tiles are plain
 decides which ones run (``torch.backends.cpu.get_cpu_capability``, hence ATEN_CPU_CAPABILITY).
 """
 
+import contextlib
+
 import torch
 
 from ..call import Call
@@ -13,11 +15,29 @@ from . import extension
 from .extension import NOT_LOADED, arguments
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SETS = ("avx512", "avx2", "plain")
 
 
 def instruction_set() -> str:
     """The kernels that this process uses."""
     return {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "plain")
+
+
+def instruction_sets() -> list[str]:
+    """Those that this processor has kernels for, the one in use first; none where the extension is not there."""
+    if NOT_LOADED is not None:
+        return []
+    return SETS[SETS.index(instruction_set()) :]
+
+
+@contextlib.contextmanager
+def using(name: str):
+    """Inside it, all threads of the process use the kernels of another instruction set."""
+    torch.ops.deberta_fast.use_instruction_set(name)
+    try:
+        yield
+    finally:
+        torch.ops.deberta_fast.use_instruction_set(instruction_set())
 
 
 if NOT_LOADED is None and extension.implements("fused_forward", "CPU"):

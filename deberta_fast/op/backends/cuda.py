@@ -33,6 +33,10 @@ def _missing() -> str | None:
 MISSING = _missing()  # a constant: torch.compile traces why_not
 
 
+def architectures() -> list[str]:
+    return []
+
+
 def why_not(call: Call) -> list[str]:
     """Reasons not to serve this call."""
     query, mask, reasons = call.query, call.mask, []

@@ -1,0 +1,140 @@
+"""Small calls of disentangled attention that between them meet every kind of tile a fused backend has.
+
+Tiles are at most 128 x 128. With a table that is constant from distance 32 on, 400 rows have tiles that are far before
+the diagonal, on it and far behind it, and a last one that is cut; a mask of keys hides whole tiles, at either end.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .call import Call
+from .relative_position import slot_table
+
+
+class Kind(NamedTuple):
+    """What decides, besides dtype and head size, which code of a backend a call runs.
+
+    ``mask`` is "none", "keys" (the same for all heads and queries) or "pairs".
+    """
+
+    c2p: bool = True
+    p2c: bool = True
+    mask: str = "none"
+    packed: bool = False
+    dropout: bool = False
+
+    @classmethod
+    def of(cls, call: Call) -> "Kind":
+        mask = call.mask
+        which = "none" if mask is None else "keys" if mask.shape[1] == mask.shape[2] == 1 else "pairs"
+        packed, dropout = call.cu_seqlens is not None, call.seed is not None
+        return cls(call.pos_key is not None, call.pos_query is not None, which, packed, dropout)
+
+    def __str__(self) -> str:
+        terms = " and ".join(name for name, has in (("c2p", self.c2p), ("p2c", self.p2c)) if has) or "no positions"
+        masks = {"none": [], "keys": ["mask of keys"], "pairs": ["pairwise mask"]}[self.mask]
+        return ", ".join([terms, *masks, *["packed"] * self.packed, *["dropout"] * self.dropout])
+
+
+# What the models of this package and Hugging Face's run: 20 problems.
+COMMON = (
+    Kind(),
+    Kind(mask="keys"),
+    Kind(mask="keys", dropout=True),
+    Kind(packed=True),
+    Kind(packed=True, dropout=True),
+    Kind(p2c=False, mask="keys"),
+    Kind(c2p=False, mask="keys"),
+)
+
+
+class Problem(NamedTuple):
+    """One call. Dense: ``batch`` times ``lengths`` = (Lq, Lk). Packed: a sequence for each of ``lengths``."""
+
+    name: str
+    kind: Kind
+    lengths: tuple[int, ...]
+    batch: int = 2
+    heads: int = 2
+    buckets: int = 16
+    longest: int = 32
+    far_negative: str = "hf"
+    offset: int = 0
+    hidden: str = "right"  # the keys that a mask hides: "right" or "left" padding, or "holes" and a whole row
+
+    def __str__(self) -> str:
+        masked = {"none": "", "keys": self.hidden if self.hidden == "holes" else f"{self.hidden} padding"}
+        mask = masked.get(self.kind.mask, "pairwise mask")
+        return ", ".join(word for word in (self.name, mask, "dropout" if self.kind.dropout else "") if word)
+
+
+def problems(kind: Kind) -> list[Problem]:
+    """Those that a backend has to solve before it is trusted with calls of this kind: two or three."""
+    if kind.packed:
+        return [
+            Problem("packed, far left to far right", kind, (1, 130, 0, 400, 64), batch=1, far_negative="ms"),
+            Problem("packed, a row a distance", kind, (300, 17, 129), batch=1, buckets=-1, longest=40, hidden="left"),
+        ]
+    return [
+        Problem("short", kind, (100, 100), batch=3, hidden="holes"),
+        Problem("far left to far right", kind, (400, 330), offset=37, far_negative="ms"),
+        Problem("table of v3", kind, (700, 700), batch=1, buckets=256, longest=512, hidden="left"),
+    ]
+
+
+def call_of(problem: Problem, dtype: torch.dtype, head_size: int) -> Call:
+    """Unit-variance inputs of a problem, always the same, on the CPU."""
+    random = torch.Generator().manual_seed(1)
+    kind, heads, lengths = problem.kind, problem.heads, problem.lengths
+    rows, keys = (sum(lengths),) * 2 if kind.packed else lengths
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random, dtype=torch.float32).to(dtype)
+
+    table = slot_table(problem.buckets, problem.longest, problem.far_negative)
+    query = normal(problem.batch, heads, rows, head_size)
+    key, value = normal(2, problem.batch, heads, keys, head_size)
+    pos_key, pos_query = normal(2, heads, table.rows, head_size)
+    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return Call(
+        query,
+        key,
+        value,
+        pos_key if kind.c2p else None,
+        pos_query if kind.p2c else None,
+        _mask(problem, rows, keys, random),
+        cu_seqlens=ends if kind.packed else None,
+        seed=torch.tensor([20260129]) if kind.dropout else None,
+        position_buckets=problem.buckets,
+        max_relative_positions=problem.longest,
+        far_negative=problem.far_negative,
+        first_slot=0,
+        query_offset=problem.offset,
+        max_seqlen=max(lengths) if kind.packed else rows,
+        scale=(head_size * (1 + kind.c2p + kind.p2c)) ** -0.5,
+        dropout_p=0.1 if kind.dropout else 0.0,
+    )
+
+
+def _mask(problem: Problem, rows: int, keys: int, random: torch.Generator) -> torch.Tensor | None:
+    """(B, 1, 1, Lk), (B, 1, Lq, Lk) or None."""
+    kind, batch = problem.kind, problem.batch
+    if kind.mask == "none":
+        return None
+    if kind.mask == "pairs":
+        return _uniform(random, batch, 1, rows, keys) > 0.5
+    if kind.packed or problem.hidden == "holes":
+        visible = _uniform(random, batch, keys) > 0.4
+        if batch > 1:
+            visible[-1] = False  # a text of nothing but padding
+    else:
+        lengths = torch.tensor([keys * 3 // 5 - 50 * b for b in range(batch)])
+        visible = torch.arange(keys) < lengths[:, None]
+        visible = visible.flip(-1) if problem.hidden == "left" else visible
+    return visible[:, None, None]
+
+
+def _uniform(random: torch.Generator, *shape: int) -> torch.Tensor:
+    # Whatever the default dtype is, the numbers are the same
+    return torch.rand(*shape, generator=random, dtype=torch.float32)

@@ -1,0 +1,161 @@
+"""Whether a backend computes the right thing on a device: forward and all gradients of ``problems``, judged by the
+precision rule of ``testing`` against the reference in float64 on the CPU, and the same bits when it is done again.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from . import backends
+from .call import TENSORS, Call
+from .problems import Problem, call_of
+from .testing import hf_style_attention, precision
+
+NAMES = ("output", "lse", "grad_query", "grad_key", "grad_value", "grad_pos_key", "grad_pos_query")
+LONGEST_MESSAGE = 400
+
+
+class Verdict(NamedTuple):
+    """What became of a backend.
+
+    Attributes:
+        solved: the number of problems that it solved.
+        share: its largest error, as a share of what is allowed; ``where`` says of which tensor and problem.
+        failure: the problem that it did not solve, and why; None where it solved all.
+        reasons: why it was asked nothing; empty where it was asked something.
+    """
+
+    solved: int = 0
+    share: float = 0.0
+    where: str = ""
+    failure: str | None = None
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return self.solved > 0 and self.failure is None
+
+    def and_then(self, later: "Verdict") -> "Verdict":
+        """Of this verdict's problems and a later one's."""
+        worse = max(self, later, key=lambda verdict: verdict.share)
+        solved, failure = self.solved + later.solved, self.failure or later.failure
+        reasons = () if solved or failure else tuple(dict.fromkeys(self.reasons + later.reasons))
+        return Verdict(solved, worse.share, worse.where, failure, reasons)
+
+
+def prove(
+    names: Iterable[str], problems: Iterable[Problem], dtype: torch.dtype, head_size: int, device: torch.device
+) -> dict[str, Verdict]:
+    """A verdict for each of the backends named. One that failed is asked nothing more.
+
+    Makes calls of torch's own on the device too, and lets through what these raise.
+    """
+    verdicts = {name: Verdict() for name in names}
+    for problem in problems:
+        asked = None
+        for name, verdict in verdicts.items():
+            if verdict.failure is not None:
+                continue
+            call = _on(device, call_of(problem, dtype, head_size))
+            if reasons := backends.reasons_against(name, call):
+                verdicts[name] = verdict.and_then(Verdict(reasons=tuple(reasons)))
+                continue
+            asked = asked or _Asked(problem, call)
+            verdicts[name] = verdict.and_then(asked.judge(name))
+    return verdicts
+
+
+class _Asked:
+    """A problem on a device, with the results that a backend's are compared with."""
+
+    def __init__(self, problem: Problem, call: Call):
+        self.problem, self.call = problem, call
+        random = torch.Generator().manual_seed(2)
+        output, lse = call.new_output(), call.new_lse()
+        # A query that sees nothing has zeros for output, and Hugging Face's code something else.
+        self.seen = _sees_something(call).cpu()
+        grad_output, grad_lse = (torch.randn(x.shape, generator=random, dtype=torch.float32) for x in (output, lse))
+        grad_output = grad_output.masked_fill(~self.seen[..., None], 0.0).to(output.dtype)
+        grad_lse = grad_lse.masked_fill(~self.seen, 0.0).to(lse.dtype)
+        self.cotangents = grad_output.to(call.query.device), grad_lse.to(call.query.device)
+        exact = _on("cpu", call)
+        exact = exact._replace(**{name: x.double() for name, x in _floating(exact).items()})
+        self.exact = self._differentiated(backends.reference.attention, exact, grad_output, grad_lse)
+        self.eager = self._differentiated(_hf_style, call, *self.cotangents)
+        self.eager["lse"] = self.eager["lse"].to(lse.dtype)  # half precision there, and float32 in the backends
+
+    def _differentiated(self, attention, call: Call, grad_output, grad_lse) -> dict[str, torch.Tensor]:
+        leaves = {name: x.requires_grad_() for name, x in _floating(call).items()}
+        output, lse = attention(call._replace(**leaves))
+        grads = torch.autograd.grad(
+            (output, lse), list(leaves.values()), (grad_output.to(output.dtype), grad_lse.to(lse.dtype))
+        )
+        return self._comparable({"output": output, "lse": lse} | {f"grad_{n}": g for n, g in zip(leaves, grads)})
+
+    def judge(self, name: str) -> Verdict:
+        """What one backend makes of it; it may raise what it likes."""
+        try:
+            worst, where = 0.0, ""
+            first, second = self._results(name), self._results(name)
+            got, again = self._comparable(first), self._comparable(second)
+            for tensor, x in got.items():
+                measured = precision(tensor, x, self.eager[tensor], self.exact[tensor])
+                if measured.share > 1:
+                    raise AssertionError(f"{tensor}: {measured}")
+                if not torch.equal(x, again[tensor]):
+                    raise AssertionError(f"{tensor} differs from run to run")
+                if measured.share > worst:
+                    worst, where = measured.share, f"{tensor}, {self.problem}"
+            if not self._zero_where_nothing_is_seen(first):
+                raise AssertionError("a query that sees no key has an output that is not zero")
+            return Verdict(1, worst, where)
+        except Exception as error:
+            # No compiler for a launcher, too little shared memory, a wrong result: no more calls for this backend
+            kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+            return Verdict(failure=f"problem '{self.problem}': {kind}{error}"[:LONGEST_MESSAGE])
+
+    def _results(self, name: str) -> dict[str, torch.Tensor]:
+        """Into memory that is no number, so that nothing stands in for what was never written."""
+        call, backend = self.call, backends.BACKENDS[name]
+        output, lse = (x.fill_(torch.nan) for x in (call.new_output(), call.new_lse()))
+        grads = [None if x is None else x.fill_(torch.nan) for x in call.new_gradients((True,) * 5)]
+        backend.forward(call, output, lse)
+        backend.backward(call, output, lse, *self.cotangents, grads)
+        return {name: x for name, x in zip(NAMES, (output, lse, *grads), strict=True) if x is not None}
+
+    def _zero_where_nothing_is_seen(self, results: dict[str, torch.Tensor]) -> bool:
+        output, lse = results["output"].cpu(), results["lse"].cpu()
+        return bool((output[~self.seen] == 0).all() and (lse[~self.seen] == -torch.inf).all())
+
+    def _comparable(self, results: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """On the CPU, without the rows that see nothing, a head of a batch row a draw."""
+        results = {name: x.detach().cpu() for name, x in results.items()}
+        results["output"] = results["output"].masked_fill(~self.seen[..., None], 0.0)
+        results["lse"] = results["lse"].masked_fill(~self.seen, 0.0)
+        return {name: x if name.startswith("grad_pos") else x.flatten(0, 1) for name, x in results.items()}
+
+
+def _hf_style(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed sequences one by one."""
+    if call.cu_seqlens is None:
+        return hf_style_attention(call)
+    parts = [hf_style_attention(x, batch) for batch, x in enumerate(call.sequences()) if x.query.shape[2]]
+    return tuple(torch.cat(part, 2) for part in zip(*parts, strict=True))
+
+
+def _sees_something(call: Call) -> torch.Tensor:
+    """(B, H, Lq)."""
+    shape = call.query.shape[:3]
+    if call.cu_seqlens is None:
+        return (torch.ones(1, 1, 1, dtype=torch.bool) if call.mask is None else call.mask.any(-1)).expand(shape)
+    parts = [_sees_something(x) for x in call._replace(cu_seqlens=call.cu_seqlens.cpu()).sequences()]
+    return torch.cat([x.to("cpu") for x in parts], 2)
+
+
+def _floating(call: Call) -> dict[str, torch.Tensor]:
+    return {name: x.detach() for name, x in zip(Call._fields[:5], call[:5], strict=True) if x is not None}
+
+
+def _on(device, call: Call) -> Call:
+    return Call(*(None if x is None else x.to(device) for x in call[:TENSORS]), *call[TENSORS:])

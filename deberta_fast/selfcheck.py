@@ -1,0 +1,302 @@
+"""``check``: what is installed, which backends compute the right thing on this machine, how fast, and which is taken.
+
+It is what a bug report should contain.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import warnings
+from typing import NamedTuple
+
+import torch
+
+from .op import backends, selection
+from .op.backends import cpu, cuda, extension, triton
+from .op.problems import COMMON, Kind, call_of, problems
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SDPA = "SDPA"  # torch's attention, without position terms: what the times are compared with
+
+
+class Row(NamedTuple):
+    """One backend in one dtype.
+
+    Attributes:
+        name: the backend's, with the instruction set of a CPU's.
+        reasons: why it was asked nothing.
+        problems: how many it solved; ``share`` and ``where``: its largest error, as a share of what is allowed.
+        failure: the problem that it did not solve, and why.
+        milliseconds: by shape and pass, "short forward" and so on; ``times_sdpa`` the same as multiples of SDPA's.
+    """
+
+    dtype: str
+    name: str
+    fused: bool
+    passed: bool = False
+    reasons: tuple[str, ...] = ()
+    problems: int = 0
+    share: float = 0.0
+    where: str = ""
+    failure: str | None = None
+    milliseconds: dict[str, float] = {}  # noqa: RUF012
+    times_sdpa: dict[str, float] = {}  # noqa: RUF012
+
+
+class Report(NamedTuple):
+    """What ``check`` found; printed, it is a table.
+
+    Attributes:
+        machine: versions, device, kernels.
+        asked: problems a backend was asked.
+        shapes: batch and length of "short" and "long".
+        rows: one for each dtype and backend, and one for SDPA.
+        taken: by dtype, what ``backend=None`` takes, and why.
+        passed: whether a fused backend passed in every dtype.
+    """
+
+    machine: dict[str, str]
+    device: str
+    head_size: int
+    asked: int
+    shapes: dict[str, tuple[int, int]]
+    rows: list[Row]
+    taken: dict[str, str]
+    passed: bool
+
+    def as_dict(self) -> dict:
+        """For JSON."""
+        return self._asdict() | {"rows": [row._asdict() for row in self.rows]}
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def check(
+    device: torch.device | str | None = None,
+    *,
+    head_size: int = 64,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    quick: bool = False,
+) -> Report:
+    """Compares every backend with the reference on a device, and times it; on an accelerator, ``backend=None`` is
+    decided anew by what is found.
+
+    Args:
+        device: by default the accelerator, if there is one, else the CPU. On a CPU every instruction set is compared.
+        head_size, dtypes: of the calls. Dense and packed ones, masks of keys, dropout, with both position terms and
+            one are made for each.
+        quick: only dense calls with masks, and no times.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+        RuntimeError: torch cannot use the device.
+    """
+    if head_size < 1:
+        raise ValueError(f"head_size must be at least 1, got {head_size}")
+    if wrong := [dtype for dtype in dtypes if dtype not in DTYPES]:
+        raise ValueError(f"dtypes must be among {', '.join(map(str, DTYPES))}, got {wrong[0]}")
+    if device is None:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    device = torch.empty(0, device=device).device  # with its index
+    return selection.in_a_thread(lambda: _check(device, head_size, dtypes, COMMON[1:2] if quick else COMMON, not quick))
+
+
+def _check(device, head_size: int, dtypes, kinds: tuple[Kind, ...], timed: bool) -> Report:
+    from .op import speed
+
+    rows, taken = [], {}
+    selection.forget(device)
+    for dtype in dtypes:
+        place = selection.Place(device, dtype, head_size)
+        judged = _on_a_cpu(place, kinds) if device.type == "cpu" else {}
+        judged |= _judged(place, kinds)
+        names = {
+            name: name.split()[0]
+            for name, verdict in judged.items()
+            if verdict.passed and name.partition(" (")[2].rstrip(")") in ("", cpu.instruction_set())
+        }
+        times = _times(place, names, speed) if timed else {}
+        for name, verdict in judged.items():
+            row = Row(
+                _name(dtype), name, name != "eager", verdict.passed, verdict.reasons, verdict.solved, verdict.share,
+                verdict.where, verdict.failure,
+            )  # fmt: skip
+            rows.append(row._replace(**_compared(times.get(name, {}), times.get(SDPA, {}))))
+        if times:
+            rows.append(Row(_name(dtype), SDPA, False, milliseconds=times[SDPA]))
+        taken[_name(dtype)] = _taken(place, kinds)
+    passed = all(any(row.fused and row.passed for row in rows if row.dtype == _name(dtype)) for dtype in dtypes)
+    asked = sum(len(problems(kind)) for kind in kinds)
+    return Report(_machine(device), str(device), head_size, asked, speed.SHAPES, rows, taken, passed)
+
+
+def _judged(place: selection.Place, kinds: tuple[Kind, ...]) -> dict:
+    """Verdicts on the backends that may have to prove themselves, and on eager."""
+    from .op import proof
+
+    found = {name: proof.Verdict() for name in (*selection.FUSED, "eager")}
+    for kind in kinds:
+        if selection.is_checked(place.device):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the report says it
+                verdicts = selection.decide(place, kind).verdicts
+        else:
+            names = [name for name in selection.FUSED if found[name].failure is None]
+            verdicts = proof.prove(names, problems(kind), *place[1:], place.device)
+        verdicts = verdicts | proof.prove(["eager"], problems(kind), *place[1:], place.device)
+        found = {name: v if v.failure else v.and_then(verdicts.get(name, v)) for name, v in found.items()}
+    return found
+
+
+def _on_a_cpu(place: selection.Place, kinds: tuple[Kind, ...]) -> dict:
+    """Verdicts on the CPU's kernels, by instruction set."""
+    from .op import proof
+
+    found = {}
+    for instructions in cpu.instruction_sets():
+        verdict = proof.Verdict()
+        with cpu.using(instructions):
+            for kind in kinds:
+                verdict = verdict.and_then(proof.prove(["cpu"], problems(kind), *place[1:], place.device)["cpu"])
+        found[f"cpu ({instructions})"] = verdict
+    return found
+
+
+def _times(place: selection.Place, names: dict[str, str], speed) -> dict[str, dict[str, float]]:
+    """Milliseconds of the backends that passed and of SDPA; Triton's interpreter is not timed."""
+    names = {label: name for label, name in names.items() if name != "triton" or not triton.INTERPRETED}
+    found = {label: {} for label in (*names, SDPA)}
+    for shape in speed.SHAPES:
+        call = speed.timed_call(shape, Kind(), place.dtype, place.head_size, place.device)
+        runs, sdpa = speed.passes(names.values(), call), _sdpa(call)
+        for which in runs:
+            mine = {label: runs[which][name] for label, name in names.items()} | {SDPA: sdpa[which]}
+            for label, milliseconds in speed.milliseconds(mine, place.device).items():
+                found[label][f"{shape} {which}"] = milliseconds
+    return found
+
+
+def _sdpa(call) -> dict:
+    heads = [x.detach().requires_grad_() for x in call[:3]]
+    attention = torch.nn.functional.scaled_dot_product_attention
+    output = attention(*heads)
+
+    def forward():
+        with torch.no_grad():
+            attention(*heads)
+
+    return {"forward": forward, "backward": lambda: torch.autograd.grad(output, heads, output, retain_graph=True)}
+
+
+def _compared(times: dict[str, float], sdpa: dict[str, float]) -> dict:
+    return {"milliseconds": times, "times_sdpa": {key: times[key] / sdpa[key] for key in times}}
+
+
+def _taken(place: selection.Place, kinds: tuple[Kind, ...]) -> str:
+    if not selection.is_checked(place.device):
+        name = backends.choose(None, call_of(problems(kinds[0])[0], place.dtype, place.head_size))
+        return f"{name}, the first without an objection: no check decides on a CPU"
+    if (given := selection.policy()) is not True:
+        return f"what set_backend_check({given!r}) asked for, {given or 'eager'}"
+    firsts = {kind: (*selection.decide(place, kind).order, "eager")[0] for kind in kinds}
+    names = list(dict.fromkeys(firsts.values()))
+    if names == ["eager"]:
+        return "eager: no fused backend passed"
+    rest = [f"{name} for {'; '.join(str(k) for k in kinds if firsts[k] == name)}" for name in names[1:]]
+    return ", ".join([names[0], *rest]) + ": the fastest that passed"
+
+
+def _machine(device: torch.device) -> dict[str, str]:
+    """Versions, device and kernels, as a reader of a bug report wants them."""
+    from . import __version__
+
+    runtime = f"CUDA {torch.version.cuda}" if torch.version.cuda else ""
+    runtime = f"ROCm {torch.version.hip}" if torch.version.hip else runtime
+    architectures = cuda.architectures()
+    return {
+        "deberta_fast": f"{__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+        "torch": f"{torch.__version__}, {runtime or 'no GPU runtime'}",
+        "Triton": "not installed" if triton.INSTALLED is None else ".".join(map(str, triton.INSTALLED)),
+        "device": _device(device),
+        "CPU kernels": extension.NOT_LOADED or ", ".join(cpu.instruction_sets()),
+        "CUDA kernels": ", ".join(architectures) if architectures else cuda.MISSING or "none",
+    }
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"{device}: {_processor()}, {torch.get_num_threads()} threads"
+    words = [selection.name_of(device)]
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        words.append(f"capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
+        words += [f"driver {version}"] if (version := _driver()) else []
+    return ", ".join(words)
+
+
+def _driver() -> str | None:
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return None
+    query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.strip().partition("\n")[0]
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def _processor() -> str:
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine() or sys.platform
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# The table
+
+
+def _lines(report: Report):
+    for name, words in report.machine.items():
+        yield f"{name:<13}{words}"
+    shapes = [f"{batch} x {length}" for batch, length in report.shapes.values()]
+    columns = [f"{which} {shape}" for which in ("forward", "backward") for shape in shapes]
+    keys = [f"{shape} {which}" for which in ("forward", "backward") for shape in report.shapes]
+    timed = any(row.milliseconds for row in report.rows)
+    yield ""
+    yield f"head size {report.head_size}; errors as a share of what is allowed" + (
+        f"; milliseconds, and multiples of torch's {SDPA} without positions" if timed else ""
+    )
+    heading = f"{'':<14}{'solved':<9}{'error':<7}" + "".join(f"{column:>18}" for column in columns if timed)
+    for dtype, taken in report.taken.items():
+        yield ""
+        yield f"{dtype:<14}{heading[14:]}".rstrip()
+        for row in report.rows:
+            if row.dtype == dtype:
+                yield from _row(row, report.asked, keys)
+        yield f"  backend=None takes {taken}"
+    yield ""
+    yield "a fused backend passed in every dtype" if report.passed else "NO FUSED BACKEND PASSED in some dtype"
+
+
+def _row(row: Row, asked: int, keys: list[str]):
+    if row.reasons:
+        yield f"  {row.name:<12}not asked: {'; '.join(row.reasons)}"
+        return
+    if row.failure is not None:
+        yield f"  {row.name:<12}FAILED after {row.problems} of {asked}: {row.failure}"
+        return
+    figures = ""
+    for key in keys if row.milliseconds else ():
+        multiple = f"{row.times_sdpa[key]:.2f} x" if row.times_sdpa else ""
+        figures += f"{row.milliseconds[key]:>10.3g}{multiple:>8}"
+    solved = f"{row.problems} of {asked}" if row.name != SDPA else ""
+    yield f"  {row.name:<12}{solved:<9}{row.share if row.name != SDPA else '':<7.2}{figures}".rstrip()

@@ -1,0 +1,445 @@
+"""Which backend is taken where none is named: on an accelerator, one that has proved itself there.
+
+Tensors of the CPU count as an accelerator's here, and stand-ins that compute by ``eager`` as its fused backends.
+"""
+
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+import torch
+from native_models import build
+
+import deberta_fast
+from deberta_fast.op import backends, proof, selection, speed
+from deberta_fast.op.backends import eager
+from deberta_fast.op.problems import COMMON, Kind, problems
+
+SIZE = 16
+
+
+class StandIn(SimpleNamespace):
+    """A backend that computes by ``eager``, and counts its forward passes; a fault changes what it computes."""
+
+    def __init__(self, fault=None, reasons=()):
+        super().__init__(calls=0, fault=fault, reasons=list(reasons))
+
+    def why_not(self, call):
+        return self.reasons
+
+    def forward(self, call, output, lse):
+        self.calls += 1
+        lse = call.new_lse() if lse is None else lse
+        eager.forward(self._changed(call), output, lse)
+        self._spoil("forward", output=output, lse=lse)
+
+    def backward(self, call, output, lse, grad_output, grad_lse, grads):
+        eager.backward(self._changed(call), output, lse, grad_output, grad_lse, grads)
+        self._spoil("backward", **dict(zip(proof.NAMES[2:], grads, strict=True)))
+
+    def _changed(self, call):
+        return getattr(self.fault, "call", lambda call: call)(call)
+
+    def _spoil(self, where, **tensors):
+        getattr(self.fault, where, lambda tensors: None)(SimpleNamespace(**tensors))
+
+
+def fault(where, change):
+    return SimpleNamespace(**{where: change})
+
+
+def rolled(call):
+    return call if call.pos_key is None else call._replace(pos_key=call.pos_key.roll(1, 1))
+
+
+def raises(tensors):
+    raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+
+def a_slot_too_far(tensors):
+    """The gradient of one table, added to the neighbouring row."""
+    if tensors.grad_pos_query is not None:
+        tensors.grad_pos_query.copy_(tensors.grad_pos_query.roll(1, 1))
+
+
+class Race:
+    """What two blocks that race for one row make: less than the precision rule sees."""
+
+    runs = 0
+
+    def forward(self, tensors):
+        self.runs += 1
+        tensors.output[..., -1, :] *= 1 + 2 * torch.finfo(torch.float32).eps * (self.runs % 2)
+
+
+def not_written(tensors):
+    """The last row of a cut tile: what lay there before stays."""
+    tensors.output[:, :, -1] = torch.nan
+
+
+FAULTS = {
+    "a wrong slot": (fault("call", rolled), r"output: max error \d.*, allowed \d"),
+    "a dropped barrier": (fault("forward", lambda t: t.output[..., 32:48, :].zero_()), "output: max error"),
+    "a NaN": (fault("backward", lambda t: t.grad_key[0, 0, 3, 2].fill_(torch.nan)), "grad_key is not finite"),
+    "a row not written": (fault("forward", not_written), "output is not finite"),
+    "an exception": (fault("forward", raises), "RuntimeError: Failed to find C compiler"),
+    "a wrong gradient of a table": (fault("backward", a_slot_too_far), "grad_pos_query: max error"),
+    "a row of the log-sum-exp": (fault("forward", lambda t: t.lse[..., 7].add_(0.5)), "lse: max error"),
+    "a race": (Race(), "output differs from run to run"),
+    "a row that sees nothing": (fault("forward", lambda t: t.output[-1].add_(1e-30)), "sees no key"),
+}
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """Installs the stand-ins; ``cuda`` is the faster one."""
+    monkeypatch.setattr(selection, "is_checked", lambda device: device.type == "cpu")
+    monkeypatch.setattr(speed, "of_backends", lambda names, *_: {n: {"short": 1.0 + (n != "cuda")} for n in names})
+    selection.set_backend_check(True)
+
+    def install(cuda=None, triton=None):
+        found = {"cuda": cuda or StandIn(), "triton": triton or StandIn()}
+        for name, stand_in in found.items():
+            monkeypatch.setitem(backends.BACKENDS, name, stand_in)
+        return SimpleNamespace(**found)
+
+    yield install
+    selection.set_backend_check(True)
+
+
+def tensors(dtype=torch.float32, size=SIZE, length=40, **arguments):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, length, size, dtype=dtype).unbind()
+    pos_key, pos_query = torch.randn(2, 2, 32, size, dtype=dtype).unbind()
+    given = {"pos_key": pos_key, "pos_query": pos_query, "position_buckets": 16, "max_relative_positions": 32}
+    return {"query": query, "key": key, "value": value} | given | arguments
+
+
+def masked(**arguments):
+    return tensors(attention_mask=torch.ones(1, 40, dtype=torch.bool), **arguments)
+
+
+def taken(stand_ins, **arguments):
+    """The name of the backend that a call without a name takes."""
+    before = {name: vars(stand_ins)[name].calls for name in ("cuda", "triton")}
+    deberta_fast.disentangled_attention(**arguments)  # which may decide
+    before = {name: vars(stand_ins)[name].calls for name in before}
+    deberta_fast.disentangled_attention(**arguments)
+    return next((name for name in before if vars(stand_ins)[name].calls > before[name]), "eager")
+
+
+# What is taken
+
+
+def test_the_faster_of_two_that_pass(accelerator, monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert taken(accelerator(), **tensors()) == "cuda"
+        selection.set_backend_check(True)
+        monkeypatch.setattr(speed, "of_backends", lambda names, *_: {"cuda": {"": 1.0}, "triton": {"": 0.95}})
+        assert taken(accelerator(), **tensors()) == "cuda"  # not clearly faster: the choice should not change by chance
+        selection.set_backend_check(True)
+        monkeypatch.setattr(speed, "of_backends", lambda names, *_: {"cuda": {"": 1.0}, "triton": {"": 0.85}})
+        assert taken(accelerator(), **tensors()) == "triton"
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_leads_to_the_other_backend(name, accelerator):
+    wrong, message = FAULTS[name]
+    stand_ins = accelerator(cuda=StandIn(wrong))
+    with pytest.warns(
+        UserWarning, match=f"'cuda' failed its check on cpu in float32, head size {SIZE}: problem .*{message}"
+    ) as found:
+        assert taken(stand_ins, **masked()) == "triton"
+    (warning,) = found
+    assert "backend=None takes 'triton'" in str(warning.message)
+    assert "python -m deberta_fast check --device cpu" in str(warning.message)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_in_both_leads_to_eager(name, accelerator):
+    wrong, message = FAULTS[name]
+    stand_ins = accelerator(StandIn(wrong), StandIn(wrong))
+    arguments = masked()
+    with pytest.warns(UserWarning, match=message) as found:
+        assert taken(stand_ins, **arguments) == "eager"
+    assert [str(w.message).split("'")[1] for w in found] == ["cuda", "triton"]
+    assert all("backend=None takes 'eager'" in str(w.message) for w in found)
+    want = deberta_fast.disentangled_attention(**arguments, backend="eager")
+    torch.testing.assert_close(deberta_fast.disentangled_attention(**arguments), want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_no_dtype_hides_a_wrong_slot(dtype, accelerator):
+    stand_ins = accelerator(cuda=StandIn(FAULTS["a wrong slot"][0]))
+    with pytest.warns(UserWarning, match="'cuda' failed"):
+        assert taken(stand_ins, **tensors(dtype)) == "triton"
+
+
+def test_a_failed_backend_fails_for_every_kind_of_call(accelerator):
+    """Only dropout is wrong: what was decided before, for calls without it, is taken back."""
+
+    def dropping(call):
+        return rolled(call) if call.dropout_p > 0 else call
+
+    stand_ins = accelerator(cuda=StandIn(fault("call", dropping)))
+    assert taken(stand_ins, **tensors()) == "cuda"
+    with pytest.warns(UserWarning, match="'cuda' failed .*dropout"):
+        assert taken(stand_ins, **masked(dropout_p=0.1)) == "triton"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert taken(stand_ins, **tensors()) == "triton"
+        calls = stand_ins.cuda.calls
+        assert taken(stand_ins, **masked()) == "triton"
+        assert stand_ins.cuda.calls == calls  # it is asked nothing more
+        assert taken(stand_ins, **tensors(torch.bfloat16)) == "cuda"  # another dtype is another question
+
+
+def test_reasons_are_told_once(accelerator):
+    stand_ins = accelerator(StandIn(reasons=["there is no nvcc"]), StandIn(reasons=["the GPU is too old"]))
+    with pytest.warns(
+        UserWarning, match="cuda: there is no nvcc; triton: the GPU is too old; .* takes 'eager'"
+    ) as found:
+        assert taken(stand_ins, **tensors()) == "eager"
+    assert len(found) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert taken(stand_ins, **tensors(torch.float64)) == "eager"  # which nobody expects to be fused
+
+
+def test_a_call_that_the_best_one_objects_to(accelerator):
+    """As the CUDA kernels do to pairwise masks."""
+    stand_ins = accelerator()
+    stand_ins.cuda.why_not = lambda call: (
+        ["no pairwise masks"] if call.mask is not None and call.mask.shape[2] > 1 else []
+    )
+    pairs = tensors(attention_mask=torch.ones(1, 1, 40, 40, dtype=torch.bool))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert taken(stand_ins, **pairs) == "triton"
+        assert taken(stand_ins, **masked()) == "cuda"
+
+
+def test_what_torch_cannot_do_is_no_verdict_on_a_backend(accelerator, monkeypatch):
+    def full(call, *arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+    stand_ins = accelerator()
+    monkeypatch.setattr(proof, "hf_style_attention", full)
+    with pytest.warns(UserWarning, match="the check could not run: OutOfMemoryError: CUDA out of memory"):
+        assert taken(stand_ins, **tensors()) == "eager"
+    monkeypatch.undo()
+
+
+# When it is decided
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """The checks that were made."""
+    made = []
+    prove = proof.prove
+
+    def counting(names, given, dtype, size, device):
+        made.append((dtype, size, given[0].kind))
+        return prove(names, given, dtype, size, device)
+
+    monkeypatch.setattr(proof, "prove", counting)
+    return made
+
+
+def test_once_a_process(accelerator, checks):
+    stand_ins = accelerator()
+    for _ in range(2):
+        assert taken(stand_ins, **tensors()) == "cuda"
+        assert taken(stand_ins, **masked()) == "cuda"
+        assert taken(stand_ins, **tensors(size=24)) == "cuda"
+    assert checks == [
+        (torch.float32, SIZE, Kind()),
+        (torch.float32, SIZE, Kind(mask="keys")),
+        (torch.float32, 24, Kind()),
+    ]
+
+
+def test_threads_wait_for_one_check(accelerator, checks):
+    accelerator()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: deberta_fast.disentangled_attention(**tensors()), range(8)))
+    assert len(checks) == 1
+
+
+def test_no_check_in_a_capture(accelerator, checks, monkeypatch):
+    stand_ins = accelerator()
+    monkeypatch.setattr(selection, "_is_captured", lambda device: True)
+    with pytest.raises(RuntimeError, match="captured before any call like it .*make one such call before the capture"):
+        deberta_fast.disentangled_attention(**tensors())
+    assert not checks and stand_ins.cuda.calls == 0
+    monkeypatch.setattr(selection, "_is_captured", lambda device: False)
+    deberta_fast.disentangled_attention(**tensors())
+    monkeypatch.setattr(selection, "_is_captured", lambda device: True)
+    assert taken(stand_ins, **tensors()) == "cuda"
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_program_is_decided_when_it_is_traced(accelerator, checks, dynamic):
+    stand_ins = accelerator(cuda=StandIn(FAULTS["a wrong slot"][0]))
+    torch._dynamo.reset()
+    graphs = []
+
+    def keeping(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    attention = torch.compile(deberta_fast.disentangled_attention, backend=keeping, fullgraph=True, dynamic=dynamic)
+    arguments = tensors()
+    leaf = arguments["query"].requires_grad_()
+    with pytest.warns(UserWarning, match="'cuda' failed"):
+        output = attention(**arguments)
+    output.sum().backward()
+    assert leaf.grad is not None and len(checks) == 1
+    (node,) = [n for g in graphs for n in g.graph.nodes if n.target == torch.ops.deberta_fast.attention_forward]
+    assert "triton" in node.args  # and nothing of the check is in the program
+    assert not any(word in str(graphs[0].graph) for word in ("softmax", "randn"))
+    before = stand_ins.triton.calls
+    attention(**tensors(length=50))
+    assert stand_ins.triton.calls == before + 1 and len(checks) == 1
+    torch._dynamo.reset()
+
+
+def test_an_exported_program_too(accelerator, checks):
+    accelerator()
+
+    class Module(torch.nn.Module):
+        def forward(self, **arguments):
+            return deberta_fast.disentangled_attention(**arguments, position_buckets=16, max_relative_positions=32)
+
+    arguments = {name: x for name, x in tensors().items() if isinstance(x, torch.Tensor)}
+    program = torch.export.export(Module(), (), arguments)
+    assert "cuda" in str(program.graph) and len(checks) == 1
+
+
+def test_modes_of_the_caller_do_not_reach_the_check(accelerator, checks):
+    """Each would change what the check computes, or what it is computed with."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    stand_ins = accelerator()
+    state = torch.get_rng_state()
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), torch.device("meta"):
+        arguments = {n: x.to("cpu") if isinstance(x, torch.Tensor) else x for n, x in tensors_on_cpu().items()}
+        assert taken(stand_ins, **arguments) == "cuda"
+    assert checks == [(torch.bfloat16, SIZE, Kind())]
+    with FakeTensorMode() as mode:
+        arguments = {n: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for n, x in tensors_on_cpu().items()}
+        deberta_fast.disentangled_attention(**arguments)
+    assert checks[1:] == [(torch.float32, SIZE, Kind())]
+    torch.func.vmap(lambda q: deberta_fast.disentangled_attention(**tensors_on_cpu(torch.float16) | {"query": q}))(
+        tensors_on_cpu(torch.float16)["query"][None]
+    )
+    assert checks[2:] == [(torch.float16, SIZE, Kind())]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def tensors_on_cpu(dtype=torch.float32):
+    """Without torch's generator."""
+    numbers = lambda *shape: torch.linspace(-1, 1, torch.Size(shape).numel(), device="cpu").view(shape).to(dtype)
+    given = {"position_buckets": 16, "max_relative_positions": 32}
+    heads = {name: numbers(1, 2, 40, SIZE) for name in ("query", "key", "value")}
+    return heads | {name: numbers(2, 32, SIZE) for name in ("pos_key", "pos_query")} | given
+
+
+def test_no_check_inside_a_backward_pass(accelerator, checks):
+    """Its engine would wait for the check, and the check for the engine."""
+    stand_ins = accelerator()
+
+    class Within(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            deberta_fast.disentangled_attention(**tensors())
+            return grad
+
+    Within.apply(torch.ones(1, requires_grad=True)).backward()
+    assert not checks and stand_ins.cuda.calls == 0
+    assert taken(stand_ins, **tensors()) == "cuda"
+
+
+def test_a_device_that_is_not_there(checks):
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with FakeTensorMode() as mode:
+        on_gpu = lambda x: FakeTensor(mode, x.to("meta"), "cuda:0")
+        arguments = {n: on_gpu(x) if isinstance(x, torch.Tensor) else x for n, x in tensors().items()}
+        assert deberta_fast.disentangled_attention(**arguments).shape == (1, 2, 40, SIZE)
+    assert not checks
+
+
+def test_not_on_a_cpu(checks):
+    deberta_fast.disentangled_attention(**tensors())
+    assert not checks and not selection._decisions
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_a_native_model_is_decided_when_it_is_moved(accelerator, checks, dtype):
+    model = build("v3")
+    accelerator()
+    model = model.to(dtype)
+    # A float32 model may run under autocast: nothing is compiled for a dtype that may not be used
+    assert len(checks) == (dtype != torch.float32)
+    model.to(dtype).eval().to(dtype)
+    assert len(checks) <= 2
+
+
+# What users say about it
+
+
+def test_switched_off(accelerator, checks):
+    stand_ins = accelerator()
+    deberta_fast.set_backend_check(False)
+    assert taken(stand_ins, **tensors()) == "eager"
+    deberta_fast.set_backend_check("triton")
+    assert taken(stand_ins, **tensors()) == "triton"
+    stand_ins.triton.reasons = ["is tired"]
+    assert taken(stand_ins, **tensors()) == "eager"
+    assert not checks
+    deberta_fast.set_backend_check(True)
+    assert taken(stand_ins, **tensors()) == "cuda"
+
+
+@pytest.mark.parametrize("wrong", [None, 1.0, "fast"])
+def test_what_is_no_setting(wrong):
+    with pytest.raises((TypeError, ValueError), match="must be"):
+        deberta_fast.set_backend_check(wrong)
+
+
+# The problems
+
+
+def test_few_problems_that_meet_everything():
+    all_of_them = [problem for kind in COMMON for problem in problems(kind)]
+    assert len(all_of_them) <= 24
+    hidden = {p.hidden for p in all_of_them if p.kind.mask == "keys"}
+    assert hidden == {"right", "left", "holes"}
+    assert {p.far_negative for p in all_of_them} == {"hf", "ms"}
+    assert {p.buckets for p in all_of_them} == {16, 256, -1}
+    for kind in COMMON:  # tiles of 128 x 128: wholly far on either side, and near
+        for p in problems(kind):
+            if p.name.endswith("far left to far right"):
+                longest = max(p.lengths) if kind.packed else p.lengths[0]
+                assert longest - 1 + p.offset - 127 - 127 > p.longest and -127 - p.longest > p.offset - min(
+                    330, longest
+                )
+
+
+@pytest.mark.parametrize("kind", COMMON, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_right_backends_pass_with_room(kind, dtype):
+    """The draws are fixed: what passes here does not fail elsewhere by bad luck."""
+    for name, verdict in proof.prove(["cpu", "eager"], problems(kind), dtype, 64, torch.device("cpu")).items():
+        assert verdict.passed and verdict.solved == len(problems(kind)), name
+        assert verdict.share < 0.9, verdict
