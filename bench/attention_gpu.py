@@ -171,6 +171,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=100, metavar="N", help="calls in a row, with --host")
     parser.add_argument("--seconds", type=float, default=200.0, help="no length is begun later than this")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--name", help="of the table; by default what is measured")
     parser.add_argument("--out", type=Path, default=timing.results_folder(), metavar="DIR", help="folder of results")
     options = parser.parse_args(arguments)
     if options.lengths is None:
@@ -181,7 +182,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         options.tokens = 1
     what = "host" if options.host else "memory" if options.memory else "attention"
     what += "-dropout" * bool(options.dropout) + "-padding" * bool(options.padding)
-    options.name = what + ("" if options.dtype == "bfloat16" else f"-{options.dtype}")
+    options.name = options.name or what + ("" if options.dtype == "bfloat16" else f"-{options.dtype}")
     return options
 
 

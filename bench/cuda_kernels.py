@@ -3,8 +3,11 @@
     kernels   each kernel of forward and backward, all its launches of a call together
     variants  the same at length 512 with padding that a mask hides, with packed sequences, and with dropout
     memory    what forward and backward allocate beyond their results
-    ncu       what the longest kernels wait for, as Nsight Compute counts it; only where it is named
-    once      forward and backward within cudaProfilerStart and Stop, nothing measured: for profilers from outside
+    workspace backward with other limits of what it holds at once (``limit_near_bytes`` in csrc/cuda/plan.h)
+    ncu       what limits forward and each kernel of backward, as Nsight Compute counts it
+    once      forward and backward within cudaProfilerStart and Stop, nothing measured: for tools from outside
+
+The last three only where they are named.
 
 Heads of 64, v3's tables, bfloat16. Times of kernels are the profiler's: medians over calls, the second-level cache
 overwritten before each. call: the whole call between two events, what lies between kernels included; others: kernels
@@ -29,6 +32,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from deberta_fast import backends
+from deberta_fast.op.backends import cuda
 
 from . import timing
 from .attention_gpu import peak_row
@@ -36,14 +40,19 @@ from .device import Call, Device, Table
 from .variants.operator import VARIANTS, Variant, Workload, asked
 
 PARTS = {"kernels": (512, 2048, 8192, 128), "variants": (512,), "memory": (512, 2048, 8192, 128)}
-NAMED = {"ncu": (512, 8192), "once": (512,)}  # only where asked for
+NAMED = {"workspace": (512, 2048, 8192), "ncu": (512, 8192), "once": (512,)}  # only where asked for
+WORKSPACE_MIB = (160, 24, 32, 40)  # the first is the default
 PASSES = ("forward", "backward")
 SETTINGS = {"": {}, " padding 0.5": {"padding": 0.5}, " dropout 0.1": {"dropout_p": 0.1}}
 REPEATS = 15
 SECONDS = 0.1  # for the events
-COUNTED = "forward_kernel|backward_key_kernel|backward_query_kernel|by_distance_kernel"
-LAUNCHES = 8  # that ncu looks at, of all of them together
-# Metrics of ncu's "full" set, in the order of the report. Names differ between GPUs: who has none of a line has no row.
+COUNTED = "(forward|delta|backward_key|backward_query|by_distance|by_row)_kernel"
+LAUNCHES = 8  # that ncu looks at: forward, and backward's for the first heads, by_distance and by_row twice
+SECTIONS = (  # of ncu, those that say what limits
+    "SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "MemoryWorkloadAnalysis_Tables",
+    "SchedulerStats", "WarpStateStats", "LaunchStats", "Occupancy",
+)  # fmt: skip
+# Metrics of these, in the order of the report. Names differ between GPUs: who has none of a line has no row.
 METRICS = (
     r"gpu__time_duration\.sum",
     r"sm__throughput\.avg\.pct_of_peak_sustained_elapsed",
@@ -104,18 +113,43 @@ def memory(options: argparse.Namespace, device: Device, lengths: tuple[int, ...]
                 table.add(row | peak_row(device, variant, passes))
 
 
-def once(options: argparse.Namespace, device: Device, lengths: tuple[int, ...]) -> None:
+def workspace(options: argparse.Namespace, device: Device, lengths: tuple[int, ...]) -> None:
+    """In turn: the limit is set before each call, untimed."""
+    summarise = lambda rows: timing.pivot(
+        rows, ("length", "batch", "variant"), lambda row: f"{row['MiB']} MiB", lambda row: timing.cell(row.get("ms"))
+    )
+    table = _table("workspace", options, summarise)
+
+    def limited(variant: Variant, mib: int) -> Call:
+        cuda.limit_near_bytes(mib << 20)
+        call = variant.call("backward")
+        return Call(call.run, lambda: (cuda.limit_near_bytes(mib << 20), call.reset()))
+
     for length in lengths:
-        for variant in _ours(options, length)[1].values():
+        workload, found = _ours(options, length)
+        for name, variant in found.items():
+            build = {mib: functools.partial(limited, variant, mib) for mib in WORKSPACE_MIB}
+            for mib, taken in device.measure(build, SECONDS).items():
+                row = {"length": length, "batch": workload.batch, "variant": name, "MiB": mib}
+                table.add(row | {"ms": taken.seconds and 1000 * taken.seconds, "error": taken.error})
+    cuda.limit_near_bytes(WORKSPACE_MIB[0] << 20)
+
+
+def once(options: argparse.Namespace, device: Device, lengths: tuple[int, ...]) -> None:
+    profiler = torch.cuda.profiler if device.is_gpu else None
+    for length in lengths:
+        for variant in _ours(options, length, dropout_p=options.dropout, padding=options.padding)[1].values():
             calls = [variant.call(passes) for passes in PASSES]
             for call in calls:  # what the first call does once
                 call.run(), call.reset()
             device.synchronize()
-            torch.cuda.profiler.start()
+            if profiler:
+                profiler.start()
             for call in calls:
                 call.run(), call.reset()
             device.synchronize()
-            torch.cuda.profiler.stop()
+            if profiler:
+                profiler.stop()
 
 
 def ncu(options: argparse.Namespace, device: Device, lengths: tuple[int, ...]) -> None:
@@ -130,9 +164,10 @@ def ncu(options: argparse.Namespace, device: Device, lengths: tuple[int, ...]) -
         report = timing.REPOSITORY / "build" / "ncu" / f"cuda-L{length}.ncu-rep"
         report.parent.mkdir(parents=True, exist_ok=True)
         report.unlink(missing_ok=True)
-        counting = "--set full --clock-control none --profile-from-start off --launch-count".split() + [str(LAUNCHES)]
+        counting = [word for section in SECTIONS for word in ("--section", section)]
+        counting += "--clock-control none --profile-from-start off --launch-count".split() + [str(LAUNCHES)]
         shape = [f"--{name}={getattr(options, name)}" for name in ("tokens", "heads", "device")]
-        run = [sys.executable, "-m", "bench.cuda_kernels", "once", "--lengths", str(length), *shape]
+        run = [*_itself(), "once", "--lengths", str(length), *shape]
         command = [tool, *counting, "--kernel-name", f"regex:^({COUNTED})$", "-f", "-o", report, *run]
         output = _output(command)
         if not report.exists():
@@ -140,9 +175,9 @@ def ncu(options: argparse.Namespace, device: Device, lengths: tuple[int, ...]) -
             continue
         (options.out / f"cuda-ncu-L{length}.txt").write_text(_output([tool, "--import", report, "--page", "details"]))
         rows = read_metrics(_output([tool, "--import", report, "--page", "raw", "--csv", "--print-units", "base"]))
-        for row in rows:
-            table.add({"length": length} | row)
-            made += 1
+        if rows:
+            table.add(*({"length": length} | row for row in rows))
+        made += len(rows)
     if made:
         print(f"{made} figures of ncu in {options.out}/cuda-ncu.md, all of it in cuda-ncu-L*.txt")
 
@@ -280,6 +315,13 @@ def _by_metric(rows: list[dict]) -> str:
     return timing.pivot(rows, ("metric",), column, lambda row: f"{row['value']:.6g} {row['unit']}")
 
 
+def _itself() -> list[str]:
+    """The command that runs this module, in a dry run too."""
+    name = "bench.cuda_kernels"
+    words = sys.orig_argv[1:]
+    return [sys.executable, *(words[: words.index(name) + 1] if name in words else ("-m", name))]
+
+
 def _output(command: list) -> str:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=timing.REPOSITORY)
     return done.stdout
@@ -306,6 +348,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16384, metavar="N")
     parser.add_argument("--heads", type=int, default=12, metavar="H")
     parser.add_argument("--repeats", type=int, default=REPEATS, metavar="N", help="calls under the profiler")
+    parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="of once")
+    parser.add_argument("--padding", type=float, default=0.0, metavar="F", help="of once: share of the tokens")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=timing.results_folder(), metavar="DIR", help="folder of results")
     options = parser.parse_args(arguments)

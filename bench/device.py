@@ -44,6 +44,7 @@ class Device:
     def __init__(self, name: str):
         self.name = name
         self.is_gpu = torch.device(name).type == "cuda"
+        self.busy_cycles = BUSY_CYCLES
         if self.is_gpu:
             cache = torch.cuda.get_device_properties(name).L2_cache_size
             self._flush = torch.empty(2 * cache, dtype=torch.int8, device=name)
@@ -58,7 +59,7 @@ class Device:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()
         if queued:
-            torch.cuda._sleep(BUSY_CYCLES)
+            torch.cuda._sleep(self.busy_cycles)
         start.record()
         call.run()
         end.record()
@@ -148,10 +149,11 @@ class Table:
         self.name, self.folder, self.notes, self.summarise = name, folder, notes, summarise
         self.rows: list[dict] = []
 
-    def add(self, row: dict) -> None:
-        self.rows.append({key: value for key, value in row.items() if value is not None})
+    def add(self, *rows: dict) -> None:
+        self.rows += [{key: value for key, value in row.items() if value is not None} for row in rows]
         timing.save(self.name, self.rows, self.folder, self.notes, self.summarise(self.rows))
-        print("  ".join(timing.cell(value) for value in row.values()), flush=True)
+        for row in rows:
+            print("  ".join(timing.cell(value) for value in row.values()), flush=True)
 
 
 def by_length(rows: list[dict], cell: Callable[[dict], str]) -> str:

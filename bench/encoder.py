@@ -36,6 +36,7 @@ from .variants.model import (
 )
 
 PASSES = ("forward", "forward+backward")
+SHAPES = ("variable", "full", "one")  # a batch of variable lengths, a full one, one sequence
 LENGTHS = {"cuda": (512, 8192, 4096, 2048, 128), "cpu": (128, 512, 2048)}  # most wanted first; cheapest first
 DTYPES = {"cuda": ("bfloat16", "float32"), "cpu": ("float32",)}
 FLOAT32_LENGTHS = {"cuda": (512,), "cpu": LENGTHS["cpu"]}  # where no dtype is asked for
@@ -219,7 +220,8 @@ def _cases(options: argparse.Namespace) -> list[Case]:
                 for threads in options.threads:
                     for length in at:
                         batch = max(2, min(options.tokens // length, MOST_SEQUENCES[options.kind]))
-                        shapes = [(batch, True), (batch, False)] + [(1, False)] * (passes == "forward")
+                        wanted = [shape for shape in options.shapes if shape != "one" or passes == "forward"]
+                        shapes = [(1 if shape == "one" else batch, shape == "variable") for shape in wanted]
                         found += [Case(model, dtype, passes, threads, n, length, variable) for n, variable in shapes]
     return found
 
@@ -232,6 +234,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", choices=SIZES, nargs="+", default=["v3-base"])
     parser.add_argument("--lengths", type=int, nargs="+", metavar="L", help="in this order")
     parser.add_argument("--passes", choices=PASSES, nargs="+", default=PASSES)
+    parser.add_argument("--shapes", choices=SHAPES, nargs="+", default=SHAPES, help="of batches, in this order")
     parser.add_argument("--dtypes", choices=TOLERANCE, nargs="+", help="by default also float32 at 512 on a GPU")
     parser.add_argument("--variants", choices=VARIANTS, nargs="+", default=uncompiled, metavar="NAME")
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()], metavar="N")

@@ -1,21 +1,34 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in stages of at most four minutes; the next one runs also where one fails.
+# Everything that needs a GPU, in stages that each have a time limit; the next one runs also where one fails.
 #
-#   bench/gpu.sh [--out DIR] [--archive FILE] [stage ...]     without a stage: all of them, in the order below
+#   bench/gpu.sh [--dry] [--out DIR] [--archive FILE] [first | second | stage ...]
 #
-#   build     the compiled extension: its CUDA kernels, for this GPU, have to be in it (DEBERTA_FAST_CUDA=0: without)
-#   tests     pytest -m gpu                              cuda      of these the CUDA backend's; only where it is named
-#   op        attention against its neighbours          layer     an attention module against other implementations
-#   dropout   attention with dropout 0.1                padding   attention with half of the tokens padding
-#   memory    peak memory                               host      the host's time for a call
+# first is for a GPU that is lent for minutes: the stages that answer most, in at most 8 minutes. second, in at most 4,
+# times the variants to choose among. Without a name: all stages from build on that are no part of these two alone.
+#
+# Of first, in its order, with build before and sanitize and ncu behind:
+#   check     the backends against the reference     g1        attention: cuda, triton and plain, L = 512, 2048, 8192
+#   g1-others FlexAttention; an attention module: ours and the peers' where they are installed
+#   peak      peak memory at 8192                    encoders  v3-base at 32 x 512 and 2 x 8192, forward, bfloat16
+# Of second:
+#   workspaces  how much of the bands is held at once, CUDA and Triton      far  far keys by torch's flash attention
+#   tiles       tiles, warps and stages of Triton's kernels
+# The others, at most four minutes each:
+#   build     the compiled extension for this GPU: its CUDA kernels have to be in it (DEBERTA_FAST_CUDA=0: without)
+#   tests     pytest -m gpu                          cuda      of these the CUDA backend's; only where it is named
+#   op        attention against its neighbours       layer     an attention module against other implementations
+#   dropout   attention with dropout 0.1             padding   attention with half of the tokens padding
+#   memory    peak memory                            host      the host's time for a call
 #   encoder   whole DeBERTa-v3-base models against others, forward; also encoder-training (with peak memory),
 #             encoder-large (v3-large) and encoder-compiled (in torch.compile)
 #   kernels   each kernel of the fused backends, and other settings of Triton's
-#   sanitize  compute-sanitizer's memcheck, racecheck and initcheck on a few tests of the CUDA kernels
+#   sanitize  compute-sanitizer on two small problems: memcheck and racecheck, and initcheck outside of first
 #   ncu       Nsight Compute's counters of the CUDA kernels     plots     charts of all of these
 #
 # sanitize and ncu need what comes with a CUDA toolkit (PATH, CUDA_HOME, /usr/local/cuda); without it a line says so.
-# Results go to bench/results/ and the GPU's name, or to DIR; FILE (.tar.gz) gets them and the logs after every stage.
+# Results go to bench/results/ and the GPU's name, or to DIR, row by row; stages.txt there says how each stage ended. FILE
+# (.tar.gz) gets them and the logs after every stage. --dry needs no GPU and measures nothing: the same stages at toy
+# sizes on CPU tensors, in Triton's interpreter and an emulator, bench/dry/bin for the tools; results in build/dry.
 # PYTHON names the interpreter, which needs torch and triton, for the tests also pytest and transformers, no network;
 # build needs setuptools, nvcc and a C++ compiler (setup.py names the variables; TORCH_CUDA_ARCH_LIST is by default the
 # GPU's own).
@@ -26,140 +39,222 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit 1
 python=${PYTHON:-python3}
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-limit=240
-all=(build tests op layer kernels sanitize ncu dropout padding memory host encoder encoder-training encoder-large
-  encoder-compiled plots)
-named=(cuda)
-# The tests that sanitize runs: forward and backward, near and far tiles, masks, dropout.
-checked='cuda and bf16 and (ragged-L129-D64 or holes-L200 or dropout-L140)'
+# Seconds of each stage: 480 and 230 in all.
+first='build:90 check:60 g1:70 g1-others:80 peak:20 encoders:65 sanitize:50 ncu:45'
+second='workspaces:75 tiles:85 far:70'
+others='build tests op layer kernels sanitize ncu dropout padding memory host encoder encoder-training encoder-large
+  encoder-compiled plots'
+named="cuda $(for word in $first $second; do [[ " $others " == *" ${word%:*} "* ]] || printf '%s ' "${word%:*}"; done)"
 
-out='' archive='' stages=()
+dry='' out='' archive='' stages=() brief=''
 while (($#)); do
   case $1 in
+    --dry) dry=yes ;;
     --out) out=${2:?--out needs a folder} && shift ;;
     --archive) archive=${2:?--archive needs a file} && shift ;;
-    -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" && exit ;;
-    *) [[ " ${all[*]} ${named[*]} " == *" $1 "* ]] || {
-         echo "no stage $1; there are: ${all[*]} ${named[*]}" >&2 && exit 2; }
+    -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\//;p}' "${BASH_SOURCE[0]}" && exit ;;
+    first) stages+=($first) brief=yes ;;
+    second) stages+=($second) brief=yes ;;
+    *) [[ " ${others//$'\n'/ } $named " == *" $1 "* ]] || {
+         echo "no stage $1; there are:" first second $others $named >&2 && exit 2; }
        stages+=("$1") ;;
   esac
   shift
 done
-((${#stages[@]})) || stages=("${all[@]}")
+((${#stages[@]})) || stages=($others)
 
-"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
-  { echo "$python finds no torch with a GPU" >&2 && exit 2; }
-[[ -n $out ]] || out=$("$python" -c 'from bench import timing; print(timing.results_folder())') || exit 2
-mkdir -p "$out" build/gpu-logs && rm -f build/gpu-logs/*.{log,txt} || exit 2
+if [[ $dry ]]; then
+  unset CUDA_HOME CXX
+  PATH=$root/bench/dry/bin:$PATH on='--device cpu' out=${out:-build/dry}
+else
+  "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+    { echo "$python finds no torch with a GPU" >&2 && exit 2; }
+  on='--device cuda'
+  [[ -n $out ]] || out=$("$python" -c 'from bench import timing; print(timing.results_folder())') || exit 2
+fi
+logs=$root/build/gpu-logs${dry:+-dry}
+mkdir -p "$out" "$logs" && rm -f "$logs"/*.{log,txt} || exit 2
 out=$(cd "$out" && pwd)
+rm -f "$out/stages.txt"
 
-# Stages of several commands: functions that a shell of their own runs, so that timeout can end it.
-build() {
-  export DEBERTA_FAST_CUDA=${DEBERTA_FAST_CUDA:-1}
-  [[ -n ${TORCH_CUDA_ARCH_LIST:-} ]] || TORCH_CUDA_ARCH_LIST=$(
-    "$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))')
-  export TORCH_CUDA_ARCH_LIST
-  "$python" setup.py build_ext --inplace || return
-  "$python" -c 'if True:
-    import os, sys
-    from deberta_fast.op.backends import cuda, extension
-    missing = extension.NOT_LOADED or (None if extension.implements("cuda_forward", "CUDA") else "it has no CUDA kernels")
-    if missing and os.environ["DEBERTA_FAST_CUDA"] == "1":
-        sys.exit(f"not the extension that was wanted: {missing}")
-    print("CUDA kernels for", "no GPU" if missing else os.environ["TORCH_CUDA_ARCH_LIST"])'
+# A stage is a function. A shell of its own runs it, so that timeout can end it.
+run() {  # python -m
+  "$python" -m ${dry:+bench.dry} "$@"
 }
 
-kernels() {
+bench() {  # run a benchmark of 16384 tokens; where it is dry, of a few
+  local module=$1 toy=''
+  shift
+  if [[ $dry ]]; then
+    case $module in
+      encoder) toy='--models tiny --tokens 48 --seconds 0' ;;
+      layer_gpu) toy='--tokens 32' ;;
+      *) toy='--tokens 32 --heads 2' ;;
+    esac
+  fi
+  run "bench.$module" "$@" $toy $on --out "$out"
+}
+
+at() {  # of lengths
+  if [[ $dry ]]; then echo --lengths 16 24; else echo --lengths "$@"; fi
+}
+
+build() {
+  export DEBERTA_FAST_CUDA=${DEBERTA_FAST_CUDA:-1}
+  [[ -n ${TORCH_CUDA_ARCH_LIST:-} ]] || TORCH_CUDA_ARCH_LIST=$("$python" -c 'if True:
+    import torch
+    print("{}.{}".format(*(torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0))))')
+  export TORCH_CUDA_ARCH_LIST
+  if [[ $dry ]]; then
+    CXX=$root/bench/dry/bin/c++ "$python" setup.py build_ext --build-lib build/dry-library || return
+  else
+    "$python" setup.py build_ext --inplace || return
+  fi
+  [[ $DEBERTA_FAST_CUDA == 0 ]] || run_code 'if True:
+    import os, sys
+    from deberta_fast.op.backends import cuda
+    print("CUDA kernels for", os.environ["TORCH_CUDA_ARCH_LIST"])
+    sys.exit(cuda.MISSING)'
+}
+
+run_code() {
+  if [[ $dry ]]; then run -c "$1"; else "$python" -c "$1"; fi
+}
+
+check() {  # Not in the interpreter, where it takes minutes
+  "$python" -m bench.check $on ${dry:+--quick} --dtypes bfloat16 float16 float32 --out "$out"
+}
+
+g1() {
+  bench attention_gpu $(at 512 2048 8192) --passes forward backward --variants cuda triton plain --name g1
+}
+
+# Each compiles for some time, FlexAttention for every length and pass.
+g1-others() {
   local status=0
-  "$python" -m bench.cuda_kernels --out "$out" || status=$?
-  "$python" -m bench.triton_kernels --out "$out" || status=$?
+  bench layer_gpu $(at 512 8192 2048) --passes forward backward --seconds 35 --variants patched-cuda patched-triton \
+    disentangled-flash flashdeberta || status=$?
+  bench attention_gpu $(at 512 8192 2048) --passes forward backward --seconds 60 --variants flex plain-flash \
+    --name g1-flex || status=$?
   return $status
 }
 
-# All three tools at once. Without torch's cache of memory every tensor is an allocation of its own. initcheck looks at
-# all kernels, to see what they write; what it says of others than ours does not count.
+peak() {
+  bench attention_gpu --memory $(at 8192) --variants cuda triton plain-flash hf-eager --name peak
+}
+
+encoders() {
+  bench encoder --variants eager patched native modernbert $(at 512 8192) --shapes full variable --dtypes bfloat16 \
+    --passes forward --seconds 0.2 --limit 50 --name encoders
+}
+
+workspaces() {
+  local status=0
+  bench cuda_kernels workspace $(at 512 2048 8192) || status=$?
+  bench triton_kernels bands --most 5 $(at 512 2048 8192) || status=$?
+  return $status
+}
+
+tiles() {
+  bench triton_kernels tiles --most $((dry ? 1 : 4)) $(at 512 8192)
+}
+
+far() {
+  bench far_flash $(at 8192 2048) ${dry:+--blocks 8 16}
+}
+
+tests() {
+  # Triton compiles for most of the time, one kernel at a time in a process.
+  local workers=()
+  "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
+  "$python" -m pytest -m gpu "${@:-tests/op/test_gpu.py tests/models/test_gpu_models.py}" -v -p no:cacheprovider \
+    --durations=10 "${workers[@]}"
+}
+
+cuda() { tests tests/op/test_gpu.py -k 'cuda and not triton'; }
+op() { bench attention_gpu; }
+layer() { bench layer_gpu; }
+dropout() { bench attention_gpu --dropout 0.1 $(at 512 2048 8192 128); }
+padding() { bench attention_gpu --padding 0.5 $(at 512 2048 8192 128); }
+memory() { bench attention_gpu --memory; }
+host() { bench attention_gpu --host; }
+encoder() { bench encoder --passes forward; }
+encoder-training() { bench encoder --passes forward+backward --name encoder-training; }
+encoder-large() {
+  bench encoder --models v3-large $(at 512 8192 2048) --dtypes bfloat16 --name encoder-large
+}
+encoder-compiled() {  # A group of rows compiles for a minute
+  bench encoder --variants eager eager+compile native native-packed native+compile modernbert modernbert+compile \
+    $(at 512) --dtypes bfloat16 --limit 150 --name encoder-compiled
+}
+ncu() { bench cuda_kernels ncu $(at 512 8192); }
+plots() { "$python" -m bench.plots "$out"; }
+
+kernels() {
+  local status=0
+  bench cuda_kernels || status=$?
+  bench triton_kernels || status=$?
+  return $status
+}
+
+# Forward and backward of a ragged length, and of near and far tiles with masks, packed sequences and dropout: all tools
+# at once. Without torch's cache of memory every tensor is an allocation of its own. initcheck looks at all kernels, to
+# see what they write; what it says of others than ours does not count.
 sanitize() {
-  local tool name status log words pids=() options summary='' failed=0
+  local tool name log words pids=() names=() options summary='' failed=0 problems i
   tool=$(PATH=$PATH:${CUDA_HOME:+$CUDA_HOME/bin:}/usr/local/cuda/bin command -v compute-sanitizer) || {
     echo 'nothing checked: there is no compute-sanitizer (PATH, CUDA_HOME, /usr/local/cuda)' && return
   }
+  problems=('--lengths 129 --tokens 258 --heads 2' '--lengths 1100 --tokens 1100 --heads 1 --padding 0.3 --dropout 0.1')
+  [[ -z $dry ]] || problems=('--lengths 17 --tokens 17 --heads 1' '--lengths 40 --tokens 40 --heads 1 --padding 0.3 --dropout 0.1')
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-  trap 'kill "${pids[@]}"; exit 143' TERM
-  for name in memcheck racecheck initcheck; do
+  for name in memcheck racecheck $([[ $brief ]] || echo initcheck); do
     options=(--tool "$name" --print-limit 1000)
     [[ $name == initcheck ]] || options+=(--kernel-name kns=deberta_fast --error-exitcode 99)
-    timeout --kill-after=5 $((limit - 20)) "$tool" "${options[@]}" "$python" -m pytest -q -p no:cacheprovider \
-      tests/op/test_gpu.py -k "$checked" >"build/gpu-logs/$name.txt" 2>&1 &
-    pids+=($!)
+    for i in 0 1; do
+      "$tool" "${options[@]}" "$(command -v "$python")" -m ${dry:+bench.dry} bench.cuda_kernels once ${problems[i]} $on \
+        >"$logs/$name-$i.txt" 2>&1 &
+      pids+=($!) names+=("$name-$i")
+    done
   done
-  for name in memcheck racecheck initcheck; do
-    status=0 log=build/gpu-logs/$name.txt
-    wait "${pids[0]}" || status=$?
-    pids=("${pids[@]:1}")
-    words=$(grep -Eo '[0-9]+ (passed|failed|skipped)' "$log" | paste -sd' ')
-    if [[ $name == initcheck ]] && grep -q '^=========  *at .*deberta_fast' "$log"; then status=99; fi
-    if ((status == 0)) && [[ $words != *passed* ]]; then status=1; fi
-    if ((status)); then
-      failed=1 words+=" (status $status)"
+  for i in "${!pids[@]}"; do
+    name=${names[i]} log=$logs/${names[i]}.txt words=ok
+    wait "${pids[i]}" || words="FAILED ($?)"
+    grep -q 'SUMMARY: ' "$log" || words='FAILED (no summary)'
+    if [[ $name == initcheck* ]] && grep -q '^=========  *at .*deberta_fast' "$log"; then words='FAILED (errors found)'; fi
+    if [[ $words != ok ]]; then
+      failed=1
       head -n 30 "$log" && tail -n 30 "$log"
     fi
-    ((status != 99)) || words+=', ERRORS FOUND'
     cp "$log" "$out/cuda-$name.txt"
-    summary+="${summary:+; }$name: ${words:-nothing}"
+    summary+="${summary:+; }$name: $words"
   done
   echo "$summary"
   return $failed
 }
-export -f build kernels sanitize
-export python out limit checked
-
-# In a subshell, whose place the command takes: to end $! is to end the command.
-stage() {
-  local timed=(exec timeout --kill-after=10 "$limit")
-  local kind=("${timed[@]}" "$python")
-  case $1 in
-    build | kernels | sanitize) "${timed[@]}" bash -c "$1" ;;
-    tests | cuda)
-      # Triton compiles for most of the time, one kernel at a time in a process.
-      local workers=() which=(tests/op/test_gpu.py tests/models/test_gpu_models.py)
-      "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
-      [[ $1 != cuda ]] || which=(tests/op/test_gpu.py -k 'cuda and not triton')
-      "${kind[@]}" -m pytest -m gpu "${which[@]}" -v -p no:cacheprovider --durations=10 "${workers[@]}" ;;
-    op) "${kind[@]}" -m bench.attention_gpu --out "$out" ;;
-    layer) "${kind[@]}" -m bench.layer_gpu --out "$out" ;;
-    dropout) "${kind[@]}" -m bench.attention_gpu --dropout 0.1 --lengths 512 2048 8192 128 --out "$out" ;;
-    padding) "${kind[@]}" -m bench.attention_gpu --padding 0.5 --lengths 512 2048 8192 128 --out "$out" ;;
-    memory) "${kind[@]}" -m bench.attention_gpu --memory --out "$out" ;;
-    host) "${kind[@]}" -m bench.attention_gpu --host --out "$out" ;;
-    encoder) "${kind[@]}" -m bench.encoder --passes forward --out "$out" ;;
-    encoder-training) "${kind[@]}" -m bench.encoder --passes forward+backward --name "$1" --out "$out" ;;
-    encoder-large)
-      "${kind[@]}" -m bench.encoder --models v3-large --lengths 512 8192 2048 --dtypes bfloat16 --name "$1" --out "$out" ;;
-    encoder-compiled)
-      # A group of rows compiles for a minute
-      "${kind[@]}" -m bench.encoder --variants eager eager+compile native native-packed native+compile modernbert \
-        modernbert+compile --lengths 512 --dtypes bfloat16 --limit 150 --name "$1" --out "$out" ;;
-    ncu) "${kind[@]}" -m bench.cuda_kernels ncu --out "$out" ;;
-    plots) "${kind[@]}" -m bench.plots "$out" ;;
-  esac
-}
 
 pack() {
-  [[ -z $archive ]] || tar -czf "$archive" -C "$(dirname "$out")" "$(basename "$out")" -C "$root/build" gpu-logs
+  [[ -z $archive ]] || tar -czf "$archive" -C "$(dirname "$out")" "$(basename "$out")" -C "$(dirname "$logs")" \
+    "$(basename "$logs")"
 }
 
 finish() {
-  echo && printf '%s\n' "${lines[@]}" && echo "results: $out"
+  echo && cat "$out/stages.txt" && echo "results: $out"
   pack
   exit "$1"
 }
 
-lines=() failed=0
+functions=$(declare -F | cut -d ' ' -f 3)
+export -f $functions
+export python out on dry brief logs root
+failed=0
 trap 'kill "${!:-}" 2>/dev/null; finish 143' TERM INT
-for name in "${stages[@]}"; do
-  log=build/gpu-logs/$name.log start=$SECONDS
+for entry in "${stages[@]}"; do
+  name=${entry%:*} limit=240 start=$SECONDS
+  [[ $entry != *:* || $dry ]] || limit=${entry#*:}
+  log=$logs/$name.log
   # In the background: a signal is answered at once, not when the stage ends.
-  stage "$name" >"$log" 2>&1 &
+  timeout --kill-after=5 "$limit" bash -c "$name" >"$log" 2>&1 &
   wait $!
   status=$? word=ok
   if ((status)); then
@@ -167,8 +262,8 @@ for name in "${stages[@]}"; do
     ((status == 124 || status == 137)) && word="STOPPED after $limit s"
     tail -n 40 "$log"
   fi
-  lines+=("$(printf '%-16s %4d s  %s: %s' "$name" $((SECONDS - start)) "$word" "$(tail -n 1 "$log" | cut -c -100)")")
-  echo "${lines[-1]}"
+  printf '%-16s %4d s  %s: %s\n' "$name" $((SECONDS - start)) "$word" "$(tail -n 1 "$log" | cut -c -100)" |
+    tee -a "$out/stages.txt"
   pack
 done
 finish "$failed"

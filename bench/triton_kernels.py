@@ -1,9 +1,10 @@
 """Where the Triton backend spends its time on a GPU, and what other settings give: ``python -m bench.triton_kernels``.
 
     kernels   each kernel of forward and backward, all its launches of a call together
-    settings  whole calls under other limits for the bands, other distances between the rows of a band's programs, other
-              numbers of shares in the tables' gradients
-    tiles     each kernel under other tiles, at the usual settings
+    bands     whole calls under other limits for the bands (``plan.BAND_BYTES``)
+    settings  whole calls with other distances between the rows of a band's programs, other numbers of shares in the
+              tables' gradients
+    tiles     each kernel under other tiles, warps and stages, at the usual settings; the most telling ones first
 
 16384 tokens, 12 heads of 64, v3's tables, bfloat16. Results go to bench/results/ and the GPU's name, after every row.
 """
@@ -24,17 +25,33 @@ from . import timing
 from .device import Call, Device, Table
 from .variants.operator import Workload, asked
 
-PARTS = ("kernels", "settings", "tiles")
+PARTS = ("kernels", "bands", "settings", "tiles")
 SECONDS = 0.05  # for each variant
-BAND_MIB = (16, 32, 64, 128, 256)
+BAND_MIB = (128, 24, 32, 40, 160, 64, 256)
 STEPS = (1, 2, 4, 8)
 SHARES = (1, 2, 4)
+# Rows, columns, warps, stages: the default on sm_90, then other stages and warps, then other shapes, of which those with
+# 128 rows or columns make all kernels be compiled anew.
 TILES = {
-    "bands": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 8, 2), (128, 64, 8, 2)],
-    "forward": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)],
-    "backward_key": [(64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2)],
-    "backward_query": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3)],
-    "backward_tables": [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 4, 2), (64, 128, 8, 2)],
+    "forward": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2)],
+    "backward_key": [(64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2)],
+    "backward_query": [
+        (64, 64, 4, 2),
+        (64, 64, 4, 3),
+        (64, 64, 8, 2),
+        (128, 64, 8, 2),
+        (64, 32, 4, 3),
+        (128, 64, 8, 3),
+    ],
+    "bands": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 128, 8, 2), (64, 128, 4, 2), (128, 64, 8, 2)],
+    "backward_tables": [
+        (64, 64, 4, 2),
+        (64, 64, 4, 3),
+        (64, 64, 8, 2),
+        (128, 64, 8, 2),
+        (128, 64, 4, 2),
+        (64, 128, 8, 2),
+    ],
 }
 OF_TILES = {"bands": ("band_scores", "backward_rows"), "backward_tables": ("backward_by_distance",)}
 
@@ -45,6 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192], metavar="L")
     parser.add_argument("--tokens", type=int, default=16384, metavar="N")
     parser.add_argument("--heads", type=int, default=12, metavar="H")
+    parser.add_argument("--most", type=int, default=6, metavar="N", help="tiles of a kernel, limits of the bands")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=timing.results_folder(), metavar="DIR", help="folder of results")
     options = parser.parse_args(arguments)
@@ -56,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
         table = Table(f"triton-{part}", options.out, __doc__.split("\n\n")[1])
         for length in options.lengths:
             work = Work(options.device, length, max(1, options.tokens // length), options.heads)
-            for row in globals()[part](work, device):
+            for row in globals()[part](work, device, options.most):
                 table.add({"length": length, "batch": work.batch} | row)
 
 
@@ -96,7 +114,7 @@ class Work:
         return found
 
 
-def kernels(work: Work, device: Device) -> Iterator[dict]:
+def kernels(work: Work, device: Device, most: int) -> Iterator[dict]:
     found = work.launches()
     build = {name: lambda launches=launches: Call(lambda: _run(launches)) for name, launches in found.items()}
     build |= {"forward": lambda: Call(work.forward), "backward": lambda: Call(work.backward)}
@@ -105,10 +123,16 @@ def kernels(work: Work, device: Device) -> Iterator[dict]:
         yield {"kernel": name, "launches": count, **_ms(taken)}
 
 
-def settings(work: Work, device: Device) -> Iterator[dict]:
-    trials = [("BAND_BYTES", mib << 20, f"bands {mib} MiB") for mib in BAND_MIB]
-    trials += [("step_of", lambda length, step=step: step, f"step {step}") for step in STEPS]
-    trials += [("SHARES", shares, f"shares {shares}") for shares in SHARES]
+def bands(work: Work, device: Device, most: int) -> Iterator[dict]:
+    yield from _whole_calls(work, device, [("BAND_BYTES", mib << 20, f"bands {mib} MiB") for mib in BAND_MIB[:most]])
+
+
+def settings(work: Work, device: Device, most: int) -> Iterator[dict]:
+    trials = [("step_of", lambda length, step=step: step, f"step {step}") for step in STEPS]
+    yield from _whole_calls(work, device, trials + [("SHARES", shares, f"shares {shares}") for shares in SHARES])
+
+
+def _whole_calls(work: Work, device: Device, trials: list[tuple[str, object, str]]) -> Iterator[dict]:
     for attribute, value, label in trials:
         with _set(plan, attribute, value):
             build = {"forward": lambda: Call(work.forward), "backward": lambda: Call(work.backward)}
@@ -116,11 +140,11 @@ def settings(work: Work, device: Device) -> Iterator[dict]:
                 yield {"setting": label, "pass": name, **_ms(taken)}
 
 
-def tiles(work: Work, device: Device) -> Iterator[dict]:
+def tiles(work: Work, device: Device, most: int) -> Iterator[dict]:
     inputs = work.inputs
     key, usual = configuration.choose(inputs.query.device, plan.block_size_of(inputs), inputs.query.element_size())
-    for kernel, shapes in TILES.items():
-        for shape in shapes:
+    for rank in range(min(most, max(map(len, TILES.values())))):
+        for kernel, shape in ((kernel, shapes[rank]) for kernel, shapes in TILES.items()):
             trial = usual._replace(**{kernel: Tiles(*shape)})
             trial = trial._replace(grain=max(64, *(max(t.rows, t.columns) for t in trial[1:])))
             with _set(configuration, "_chosen", {key: trial}):

@@ -172,6 +172,7 @@ STABLE_TORCH_LIBRARY_IMPL(DEBERTA_FAST_NAMESPACE, DEBERTA_FAST_DEVICE, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(DEBERTA_FAST_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("finds_torch_stream", TORCH_BOX(&finds_torch_stream));
+  m.impl("limit_near_bytes", TORCH_BOX(&limit_near_bytes));
 }
 
 }  // namespace deberta_fast::cuda

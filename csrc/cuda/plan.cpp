@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <atomic>
 #include <initializer_list>
 
 namespace deberta_fast::cuda {
@@ -111,8 +112,8 @@ class Launches {
 #define DEBERTA_FAST_NEAR_BYTES (int64_t{160} << 20)
 #endif
 // Chosen, not measured yet (docs/measured.md).
-constexpr int64_t kNearBytes = DEBERTA_FAST_NEAR_BYTES;  // of dA at once, or that of one head
-constexpr int kPrograms = 512;                           // of a pass over diagonals, if there is work for them
+std::atomic<int64_t> near_bytes{DEBERTA_FAST_NEAR_BYTES};  // of dA at once, or that of one head
+constexpr int kPrograms = 512;                             // of a pass over diagonals, if there is work for them
 
 // The gradients of one table, for the heads at work.
 struct TablePass {
@@ -149,6 +150,8 @@ TablePass table_pass(const BackwardCall& backward, const Request& request, const
 
 }  // namespace
 
+void limit_near_bytes(int64_t bytes) { near_bytes = bytes; }
+
 const char* run_forward(const Request& request, const Heads& output, const Statistic& lse, Workspace& workspace,
                         void* stream) {
   ForwardCall arguments;
@@ -179,7 +182,7 @@ const char* run_backward(const Request& request, const Gradients& gradients, Wor
   const int64_t head_bytes =
       block_count(call, call.key, kBackwardRows) * backward.near_blocks * kBackwardRows * kBackwardRows * 2;
   // Even shares of the heads.
-  const int64_t most = std::clamp<int64_t>(kNearBytes / std::max<int64_t>(head_bytes, 1), 1, std::max(call.heads, 1));
+  const int64_t most = std::clamp<int64_t>(near_bytes / std::max<int64_t>(head_bytes, 1), 1, std::max(call.heads, 1));
   const int parts = static_cast<int>((call.heads + most - 1) / most);
   const int heads = parts == 0 ? 0 : (call.heads + parts - 1) / parts;
   backward.near = workspace.take<char>(heads * head_bytes);

@@ -53,4 +53,8 @@ struct Gradients {
 };
 const char* run_backward(const Request& request, const Gradients& gradients, Workspace& workspace, void* stream);
 
+// How much of dA backward holds at once, for all threads from now on: for benchmarks. Not while another thread calls
+// run_backward, which counts its memory first and takes it then.
+void limit_near_bytes(int64_t bytes);
+
 }  // namespace deberta_fast::cuda

@@ -1,42 +1,18 @@
 """The CUDA backend without a GPU: its kernels on an emulator (tests/emulator), their index arithmetic, its refusals."""
 
-import hashlib
-import os
 import re
 import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 from cases import BY_NAME, Case, make_inputs
-from emulated import stand_in
+from emulated import BUILDS, ROOT, SANITIZERS, built, run, stand_in
 
 from deberta_fast import backends, disentangled_attention
 from deberta_fast.op.backends import cuda
 
-ROOT = Path(__file__).parents[2]
-BUILT = ROOT / "build/emulated"
-TORCH = Path(torch.__file__).parent
-SOURCES = [
-    *sorted((ROOT / "csrc/cuda").glob("*.c*")),
-    ROOT / "tests/emulator/options.cpp",
-]
-HEADERS = [path for folder in ("csrc", "csrc/cuda", "tests/emulator") for path in (ROOT / folder).glob("*.h")]
-FLAGS = [
-    *"-x c++ -std=c++17 -fPIC -fvisibility=hidden -g1".split(),
-    *"-DTORCH_TARGET_VERSION=0x020b000000000000 -DDEBERTA_FAST_EMULATED".split(),
-    *(f"-I{ROOT / folder}" for folder in ("tests/emulator", "csrc/cuda")),
-    *("-isystem", TORCH / "include"),
-]
-SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined".split()
-# Under sanitizers, backward takes one head after the other, as it does where dA of more would be too much.
-BUILDS = {
-    "plain": ["-O2"],
-    "sanitized": ["-O1", "-fno-omit-frame-pointer", *SANITIZERS, "-DDEBERTA_FAST_NEAR_BYTES=1"],
-}
 # Of cuda_emulated.py, under sanitizers
 SOME = (
     "L7 or one-token or ragged or far-L700 or D80 or D104 or L127 or odd or corner or masked or hidden_tiles or beyond"
@@ -45,41 +21,6 @@ SOME = (
 needs_compiler = pytest.mark.skipif(
     not sys.platform.startswith("linux") or shutil.which("g++") is None, reason="needs g++ on Linux"
 )
-
-
-def run(*command, timeout=900, **environment) -> tuple[int, str]:
-    """Exit status and output."""
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, cwd=ROOT / "tests/op",
-        env=os.environ | environment,
-    )  # fmt: skip
-    return done.returncode, done.stdout
-
-
-def made(target: Path, sources: list[Path], *command) -> Path:
-    """The command's result, made anew if it or its sources have changed."""
-    key = hashlib.sha256(repr(command).encode())
-    for path in sources:
-        key.update(path.read_bytes())
-    kept, partial = target.with_suffix(".key"), target.with_suffix(f".{os.getpid()}")
-    if not target.exists() or not kept.exists() or kept.read_text() != key.hexdigest():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        status, output = run(*command, "-o", partial)
-        assert status == 0, output
-        partial.rename(target)
-        kept.write_text(key.hexdigest())
-    return target
-
-
-def built(name: str, pool: ThreadPoolExecutor) -> Path:
-    """A library of the kernels and the emulator, by the flags of that name."""
-    compiler, folder = ["g++", *BUILDS[name]], BUILT / name
-    make_one = lambda source: made(
-        folder / f"{source.name}.o", [source, *HEADERS], *compiler, *FLAGS, "-c", source
-    )  # fmt: skip
-    objects = list(pool.map(make_one, SOURCES))
-    link = [*compiler, "-shared", *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
-    return made(folder / "libemulated.so", objects, *link)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import re
 import sys
 
 import pytest
-from test_cuda import ROOT, run
+from emulated import ROOT, run
 
 
 def test_interpreted():

@@ -18,6 +18,7 @@ LONGEST = 1 << 28  # positions and distances are 32-bit numbers in the kernels
 
 # The operators, which the tests replace by those of their emulator.
 fused_forward, fused_backward = extension.fused_forward, extension.fused_backward
+limit_near_bytes = torch.ops.deberta_fast.limit_near_bytes.default  # csrc/cuda/plan.h; for benchmarks
 
 
 def _missing() -> str | None:

@@ -1,0 +1,31 @@
+"""Runs a benchmark as on a GPU where there is none: ``python -m bench.dry MODULE [ARGUMENT ...]``, or ``-c CODE``.
+
+Tensors are the CPU's, so the module has to be told ``--device cpu``. The CUDA kernels run on the tests' emulator, which
+is compiled first if need be, the Triton kernels in Triton's interpreter; torch.compile traces and compiles nothing.
+Times say nothing. ``bin`` has what takes the place of programs.
+"""
+
+import functools
+import os
+import runpy
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+import torch  # noqa: E402
+
+sys.path.insert(1, str(Path(__file__).parents[2] / "tests/helpers"))
+import emulated  # noqa: E402
+
+with ThreadPoolExecutor(os.cpu_count()) as pool:
+    operators = emulated.load(emulated.built("plain", pool))
+torch.set_num_threads(1)
+torch.compile = functools.partial(torch.compile, backend="eager")
+_, name, *arguments = sys.argv
+if name == "-c":
+    exec(arguments[0], {"__name__": "__main__"})
+else:
+    sys.argv = [name, *arguments]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)

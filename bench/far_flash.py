@@ -1,0 +1,177 @@
+"""Far keys by torch's own flash attention, merged with near ones by their log-sum-exp: ``python -m bench.far_flash``.
+
+For a block of queries, keys far before it and far behind it are two slices of plain attention with a shifted query and
+a constant a row (equation 7 of csrc/README.md): torch's operator takes each as it is. The keys between go to a fused
+backend. Is that faster than the backend alone, whose far loop is not as fast as torch's? An experiment of the forward
+pass: with ``merged`` it is whole, ``far`` and ``near`` are its parts, without the sum of their outputs.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from deberta_fast import backends, disentangled_attention
+from deberta_fast.op.relative_position import slot_table
+
+from . import timing
+from .device import Call, Device, Table, by_length
+from .variants.operator import BUCKETS, LONGEST, VARIANTS, Workload, asked
+
+BLOCKS = (2048, 1024, 4096)  # queries
+SECONDS = 0.1
+BUSY_CYCLES = 10_000_000  # dozens of launches are to be queued before the first one starts
+Part = tuple[torch.Tensor, torch.Tensor]  # output (B, H, M, D) and log-sum-exp (B, H, M), natural
+
+
+class Tensors(NamedTuple):
+    """query, key and value (B, H, L, D), tables (H, R, D), and what numbers their rows."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    pos_key: torch.Tensor
+    pos_query: torch.Tensor
+    buckets: int
+    longest: int
+
+    @property
+    def scale(self) -> float:
+        return (3 * self.query.shape[-1]) ** -0.5
+
+
+def attention(x: Tensors, block: int, backend: str) -> torch.Tensor:
+    """Disentangled attention of whole sequences, block by block of the queries."""
+    output = torch.empty_like(x.query)
+    for start, stop, past, future in _blocks(x, block):
+        parts = [near(x, start, stop, past, future, backend), *_far_parts(x, start, stop, past, future)]
+        output[:, :, start:stop] = merged(parts)
+    return output
+
+
+def merged(parts: list[Part]) -> torch.Tensor:
+    """Of attention to disjoint sets of keys, attention to all of them; in the outputs' dtype."""
+    if len(parts) == 1:
+        return parts[0][0]
+    weights = torch.stack([lse for _, lse in parts]).softmax(0).unsqueeze(-1)
+    outputs = (weight * output for weight, (output, _) in zip(weights, parts, strict=True))
+    return sum(outputs).to(parts[0][0].dtype)
+
+
+def near(x: Tensors, start: int, stop: int, past: int, future: int, backend: str) -> Part:
+    """The keys from ``past`` to ``future``, by a fused backend."""
+    return disentangled_attention(
+        x.query[:, :, start:stop], x.key[:, :, past:future], x.value[:, :, past:future], x.pos_key, x.pos_query,
+        position_buckets=x.buckets, max_relative_positions=x.longest, query_offset=start - past, return_lse=True,
+        backend=backend,
+    )  # fmt: skip
+
+
+def _far_parts(x: Tensors, start: int, stop: int, past: int, future: int) -> list[Part]:
+    slots, length = slot_table(x.buckets, x.longest).slots, x.key.shape[2]
+    sides = ((0, past, slots[-1]), (future, length, slots[0]))
+    return [far(x, start, stop, first, last, row) for first, last, row in sides if first < last]
+
+
+def far(x: Tensors, start: int, stop: int, first: int, last: int, row: int) -> Part:
+    """Keys that all read one row: plain attention with a shifted query, and c2p as a constant of each query."""
+    query = x.query[:, :, start:stop]
+    shifted = query + x.pos_query[:, row, None]
+    output, lse = _flash(shifted, x.key[:, :, first:last], x.value[:, :, first:last], x.scale)
+    constant = (query @ x.pos_key[:, row, :, None]).squeeze(-1)
+    return output, lse + x.scale * constant
+
+
+def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> Part:
+    if query.is_cuda:
+        output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)
+    else:
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
+    return output, lse[..., : query.shape[2]].float()
+
+
+def _blocks(x: Tensors, block: int) -> list[tuple[int, int, int, int]]:
+    """Queries [start, stop) with their near keys [past, future): all before and all behind these are far."""
+    table, length, keys = slot_table(x.buckets, x.longest), x.query.shape[2], x.key.shape[2]
+    found = []
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        past = min(max(start - table.far_past + 1, 0), keys)
+        future = max(min(stop - 1 - table.far_future, keys), past)
+        found.append((start, stop, past, future))
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.far_flash", description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[8192, 2048, 16384], metavar="L", help="in this order"
+    )
+    parser.add_argument("--blocks", type=int, nargs="+", default=BLOCKS, metavar="M", help="queries of a block")
+    parser.add_argument("--backends", nargs="+", default=["cuda", "triton"], choices=("cuda", "triton", "cpu"))
+    parser.add_argument("--tokens", type=int, default=16384, metavar="N")
+    parser.add_argument("--heads", type=int, default=12, metavar="H")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, default=timing.results_folder(), metavar="DIR", help="folder of results")
+    options = parser.parse_args(arguments)
+    device = Device(options.device)
+    device.busy_cycles = BUSY_CYCLES
+    timing.provenance()
+    notes = (
+        f"{options.tokens} tokens, {options.heads} heads of 64, tables of 512 rows, bfloat16, forward. A variant's "
+        f"number is the queries of a block. difference: from the eager backend's output.\n\n{__doc__}"
+    )
+    table = Table("far-flash", options.out, notes, lambda rows: by_length(rows, lambda row: timing.cell(row.get("ms"))))
+    for length in options.lengths:
+        workload = Workload(
+            length, max(1, options.tokens // length), options.heads, torch.bfloat16, options.device, 0.0, 0.0
+        )
+        build, differences = _variants(workload, options)
+        for name, taken in device.measure(build, SECONDS).items():
+            ms = taken.seconds and 1000 * taken.seconds
+            row = {"length": length, "batch": workload.batch, "pass": "forward", "variant": name, "ms": ms}
+            table.add(row | {"difference": differences.get(name), "error": taken.error})
+
+
+def _variants(workload: Workload, options: argparse.Namespace) -> tuple[dict[str, Callable[[], Call]], dict]:
+    """What makes each variant's call, and how far the outputs of whole ones are from eager's."""
+    tensors = Tensors(*(t.detach() for t in (*workload.qkv, *workload.tables)), BUCKETS, LONGEST)
+    build = {"plain-flash": lambda: VARIANTS["plain-flash"].build(workload).call("forward")}
+    differences: dict[str, float] = {}
+
+    def whole(name: str, block: int) -> Call:
+        run = functools.partial(attention, tensors, block, name)
+        error = (run().float() - workload.expected.float()).norm() / workload.expected.float().norm()
+        differences[f"{name} merged {block}"] = float(error)
+        return Call(run)
+
+    for name in options.backends:
+        if backends.BACKENDS[name].why_not(asked(workload)):
+            continue
+        build[name] = functools.partial(_of_backend, workload, name)
+        for block in options.blocks:
+            if block < workload.length or block == min(options.blocks):
+                build[f"{name} merged {block}"] = functools.partial(whole, name, block)
+                build[f"{name} near {block}"] = functools.partial(_near_alone, tensors, block, name)
+    for block in options.blocks:
+        build[f"far {block}"] = functools.partial(_far_alone, tensors, block)
+    return build, differences
+
+
+def _of_backend(workload: Workload, name: str) -> Call:
+    return VARIANTS[name].build(workload).call("forward")
+
+
+def _near_alone(x: Tensors, block: int, backend: str) -> Call:
+    return Call(lambda: [near(x, *bounds, backend) for bounds in _blocks(x, block)])
+
+
+def _far_alone(x: Tensors, block: int) -> Call:
+    return Call(lambda: [_far_parts(x, *bounds) for bounds in _blocks(x, block)])
+
+
+if __name__ == "__main__":
+    main()
