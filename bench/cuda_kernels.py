@@ -121,7 +121,6 @@ def workspace(options: argparse.Namespace, device: Device, lengths: tuple[int, .
     table = _table("workspace", options, summarise)
 
     def limited(variant: Variant, mib: int) -> Call:
-        cuda.limit_near_bytes(mib << 20)
         call = variant.call("backward")
         return Call(call.run, lambda: (cuda.limit_near_bytes(mib << 20), call.reset()))
 
@@ -153,7 +152,11 @@ def once(options: argparse.Namespace, device: Device, lengths: tuple[int, ...]) 
 
 
 def ncu(options: argparse.Namespace, device: Device, lengths: tuple[int, ...]) -> None:
-    """Where it is absent, or may not count, one line says so."""
+    """Where it is absent, one line says so.
+
+    Raises:
+        SystemExit: it counts nothing; the line says why.
+    """
     tool = find_tool("ncu")
     if tool is None:
         print("no counters: there is no ncu (PATH, CUDA_HOME, /usr/local/cuda)")
@@ -178,8 +181,9 @@ def ncu(options: argparse.Namespace, device: Device, lengths: tuple[int, ...]) -
         if rows:
             table.add(*({"length": length} | row for row in rows))
         made += len(rows)
-    if made:
-        print(f"{made} figures of ncu in {options.out}/cuda-ncu.md, all of it in cuda-ncu-L*.txt")
+    if not made:
+        raise SystemExit("ncu gave no counters")
+    print(f"{made} figures of ncu in {options.out}/cuda-ncu.md, all of it in cuda-ncu-L*.txt")
 
 
 def per_kernel(events: list[tuple[str, float]], calls: int) -> dict[str, tuple[float, float]]:

@@ -52,7 +52,9 @@ while (($#)); do
     --dry) dry=yes ;;
     --out) out=${2:?--out needs a folder} && shift ;;
     --archive) archive=${2:?--archive needs a file} && shift ;;
-    -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\//;p}' "${BASH_SOURCE[0]}" && exit ;;
+    -h | --help)
+      sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+      exit ;;
     first) stages+=($first) brief=yes ;;
     second) stages+=($second) brief=yes ;;
     *) [[ " ${others//$'\n'/ } $named " == *" $1 "* ]] || {
@@ -87,16 +89,16 @@ bench() {  # run a benchmark of 16384 tokens; where it is dry, of a few
   shift
   if [[ $dry ]]; then
     case $module in
-      encoder) toy='--models tiny --tokens 48 --seconds 0' ;;
-      layer_gpu) toy='--tokens 32' ;;
-      *) toy='--tokens 32 --heads 2' ;;
+      encoder) toy='--models tiny --tokens 32 --seconds 0' ;;
+      layer_gpu) toy='--tokens 16' ;;
+      *) toy='--tokens 16 --heads 1' ;;
     esac
   fi
   run "bench.$module" "$@" $toy $on --out "$out"
 }
 
 at() {  # of lengths
-  if [[ $dry ]]; then echo --lengths 16 24; else echo --lengths "$@"; fi
+  if [[ $dry ]]; then echo --lengths 16; else echo --lengths "$@"; fi
 }
 
 build() {
@@ -122,7 +124,9 @@ run_code() {
 }
 
 check() {  # Not in the interpreter, where it takes minutes
-  "$python" -m bench.check $on ${dry:+--quick} --dtypes bfloat16 float16 float32 --out "$out"
+  local dtypes='bfloat16 float16 float32'
+  [[ -z $dry ]] || dtypes='bfloat16 --quick'
+  "$python" -m bench.check $on --dtypes $dtypes --out "$out"
 }
 
 g1() {
@@ -151,12 +155,14 @@ encoders() {
 workspaces() {
   local status=0
   bench cuda_kernels workspace $(at 512 2048 8192) || status=$?
-  bench triton_kernels bands --most 5 $(at 512 2048 8192) || status=$?
+  bench triton_kernels bands --most $([[ $dry ]] && echo 1 || echo 5) $(at 512 2048 8192) || status=$?
   return $status
 }
 
 tiles() {
-  bench triton_kernels tiles --most $((dry ? 1 : 4)) $(at 512 8192)
+  local few='--most 4'
+  [[ -z $dry ]] || few='--most 1 --kernels forward'
+  bench triton_kernels tiles $few $(at 512 8192)
 }
 
 far() {
@@ -166,9 +172,9 @@ far() {
 tests() {
   # Triton compiles for most of the time, one kernel at a time in a process.
   local workers=()
+  (($#)) || set -- tests/op/test_gpu.py tests/models/test_gpu_models.py
   "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
-  "$python" -m pytest -m gpu "${@:-tests/op/test_gpu.py tests/models/test_gpu_models.py}" -v -p no:cacheprovider \
-    --durations=10 "${workers[@]}"
+  "$python" -m pytest -m gpu "$@" -v -p no:cacheprovider --durations=10 "${workers[@]}"
 }
 
 cuda() { tests tests/op/test_gpu.py -k 'cuda and not triton'; }
@@ -206,7 +212,7 @@ sanitize() {
     echo 'nothing checked: there is no compute-sanitizer (PATH, CUDA_HOME, /usr/local/cuda)' && return
   }
   problems=('--lengths 129 --tokens 258 --heads 2' '--lengths 1100 --tokens 1100 --heads 1 --padding 0.3 --dropout 0.1')
-  [[ -z $dry ]] || problems=('--lengths 17 --tokens 17 --heads 1' '--lengths 40 --tokens 40 --heads 1 --padding 0.3 --dropout 0.1')
+  [[ -z $dry ]] || problems=('--lengths 17 --tokens 17 --heads 1' '--lengths 24 --tokens 24 --heads 1 --padding 0.3 --dropout 0.1')
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for name in memcheck racecheck $([[ $brief ]] || echo initcheck); do
     options=(--tool "$name" --print-limit 1000)

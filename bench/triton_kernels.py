@@ -30,28 +30,14 @@ SECONDS = 0.05  # for each variant
 BAND_MIB = (128, 24, 32, 40, 160, 64, 256)
 STEPS = (1, 2, 4, 8)
 SHARES = (1, 2, 4)
-# Rows, columns, warps, stages: the default on sm_90, then other stages and warps, then other shapes, of which those with
-# 128 rows or columns make all kernels be compiled anew.
+# Rows, columns, warps, stages: the default on sm_90, then other stages and warps, then other shapes. Those with 128
+# rows or columns have all kernels compiled anew.
 TILES = {
     "forward": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2)],
     "backward_key": [(64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2)],
-    "backward_query": [
-        (64, 64, 4, 2),
-        (64, 64, 4, 3),
-        (64, 64, 8, 2),
-        (128, 64, 8, 2),
-        (64, 32, 4, 3),
-        (128, 64, 8, 3),
-    ],
+    "backward_query": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 3)],
     "bands": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 128, 8, 2), (64, 128, 4, 2), (128, 64, 8, 2)],
-    "backward_tables": [
-        (64, 64, 4, 2),
-        (64, 64, 4, 3),
-        (64, 64, 8, 2),
-        (128, 64, 8, 2),
-        (128, 64, 4, 2),
-        (64, 128, 8, 2),
-    ],
+    "backward_tables": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2)],
 }
 OF_TILES = {"bands": ("band_scores", "backward_rows"), "backward_tables": ("backward_by_distance",)}
 
@@ -63,6 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=16384, metavar="N")
     parser.add_argument("--heads", type=int, default=12, metavar="H")
     parser.add_argument("--most", type=int, default=6, metavar="N", help="tiles of a kernel, limits of the bands")
+    parser.add_argument("--kernels", choices=TILES, nargs="+", default=list(TILES), help="whose tiles")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=timing.results_folder(), metavar="DIR", help="folder of results")
     options = parser.parse_args(arguments)
@@ -74,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
         table = Table(f"triton-{part}", options.out, __doc__.split("\n\n")[1])
         for length in options.lengths:
             work = Work(options.device, length, max(1, options.tokens // length), options.heads)
-            for row in globals()[part](work, device, options.most):
+            for row in globals()[part](work, device, options):
                 table.add({"length": length, "batch": work.batch} | row)
 
 
@@ -114,7 +101,7 @@ class Work:
         return found
 
 
-def kernels(work: Work, device: Device, most: int) -> Iterator[dict]:
+def kernels(work: Work, device: Device, options: argparse.Namespace) -> Iterator[dict]:
     found = work.launches()
     build = {name: lambda launches=launches: Call(lambda: _run(launches)) for name, launches in found.items()}
     build |= {"forward": lambda: Call(work.forward), "backward": lambda: Call(work.backward)}
@@ -123,11 +110,12 @@ def kernels(work: Work, device: Device, most: int) -> Iterator[dict]:
         yield {"kernel": name, "launches": count, **_ms(taken)}
 
 
-def bands(work: Work, device: Device, most: int) -> Iterator[dict]:
-    yield from _whole_calls(work, device, [("BAND_BYTES", mib << 20, f"bands {mib} MiB") for mib in BAND_MIB[:most]])
+def bands(work: Work, device: Device, options: argparse.Namespace) -> Iterator[dict]:
+    trials = [("BAND_BYTES", mib << 20, f"bands {mib} MiB") for mib in BAND_MIB[: options.most]]
+    yield from _whole_calls(work, device, trials)
 
 
-def settings(work: Work, device: Device, most: int) -> Iterator[dict]:
+def settings(work: Work, device: Device, options: argparse.Namespace) -> Iterator[dict]:
     trials = [("step_of", lambda length, step=step: step, f"step {step}") for step in STEPS]
     yield from _whole_calls(work, device, trials + [("SHARES", shares, f"shares {shares}") for shares in SHARES])
 
@@ -140,11 +128,12 @@ def _whole_calls(work: Work, device: Device, trials: list[tuple[str, object, str
                 yield {"setting": label, "pass": name, **_ms(taken)}
 
 
-def tiles(work: Work, device: Device, most: int) -> Iterator[dict]:
+def tiles(work: Work, device: Device, options: argparse.Namespace) -> Iterator[dict]:
     inputs = work.inputs
     key, usual = configuration.choose(inputs.query.device, plan.block_size_of(inputs), inputs.query.element_size())
-    for rank in range(min(most, max(map(len, TILES.values())))):
-        for kernel, shape in ((kernel, shapes[rank]) for kernel, shapes in TILES.items()):
+    shapes = {kernel: TILES[kernel][: options.most] for kernel in options.kernels}
+    for rank in range(max(map(len, shapes.values()))):
+        for kernel, shape in ((kernel, mine[rank]) for kernel, mine in shapes.items() if rank < len(mine)):
             trial = usual._replace(**{kernel: Tiles(*shape)})
             trial = trial._replace(grain=max(64, *(max(t.rows, t.columns) for t in trial[1:])))
             with _set(configuration, "_chosen", {key: trial}):

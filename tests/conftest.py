@@ -9,7 +9,7 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 # Where pytest-xdist shares out the files (make test), these first: begun last, one would keep all waiting.
-LONGEST = ["test_triton_interpreted", "test_cuda", "test_cuda_compiled", "test_triton"]
+LONGEST = ["test_triton_interpreted", "test_cuda", "test_gpu_script", "test_cuda_compiled", "test_triton"]
 
 
 def pytest_collection_modifyitems(config, items):

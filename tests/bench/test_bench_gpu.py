@@ -2,8 +2,6 @@
 
 import importlib
 import json
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -130,15 +128,3 @@ def test_metrics_of_ncu(bench):
 def test_kernels_of_a_backend_that_cannot_serve(bench, tmp_path):
     with pytest.raises(SystemExit, match="cannot serve this call: .*tensors must be on an NVIDIA GPU"):
         bench("cuda_kernels").main(["--device", "cpu", "--tokens", "32", "--lengths", "16", "--out", str(tmp_path)])
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_script():
-    """Its help names every stage, and it says what stages there are, all of it without a GPU."""
-    script = ROOT / "bench/gpu.sh"
-    run = lambda *arguments: subprocess.run(["bash", script, *arguments], capture_output=True, text=True)
-    unknown = run("nonsense")
-    stages = unknown.stderr.split("there are: ")[1].split()
-    assert unknown.returncode == 2 and {"build", "tests", "kernels", "sanitize", "ncu", "plots"} <= set(stages)
-    help_text = run("--help").stdout
-    assert all(f" {stage} " in help_text for stage in stages)

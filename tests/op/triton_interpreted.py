@@ -6,12 +6,10 @@ is imported.
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from cases import BY_NAME, CASES, DROPOUT_SEED, TENSORS, Case, as_dtype, forward_and_gradients, make_inputs
 from comparison import (
     HALF_CASES,
@@ -22,6 +20,7 @@ from comparison import (
     shifted_slot,
     swapped_tables,
 )
+from interpreted import without_vain_work
 from triton import OutOfResources
 from triton.runtime import interpreter
 
@@ -71,14 +70,9 @@ def poisoned_memory(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def nothing_in_vain(monkeypatch):
-    """Without what takes more than half of the interpreter's time to no effect: integer sums and products made again,
-    to find overflows that only ``debug`` reports; Triton's language patched anew in every call of a device function."""
-    options = interpreter.InterpreterOptions(sanitize_overflow=False)
-    monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
-    patched = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
-    monkeypatch.setattr(interpreter, "_patch_lang", lambda function: interpreter._LangPatchScope())
+    restore = without_vain_work(monkeypatch.setattr)
     yield
-    patched.restore()
+    restore()
 
 
 @pytest.fixture(autouse=True)
