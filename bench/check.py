@@ -1,6 +1,6 @@
 """What ``python -m deberta_fast check`` says, kept as text and as JSON, dtype after dtype: ``python -m bench.check``.
 
-One run makes both: the command itself would have to be given twice. The exit status is that of the command.
+One run makes both, where the command would have to be given twice. The exit status is that of the command.
 """
 
 import argparse
@@ -20,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float16", "float32"), default=["bfloat16"])
     parser.add_argument("--head-size", type=int, default=64, metavar="N")
     parser.add_argument("--quick", action="store_true", help="few problems, no times")
+    parser.add_argument("--name", default="check", help="of the two files")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=timing.results_folder(), metavar="DIR", help="folder of results")
     options = parser.parse_args(arguments)
@@ -31,9 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(report, flush=True)
         texts.append(str(report))
         records[name], passed = report.as_dict(), passed and report.passed
-        (options.out / "check.txt").write_text("\n\n".join(texts) + "\n")
+        (options.out / f"{options.name}.txt").write_text("\n\n".join(texts) + "\n")
         record = {"provenance": timing.provenance(), "reports": records}
-        (options.out / "check.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
+        (options.out / f"{options.name}.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
     return 0 if passed else 1
 
 

@@ -22,6 +22,7 @@ from .device import Call, Device, Table, by_length
 from .variants.operator import BUCKETS, LONGEST, VARIANTS, Workload, asked
 
 BLOCKS = (2048, 1024, 4096)  # queries
+ALIGN = 64  # slices of keys begin at multiples of this, or Triton would compile each anew
 SECONDS = 0.1
 BUSY_CYCLES = 10_000_000  # dozens of launches are to be queued before the first one starts
 Part = tuple[torch.Tensor, torch.Tensor]  # output (B, H, M, D) and log-sum-exp (B, H, M), natural
@@ -101,6 +102,7 @@ def _blocks(x: Tensors, block: int) -> list[tuple[int, int, int, int]]:
         stop = min(start + block, length)
         past = min(max(start - table.far_past + 1, 0), keys)
         future = max(min(stop - 1 - table.far_future, keys), past)
+        past, future = past // ALIGN * ALIGN, min(-(-future // ALIGN) * ALIGN, keys)
         found.append((start, stop, past, future))
     return found
 

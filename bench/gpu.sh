@@ -4,7 +4,7 @@
 #   bench/gpu.sh [--dry] [--out DIR] [--archive FILE] [first | second | stage ...]
 #
 # first is for a GPU that is lent for minutes: the stages that answer most, in at most 8 minutes. second, in at most 4,
-# times the variants to choose among. Without a name: all stages from build on that are no part of these two alone.
+# times the variants to choose among. Without a name: the others, build and all below it; where it is dry, both of these.
 #
 # Of first, in its order, with build before and sanitize and ncu behind:
 #   check     the backends against the reference     g1        attention: cuda, triton and plain, L = 512, 2048, 8192
@@ -40,7 +40,7 @@ cd "$root" || exit 1
 python=${PYTHON:-python3}
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 # Seconds of each stage: 480 and 230 in all.
-first='build:90 check:60 g1:70 g1-others:80 peak:20 encoders:65 sanitize:50 ncu:45'
+first='build:90 check:75 g1:70 g1-others:70 peak:20 encoders:60 sanitize:50 ncu:45'
 second='workspaces:75 tiles:85 far:70'
 others='build tests op layer kernels sanitize ncu dropout padding memory host encoder encoder-training encoder-large
   encoder-compiled plots'
@@ -63,7 +63,9 @@ while (($#)); do
   esac
   shift
 done
-((${#stages[@]})) || stages=($others)
+if ! ((${#stages[@]})); then
+  if [[ $dry ]]; then stages=($first $second) brief=yes; else stages=($others); fi
+fi
 
 if [[ $dry ]]; then
   unset CUDA_HOME CXX
@@ -84,21 +86,20 @@ run() {  # python -m
   "$python" -m ${dry:+bench.dry} "$@"
 }
 
-bench() {  # run a benchmark of 16384 tokens; where it is dry, of a few
+bench() {  # run a benchmark; where it is dry, of next to nothing: the last one of an option counts
   local module=$1 toy=''
   shift
   if [[ $dry ]]; then
     case $module in
       encoder) toy='--models tiny --tokens 32 --seconds 0' ;;
       layer_gpu) toy='--tokens 16' ;;
+      far_flash) toy='--tokens 16 --heads 1 --blocks 8 16' ;;
+      triton_kernels) toy='--tokens 16 --heads 1 --most 1 --kernels forward' ;;
       *) toy='--tokens 16 --heads 1' ;;
     esac
+    toy+=' --lengths 16'
   fi
   run "bench.$module" "$@" $toy $on --out "$out"
-}
-
-at() {  # of lengths
-  if [[ $dry ]]; then echo --lengths 16; else echo --lengths "$@"; fi
 }
 
 build() {
@@ -123,50 +124,50 @@ run_code() {
   if [[ $dry ]]; then run -c "$1"; else "$python" -c "$1"; fi
 }
 
-check() {  # Not in the interpreter, where it takes minutes
-  local dtypes='bfloat16 float16 float32'
-  [[ -z $dry ]] || dtypes='bfloat16 --quick'
-  "$python" -m bench.check $on --dtypes $dtypes --out "$out"
+# What matters most before what makes Triton compile for a minute. Not in the interpreter, where it takes as long.
+check() {
+  local status=0
+  "$python" -m bench.check $on --quick --dtypes bfloat16 float16 float32 --out "$out" || status=$?
+  "$python" -m bench.check $on ${dry:+--quick} --dtypes bfloat16 --name check-full --out "$out" || status=$?
+  return $status
 }
 
 g1() {
-  bench attention_gpu $(at 512 2048 8192) --passes forward backward --variants cuda triton plain --name g1
+  bench attention_gpu --lengths 512 2048 8192 --passes forward backward --variants cuda triton plain --name g1
 }
 
 # Each compiles for some time, FlexAttention for every length and pass.
 g1-others() {
   local status=0
-  bench layer_gpu $(at 512 8192 2048) --passes forward backward --seconds 35 --variants patched-cuda patched-triton \
+  bench layer_gpu --lengths 512 8192 2048 --passes forward backward --seconds 30 --variants patched-cuda patched-triton \
     disentangled-flash flashdeberta || status=$?
-  bench attention_gpu $(at 512 8192 2048) --passes forward backward --seconds 60 --variants flex plain-flash \
+  bench attention_gpu --lengths 512 8192 2048 --passes forward backward --seconds 60 --variants flex plain-flash \
     --name g1-flex || status=$?
   return $status
 }
 
 peak() {
-  bench attention_gpu --memory $(at 8192) --variants cuda triton plain-flash hf-eager --name peak
+  bench attention_gpu --memory --lengths 8192 --variants cuda triton plain-flash hf-eager --name peak
 }
 
 encoders() {
-  bench encoder --variants eager patched native modernbert $(at 512 8192) --shapes full variable --dtypes bfloat16 \
-    --passes forward --seconds 0.2 --limit 50 --name encoders
+  bench encoder --variants eager patched native modernbert --lengths 512 8192 --shapes full variable --dtypes bfloat16 \
+    --passes forward --seconds 0.2 --limit 45 --name encoders
 }
 
 workspaces() {
   local status=0
-  bench cuda_kernels workspace $(at 512 2048 8192) || status=$?
-  bench triton_kernels bands --most $([[ $dry ]] && echo 1 || echo 5) $(at 512 2048 8192) || status=$?
+  bench cuda_kernels workspace --lengths 512 2048 8192 || status=$?
+  bench triton_kernels bands --most 5 --lengths 512 2048 8192 || status=$?
   return $status
 }
 
 tiles() {
-  local few='--most 4'
-  [[ -z $dry ]] || few='--most 1 --kernels forward'
-  bench triton_kernels tiles $few $(at 512 8192)
+  bench triton_kernels tiles --most 4 --lengths 512 8192
 }
 
 far() {
-  bench far_flash $(at 8192 2048) ${dry:+--blocks 8 16}
+  bench far_flash --lengths 8192 2048
 }
 
 tests() {
@@ -180,20 +181,20 @@ tests() {
 cuda() { tests tests/op/test_gpu.py -k 'cuda and not triton'; }
 op() { bench attention_gpu; }
 layer() { bench layer_gpu; }
-dropout() { bench attention_gpu --dropout 0.1 $(at 512 2048 8192 128); }
-padding() { bench attention_gpu --padding 0.5 $(at 512 2048 8192 128); }
+dropout() { bench attention_gpu --dropout 0.1 --lengths 512 2048 8192 128; }
+padding() { bench attention_gpu --padding 0.5 --lengths 512 2048 8192 128; }
 memory() { bench attention_gpu --memory; }
 host() { bench attention_gpu --host; }
 encoder() { bench encoder --passes forward; }
 encoder-training() { bench encoder --passes forward+backward --name encoder-training; }
 encoder-large() {
-  bench encoder --models v3-large $(at 512 8192 2048) --dtypes bfloat16 --name encoder-large
+  bench encoder --models v3-large --lengths 512 8192 2048 --dtypes bfloat16 --name encoder-large
 }
 encoder-compiled() {  # A group of rows compiles for a minute
   bench encoder --variants eager eager+compile native native-packed native+compile modernbert modernbert+compile \
-    $(at 512) --dtypes bfloat16 --limit 150 --name encoder-compiled
+    --lengths 512 --dtypes bfloat16 --limit 150 --name encoder-compiled
 }
-ncu() { bench cuda_kernels ncu $(at 512 8192); }
+ncu() { bench cuda_kernels ncu --lengths 512 8192; }
 plots() { "$python" -m bench.plots "$out"; }
 
 kernels() {
@@ -211,8 +212,8 @@ sanitize() {
   tool=$(PATH=$PATH:${CUDA_HOME:+$CUDA_HOME/bin:}/usr/local/cuda/bin command -v compute-sanitizer) || {
     echo 'nothing checked: there is no compute-sanitizer (PATH, CUDA_HOME, /usr/local/cuda)' && return
   }
-  problems=('--lengths 129 --tokens 258 --heads 2' '--lengths 1100 --tokens 1100 --heads 1 --padding 0.3 --dropout 0.1')
-  [[ -z $dry ]] || problems=('--lengths 17 --tokens 17 --heads 1' '--lengths 24 --tokens 24 --heads 1 --padding 0.3 --dropout 0.1')
+  problems=('--lengths 129 --tokens 258 --heads 2' '--dropout 0.1 --padding 0.3 --lengths 1100 --tokens 1100 --heads 1')
+  [[ -z $dry ]] || problems=("${problems[@]/%/ --lengths 17 --tokens 17 --heads 1}")
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for name in memcheck racecheck $([[ $brief ]] || echo initcheck); do
     options=(--tool "$name" --print-limit 1000)

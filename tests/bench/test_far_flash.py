@@ -29,18 +29,21 @@ def expected(x):
     return disentangled_attention(*x[:5], **TABLE, backend="reference")
 
 
+@pytest.mark.parametrize("align", [1, 64])
 @pytest.mark.parametrize("block", [1, 50, 64, 128, 1000])
 @pytest.mark.parametrize("queries, keys", [(300, 300), (40, 170), (170, 40)])
-def test_is_disentangled_attention(block, queries, keys, far_flash):
+def test_is_disentangled_attention(block, queries, keys, align, far_flash, monkeypatch):
     if block == 1 and queries != 40:
         pytest.skip("slow, and shows nothing more")
+    monkeypatch.setattr(far_flash, "ALIGN", align)
     x = tensors(far_flash, queries, keys)
     torch.testing.assert_close(far_flash.attention(x, block, "eager"), expected(x), rtol=1e-5, atol=2e-6)
 
 
-def test_most_keys_are_far(far_flash):
+def test_most_keys_are_far(far_flash, monkeypatch):
     """Both sides, and blocks with one side alone, or the test above would show little."""
     x = tensors(far_flash)
+    monkeypatch.setattr(far_flash, "ALIGN", 1)
     sides = [(past, 300 - future) for _, _, past, future in far_flash._blocks(x, 50)]
     assert sides[0][0] == sides[-1][1] == 0 and all(past + behind > 150 for past, behind in sides)
 
@@ -51,6 +54,7 @@ def test_a_mistake_is_caught(mistake, far_flash, monkeypatch):
     x, blocks, far = tensors(far_flash), far_flash._blocks, far_flash.far
     shift = {"past": (1, 0), "future": (0, -1)}.get(mistake, (0, 0))
     longer = lambda x, block: [(a, b, past + shift[0], future + shift[1]) for a, b, past, future in blocks(x, block)]
+    monkeypatch.setattr(far_flash, "ALIGN", 1)
     monkeypatch.setattr(far_flash, "_blocks", longer)
     if mistake == "constant":
         monkeypatch.setattr(far_flash, "far", lambda x, *bounds: far(x, *bounds[:-1], 31 - bounds[-1]))

@@ -103,9 +103,10 @@ def test_every_variant_has_its_rows(name, dry):
 @needs_compiler
 def test_other_results(dry):
     results = dry[0] / "results"
-    report = json.loads((results / "check.json").read_text())
-    assert report["reports"]["bfloat16"]["passed"] and report["provenance"]["torch"]
-    assert "bfloat16" in (results / "check.txt").read_text()
+    for name in ("check", "check-full"):
+        record, text = json.loads((results / f"{name}.json").read_text()), (results / f"{name}.txt").read_text()
+        assert record["provenance"]["torch"] and record["reports"]["bfloat16"]["passed"]
+        assert all(report["passed"] and dtype in text for dtype, report in record["reports"].items())
     assert [row["MiB"] for row in rows_of(dry, "cuda-workspace")] == [160, 24, 32, 40]
     assert all("ms" in row for name in ("triton-bands", "triton-tiles") for row in rows_of(dry, name))
     assert {row["metric"] for row in rows_of(dry, "cuda-ncu")} == {"gpu__time_duration.sum"}
