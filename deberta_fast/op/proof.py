@@ -16,6 +16,10 @@ NAMES = ("output", "lse", "grad_query", "grad_key", "grad_value", "grad_pos_key"
 LONGEST_MESSAGE = 400
 
 
+class DeviceLostError(RuntimeError):
+    """A backend made a mistake after which the device answers nobody in this process, such as an illegal access."""
+
+
 class Verdict(NamedTuple):
     """What became of a backend.
 
@@ -50,6 +54,9 @@ def prove(
     """A verdict for each of the backends named. One that failed is asked nothing more.
 
     Makes calls of torch's own on the device too, and lets through what these raise.
+
+    Raises:
+        DeviceLostError: a backend left the device unusable.
     """
     verdicts = {name: Verdict() for name in names}
     for problem in problems:
@@ -63,7 +70,22 @@ def prove(
                 continue
             asked = asked or _Asked(problem, call)
             verdicts[name] = verdict.and_then(asked.judge(name))
+            if verdicts[name].failure is not None:
+                _require_usable(device, name, verdicts[name].failure)
     return verdicts
+
+
+def _require_usable(device: torch.device, name: str, failure: str) -> None:
+    try:
+        usable = torch.ones(2, device=device).sum().item() == 2
+    except RuntimeError:
+        usable = False
+    if not usable:
+        raise DeviceLostError(
+            f"backend {name!r} left {device} unusable, which only a new process ends: {failure}. There, say "
+            f"deberta_fast.set_backend_check with False or another backend's name before anything else, and please "
+            f"report this"
+        )
 
 
 class _Asked:

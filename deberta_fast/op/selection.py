@@ -53,6 +53,7 @@ class Decision(NamedTuple):
 
 _decisions: dict[tuple[Place, Kind], Decision] = {}
 _failures: dict[Place, dict[str, str]] = {}
+_told: set[tuple[Place, str]] = set()  # why no fused backend serves a place: once is enough
 _lock = threading.RLock()
 _check: bool | str = True
 
@@ -76,8 +77,8 @@ def set_backend_check(check: bool | str) -> None:
     with _lock:
         _check = check
         if check is True:
-            _decisions.clear()
-            _failures.clear()
+            for kept in (_decisions, _failures, _told):
+                kept.clear()
 
 
 def policy() -> bool | str:
@@ -99,8 +100,8 @@ def choose(name: str | None, call: Call) -> str:
 
     Raises:
         ValueError: no backend of that name.
-        RuntimeError: the backend named has reasons not to serve this call; or a CUDA graph is being captured and
-            nothing was decided before.
+        RuntimeError: the backend named has reasons not to serve this call; a CUDA graph is being captured and nothing
+            was decided before; or a backend left the device in a state that only a new process ends.
     """
     query = call.query
     if name is not None or not is_checked(query.device):
@@ -179,6 +180,8 @@ def _checked(place: Place, kind: Kind) -> Decision:
     known = _failures.get(place, {})
     try:
         verdicts = proof.prove([name for name in FUSED if name not in known], problems(kind), dtype, head_size, device)
+    except proof.DeviceLostError:
+        raise
     except Exception as error:  # of torch itself, most likely too little memory
         failure = f"the check could not run: {type(error).__name__}: {error}"
         verdicts = {name: proof.Verdict(failure=failure) for name in FUSED}
@@ -205,8 +208,11 @@ def _warn(place: Place, kind: Kind, decision: Decision, failures: dict[str, str]
     report = f"Please report it, with what `python -m deberta_fast check --device {place.device}` prints"
     for name, failure in failures.items():
         warnings.warn(f"deberta_fast: backend {name!r} failed its check on {place}: {failure}; {taken}. {report}")
-    if not decision.order and not any(verdict.failure for verdict in decision.verdicts.values()):
-        reasons = "; ".join(f"{name}: {', '.join(verdict.reasons)}" for name, verdict in decision.verdicts.items())
+    if decision.order or any(verdict.failure for verdict in decision.verdicts.values()):
+        return
+    reasons = "; ".join(f"{name}: {', '.join(verdict.reasons)}" for name, verdict in decision.verdicts.items())
+    if (place, reasons) not in _told:
+        _told.add((place, reasons))
         warnings.warn(f"deberta_fast: no fused backend serves {place} ({kind}): {reasons}; {taken}, which is slower")
 
 

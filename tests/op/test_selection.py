@@ -130,6 +130,7 @@ def test_reasons_are_told_once(accelerator):
         UserWarning, match="cuda: there is no nvcc; triton: the GPU is too old; .* takes 'eager'"
     ) as found:
         assert taken(stand_ins, **tensors()) == "eager"
+        assert taken(stand_ins, **masked()) == "eager"
     assert len(found) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -158,6 +159,22 @@ def test_what_torch_cannot_do_is_no_verdict_on_a_backend(accelerator, monkeypatc
     with pytest.warns(UserWarning, match="the check could not run: OutOfMemoryError: CUDA out of memory"):
         assert taken(stand_ins, **tensors()) == "eager"
     monkeypatch.undo()
+
+
+def test_a_device_that_is_lost(accelerator, monkeypatch):
+    """After an illegal access no call of anybody succeeds: that is said, and no other backend is asked."""
+
+    def lost(*arguments, **keywords):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def accessing(tensors):
+        monkeypatch.setattr(torch, "ones", lost)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    stand_ins = accelerator(cuda=StandIn(fault("forward", accessing)))
+    with pytest.raises(RuntimeError, match="'cuda' left cpu unusable.*illegal memory access.*set_backend_check"):
+        deberta_fast.disentangled_attention(**tensors())
+    assert stand_ins.triton.calls == 0
 
 
 # When it is decided
