@@ -52,6 +52,7 @@ class Decision(NamedTuple):
 
 
 _decisions: dict[tuple[Place, Kind], Decision] = {}
+_orders: dict[tuple, tuple[str, ...]] = {}  # of these decisions, by what is at hand in a call
 _failures: dict[Place, dict[str, str]] = {}
 _told: set[tuple[Place, str]] = set()  # why no fused backend serves a place: once is enough
 _lock = threading.RLock()
@@ -76,6 +77,7 @@ def set_backend_check(check: bool | str) -> None:
         backends.check_name(check)
     with _lock:
         _check = check
+        _orders.clear()
         if check is True:
             for kept in (_decisions, _failures, _told):
                 kept.clear()
@@ -89,6 +91,7 @@ def policy() -> bool | str:
 def forget(device: torch.device) -> None:
     """What was decided for a device."""
     with _lock:
+        _orders.clear()
         for key in [key for key in _decisions if key[0].device == device]:
             del _decisions[key]
         for place in [place for place in _failures if place.device == device]:
@@ -127,13 +130,10 @@ def is_checked(device: torch.device) -> bool:
     return device.type not in ("cpu", "meta")
 
 
-def _order(device_type: str, index: int | None, dtype: torch.dtype, head_size: int, *kind) -> tuple[str, ...]:
-    """The fused backends to take, best first."""
-    if _check is not True:
-        return (_check,) if _check else ()
-    place, kind = Place(torch.device(device_type, index), dtype, head_size), Kind(*kind)
-    decision = _decisions.get((place, kind))
-    return (decision or _decide(place, kind)).order
+def _order(*key) -> tuple[str, ...]:
+    """The fused backends to take, best first, for (type and index of a device, dtype, head size, fields of a Kind)."""
+    known = _orders.get(key)
+    return _look_up(*key) if known is None else known
 
 
 # What torch.compiler.assume_constant_result does, without the second that importing Dynamo takes: the result is a
@@ -141,10 +141,17 @@ def _order(device_type: str, index: int | None, dtype: torch.dtype, head_size: i
 _order._dynamo_marked_constant = True
 
 
-def _decide(place: Place, kind: Kind) -> Decision:
-    device = place.device
-    if torch.onnx.is_in_onnx_export() or not _exists(device) or place.dtype == torch.float64:
-        return Decision((), {}, {})
+def _look_up(device_type: str, index: int | None, dtype: torch.dtype, head_size: int, *fields) -> tuple[str, ...]:
+    if _check is not True:
+        return (_check,) if _check else ()
+    device, kind = torch.device(device_type, index), Kind(*fields)
+    place = Place(device, dtype, head_size)
+    with _lock:
+        if (place, kind) in _decisions:
+            order = _orders[(device_type, index, dtype, head_size, *fields)] = _decisions[place, kind].order
+            return order
+    if torch.onnx.is_in_onnx_export() or not _exists(device) or dtype == torch.float64:
+        return ()
     if _is_captured(device):
         raise RuntimeError(
             f"a CUDA graph is being captured before any call like it on {place} ({kind}), and no check can run now: "
@@ -152,8 +159,8 @@ def _decide(place: Place, kind: Kind) -> Decision:
         )
     if torch._C._current_graph_task_id() >= 0:
         # The check asks autograd, whose thread for this device is the one that waits here. The forward pass decides.
-        return Decision((), {}, {})
-    return decide(place, kind)
+        return ()
+    return decide(place, kind).order
 
 
 def decide(place: Place, kind: Kind) -> Decision:
@@ -166,6 +173,7 @@ def decide(place: Place, kind: Kind) -> Decision:
             news = {name: v.failure for name, v in decision.verdicts.items() if v.failure and name not in failed}
             failed |= news
             # One wrong result is enough: calls of another kind do without it too
+            _orders.clear()
             for key, earlier in _decisions.items():
                 if key[0] == place:
                     _decisions[key] = earlier._replace(order=tuple(n for n in earlier.order if n not in failed))
