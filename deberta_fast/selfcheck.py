@@ -145,7 +145,10 @@ def _judged(place: selection.Place, kinds: tuple[Kind, ...]) -> dict:
         if selection.is_checked(place.device):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the report says it
-                verdicts = selection.decide(place, kind).verdicts
+                decision = selection.decide(place, kind)
+            if decision.trouble:
+                raise RuntimeError(f"no check on {place}: {decision.trouble}")
+            verdicts = decision.verdicts
         else:
             names = [name for name in selection.FUSED if found[name].failure is None]
             verdicts = proof.prove(names, problems(kind), *place[1:], place.device)

@@ -53,7 +53,7 @@ def prove(
 ) -> dict[str, Verdict]:
     """A verdict for each of the backends named. One that failed is asked nothing more.
 
-    Makes calls of torch's own on the device too, and lets through what these raise.
+    Makes calls of torch's own on the device too, and lets through what these raise, and that memory is too small.
 
     Raises:
         DeviceLostError: a backend left the device unusable.
@@ -116,7 +116,7 @@ class _Asked:
         return self._comparable({"output": output, "lse": lse} | {f"grad_{n}": g for n, g in zip(leaves, grads)})
 
     def judge(self, name: str) -> Verdict:
-        """What one backend makes of it; it may raise what it likes."""
+        """What one backend makes of it; whatever it raises is a verdict, but that the device's memory is full."""
         try:
             worst, where = 0.0, ""
             first, second = self._results(name), self._results(name)
@@ -132,6 +132,8 @@ class _Asked:
             if not self._zero_where_nothing_is_seen(first):
                 raise AssertionError("a query that sees no key has an output that is not zero")
             return Verdict(1, worst, where)
+        except torch.OutOfMemoryError:
+            raise  # whoever holds the memory
         except Exception as error:
             # No compiler for a launcher, too little shared memory, a wrong result: no more calls for this backend
             kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "

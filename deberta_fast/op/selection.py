@@ -44,11 +44,19 @@ class Place(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """The fused backends that passed, the fastest first; every one's verdict; milliseconds of those that were timed."""
+    """The outcome of a check.
+
+    Attributes:
+        order: the fused backends that passed, the fastest first.
+        verdicts: on every fused backend.
+        milliseconds: of those that were timed, because there were several.
+        trouble: why there was no check, where torch itself failed in it.
+    """
 
     order: tuple[str, ...]
     verdicts: dict[str, "Verdict"]
     milliseconds: dict[str, dict[str, float]]
+    trouble: str = ""
 
 
 _decisions: dict[tuple[Place, Kind], Decision] = {}
@@ -190,9 +198,8 @@ def _checked(place: Place, kind: Kind) -> Decision:
         verdicts = proof.prove([name for name in FUSED if name not in known], problems(kind), dtype, head_size, device)
     except proof.DeviceLostError:
         raise
-    except Exception as error:  # of torch itself, most likely too little memory
-        failure = f"the check could not run: {type(error).__name__}: {error}"
-        verdicts = {name: proof.Verdict(failure=failure) for name in FUSED}
+    except Exception as error:  # of torch itself, most likely too little memory: no verdict on a backend
+        return Decision((), {}, {}, f"{type(error).__name__}: {error}")
     verdicts |= {name: proof.Verdict(failure=failure) for name, failure in known.items()}
     passed = [name for name in FUSED if verdicts[name].passed]
     if len(passed) < 2:
@@ -216,7 +223,10 @@ def _warn(place: Place, kind: Kind, decision: Decision, failures: dict[str, str]
     report = f"Please report it, with what `python -m deberta_fast check --device {place.device}` prints"
     for name, failure in failures.items():
         warnings.warn(f"deberta_fast: backend {name!r} failed its check on {place}: {failure}; {taken}. {report}")
-    if decision.order or any(verdict.failure for verdict in decision.verdicts.values()):
+    if decision.trouble:
+        again = "deberta_fast.set_backend_check(True) lets it run again"
+        warnings.warn(f"deberta_fast: no check of backends on {place}: {decision.trouble}; {taken}, and {again}")
+    if not decision.verdicts or any(verdict.passed or verdict.failure for verdict in decision.verdicts.values()):
         return
     reasons = "; ".join(f"{name}: {', '.join(verdict.reasons)}" for name, verdict in decision.verdicts.items())
     if (place, reasons) not in _told:

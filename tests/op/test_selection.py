@@ -150,14 +150,19 @@ def test_a_call_that_the_best_one_objects_to(accelerator):
         assert taken(stand_ins, **masked()) == "cuda"
 
 
-def test_what_torch_cannot_do_is_no_verdict_on_a_backend(accelerator, monkeypatch):
-    def full(call, *arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+def full(*arguments):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
 
-    stand_ins = accelerator()
-    monkeypatch.setattr(proof, "hf_style_attention", full)
-    with pytest.warns(UserWarning, match="the check could not run: OutOfMemoryError: CUDA out of memory"):
+
+@pytest.mark.parametrize("where", ["torch", "backend"])
+def test_a_full_memory_is_no_verdict_on_a_backend(where, accelerator, monkeypatch):
+    stand_ins = accelerator(cuda=StandIn(fault("forward", full) if where == "backend" else None))
+    if where == "torch":
+        monkeypatch.setattr(proof, "hf_style_attention", full)
+    expected = "no check of backends on cpu in float32.*CUDA out of memory.*takes 'eager'.*run again"
+    with pytest.warns(UserWarning, match=expected) as found:
         assert taken(stand_ins, **tensors()) == "eager"
+    assert len(found) == 1 and not selection._failures[next(iter(selection._decisions))[0]]
     monkeypatch.undo()
 
 
