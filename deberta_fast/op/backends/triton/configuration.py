@@ -91,10 +91,10 @@ def _default_32_bit(size: int) -> Configuration:
 
 
 def _default_elsewhere(size: int) -> Configuration:
-    """For AMD and Intel, any dtype: one stage, and small tiles.
+    """For AMD and Intel, any dtype: small tiles, and one stage, since a second one takes registers and shared memory.
 
-    AMD's wavefronts are 64 wide, so four of them are 256 threads; a workgroup of theirs has 64 KiB, and a second stage
-    would double what the loops hold in registers besides.
+    AMD's wavefronts are 64 wide: four of them are 256 threads, which have 512 registers each, two such workgroups 256.
+    A workgroup may ask for 64 KiB.
     """
     if size > 128:
         return Configuration(64, *[Tiles(32, 32, 8, 1)] * 5)
