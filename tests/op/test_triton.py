@@ -275,6 +275,7 @@ def test_autotune_takes_the_fastest(monkeypatch, tmp_path):
 def test_named_without_a_gpu_it_says_why():
     x = torch.randn(1, 1, 5, 16)
     with pytest.raises(
-        RuntimeError, match="backend 'triton' cannot serve this call: tensors must be on a GPU, got cpu"
+        RuntimeError,
+        match="backend 'triton' cannot serve this call: tensors must be on an NVIDIA, AMD or Intel GPU, got cpu",
     ):
         disentangled_attention(x, x, x, backend="triton")
