@@ -53,10 +53,6 @@ ARCHITECTURES = architectures()
 RUN_ON = [_capabilities(name) for name in ARCHITECTURES]
 
 
-def architectures() -> list[str]:
-    return []
-
-
 def why_not(call: Call) -> list[str]:
     """Reasons not to serve this call."""
     query, mask, reasons = call.query, call.mask, []
