@@ -7,8 +7,8 @@ the extension, is left out, and one line says why.
 
 Environment: DEBERTA_FAST_CPU=0 leaves the extension out, 1 makes it an error that it cannot be built;
 DEBERTA_FAST_CUDA=0 or 1, the same for the CUDA kernels in it; CUDA_HOME, where nvcc is looked for first, then on PATH
-and in /usr/local/cuda; TORCH_CUDA_ARCH_LIST, by default "8.0 9.0+PTX", of which what is below 8.0 is left out; CXX,
-CXXFLAGS, LDFLAGS and MAX_JOBS as everywhere.
+and in /usr/local/cuda; TORCH_CUDA_ARCH_LIST, of which what is below 8.0 is left out, by default "8.0 8.6 8.9 9.0
+10.0 12.0+PTX" as far as the nvcc knows them; CXX, CXXFLAGS, LDFLAGS and MAX_JOBS as everywhere.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
@@ -46,12 +47,13 @@ INSTRUCTION_SETS = {"plain": []}
 if platform.machine() == "x86_64":
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma -mf16c".split()
     INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c".split()
-CUDA_FLAGS = "-std=c++17 -O3 --threads=2 -Xcompiler=-fPIC,-fvisibility=hidden".split()
+# Compressed, the library is a quarter as large.
+CUDA_FLAGS = "-std=c++17 -O3 --threads=2 -Xfatbin=-compress-all -Xcompiler=-fPIC,-fvisibility=hidden".split()
 # Static: the extension has to load where there is no CUDA.
 CUDA_LIBRARIES = "-lcudart_static -lpthread -ldl -lrt -Wl,--exclude-libs,ALL".split()
 CUDA_FALLBACK = "/usr/local/cuda/bin"
-# PTX is for GPUs newer than the code: they compile it when it is loaded.
-ARCHITECTURES = ["8.0", "9.0+PTX"]
+# And PTX of the newest that nvcc knows, for GPUs newer than the code: they compile it when it is loaded.
+ARCHITECTURES = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 # As in ops.cpp. A Python without the GIL has no such ABI.
 PYTHON_ABI = "" if sysconfig.get_config_var("Py_GIL_DISABLED") else "cp310"
 
@@ -144,21 +146,44 @@ def find_host() -> Host:
     )
 
 
-def find_architectures() -> list[str]:
-    """nvcc's flags for them."""
-    flags = []
-    for name in os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split() or ARCHITECTURES:
+def find_architectures(nvcc: str) -> list[str]:
+    """What to build, as nvcc names it: "sm_80" a binary, "compute_80" PTX."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if not listed:
+        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+        listed = [name for name in ARCHITECTURES if f"compute_{name.replace('.', '')}" in known]
+        listed += [f"{name}+PTX" for name in listed[-1:]]
+    numbers = {}  # whether there is PTX
+    for name in listed:
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", name)
         if match is None:
             raise Unavailable(f"TORCH_CUDA_ARCH_LIST has {name}, which is not like 9.0, 9.0a or 9.0+PTX")
         if int(match[1]) < 8:
             continue  # torch itself may serve older GPUs
         number = match[1] + match[2]
-        codes = [f"sm_{number}", *([f"compute_{number}"] if match[3] else [])]
-        flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
-    if not flags:
+        numbers[number] = numbers.get(number, False) or match[3] is not None
+    if not numbers:
         raise Unavailable("TORCH_CUDA_ARCH_LIST has nothing from 8.0 on, which the kernels need")
-    return list(dict.fromkeys(flags))
+    sources = (source_of(number, numbers) for number, ptx in numbers.items() if ptx)
+    return [f"sm_{number}" for number in numbers] + [f"compute_{number}" for number in dict.fromkeys(sources)]
+
+
+def source_of(number: str, numbers: Iterable[str]) -> str:
+    """Whose PTX a binary is made from: that of the oldest in its generation.
+
+    To make PTX takes longer than to make a binary from it, and no kernel asks what it is compiled for: nvcc makes the
+    same for 8.0 to 9.0, and from 10.0 on. What ends in a letter has its own, since others may not use it.
+    """
+    if not number.isdecimal():
+        return number
+    generation = lambda other: int(other) >= 100
+    return min((n for n in numbers if n.isdecimal() and generation(n) == generation(number)), key=int)
+
+
+def generating(architectures: list[str]) -> list[str]:
+    """nvcc's flags for what find_architectures returned."""
+    numbers = {name: name.partition("_")[2] for name in architectures}
+    return [f"-gencode=arch=compute_{source_of(n, numbers.values())},code={name}" for name, n in numbers.items()]
 
 
 def find_toolkit() -> Toolkit:
@@ -186,7 +211,7 @@ def find_toolkit() -> Toolkit:
     libraries = [folder for folder in folders if Path(folder, "libcudart_static.a").exists()]
     if not libraries:
         raise Unavailable(f"there is no libcudart_static.a in {folders[0]}")
-    return Toolkit(nvcc, version[3], find_architectures(), libraries[0])
+    return Toolkit(nvcc, version[3], find_architectures(nvcc), libraries[0])
 
 
 def build_folder(kind: str, *key) -> Path:
@@ -218,8 +243,9 @@ def plan_cuda(host: Host, toolkit: Toolkit, objects: list[str]) -> tuple[Path, l
     """The same for the CUDA kernels, to link with the CPU's objects."""
     # Only its name: nvcc knows no launchers and no flags there.
     compiler = next(word for word in host.compiler if Path(word).name not in ("ccache", "distcc", "sccache"))
-    nvcc = [toolkit.nvcc, *CUDA_FLAGS, f"-ccbin={compiler}", *toolkit.architectures]
-    hosting = [*host.compiling, *host.hosting, "-DUSE_CUDA"]
+    nvcc = [toolkit.nvcc, *CUDA_FLAGS, f"-ccbin={compiler}", *generating(toolkit.architectures)]
+    told = f'-DDEBERTA_FAST_ARCHITECTURES="{" ".join(toolkit.architectures)}"'
+    hosting = [*host.compiling, *host.hosting, "-DUSE_CUDA", told]
     linking = [*host.linking, f"-L{toolkit.libraries}", *CUDA_LIBRARIES]
     implicit = [os.environ.get(f"NVCC_{name}_FLAGS") for name in ("PREPEND", "APPEND")]
     folder = build_folder("cuda", objects, nvcc, toolkit.version, implicit, hosting, linking)

@@ -27,7 +27,7 @@ EMULATOR = REPOSITORY / "tests" / "emulator"
 CUDA_FALLBACK = "/usr/local/cuda/bin"
 # setup.py's, and line numbers, which leave the code as it is.
 FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xptxas=-v"]
-ARCHITECTURES = {80: "80", 86: "86", 89: "89", 90: "90a", 100: "100", 120: "120"}  # by capability
+PTX = {80: 80, 86: 80, 89: 80, 90: 80, 100: 100, 120: 100}  # by capability, what setup.py makes the binary from
 CAPABILITIES = (80, 90, 100)
 
 # Code that a common iteration does without: from a line that contains one of these on, up to the end of the block that
@@ -167,7 +167,8 @@ def _rows(loops: Iterable[Loop]) -> list[dict]:
 def _analyse_unit(nvcc: str, capability: int, folder: Path, unit: str) -> list[Kernel]:
     cubin = folder / "unit.cubin"
     launched, shapes = _probe(folder, unit)
-    log = _run(nvcc, *FLAGS, f"-arch=sm_{ARCHITECTURES[capability]}", "-cubin", "-o", cubin, folder / unit, errors=True)
+    target = f"-gencode=arch=compute_{PTX[capability]},code=sm_{capability}"
+    log = _run(nvcc, *FLAGS, target, "-cubin", "-o", cubin, folder / unit, errors=True)
     source = Source(path for path in (folder / "csrc/cuda").iterdir() if path.suffix in (".h", ".cu"))
     kernels = []
     for mangled, text in _functions(_run(_find_nvdisasm(nvcc), "-c", "-gi", cubin)):

@@ -70,7 +70,7 @@ class Planned(NamedTuple):
 
 class Compiled(NamedTuple):
     registers: int  # a thread
-    spill_stores: int  # instructions
+    spill_stores: int  # instructions; for AMD, registers
     spill_loads: int
     stack: int  # bytes a thread
     shared: int  # bytes a block
@@ -138,16 +138,26 @@ def plan_launches(
             yield Planned(f"{label} {name}", launch, tile)
 
 
-def compile_launch(launch: Launch, capability: int) -> Compiled:
-    """Compiles as a GPU of that capability would at the launch. Needs none, and no TRITON_INTERPRET."""
+def compile_launch(launch: Launch, architecture: int | str) -> Compiled:
+    """Compiles as such a GPU would at the launch: a compute capability, or AMD's "gfx942", of which no loops are told.
+
+    Needs no GPU, and no TRITON_INTERPRET.
+    """
     if not isinstance(launch.kernel, JITFunction):
         kind = type(launch.kernel).__name__
         raise TypeError(f"expected a triton.JITFunction, got {kind}: unset TRITON_INTERPRET before importing triton")
-    target = GPUTarget("cuda", capability, 32)
+    amd = isinstance(architecture, str)
+    target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", architecture, 32)
     start = time.perf_counter()
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     kernel = triton.compile(_source(launch, target), target=target, options=options)
     seconds = time.perf_counter() - start
+    if amd:
+        # Its assembler's notes, at the end. What is not in registers is in the private segment.
+        text = kernel.asm["amdgcn"].rpartition(".amdgpu_metadata\n")[2]
+        used = {name: int(number) for name, number in re.findall(r"^ *\.(\w+): +(\d+)$", text, re.MULTILINE)}
+        spilled, stack, shared = used["vgpr_spill_count"], used["private_segment_fixed_size"], kernel.metadata.shared
+        return Compiled(used["vgpr_count"], spilled, spilled, stack, shared, [], launch.warps, seconds)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])

@@ -100,7 +100,10 @@ def check(
         raise ValueError(f"dtypes must be among {', '.join(map(str, DTYPES))}, got {wrong[0]}")
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    device = torch.empty(0, device=device).device  # with its index
+    try:
+        device = torch.empty(0, device=device).device  # with its index
+    except (AssertionError, RuntimeError) as error:
+        raise RuntimeError(f"torch cannot use device {str(device)!r}: {error}") from None
     return selection.in_a_thread(lambda: _check(device, head_size, dtypes, COMMON[1:2] if quick else COMMON, not quick))
 
 
@@ -142,7 +145,10 @@ def _judged(place: selection.Place, kinds: tuple[Kind, ...]) -> dict:
         if selection.is_checked(place.device):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the report says it
-                verdicts = selection.decide(place, kind).verdicts
+                decision = selection.decide(place, kind)
+            if decision.trouble:
+                raise RuntimeError(f"no check on {place}: {decision.trouble}")
+            verdicts = decision.verdicts
         else:
             names = [name for name in selection.FUSED if found[name].failure is None]
             verdicts = proof.prove(names, problems(kind), *place[1:], place.device)
@@ -275,10 +281,10 @@ def _lines(report: Report):
     yield f"head size {report.head_size}; errors as a share of what is allowed" + (
         f"; milliseconds, and multiples of torch's {SDPA} without positions" if timed else ""
     )
-    heading = f"{'':<14}{'solved':<9}{'error':<7}" + "".join(f"{column:>18}" for column in columns if timed)
+    heading = f"{'':<16}{'solved':<9}{'error':<7}" + "".join(f"{column:>18}" for column in columns if timed)
     for dtype, taken in report.taken.items():
         yield ""
-        yield f"{dtype:<14}{heading[14:]}".rstrip()
+        yield f"{dtype:<16}{heading[16:]}".rstrip()
         for row in report.rows:
             if row.dtype == dtype:
                 yield from _row(row, report.asked, keys)
@@ -289,14 +295,14 @@ def _lines(report: Report):
 
 def _row(row: Row, asked: int, keys: list[str]):
     if row.reasons:
-        yield f"  {row.name:<12}not asked: {'; '.join(row.reasons)}"
+        yield f"  {row.name:<14}not asked: {'; '.join(row.reasons)}"
         return
     if row.failure is not None:
-        yield f"  {row.name:<12}FAILED after {row.problems} of {asked}: {row.failure}"
+        yield f"  {row.name:<14}FAILED after {row.problems} of {asked}: {row.failure}"
         return
     figures = ""
     for key in keys if row.milliseconds else ():
         multiple = f"{row.times_sdpa[key]:.2f} x" if row.times_sdpa else ""
         figures += f"{row.milliseconds[key]:>10.3g}{multiple:>8}"
     solved = f"{row.problems} of {asked}" if row.name != SDPA else ""
-    yield f"  {row.name:<12}{solved:<9}{row.share if row.name != SDPA else '':<7.2}{figures}".rstrip()
+    yield f"  {row.name:<14}{solved:<9}{row.share if row.name != SDPA else '':<7.2}{figures}".rstrip()

@@ -14,7 +14,7 @@ RANKS = [
     # op: the operator knows no model
     {"op.relative_position", "op.dropout"},
     {"op.call"},
-    {"op.backends.extension"},
+    {"op.backends.extension", "op.backends.gpu"},
     {"op.backends.eager.scratch"},
     {"op.backends.eager.tables", "op.backends.eager.band"},
     {"op.backends.eager.chunk"},

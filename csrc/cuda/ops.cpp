@@ -43,6 +43,12 @@ CurrentStream current_stream() {
 // Asked once, when the package is imported.
 bool finds_torch_stream() { return kEmulated || current_stream() != nullptr; }
 
+// What setup.py built the kernels for: "sm_80 sm_90 compute_80".
+#ifndef DEBERTA_FAST_ARCHITECTURES
+#define DEBERTA_FAST_ARCHITECTURES ""
+#endif
+std::string cuda_architectures() { return DEBERTA_FAST_ARCHITECTURES; }
+
 // Torch's device and stream while kernels are launched.
 class Device {
  public:
@@ -172,6 +178,7 @@ STABLE_TORCH_LIBRARY_IMPL(DEBERTA_FAST_NAMESPACE, DEBERTA_FAST_DEVICE, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(DEBERTA_FAST_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("finds_torch_stream", TORCH_BOX(&finds_torch_stream));
+  m.impl("cuda_architectures", TORCH_BOX(&cuda_architectures));
   m.impl("limit_near_bytes", TORCH_BOX(&limit_near_bytes));
 }
 

@@ -16,6 +16,10 @@ NAMES = ("output", "lse", "grad_query", "grad_key", "grad_value", "grad_pos_key"
 LONGEST_MESSAGE = 400
 
 
+class DeviceLostError(RuntimeError):
+    """A backend made a mistake after which the device answers nobody in this process, such as an illegal access."""
+
+
 class Verdict(NamedTuple):
     """What became of a backend.
 
@@ -49,7 +53,10 @@ def prove(
 ) -> dict[str, Verdict]:
     """A verdict for each of the backends named. One that failed is asked nothing more.
 
-    Makes calls of torch's own on the device too, and lets through what these raise.
+    Makes calls of torch's own on the device too, and lets through what these raise, and that memory is too small.
+
+    Raises:
+        DeviceLostError: a backend left the device unusable.
     """
     verdicts = {name: Verdict() for name in names}
     for problem in problems:
@@ -63,7 +70,22 @@ def prove(
                 continue
             asked = asked or _Asked(problem, call)
             verdicts[name] = verdict.and_then(asked.judge(name))
+            if verdicts[name].failure is not None:
+                _require_usable(device, name, verdicts[name].failure)
     return verdicts
+
+
+def _require_usable(device: torch.device, name: str, failure: str) -> None:
+    try:
+        usable = torch.ones(2, device=device).sum().item() == 2
+    except RuntimeError:
+        usable = False
+    if not usable:
+        raise DeviceLostError(
+            f"backend {name!r} left {device} unusable, which only a new process ends: {failure}. There, say "
+            f"deberta_fast.set_backend_check with False or another backend's name before anything else, and please "
+            f"report this"
+        )
 
 
 class _Asked:
@@ -94,7 +116,7 @@ class _Asked:
         return self._comparable({"output": output, "lse": lse} | {f"grad_{n}": g for n, g in zip(leaves, grads)})
 
     def judge(self, name: str) -> Verdict:
-        """What one backend makes of it; it may raise what it likes."""
+        """What one backend makes of it; whatever it raises is a verdict, but that the device's memory is full."""
         try:
             worst, where = 0.0, ""
             first, second = self._results(name), self._results(name)
@@ -110,6 +132,8 @@ class _Asked:
             if not self._zero_where_nothing_is_seen(first):
                 raise AssertionError("a query that sees no key has an output that is not zero")
             return Verdict(1, worst, where)
+        except torch.OutOfMemoryError:
+            raise  # whoever holds the memory
         except Exception as error:
             # No compiler for a launcher, too little shared memory, a wrong result: no more calls for this backend
             kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "

@@ -44,15 +44,25 @@ class Place(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """The fused backends that passed, the fastest first; every one's verdict; milliseconds of those that were timed."""
+    """The outcome of a check.
+
+    Attributes:
+        order: the fused backends that passed, the fastest first.
+        verdicts: on every fused backend.
+        milliseconds: of those that were timed, because there were several.
+        trouble: why there was no check, where torch itself failed in it.
+    """
 
     order: tuple[str, ...]
     verdicts: dict[str, "Verdict"]
     milliseconds: dict[str, dict[str, float]]
+    trouble: str = ""
 
 
 _decisions: dict[tuple[Place, Kind], Decision] = {}
+_orders: dict[tuple, tuple[str, ...]] = {}  # of these decisions, by what is at hand in a call
 _failures: dict[Place, dict[str, str]] = {}
+_told: set[tuple[Place, str]] = set()  # why no fused backend serves a place: once is enough
 _lock = threading.RLock()
 _check: bool | str = True
 
@@ -75,9 +85,10 @@ def set_backend_check(check: bool | str) -> None:
         backends.check_name(check)
     with _lock:
         _check = check
+        _orders.clear()
         if check is True:
-            _decisions.clear()
-            _failures.clear()
+            for kept in (_decisions, _failures, _told):
+                kept.clear()
 
 
 def policy() -> bool | str:
@@ -88,6 +99,7 @@ def policy() -> bool | str:
 def forget(device: torch.device) -> None:
     """What was decided for a device."""
     with _lock:
+        _orders.clear()
         for key in [key for key in _decisions if key[0].device == device]:
             del _decisions[key]
         for place in [place for place in _failures if place.device == device]:
@@ -99,8 +111,8 @@ def choose(name: str | None, call: Call) -> str:
 
     Raises:
         ValueError: no backend of that name.
-        RuntimeError: the backend named has reasons not to serve this call; or a CUDA graph is being captured and
-            nothing was decided before.
+        RuntimeError: the backend named has reasons not to serve this call; a CUDA graph is being captured and nothing
+            was decided before; or a backend left the device in a state that only a new process ends.
     """
     query = call.query
     if name is not None or not is_checked(query.device):
@@ -126,13 +138,10 @@ def is_checked(device: torch.device) -> bool:
     return device.type not in ("cpu", "meta")
 
 
-def _order(device_type: str, index: int | None, dtype: torch.dtype, head_size: int, *kind) -> tuple[str, ...]:
-    """The fused backends to take, best first."""
-    if _check is not True:
-        return (_check,) if _check else ()
-    place, kind = Place(torch.device(device_type, index), dtype, head_size), Kind(*kind)
-    decision = _decisions.get((place, kind))
-    return (decision or _decide(place, kind)).order
+def _order(*key) -> tuple[str, ...]:
+    """The fused backends to take, best first, for (type and index of a device, dtype, head size, fields of a Kind)."""
+    known = _orders.get(key)
+    return _look_up(*key) if known is None else known
 
 
 # What torch.compiler.assume_constant_result does, without the second that importing Dynamo takes: the result is a
@@ -140,10 +149,17 @@ def _order(device_type: str, index: int | None, dtype: torch.dtype, head_size: i
 _order._dynamo_marked_constant = True
 
 
-def _decide(place: Place, kind: Kind) -> Decision:
-    device = place.device
-    if torch.onnx.is_in_onnx_export() or not _exists(device) or place.dtype == torch.float64:
-        return Decision((), {}, {})
+def _look_up(device_type: str, index: int | None, dtype: torch.dtype, head_size: int, *fields) -> tuple[str, ...]:
+    if _check is not True:
+        return (_check,) if _check else ()
+    device, kind = torch.device(device_type, index), Kind(*fields)
+    place = Place(device, dtype, head_size)
+    with _lock:
+        if (place, kind) in _decisions:
+            order = _orders[(device_type, index, dtype, head_size, *fields)] = _decisions[place, kind].order
+            return order
+    if torch.onnx.is_in_onnx_export() or not _exists(device) or dtype == torch.float64:
+        return ()
     if _is_captured(device):
         raise RuntimeError(
             f"a CUDA graph is being captured before any call like it on {place} ({kind}), and no check can run now: "
@@ -151,8 +167,8 @@ def _decide(place: Place, kind: Kind) -> Decision:
         )
     if torch._C._current_graph_task_id() >= 0:
         # The check asks autograd, whose thread for this device is the one that waits here. The forward pass decides.
-        return Decision((), {}, {})
-    return decide(place, kind)
+        return ()
+    return decide(place, kind).order
 
 
 def decide(place: Place, kind: Kind) -> Decision:
@@ -165,6 +181,7 @@ def decide(place: Place, kind: Kind) -> Decision:
             news = {name: v.failure for name, v in decision.verdicts.items() if v.failure and name not in failed}
             failed |= news
             # One wrong result is enough: calls of another kind do without it too
+            _orders.clear()
             for key, earlier in _decisions.items():
                 if key[0] == place:
                     _decisions[key] = earlier._replace(order=tuple(n for n in earlier.order if n not in failed))
@@ -179,9 +196,10 @@ def _checked(place: Place, kind: Kind) -> Decision:
     known = _failures.get(place, {})
     try:
         verdicts = proof.prove([name for name in FUSED if name not in known], problems(kind), dtype, head_size, device)
-    except Exception as error:  # of torch itself, most likely too little memory
-        failure = f"the check could not run: {type(error).__name__}: {error}"
-        verdicts = {name: proof.Verdict(failure=failure) for name in FUSED}
+    except proof.DeviceLostError:
+        raise
+    except Exception as error:  # of torch itself, most likely too little memory: no verdict on a backend
+        return Decision((), {}, {}, f"{type(error).__name__}: {error}")
     verdicts |= {name: proof.Verdict(failure=failure) for name, failure in known.items()}
     passed = [name for name in FUSED if verdicts[name].passed]
     if len(passed) < 2:
@@ -205,8 +223,14 @@ def _warn(place: Place, kind: Kind, decision: Decision, failures: dict[str, str]
     report = f"Please report it, with what `python -m deberta_fast check --device {place.device}` prints"
     for name, failure in failures.items():
         warnings.warn(f"deberta_fast: backend {name!r} failed its check on {place}: {failure}; {taken}. {report}")
-    if not decision.order and not any(verdict.failure for verdict in decision.verdicts.values()):
-        reasons = "; ".join(f"{name}: {', '.join(verdict.reasons)}" for name, verdict in decision.verdicts.items())
+    if decision.trouble:
+        again = "deberta_fast.set_backend_check(True) lets it run again"
+        warnings.warn(f"deberta_fast: no check of backends on {place}: {decision.trouble}; {taken}, and {again}")
+    if not decision.verdicts or any(verdict.passed or verdict.failure for verdict in decision.verdicts.values()):
+        return
+    reasons = "; ".join(f"{name}: {', '.join(verdict.reasons)}" for name, verdict in decision.verdicts.items())
+    if (place, reasons) not in _told:
+        _told.add((place, reasons))
         warnings.warn(f"deberta_fast: no fused backend serves {place} ({kind}): {reasons}; {taken}, which is slower")
 
 

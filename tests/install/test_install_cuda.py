@@ -27,12 +27,13 @@ echo "$@" >> {home}/calls
 case $1 in
   --version) echo "Cuda compilation tools, release {version}, V{version}.88"; exit ;;
   --dryrun) echo '#$ TOP={home}/bin/..' >&2; exit ;;
+  --list-gpu-arch) printf 'compute_%s\\n' 75 80 86 87 89 90 100; exit ;;
 esac
 for word; do
   shift
   case $word in
     -ccbin=*) compiler=${{word#*=}} ;;
-    -Xcompiler=* | -gencode=* | --threads=*) ;;
+    -Xcompiler=* | -Xfatbin=* | -gencode=* | --threads=*) ;;
     *) set -- "$@" "$word" ;;
   esac
 done
@@ -42,6 +43,7 @@ CUDA_HOST = """
 #ifndef USE_CUDA
 #error without USE_CUDA
 #endif
+static_assert(sizeof(DEBERTA_FAST_ARCHITECTURES) > 8, "a string literal");
 int launch(), plan();
 extern "C" __attribute__((visibility("default"))) int launched() { return plan() + launch(); }
 """
@@ -171,30 +173,35 @@ def test_reasons(reason, nowhere, monkeypatch, tmp_path, capsys):
         nowhere.without_cuda(found.value)
 
 
-DEFAULT = ["compute_80,code=sm_80", "compute_90,code=sm_90", "compute_90,code=compute_90"]
+DEFAULT = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "compute_100"]  # the stand-in does not know 12.0
 ARCHITECTURES = {
     "": DEFAULT,
-    "8.0;9.0+PTX": DEFAULT,
-    "8.6 12.0;8.6": ["compute_86,code=sm_86", "compute_120,code=sm_120"],
-    " 9.0a+PTX; 10.0f ": [
-        "compute_90a,code=sm_90a",
-        "compute_90a,code=compute_90a",
-        "compute_100f,code=sm_100f",
-    ],
+    "8.0;9.0+PTX": ["sm_80", "sm_90", "compute_80"],
+    "12.0 8.6;12.0+PTX 7.5": ["sm_120", "sm_86", "compute_120"],
+    " 9.0a+PTX; 10.0f ": ["sm_90a", "sm_100f", "compute_90a"],
 }
 
 
 @pytest.mark.parametrize("listed", ARCHITECTURES)
-def test_architectures(listed, nowhere, monkeypatch):
+def test_architectures(listed, nowhere, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
-    assert nowhere.find_architectures() == [f"-gencode=arch={flag}" for flag in ARCHITECTURES[listed]]
+    make_toolkit(tmp_path / "path")
+    assert nowhere.find_toolkit().architectures == ARCHITECTURES[listed]
+
+
+def test_binaries_are_made_from_the_oldest_ptx(nowhere):
+    """Of their generation, but for names that end in a letter. No kernel asks what it is made for."""
+    made = {"sm_90": 86, "sm_86": 86, "sm_90a": "90a", "sm_120": 110, "sm_110": 110, "compute_110": 110}
+    assert nowhere.generating(list(made)) == [f"-gencode=arch=compute_{n},code={name}" for name, n in made.items()]
+    sources = [path for path in Path(nowhere.__file__).parent.glob("csrc/**/*") if path.is_file()]
+    assert len(sources) > 20 and not any("__CUDA_ARCH" in path.read_text() for path in sources)
 
 
 def test_folder(nowhere, monkeypatch):
     """Another one for whatever changes the objects."""
     host = nowhere.Host(["ccache", "g++", "-m64"], ["ccache", "g++", "-m64", "-O3"], [], [])
-    toolkit = nowhere.Toolkit("nvcc", "13.0.88", nowhere.find_architectures(), "lib64")
-    changes = [{}, {"nvcc": "other"}, {"version": "13.0.90"}, {"architectures": []}, {"libraries": "lib"}]
+    toolkit = nowhere.Toolkit("nvcc", "13.0.88", ["sm_80", "compute_80"], "lib64")
+    changes = [{}, {"nvcc": "other"}, {"version": "13.0.90"}, {"architectures": ["sm_80"]}, {"libraries": "lib"}]
     plans = [nowhere.plan_cuda(host, toolkit._replace(**change), ["ops.o"]) for change in changes]
     monkeypatch.setenv("NVCC_APPEND_FLAGS", "-lineinfo")
     plans.append(nowhere.plan_cuda(host, toolkit, ["ops.o"]))
@@ -244,7 +251,7 @@ def test_build(project, ninja):
     works(project, launched=77)
     (call,) = calls(project / "toolkit")
     assert call.startswith("-std=c++17 -O3 ") and " -Xcompiler=-fPIC,-fvisibility=hidden " in call
-    assert re.findall(r"-gencode=arch=(\S+)", call) == DEFAULT
+    assert re.findall(r"-gencode=arch=compute_(?:80|100),code=(\S+)", call) == DEFAULT
 
     output = build(project, *command)
     assert output.count("ninja: no work to do") == 2 * ninja

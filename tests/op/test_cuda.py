@@ -4,6 +4,7 @@ import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,6 +95,55 @@ def test_more_reasons(monkeypatch):
     assert cuda.why_not(inputs._replace(query=inputs.query.to("meta"))) == [
         "tensors must be on an NVIDIA GPU, got meta"
     ]
+
+
+BUILT = {
+    # (major, minor): runs what was built
+    ("sm_80", "sm_90"): {(8, 0): True, (8, 9): True, (9, 0): True, (10, 0): False, (12, 0): False},
+    ("sm_86", "compute_86"): {(8, 0): False, (8, 6): True, (9, 0): True, (12, 1): True},
+    ("sm_90a", "compute_90a"): {(8, 9): False, (9, 0): True, (10, 0): False},
+    ("sm_100f", "compute_100f"): {(10, 0): True, (10, 3): True, (9, 0): False, (12, 0): False},
+    (): {(9, 0): True},  # MISSING says it
+}
+
+
+@pytest.mark.parametrize("built", BUILT)
+def test_a_gpu_that_the_kernels_were_not_built_for(built, monkeypatch):
+    monkeypatch.setattr(cuda, "ARCHITECTURES", list(built))
+    monkeypatch.setattr(cuda, "RUN_ON", [cuda._capabilities(name) for name in built])
+    for (major, minor), runs in BUILT[built].items():
+        gpu = SimpleNamespace(major=major, minor=minor, shared_memory_per_block_optin=1 << 20)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, gpu=gpu: gpu)
+        none = (
+            f"the kernels were built for {', '.join(built)}, none of which runs on a GPU of capability {major, minor}"
+        )
+        assert cuda.device_reasons(torch.device("cuda:0"), 64) == ([] if runs else [none])
+
+
+def test_old_and_small_gpus(monkeypatch):
+    monkeypatch.setattr(cuda, "RUN_ON", [])
+    gpu = SimpleNamespace(major=7, minor=5, shared_memory_per_block_optin=64 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    old = "compute capability must be at least (8, 0), got (7, 5)"
+    small = "head size 64 needs 96512 bytes of shared memory a block, the GPU has 65536"
+    assert cuda.device_reasons(torch.device("cuda:0"), 64) == [old, small]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there():
+    """As a FakeTensor's need not be. torch.compile traces why_not."""
+    device = torch.device("cuda:0")
+    assert cuda.device_reasons(device, 64) == ["torch finds no device cuda:0"]
+    reasons = lambda x: (x + 1, cuda.device_reasons(device, 64))
+    assert torch.compile(reasons, backend="eager", fullgraph=True)(torch.ones(1))[1] == cuda.device_reasons(device, 64)
+
+
+def test_architectures():
+    """As built: binaries, and perhaps PTX; nothing without CUDA kernels."""
+    built = cuda.architectures()
+    assert all(re.fullmatch(r"(sm|compute)_\d+[af]?", name) for name in built)
+    kernels = cuda.NOT_LOADED is None and cuda.implements("fused_forward", "CUDA")
+    assert any(name.startswith("sm_") for name in built) == kernels
 
 
 def test_refuses_without_a_gpu(monkeypatch):

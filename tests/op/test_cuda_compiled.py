@@ -94,6 +94,20 @@ def test_far_tiles_use_no_band(passes):
                 assert far.opcodes["LDGSTS"] == near.opcodes["LDGSTS"]
 
 
+@pytest.mark.parametrize("oldest, others", [(80, [86, 89, 90]), (100, [120])])
+def test_ptx_is_the_same_for_a_generation(oldest, others, tmp_path):
+    """So setup.py makes it once: but for the line that names what it is for."""
+
+    def ptx(capability):
+        target, source = tmp_path / f"{capability}.ptx", compile_cuda.REPOSITORY / "csrc/cuda/backward_by_row.cu"
+        command = [compile_cuda.find_nvcc(), "-std=c++17", "-O3", "-ptx", f"-arch=compute_{capability}"]
+        subprocess.run([*command, source, "-o", target], check=True)
+        return target.read_text().replace(f".target sm_{capability}", ".target", 1)
+
+    expected = ptx(oldest)
+    assert len(expected) > 10000 and [capability for capability in others if ptx(capability) != expected] == []
+
+
 def test_launches(tmp_path):
     """CUDA is asked for shared memory once for a kernel and device, and a launch tells its own errors."""
     replaced = ("GetDevice", "FuncSetAttribute", "LaunchKernelExC", "GetLastError", "PeekAtLastError")

@@ -9,10 +9,12 @@ pytest.importorskip("triton")
 
 from bench.compile_report import CAPABILITIES, SHARED_LIMIT, compile_all, launches, plan_launches  # noqa: E402
 from deberta_fast import disentangled_attention  # noqa: E402
+from deberta_fast.op import speed  # noqa: E402
 from deberta_fast.op.backends.triton import configuration  # noqa: E402
 from deberta_fast.op.backends.triton.configuration import Configuration, Target, Tiles  # noqa: E402
 from deberta_fast.op.backends.triton.plan import Launch, Part, Plan  # noqa: E402
 from deberta_fast.op.call import Call  # noqa: E402
+from deberta_fast.op.problems import COMMON  # noqa: E402
 
 MAIN = ("band_scores", "forward", "backward_key", "backward_rows", "backward_query", "backward_by_distance")
 
@@ -162,22 +164,42 @@ def test_parts_are_launched_as_compiled_for_the_first():
     assert kernel.launched == [((3, 2, 1), ("tensor", head, 0, 64)) for head in (2, 4)]
 
 
-@pytest.mark.parametrize("length", [128, 512, 2048, 16384])
-@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-def test_workspace_is_bounded(length, packed, monkeypatch):
-    """Forward and backward of 16384 tokens, 12 heads of 64: all that is allocated besides results, at most 256 MiB."""
-    made = {}
+@pytest.fixture
+def made(monkeypatch):
+    """The bytes that a plan of meta tensors allocates."""
+    sizes = {}
 
     def counting(allocate):
         def call(self, *arguments, **options):
             x = allocate(self, *arguments, **options)
-            made[id(x)] = x, x.numel() * x.element_size()
+            sizes[id(x)] = x, x.numel() * x.element_size()
             return x
 
         return call
 
     for name in ("new_empty", "new_zeros"):
         monkeypatch.setattr(torch.Tensor, name, counting(getattr(torch.Tensor, name)))
+
+    def count(inputs):
+        """Of forward, and of backward: all besides results, and the number of launches."""
+        output, lse = torch.empty_like(inputs.query), torch.empty(inputs.query.shape[:3], device="meta")
+        grads = [torch.empty_like(x) for x in inputs[:5]]
+        chosen = configuration.default(Target(90, 64, inputs.query.element_size()))
+        for planned in (
+            Plan(inputs, chosen, "ieee").forward(output, lse),
+            Plan(inputs, chosen, "ieee").backward(output, lse, output, lse, grads),
+        ):
+            sizes.clear()
+            count_of_launches = len(list(planned))
+            yield sum(size for _, size in sizes.values()), count_of_launches
+
+    return count
+
+
+@pytest.mark.parametrize("length", [128, 512, 2048, 16384])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_workspace_is_bounded(length, packed, made):
+    """Forward and backward of 16384 tokens, 12 heads of 64: all that is allocated besides results, at most 256 MiB."""
     batch, tokens = (1, 16384) if packed else (16384 // length, length)
     meta = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
     query, key, value = (meta(batch, 12, tokens, 64) for _ in range(3))
@@ -186,16 +208,19 @@ def test_workspace_is_bounded(length, packed, monkeypatch):
         query, key, value, meta(12, 512, 64), meta(12, 512, 64), None, ends, None,
         256, 512, "hf", 0, 0, length, 0.07, 0.0,
     )  # fmt: skip
-    output, lse = torch.empty_like(query), torch.empty(query.shape[:3], device="meta")
-    grads = [torch.empty_like(x) for x in inputs[:5]]
-    chosen = configuration.default(Target(90, 64, 2))
-    for planned in (
-        Plan(inputs, chosen, "ieee").forward(output, lse),
-        Plan(inputs, chosen, "ieee").backward(output, lse, output, lse, grads),
-    ):
-        made.clear()
-        assert len(list(planned)) >= 5
-        assert 16 << 20 < sum(size for _, size in made.values()) <= 256 << 20
+    for size, count_of_launches in made(inputs):
+        assert 16 << 20 < size <= 256 << 20 and count_of_launches >= 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", speed.SHAPES)
+def test_timing_of_the_check_takes_little_memory(shape, dtype, made):
+    """Inputs, results and workspace of what a process times before it chooses: at most 300 MB."""
+    for kind in COMMON[0], COMMON[4]:
+        call = speed.timed_call(shape, kind, dtype, 64, torch.device("meta"))
+        tensors = sum(x.numel() * x.element_size() for x in call[:8] if x is not None)
+        results = 2 * tensors  # output, the five gradients and log-sum-exps
+        assert all(tensors + results + size <= 300e6 for size, _ in made(call))
 
 
 def test_smaller_until_nothing_is_left():
@@ -250,6 +275,7 @@ def test_autotune_takes_the_fastest(monkeypatch, tmp_path):
 def test_named_without_a_gpu_it_says_why():
     x = torch.randn(1, 1, 5, 16)
     with pytest.raises(
-        RuntimeError, match="backend 'triton' cannot serve this call: tensors must be on a GPU, got cpu"
+        RuntimeError,
+        match="backend 'triton' cannot serve this call: tensors must be on an NVIDIA, AMD or Intel GPU, got cpu",
     ):
         disentangled_attention(x, x, x, backend="triton")

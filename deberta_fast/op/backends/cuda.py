@@ -9,6 +9,7 @@ import torch
 from ..call import Call
 from . import extension
 from .extension import NOT_LOADED, implements
+from .gpu import properties_of
 
 CAPABILITY = (8, 0)
 LARGEST_HEAD = 128
@@ -31,11 +32,26 @@ def _missing() -> str | None:
     return None
 
 
-MISSING = _missing()  # a constant: torch.compile traces why_not
-
-
 def architectures() -> list[str]:
-    return []
+    """What the CUDA kernels were built for, binaries and PTX: ["sm_80", "sm_90", "compute_80"]; [] without kernels."""
+    built = NOT_LOADED is None and implements("cuda_architectures", "CompositeExplicitAutograd")
+    return torch.ops.deberta_fast.cuda_architectures().split() if built else []
+
+
+def _capabilities(architecture: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The first and the last compute capability of GPUs that this runs on."""
+    kind, _, number = architecture.partition("_")
+    digits = number.rstrip("af")
+    first = int(digits[:-1]), int(digits[-1])
+    if number.endswith("a"):
+        return first, first
+    return first, (99, 9) if kind == "compute" and digits == number else (first[0], 9)
+
+
+# Constants: torch.compile traces why_not.
+MISSING = _missing()
+ARCHITECTURES = architectures()
+RUN_ON = [_capabilities(name) for name in ARCHITECTURES]
 
 
 def why_not(call: Call) -> list[str]:
@@ -60,9 +76,15 @@ def device_reasons(device: torch.device, head_size: int) -> list[str]:
     """Reasons not to serve any call of this head size on a device."""
     if device.type != "cuda" or torch.version.hip is not None:
         return [f"tensors must be on an NVIDIA GPU, got {device}"]
-    gpu, reasons = torch.cuda.get_device_properties(device), []
-    if (gpu.major, gpu.minor) < CAPABILITY:
-        reasons.append(f"compute capability must be at least {CAPABILITY}, got {(gpu.major, gpu.minor)}")
+    gpu, reasons = properties_of(device), []
+    if gpu is None:
+        return [f"torch finds no device {device}"]
+    capability = gpu.major, gpu.minor
+    if capability < CAPABILITY:
+        reasons.append(f"compute capability must be at least {CAPABILITY}, got {capability}")
+    elif RUN_ON and not any(first <= capability <= last for first, last in RUN_ON):
+        built = ", ".join(ARCHITECTURES)
+        reasons.append(f"the kernels were built for {built}, none of which runs on a GPU of capability {capability}")
     room, needed = gpu.shared_memory_per_block_optin, SHARED_BYTES.get(-(-head_size // 32) * 32, 0)
     if needed > room:
         reasons.append(f"head size {head_size} needs {needed} bytes of shared memory a block, the GPU has {room}")

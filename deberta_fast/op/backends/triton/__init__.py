@@ -1,4 +1,4 @@
-"""Fused disentangled attention in Triton, forward and backward, for GPUs.
+"""Fused disentangled attention in Triton, forward and backward, for GPUs of NVIDIA, AMD (ROCm) and Intel (XPU).
 
 Keys are far-left, near or far-right of a block of queries. Far tiles are plain flash attention (equation 7). Near tiles
 take their position scores from bands of dense scores, written beforehand for as many heads as ``plan.BAND_BYTES`` holds
@@ -13,6 +13,7 @@ import os
 import torch
 
 from ...call import Call
+from ..gpu import properties_of
 
 
 def _installed() -> tuple[int, int] | None:
@@ -25,7 +26,7 @@ def _installed() -> tuple[int, int] | None:
 OLDEST = (3, 6)
 INSTALLED = _installed()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton runs its kernels on the CPU
-CAPABILITY = (8, 0)
+CAPABILITY = (8, 0)  # of NVIDIA's
 LARGEST_HEAD = 256
 
 
@@ -40,13 +41,21 @@ def why_not(inputs: Call) -> list[str]:
         reasons.append(f"head size must be a multiple of 8 up to {LARGEST_HEAD}, got {query.shape[-1]}")
     if not inputs.scale > 0:
         reasons.append(f"scale must be positive, got {inputs.scale}")
-    if query.device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(query.device)  # torch.compile knows it for a constant
-        if torch.version.hip is None and (gpu.major, gpu.minor) < CAPABILITY:
-            reasons.append(f"compute capability must be at least {CAPABILITY}, got {(gpu.major, gpu.minor)}")
-    elif query.device.type != "cpu" or not INTERPRETED:
-        reasons.append(f"tensors must be on a GPU, got {query.device}")
-    return reasons
+    return reasons + device_reasons(query.device)
+
+
+def device_reasons(device: torch.device) -> list[str]:
+    """Reasons not to serve any call on a device."""
+    if device.type == "cpu" and INTERPRETED:
+        return []
+    if device.type not in ("cuda", "xpu"):
+        return [f"tensors must be on an NVIDIA, AMD or Intel GPU, got {device}"]
+    gpu = properties_of(device)
+    if gpu is None:
+        return [f"torch finds no device {device}"]
+    if device.type == "cuda" and torch.version.hip is None and (gpu.major, gpu.minor) < CAPABILITY:
+        return [f"compute capability must be at least {CAPABILITY}, got {(gpu.major, gpu.minor)}"]
+    return []
 
 
 def forward(inputs: Call, output: torch.Tensor, lse: torch.Tensor | None) -> None:
@@ -77,7 +86,7 @@ def _run(inputs: Call, launches) -> None:
     from .plan import Plan, block_size_of
 
     device = inputs.query.device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with contextlib.nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index):
         while True:
             key, chosen = configuration.choose(device, block_size_of(inputs), inputs.query.element_size())
             try:
@@ -94,6 +103,7 @@ def _run(inputs: Call, launches) -> None:
 def _precision(inputs: Call) -> str:
     if INTERPRETED:
         return "upcast"
-    if inputs.query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+    nvidia = inputs.query.device.type == "cuda" and torch.version.hip is None
+    if nvidia and inputs.query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"

@@ -16,7 +16,7 @@ from . import configuration
 from .configuration import Configuration, Tiles
 
 SHAPES = [(r, c) for r in (32, 64, 128) for c in (32, 64, 128)]
-CANDIDATES = [Tiles(r, c, warps, stages) for r, c in SHAPES for warps in (4, 8) for stages in (2, 3)]
+CANDIDATES = [Tiles(r, c, warps, stages) for r, c in SHAPES for warps in (4, 8) for stages in (1, 2, 3)]
 FORWARD = ("bands", "forward")
 
 
@@ -29,19 +29,21 @@ def tune(
     candidates: Iterable[Tiles] = tuple(CANDIDATES),
     measure: Callable[[Callable[[], object]], float] | None = None,
     make_calls: Callable | None = None,
-    device: str = "cuda",
+    device: str | None = None,
 ) -> Configuration:
     """Tunes one kernel after the other for a head size and dtype, over the lengths together, and saves the result.
 
     Args:
         measure: milliseconds of a call; None means the median of ``triton.testing.do_bench``.
         make_calls: forward and backward to measure; None means those of dense attention with v3's tables.
+        device: None means the machine's accelerator.
 
     Returns:
         The configuration saved.
     """
     import triton
 
+    device = device or torch.accelerator.current_accelerator(check_available=True).type
     measure = measure or (lambda call: triton.testing.do_bench(call, warmup=10, rep=50, return_mode="median"))
     calls = [
         (make_calls or _calls)(head_size, dtype, length, heads, max(1, tokens // length), device) for length in lengths

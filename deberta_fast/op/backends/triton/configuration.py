@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..gpu import properties_of
+
 
 class Tiles(NamedTuple):
     """rows are a program's own, columns what it meets in one step of its loop; both divide the grain."""
@@ -49,9 +51,13 @@ class Configuration(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What a configuration is for. ``block_size`` is the head size, padded to a power of two."""
+    """What a configuration is for.
 
-    capability: int
+    ``architecture``: an NVIDIA GPU's compute capability, 90; an AMD GPU's processor, "gfx942"; "xpu" for Intel's.
+    ``block_size``: the head size, padded to a power of two.
+    """
+
+    architecture: int | str
     block_size: int
     itemsize: int
 
@@ -59,6 +65,8 @@ class Target(NamedTuple):
 def default(target: Target) -> Configuration:
     """The configuration that nobody has measured."""
     capability, size, itemsize = target
+    if isinstance(capability, str):
+        return _default_elsewhere(size)
     if itemsize == 4:
         return _default_32_bit(size)
     plain = Tiles(64, 64, 4, 2)
@@ -82,6 +90,18 @@ def _default_32_bit(size: int) -> Configuration:
     return Configuration(64, *[Tiles(32, 32, 4, 2) if size <= 128 else Tiles(16, 16, 4, 1)] * 5)
 
 
+def _default_elsewhere(size: int) -> Configuration:
+    """For AMD and Intel, any dtype: small tiles, and one stage, since a second one takes registers and shared memory.
+
+    AMD's wavefronts are 64 wide: four of them are 256 threads, which have 512 registers each, two such workgroups 256.
+    A workgroup may ask for 64 KiB.
+    """
+    if size > 128:
+        return Configuration(64, *[Tiles(32, 32, 8, 1)] * 5)
+    plain, wide = Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1)
+    return Configuration(64, plain, wide, wide if size <= 64 else Tiles(32, 32, 4, 1), wide, plain)
+
+
 _chosen: dict[tuple[str, Target], Configuration] = {}
 
 
@@ -90,7 +110,7 @@ def choose(device: torch.device, block_size: int, itemsize: int) -> tuple[tuple[
     key = _identity(device, block_size, itemsize)
     if key not in _chosen:
         # The interpreter takes as long for a small tile as for a large one.
-        usual = default(key[1]) if device.type == "cuda" else Configuration(64, *[Tiles(64, 64, 4, 1)] * 5)
+        usual = Configuration(64, *[Tiles(64, 64, 4, 1)] * 5) if device.type == "cpu" else default(key[1])
         _chosen[key] = _saved(key) or usual
     return key, _chosen[key]
 
@@ -115,10 +135,16 @@ def save(key: tuple[str, Target], configuration: Configuration) -> Path:
 
 @functools.lru_cache(maxsize=64)
 def _identity(device: torch.device, block_size: int, itemsize: int) -> tuple[str, Target]:
-    if device.type != "cuda":
-        return device.type, Target(90, block_size, itemsize)
-    major, minor = torch.cuda.get_device_capability(device)
-    return torch.cuda.get_device_name(device), Target(10 * major + minor, block_size, itemsize)
+    if device.type == "cpu":
+        return "cpu", Target(90, block_size, itemsize)
+    gpu = properties_of(device)
+    if device.type == "xpu":
+        architecture = "xpu"
+    elif torch.version.hip is not None:
+        architecture = gpu.gcnArchName.partition(":")[0]  # gfx942:sramecc+:xnack-
+    else:
+        architecture = 10 * gpu.major + gpu.minor
+    return gpu.name, Target(architecture, block_size, itemsize)
 
 
 def _saved(key: tuple[str, Target]) -> Configuration | None:

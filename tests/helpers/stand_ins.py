@@ -1,0 +1,80 @@
+"""Backends that stand in for those of an accelerator, and faults to plant in them."""
+
+from types import SimpleNamespace
+
+import torch
+
+from deberta_fast.op import proof
+from deberta_fast.op.backends import eager
+
+
+class StandIn(SimpleNamespace):
+    """A backend that computes by ``eager``, and counts its forward passes; a fault changes what it computes."""
+
+    def __init__(self, fault=None, reasons=()):
+        super().__init__(calls=0, fault=fault, reasons=list(reasons))
+
+    def why_not(self, call):
+        return self.reasons
+
+    def forward(self, call, output, lse):
+        self.calls += 1
+        lse = call.new_lse() if lse is None else lse
+        eager.forward(self._changed(call), output, lse)
+        self._spoil("forward", output=output, lse=lse)
+
+    def backward(self, call, output, lse, grad_output, grad_lse, grads):
+        eager.backward(self._changed(call), output, lse, grad_output, grad_lse, grads)
+        self._spoil("backward", **dict(zip(proof.NAMES[2:], grads, strict=True)))
+
+    def _changed(self, call):
+        return getattr(self.fault, "call", lambda call: call)(call)
+
+    def _spoil(self, where, **tensors):
+        getattr(self.fault, where, lambda tensors: None)(SimpleNamespace(**tensors))
+
+
+def fault(where, change):
+    return SimpleNamespace(**{where: change})
+
+
+def rolled(call):
+    return call if call.pos_key is None else call._replace(pos_key=call.pos_key.roll(1, 1))
+
+
+def raises(tensors):
+    raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+
+def a_slot_too_far(tensors):
+    """The gradient of one table, added to the neighbouring row."""
+    if tensors.grad_pos_query is not None:
+        tensors.grad_pos_query.copy_(tensors.grad_pos_query.roll(1, 1))
+
+
+class Race:
+    """What two blocks that race for one row make: less than the precision rule sees."""
+
+    runs = 0
+
+    def forward(self, tensors):
+        self.runs += 1
+        tensors.output[..., -1, :] *= 1 + 2 * torch.finfo(torch.float32).eps * (self.runs % 2)
+
+
+def not_written(tensors):
+    """The last row of a cut tile: what lay there before stays."""
+    tensors.output[:, :, -1] = torch.nan
+
+
+FAULTS = {
+    "a wrong slot": (fault("call", rolled), r"output: max error \d.*, allowed \d"),
+    "a dropped barrier": (fault("forward", lambda t: t.output[..., 32:48, :].zero_()), "output: max error"),
+    "a NaN": (fault("backward", lambda t: t.grad_key[0, 0, 3, 2].fill_(torch.nan)), "grad_key is not finite"),
+    "a row not written": (fault("forward", not_written), "output is not finite"),
+    "an exception": (fault("forward", raises), "RuntimeError: Failed to find C compiler"),
+    "a wrong gradient of a table": (fault("backward", a_slot_too_far), "grad_pos_query: max error"),
+    "a row of the log-sum-exp": (fault("forward", lambda t: t.lse[..., 7].add_(0.5)), "lse: max error"),
+    "a race": (Race(), "output differs from run to run"),
+    "a row that sees nothing": (fault("forward", lambda t: t.output[-1].add_(1e-30)), "sees no key"),
+}

@@ -1,0 +1,156 @@
+"""``check``: what it reports, and that it reports what is so."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from stand_ins import FAULTS, StandIn
+
+import deberta_fast
+from deberta_fast import selfcheck
+from deberta_fast.cli import main
+from deberta_fast.op import backends, selection, speed
+from deberta_fast.op.backends import cpu, cuda
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(cpu.NOT_LOADED is not None, reason=str(cpu.NOT_LOADED))
+
+
+@pytest.fixture(scope="module")
+def report():
+    """All kinds of calls in one dtype, with small shapes to time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "SHAPES", {"short": (2, 16), "long": (1, 128)})
+        return deberta_fast.check("cpu", head_size=16, dtypes=(torch.bfloat16,))
+
+
+def test_every_instruction_set_of_a_cpu(report):
+    rows = {row.name: row for row in report.rows}
+    sets = [f"cpu ({name})" for name in cpu.instruction_sets()]
+    assert list(rows) == [*sets, "cuda", "triton", "eager", "SDPA"] and sets[-1] == "cpu (plain)"
+    for name in (*sets, "eager"):
+        assert rows[name].passed and rows[name].problems == report.asked == 19
+        assert 0 < rows[name].share < 0.9 and rows[name].where
+    assert rows["cuda"].reasons and rows["triton"].reasons and not rows["cuda"].passed
+    for name in (sets[0], "eager"):
+        assert rows[name].milliseconds.keys() == rows["SDPA"].milliseconds.keys()
+        for key, time in rows[name].milliseconds.items():
+            assert time > 0 and rows[name].times_sdpa[key] == time / rows["SDPA"].milliseconds[key]
+    assert report.passed and report.taken["bfloat16"].startswith("cpu, ")
+
+
+def test_the_table_and_json(report):
+    text = str(report)
+    assert all(len(line) <= 160 for line in text.splitlines())
+    for words in ("torch", "Triton", "device", "CPU kernels", "CUDA kernels", "bfloat16", "cpu (plain)", "19 of 19"):
+        assert words in text
+    assert "not asked: " in text and "backend=None takes cpu" in text and "passed in every dtype" in text
+    again = json.loads(json.dumps(report.as_dict()))
+    assert again["machine"]["torch"].startswith(torch.__version__) and again["passed"] is True
+    assert [row["name"] for row in again["rows"]] == [row.name for row in report.rows]
+
+
+def test_the_instruction_set_is_put_back(monkeypatch):
+    told = []
+    monkeypatch.setattr(torch.ops.deberta_fast, "use_instruction_set", told.append)
+    with pytest.raises(ZeroDivisionError), cpu.using("plain"):
+        raise ZeroDivisionError
+    assert told == ["plain", cpu.instruction_set()]
+
+
+def test_another_instruction_set_is_used(monkeypatch):
+    """Else every row would be of the same kernels."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 1, 200, 64)
+    bits = set()
+    for name in cpu.instruction_sets():
+        with cpu.using(name):
+            output = deberta_fast.disentangled_attention(query, key, value, backend="cpu")
+            bits.add(output.numpy().tobytes())
+    assert len(bits) == len(cpu.instruction_sets())
+
+
+def test_command_line(capsys, monkeypatch):
+    assert main(["check", "--device", "cpu", "--dtype", "float32", "--head-size", "16", "--quick"]) == 0
+    assert "3 of 3" in capsys.readouterr().out
+    assert main(["check", "--device", "cpu", "--dtype", "bfloat16", "--head-size", "16", "--quick", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["asked"] == 3
+    monkeypatch.setitem(backends.BACKENDS, "cpu", StandIn(FAULTS["a wrong slot"][0]))
+    assert main(["check", "--device", "cpu", "--dtype", "float32", "--head-size", "16", "--quick"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED after 0 of 3: problem 'short, holes': output: max error" in out and "NO FUSED BACKEND PASSED" in out
+
+
+def test_as_a_newcomer_calls_it():
+    """In a process of its own, with nothing imported."""
+    run = [sys.executable, "-W", "error", "-m", "deberta_fast", "check", "--device", "cpu", "--quick"]
+    done = subprocess.run([*run, "--head-size", "16"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "a fused backend passed in every dtype" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--device", "nonsense"], "torch cannot use device 'nonsense'"),
+        (["--device", "cuda:99"], "torch cannot use device 'cuda:99'"),
+        (["--device", "cpu", "--head-size", "0"], "head_size must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_checked(arguments, message, capsys):
+    assert main(["check", *arguments]) == 1
+    captured = capsys.readouterr()
+    assert not captured.out
+    assert message in captured.err and "Traceback" not in captured.err
+
+
+def test_no_such_dtype():
+    with pytest.raises(ValueError, match=r"dtypes must be among torch.float32, .*, got torch.float64"):
+        deberta_fast.check("cpu", dtypes=(torch.float64,))
+
+
+# On an accelerator, for which the CPU stands in
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    monkeypatch.setattr(selection, "is_checked", lambda device: device.type == "cpu")
+    monkeypatch.setattr(speed, "of_backends", lambda names, *_: {n: {"": 2.0 - (n == "triton")} for n in names})
+    selection.set_backend_check(True)
+
+    def install(cuda=None, triton=None):
+        monkeypatch.setitem(backends.BACKENDS, "cuda", cuda or StandIn())
+        monkeypatch.setitem(backends.BACKENDS, "triton", triton or StandIn())
+
+    yield install
+    selection.set_backend_check(True)
+
+
+def quick(**options):
+    return deberta_fast.check("cpu", head_size=16, dtypes=(torch.bfloat16,), quick=True, **options)
+
+
+def test_what_a_process_will_take(accelerator, recwarn):
+    accelerator()
+    report = quick()
+    assert report.passed and report.taken == {"bfloat16": "triton: the fastest that passed"}
+    accelerator(triton=StandIn(FAULTS["an exception"][0]))  # and asked again, it looks again
+    report = quick()
+    assert report.passed and report.taken == {"bfloat16": "cuda: the fastest that passed"}
+    (failed,) = (row for row in report.rows if row.failure)
+    assert failed.name == "triton" and "Failed to find C compiler" in failed.failure
+    accelerator(StandIn(FAULTS["a NaN"][0]), StandIn(reasons=["no Triton"]))
+    report = quick()
+    assert report.taken == {"bfloat16": "eager: no fused backend passed"}
+    assert "triton        not asked: no Triton" in str(report)
+    assert not recwarn.list  # the report says it all
+    deberta_fast.set_backend_check(False)
+    assert quick().taken == {"bfloat16": "what set_backend_check(False) asked for, eager"}
+
+
+def test_the_cuda_kernels_are_named(monkeypatch):
+    monkeypatch.setattr(cuda, "architectures", lambda: ["sm_80", "sm_90", "compute_90"])
+    assert selfcheck._machine(torch.device("cpu"))["CUDA kernels"] == "sm_80, sm_90, compute_90"
