@@ -2,7 +2,7 @@
 
 Tensors are the CPU's, so the module has to be told ``--device cpu``. The CUDA kernels run on the tests' emulator, which
 is compiled first if need be, the Triton kernels in Triton's interpreter; torch.compile traces and compiles nothing.
-Every call is made once, and times say nothing; v3-base's module has two heads. ``bin`` has what takes the place of programs.
+Every call is made once, and times say nothing; layers have two heads. ``bin`` has what takes the place of programs.
 """
 
 import functools
