@@ -18,6 +18,7 @@ from .op.backends import cpu, cuda, extension, triton
 from .op.problems import COMMON, Kind, call_of, problems
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+VERSIONS = ("deberta_fast", "torch", "Triton", "Python")
 SDPA = "SDPA"  # torch's attention, without position terms: what the times are compared with
 
 
@@ -223,9 +224,10 @@ def _machine(device: torch.device) -> dict[str, str]:
     runtime = f"ROCm {torch.version.hip}" if torch.version.hip else runtime
     architectures = cuda.architectures()
     return {
-        "deberta_fast": f"{__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
-        "torch": f"{torch.__version__}, {runtime or 'no GPU runtime'}",
+        "deberta_fast": __version__,
+        "torch": f"{torch.__version__} ({runtime or 'no GPU runtime'})",
         "Triton": "not installed" if triton.INSTALLED is None else ".".join(map(str, triton.INSTALLED)),
+        "Python": f"{platform.python_version()}, {platform.system()} {platform.machine()}",
         "device": _device(device),
         "CPU kernels": extension.NOT_LOADED or ", ".join(cpu.instruction_sets()),
         "CUDA kernels": ", ".join(architectures) if architectures else cuda.MISSING or "none",
@@ -271,7 +273,9 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _lines(report: Report):
-    for name, words in report.machine.items():
+    machine = dict(report.machine)
+    yield ", ".join(f"{name} {machine.pop(name)}" for name in VERSIONS)
+    for name, words in machine.items():
         yield f"{name:<13}{words}"
     shapes = [f"{batch} x {length}" for batch, length in report.shapes.values()]
     columns = [f"{which} {shape}" for which in ("forward", "backward") for shape in shapes]
@@ -283,13 +287,11 @@ def _lines(report: Report):
     )
     heading = f"{'':<16}{'solved':<9}{'error':<7}" + "".join(f"{column:>18}" for column in columns if timed)
     for dtype, taken in report.taken.items():
-        yield ""
         yield f"{dtype:<16}{heading[16:]}".rstrip()
         for row in report.rows:
             if row.dtype == dtype:
                 yield from _row(row, report.asked, keys)
         yield f"  backend=None takes {taken}"
-    yield ""
     yield "a fused backend passed in every dtype" if report.passed else "NO FUSED BACKEND PASSED in some dtype"
 
 
