@@ -79,7 +79,6 @@ fi
 logs=$root/build/gpu-logs${dry:+-dry}
 mkdir -p "$out" "$logs" && rm -f "$logs"/*.{log,txt} || exit 2
 out=$(cd "$out" && pwd)
-rm -f "$out/stages.txt"
 
 # A stage is a function. A shell of its own runs it, so that timeout can end it.
 run() {  # python -m
@@ -246,7 +245,7 @@ pack() {
 }
 
 finish() {
-  echo && cat "$out/stages.txt" && echo "results: $out"
+  echo && printf '%s\n' "${lines[@]}" && echo "results: $out"
   pack
   exit "$1"
 }
@@ -254,7 +253,7 @@ finish() {
 functions=$(declare -F | cut -d ' ' -f 3)
 export -f $functions
 export python out on dry brief logs root
-failed=0
+lines=() failed=0
 trap 'kill "${!:-}" 2>/dev/null; finish 143' TERM INT
 for entry in "${stages[@]}"; do
   name=${entry%:*} limit=240 start=$SECONDS
@@ -269,8 +268,8 @@ for entry in "${stages[@]}"; do
     ((status == 124 || status == 137)) && word="STOPPED after $limit s"
     tail -n 40 "$log"
   fi
-  printf '%-16s %4d s  %s: %s\n' "$name" $((SECONDS - start)) "$word" "$(tail -n 1 "$log" | cut -c -100)" |
-    tee -a "$out/stages.txt"
+  lines+=("$(printf '%-16s %4d s  %s: %s' "$name" $((SECONDS - start)) "$word" "$(tail -n 1 "$log" | cut -c -100)")")
+  echo "${lines[-1]}" | tee -a "$out/stages.txt"
   pack
 done
 finish "$failed"
