@@ -97,7 +97,7 @@ def test_more_reasons(monkeypatch):
     ]
 
 
-BUILT = {
+RUNS_ON = {
     # (major, minor): runs what was built
     ("sm_80", "sm_90"): {(8, 0): True, (8, 9): True, (9, 0): True, (10, 0): False, (12, 0): False},
     ("sm_86", "compute_86"): {(8, 0): False, (8, 6): True, (9, 0): True, (12, 1): True},
@@ -107,11 +107,11 @@ BUILT = {
 }
 
 
-@pytest.mark.parametrize("built", BUILT)
+@pytest.mark.parametrize("built", RUNS_ON)
 def test_a_gpu_that_the_kernels_were_not_built_for(built, monkeypatch):
     monkeypatch.setattr(cuda, "ARCHITECTURES", list(built))
     monkeypatch.setattr(cuda, "RUN_ON", [cuda._capabilities(name) for name in built])
-    for (major, minor), runs in BUILT[built].items():
+    for (major, minor), runs in RUNS_ON[built].items():
         gpu = SimpleNamespace(major=major, minor=minor, shared_memory_per_block_optin=1 << 20)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, gpu=gpu: gpu)
         none = (
