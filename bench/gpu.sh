@@ -4,7 +4,7 @@
 #   bench/gpu.sh [--dry] [--out DIR] [--archive FILE] [first | second | stage ...]
 #
 # first is for a GPU that is lent for minutes: the stages that answer most, in at most 8 minutes. second, in at most 4,
-# times the variants to choose among. Without a name: the others, build and all below it; where it is dry, both of these.
+# times the variants to choose among. Without a name: build and all below it; where it is dry, first and second.
 #
 # Of first, in its order, with build before and sanitize and ncu behind:
 #   check     the backends against the reference     g1        attention: cuda, triton and plain, L = 512, 2048, 8192
@@ -26,9 +26,9 @@
 #   ncu       Nsight Compute's counters of the CUDA kernels     plots     charts of all of these
 #
 # sanitize and ncu need what comes with a CUDA toolkit (PATH, CUDA_HOME, /usr/local/cuda); without it a line says so.
-# Results go to bench/results/ and the GPU's name, or to DIR, row by row; stages.txt there says how each stage ended. FILE
-# (.tar.gz) gets them and the logs after every stage. --dry needs no GPU and measures nothing: the same stages at toy
-# sizes on CPU tensors, in Triton's interpreter and an emulator, bench/dry/bin for the tools; results in build/dry.
+# Results go to bench/results/ and the GPU's name, or to DIR, row by row; stages.txt there says how each stage ended.
+# FILE (.tar.gz) gets them and the logs after every stage. --dry needs no GPU and measures nothing: the same stages at
+# toy sizes on CPU tensors, in Triton's interpreter and an emulator, bench/dry/bin for the tools; results in build/dry.
 # PYTHON names the interpreter, which needs torch and triton, for the tests also pytest and transformers, no network;
 # build needs setuptools, nvcc and a C++ compiler (setup.py names the variables; TORCH_CUDA_ARCH_LIST is by default the
 # GPU's own).
@@ -79,7 +79,6 @@ fi
 logs=$root/build/gpu-logs${dry:+-dry}
 mkdir -p "$out" "$logs" && rm -f "$logs"/*.{log,txt} || exit 2
 out=$(cd "$out" && pwd)
-rm -f "$out/stages.txt"
 
 # A stage is a function. A shell of its own runs it, so that timeout can end it.
 run() {  # python -m
@@ -139,8 +138,8 @@ g1() {
 # Each compiles for some time, FlexAttention for every length and pass.
 g1-others() {
   local status=0
-  bench layer_gpu --lengths 512 8192 2048 --passes forward backward --seconds 30 --variants patched-cuda patched-triton \
-    disentangled-flash flashdeberta || status=$?
+  bench layer_gpu --lengths 512 8192 2048 --passes forward backward --seconds 30 \
+    --variants patched-cuda patched-triton disentangled-flash flashdeberta || status=$?
   bench attention_gpu --lengths 512 8192 2048 --passes forward backward --seconds 60 --variants flex plain-flash \
     --name g1-flex || status=$?
   return $status
@@ -219,8 +218,8 @@ sanitize() {
     options=(--tool "$name" --print-limit 1000)
     [[ $name == initcheck ]] || options+=(--kernel-name kns=deberta_fast --error-exitcode 99)
     for i in 0 1; do
-      "$tool" "${options[@]}" "$(command -v "$python")" -m ${dry:+bench.dry} bench.cuda_kernels once ${problems[i]} $on \
-        >"$logs/$name-$i.txt" 2>&1 &
+      "$tool" "${options[@]}" "$(command -v "$python")" -m ${dry:+bench.dry} bench.cuda_kernels once \
+        ${problems[i]} $on >"$logs/$name-$i.txt" 2>&1 &
       pids+=($!) names+=("$name-$i")
     done
   done
@@ -228,7 +227,9 @@ sanitize() {
     name=${names[i]} log=$logs/${names[i]}.txt words=ok
     wait "${pids[i]}" || words="FAILED ($?)"
     grep -q 'SUMMARY: ' "$log" || words='FAILED (no summary)'
-    if [[ $name == initcheck* ]] && grep -q '^=========  *at .*deberta_fast' "$log"; then words='FAILED (errors found)'; fi
+    if [[ $name == initcheck* ]] && grep -q '^=========  *at .*deberta_fast' "$log"; then
+      words='FAILED (errors found)'
+    fi
     if [[ $words != ok ]]; then
       failed=1
       head -n 30 "$log" && tail -n 30 "$log"
@@ -246,7 +247,7 @@ pack() {
 }
 
 finish() {
-  echo && cat "$out/stages.txt" && echo "results: $out"
+  echo && printf '%s\n' "${lines[@]}" && echo "results: $out"
   pack
   exit "$1"
 }
@@ -254,7 +255,7 @@ finish() {
 functions=$(declare -F | cut -d ' ' -f 3)
 export -f $functions
 export python out on dry brief logs root
-failed=0
+lines=() failed=0
 trap 'kill "${!:-}" 2>/dev/null; finish 143' TERM INT
 for entry in "${stages[@]}"; do
   name=${entry%:*} limit=240 start=$SECONDS
@@ -269,8 +270,8 @@ for entry in "${stages[@]}"; do
     ((status == 124 || status == 137)) && word="STOPPED after $limit s"
     tail -n 40 "$log"
   fi
-  printf '%-16s %4d s  %s: %s\n' "$name" $((SECONDS - start)) "$word" "$(tail -n 1 "$log" | cut -c -100)" |
-    tee -a "$out/stages.txt"
+  lines+=("$(printf '%-16s %4d s  %s: %s' "$name" $((SECONDS - start)) "$word" "$(tail -n 1 "$log" | cut -c -100)")")
+  echo "${lines[-1]}" | tee -a "$out/stages.txt"
   pack
 done
 finish "$failed"
