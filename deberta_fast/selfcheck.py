@@ -42,8 +42,8 @@ class Row(NamedTuple):
     share: float = 0.0
     where: str = ""
     failure: str | None = None
-    milliseconds: dict[str, float] = {}  # noqa: RUF012
-    times_sdpa: dict[str, float] = {}  # noqa: RUF012
+    milliseconds: dict[str, float] = {}
+    times_sdpa: dict[str, float] = {}
 
 
 class Report(NamedTuple):
@@ -115,13 +115,11 @@ def _check(device, head_size: int, dtypes, kinds: tuple[Kind, ...], timed: bool)
     selection.forget(device)
     for dtype in dtypes:
         place = selection.Place(device, dtype, head_size)
-        judged = _on_a_cpu(place, kinds) if device.type == "cpu" else {}
+        judged = {} if selection.is_checked(device) else _on_a_cpu(place, kinds)
         judged |= _judged(place, kinds)
-        names = {
-            name: name.split()[0]
-            for name, verdict in judged.items()
-            if verdict.passed and name.partition(" (")[2].rstrip(")") in ("", cpu.instruction_set())
-        }
+        names = {name: name for name in judged if name in backends.BACKENDS}
+        names |= {label: "cpu" for label in judged if label == f"cpu ({cpu.instruction_set()})"}
+        names = {label: name for label, name in names.items() if judged[label].passed}
         times = _times(place, names, speed) if timed else {}
         for name, verdict in judged.items():
             row = Row(
@@ -162,14 +160,17 @@ def _on_a_cpu(place: selection.Place, kinds: tuple[Kind, ...]) -> dict:
     """Verdicts on the CPU's kernels, by instruction set."""
     from .op import proof
 
+    def verdict() -> proof.Verdict:
+        found = proof.Verdict()
+        for kind in kinds:
+            found = found.and_then(proof.prove(["cpu"], problems(kind), *place[1:], place.device)["cpu"])
+        return found
+
     found = {}
     for instructions in cpu.instruction_sets():
-        verdict = proof.Verdict()
         with cpu.using(instructions):
-            for kind in kinds:
-                verdict = verdict.and_then(proof.prove(["cpu"], problems(kind), *place[1:], place.device)["cpu"])
-        found[f"cpu ({instructions})"] = verdict
-    return found
+            found[f"cpu ({instructions})"] = verdict()
+    return found or {"cpu": verdict()}
 
 
 def _times(place: selection.Place, names: dict[str, str], speed) -> dict[str, dict[str, float]]:

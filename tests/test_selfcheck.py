@@ -53,6 +53,16 @@ def test_the_table_and_json(report):
     assert [row["name"] for row in again["rows"]] == [row.name for row in report.rows]
 
 
+def test_readme_shows_what_is_printed(report):
+    """But for figures and the machine's own words."""
+    block = (ROOT / "README.md").read_text().partition("```text\n")[2].partition("```")[0].splitlines()
+    wording = report._replace(shapes={"short": (8, 128), "long": (1, 2048)}, head_size=64)
+    shown, printed = ({line[:13].strip(): line for line in lines} for lines in (block, str(wording).splitlines()))
+    assert shown.keys() >= printed.keys()
+    for label in ("head size 64;", "bfloat16", "backend=Non", "a fused backe"):
+        assert shown[label] == printed[label]
+
+
 def test_the_instruction_set_is_put_back(monkeypatch):
     told = []
     monkeypatch.setattr(torch.ops.deberta_fast, "use_instruction_set", told.append)
@@ -149,6 +159,23 @@ def test_what_a_process_will_take(accelerator, recwarn):
     assert not recwarn.list  # the report says it all
     deberta_fast.set_backend_check(False)
     assert quick().taken == {"bfloat16": "what set_backend_check(False) asked for, eager"}
+
+
+def test_times_of_an_accelerator(accelerator, monkeypatch):
+    monkeypatch.setattr(speed, "SHAPES", {"short": (2, 16), "long": (1, 128)})
+    accelerator(cuda=StandIn(FAULTS["a NaN"][0]))
+    rows = {row.name: row for row in deberta_fast.check("cpu", head_size=16, dtypes=(torch.bfloat16,)).rows}
+    assert list(rows) == ["cuda", "triton", "eager", "SDPA"]  # and no CPU's
+    assert rows["triton"].problems == 19 and rows["cuda"].problems < 19
+    assert [name for name, row in rows.items() if row.milliseconds] == ["triton", "eager", "SDPA"]
+
+
+def test_without_the_extension(monkeypatch):
+    monkeypatch.setattr(cpu, "NOT_LOADED", "the extension deberta_fast._C was not built")
+    report = quick()
+    rows = {row.name: row for row in report.rows}
+    assert rows["cpu"].reasons == ("the extension deberta_fast._C was not built",) and rows["eager"].passed
+    assert not report.passed and report.taken["bfloat16"].startswith("eager, ")
 
 
 def test_the_cuda_kernels_are_named(monkeypatch):

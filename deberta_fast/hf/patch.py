@@ -26,7 +26,8 @@ def patch(
     Args:
         model: any module that is or contains a DeBERTa v1, v2 or v3 (or only its encoder or attention): task models,
             wrappers such as GLiNER or sentence-transformers, models with LoRA adapters. transformers 4.48 or newer.
-        backend: a name of ``backends.BACKENDS`` that must then serve every call; None chooses the best for each call.
+        backend: a name of ``backends.BACKENDS`` that must then serve every call. None chooses the best for each call;
+            on a GPU, backends have to prove themselves for half-precision weights now (``set_backend_check``).
         unpad: True takes padding out between the embeddings and the last layer's output, wherever a (B, L) mask has
             some: layers see (T, hidden_size), and rows of padding come out as zeros. Where padding stays (masks of
             pairs, captured programs), one warning says so. "auto" does so where it pays, without a warning. Compiled

@@ -48,7 +48,8 @@ def disentangled_attention(
         first_slot: the row of the whole table that row 0 of pos_key and pos_query is, where only the rows that these
             lengths can reach were projected (``relative_position.SlotTable.window``).
         return_lse: also return log sum_j exp(A_ij), (B, H, Lq), float32 (float64 for float64).
-        backend: a name of ``backends.BACKENDS``, or None for the first that can serve the call.
+        backend: a name of ``backends.BACKENDS``. None takes the first that can serve the call on a CPU, and elsewhere
+            the fastest that has proved itself on the device (``set_backend_check``).
 
     Returns:
         O (B, H, Lq, D), laid out as (B, Lq, H, D); with return_lse also the log-sum-exp. Gradients flow to the five
@@ -56,7 +57,8 @@ def disentangled_attention(
 
     Raises:
         TypeError, ValueError: an argument is not as described; names argument, expected and got.
-        RuntimeError: the named backend cannot serve the call; lists its reasons.
+        RuntimeError: the named backend cannot serve the call; lists its reasons. No backend is named, and a CUDA graph
+            is being captured before any call like it.
     """
     call = checked_call(
         query, key, value, pos_key, pos_query, attention_mask, None, position_buckets, max_relative_positions,

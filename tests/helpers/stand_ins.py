@@ -19,9 +19,9 @@ class StandIn(SimpleNamespace):
 
     def forward(self, call, output, lse):
         self.calls += 1
-        lse = call.new_lse() if lse is None else lse
+        lse, before = call.new_lse() if lse is None else lse, output.clone()
         eager.forward(self._changed(call), output, lse)
-        self._spoil("forward", output=output, lse=lse)
+        self._spoil("forward", output=output, lse=lse, before=before)
 
     def backward(self, call, output, lse, grad_output, grad_lse, grads):
         eager.backward(self._changed(call), output, lse, grad_output, grad_lse, grads)
@@ -64,7 +64,7 @@ class Race:
 
 def not_written(tensors):
     """The last row of a cut tile: what lay there before stays."""
-    tensors.output[:, :, -1] = torch.nan
+    tensors.output[:, :, -1] = tensors.before[:, :, -1]
 
 
 FAULTS = {

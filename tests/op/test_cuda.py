@@ -11,7 +11,8 @@ import torch
 from cases import BY_NAME, Case, make_inputs
 from emulated import BUILDS, ROOT, SANITIZERS, built, run, stand_in
 
-from deberta_fast import backends, disentangled_attention
+from deberta_fast import disentangled_attention
+from deberta_fast.op import selection
 from deberta_fast.op.backends import cuda
 
 # Of cuda_emulated.py, under sanitizers
@@ -166,8 +167,8 @@ def test_without_the_extension(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_is_nobodys_default(dtype, monkeypatch):
-    """Not even where it could serve the call: it has to be named."""
+def test_is_no_default_on_a_cpu(dtype, monkeypatch):
+    """Not even where it could serve the call."""
     monkeypatch.setattr(cuda, "why_not", lambda inputs: [])
     for case in ("one-token", "ragged-L129-D64", "pairwise-mask-L150"):
-        assert backends.choose(None, make_inputs(BY_NAME[case], dtype)) in ("cpu", "eager")
+        assert selection.choose(None, make_inputs(BY_NAME[case], dtype)) in ("cpu", "eager")
