@@ -14,7 +14,7 @@ from stand_ins import FAULTS, StandIn, fault, rolled
 
 import deberta_fast
 from deberta_fast.op import backends, proof, selection, speed
-from deberta_fast.op.problems import COMMON, Kind, problems
+from deberta_fast.op.problems import COMMON, Kind, call_of, problems
 
 SIZE = 16
 
@@ -384,6 +384,17 @@ def test_few_problems_that_meet_everything():
                 assert longest - 1 + p.offset - 127 - 127 > p.longest and -127 - p.longest > p.offset - min(
                     330, longest
                 )
+
+
+def test_the_same_problems_whatever_the_default_dtype():
+    problem = problems(COMMON[1])[0]
+    usual = call_of(problem, torch.float32, SIZE)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        changed = call_of(problem, torch.float32, SIZE)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(x is y or torch.equal(x, y) for x, y in zip(usual[:8], changed[:8], strict=True))
 
 
 @pytest.mark.parametrize("kind", COMMON, ids=str)
