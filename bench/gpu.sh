@@ -123,11 +123,11 @@ run_code() {
   if [[ $dry ]]; then run -c "$1"; else "$python" -c "$1"; fi
 }
 
-# What matters most before what makes Triton compile for a minute. Not in the interpreter, where it takes as long.
+# What matters most before what makes Triton compile for a minute.
 check() {
   local status=0 toy=${dry:+--quick --dtypes bfloat16}
-  "$python" -m bench.check $on --quick --dtypes bfloat16 float16 float32 $toy --out "$out" || status=$?
-  "$python" -m bench.check $on --dtypes bfloat16 --name check-full $toy --out "$out" || status=$?
+  run bench.check $on --quick --dtypes bfloat16 float16 float32 $toy --out "$out" || status=$?
+  run bench.check $on --dtypes bfloat16 --name check-full $toy --out "$out" || status=$?
   return $status
 }
 
@@ -172,7 +172,7 @@ far() {
 tests() {
   # Triton compiles for most of the time, one kernel at a time in a process.
   local workers=()
-  (($#)) || set -- tests/op/test_gpu.py tests/models/test_gpu_models.py
+  (($#)) || set -- tests/op/test_gpu.py tests/op/test_gpu_selection.py tests/models/test_gpu_models.py
   "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
   "$python" -m pytest -m gpu "$@" -v -p no:cacheprovider --durations=10 "${workers[@]}"
 }

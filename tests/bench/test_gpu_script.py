@@ -107,6 +107,8 @@ def test_other_results(dry):
         record, text = json.loads((results / f"{name}.json").read_text()), (results / f"{name}.txt").read_text()
         assert record["provenance"]["torch"] and record["reports"]["bfloat16"]["passed"]
         assert all(report["passed"] and dtype in text for dtype, report in record["reports"].items())
+        passed = {row["name"] for report in record["reports"].values() for row in report["rows"] if row["passed"]}
+        assert {"cuda", "triton", "eager"} <= passed
     assert [row["MiB"] for row in rows_of(dry, "cuda-workspace")] == [160, 24, 32, 40]
     assert all("ms" in row for name in ("triton-bands", "triton-tiles") for row in rows_of(dry, name))
     assert {row["metric"] for row in rows_of(dry, "cuda-ncu")} == {"gpu__time_duration.sum"}
@@ -119,6 +121,7 @@ PLANTED = {
     "ncu": ("bench cuda_kernels ncu", "bench cuda-kernels ncu"),
     "encoders": ("--shapes full variable", "--shapes full varying"),
     "sanitize": ("--print-limit 1000", "--print-limits 1000"),
+    "check": ("run bench.check $on --quick", "run bench.check $on --quik"),
     "build": ("sys.exit(cuda.MISSING)", "sys.exit(cuda.LACKING)"),
 }
 
