@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from stand_ins import FAULTS, StandIn
+from stand_ins import FAULTS, StandIn, cpu_as_accelerator
 
 import deberta_fast
 from deberta_fast import selfcheck
 from deberta_fast.cli import main
-from deberta_fast.op import backends, selection, speed
+from deberta_fast.op import backends, speed
 from deberta_fast.op.backends import cpu, cuda
 
 ROOT = Path(__file__).parents[1]
@@ -126,17 +126,9 @@ def test_no_such_dtype():
 
 
 @pytest.fixture
-def accelerator(monkeypatch):
-    monkeypatch.setattr(selection, "is_checked", lambda device: device.type == "cpu")
-    monkeypatch.setattr(speed, "of_backends", lambda names, *_: {n: {"": 2.0 - (n == "triton")} for n in names})
-    selection.set_backend_check(True)
-
-    def install(cuda=None, triton=None):
-        monkeypatch.setitem(backends.BACKENDS, "cuda", cuda or StandIn())
-        monkeypatch.setitem(backends.BACKENDS, "triton", triton or StandIn())
-
-    yield install
-    selection.set_backend_check(True)
+def accelerator():
+    with cpu_as_accelerator(cuda=2.0, triton=1.0) as install:
+        yield install
 
 
 def quick(**options):

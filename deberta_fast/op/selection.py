@@ -248,8 +248,8 @@ def _is_captured(device: torch.device) -> bool:
 
 def _exists(device: torch.device) -> bool:
     """Fake tensors may claim to lie on a device that this machine does not have."""
-    module = getattr(torch, device.type, None)
-    return module is not None and module.is_available() and (device.index or 0) < module.device_count()
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found is not None and found.type == device.type and (device.index or 0) < torch.accelerator.device_count()
 
 
 def name_of(device: torch.device) -> str:

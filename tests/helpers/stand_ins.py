@@ -1,10 +1,12 @@
 """Backends that stand in for those of an accelerator, and faults to plant in them."""
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
+import pytest
 import torch
 
-from deberta_fast.op import proof
+from deberta_fast.op import backends, proof, selection, speed
 from deberta_fast.op.backends import eager
 
 
@@ -78,3 +80,23 @@ FAULTS = {
     "a race": (Race(), "output differs from run to run"),
     "a row that sees nothing": (fault("forward", lambda t: t.output[-1].add_(1e-30)), "sees no key"),
 }
+
+
+@contextmanager
+def cpu_as_accelerator(**milliseconds):
+    """Tensors of the CPU count as an accelerator's, of which nothing is decided yet; the two fused backends take these
+    times. What it gives installs stand-ins for them, by default right ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "is_checked", lambda device: device.type == "cpu")
+        patch.setattr(selection, "_exists", lambda device: device.type == "cpu")
+        patch.setattr(speed, "of_backends", lambda names, *_: {name: {"": milliseconds[name]} for name in names})
+        selection.set_backend_check(True)
+
+        def install(cuda=None, triton=None):
+            found = {"cuda": cuda or StandIn(), "triton": triton or StandIn()}
+            for name, stand_in in found.items():
+                patch.setitem(backends.BACKENDS, name, stand_in)
+            return SimpleNamespace(**found)
+
+        yield install
+    selection.set_backend_check(True)

@@ -2,25 +2,20 @@
 
 import pytest
 import torch
-from stand_ins import FAULTS, StandIn
+from stand_ins import FAULTS, StandIn, cpu_as_accelerator
 
 import deberta_fast
-from deberta_fast.op import backends, selection
+from deberta_fast.op import selection
 from deberta_fast.op.problems import Kind
 
 hf_models = pytest.importorskip("hf_models")
 
 
 @pytest.fixture
-def stand_ins(monkeypatch):
-    """The CPU counts as an accelerator, with one right backend and one that is wrong."""
-    selection.set_backend_check(True)
-    monkeypatch.setattr(selection, "is_checked", lambda device: device.type == "cpu")
-    found = {"cuda": StandIn(FAULTS["a wrong slot"][0]), "triton": StandIn()}
-    for name, stand_in in found.items():
-        monkeypatch.setitem(backends.BACKENDS, name, stand_in)
-    yield found
-    selection.set_backend_check(True)
+def stand_ins():
+    """One right backend and one that is wrong."""
+    with cpu_as_accelerator(cuda=1.0, triton=1.0) as install:
+        yield install(cuda=StandIn(FAULTS["a wrong slot"][0]))
 
 
 @pytest.mark.parametrize("name, kind", [("v1", Kind(mask="keys")), ("v3", Kind(mask="keys")), ("v2", None)])
@@ -31,11 +26,11 @@ def test_patch_decides(name, kind, stand_ins, recwarn):
     assert len(decided) == 1 and decided[0] == (kind or decided[0])
     failed = [str(w.message) for w in recwarn if "failed its check" in str(w.message)]
     assert len(failed) == 1 and "'cuda' failed" in failed[0] and "takes 'triton'" in failed[0]
-    before = stand_ins["triton"].calls
+    before = stand_ins.triton.calls
     inputs = hf_models.tokens("right")
     with torch.no_grad():
         model(**inputs)
-    assert stand_ins["triton"].calls == before + model.config.num_hidden_layers
+    assert stand_ins.triton.calls == before + model.config.num_hidden_layers
     assert [key[1] for key in selection._decisions] == decided  # the call was of the kind foreseen
 
 

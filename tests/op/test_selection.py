@@ -5,35 +5,24 @@ Tensors of the CPU count as an accelerator's here, and stand-ins that compute by
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 import torch
 from native_models import build
-from stand_ins import FAULTS, StandIn, fault, rolled
+from stand_ins import FAULTS, StandIn, cpu_as_accelerator, fault, rolled
 
 import deberta_fast
-from deberta_fast.op import backends, proof, selection, speed
+from deberta_fast.op import proof, selection, speed
 from deberta_fast.op.problems import COMMON, Kind, call_of, problems
 
 SIZE = 16
 
 
 @pytest.fixture
-def accelerator(monkeypatch):
+def accelerator():
     """Installs the stand-ins; ``cuda`` is the faster one."""
-    monkeypatch.setattr(selection, "is_checked", lambda device: device.type == "cpu")
-    monkeypatch.setattr(speed, "of_backends", lambda names, *_: {n: {"short": 1.0 + (n != "cuda")} for n in names})
-    selection.set_backend_check(True)
-
-    def install(cuda=None, triton=None):
-        found = {"cuda": cuda or StandIn(), "triton": triton or StandIn()}
-        for name, stand_in in found.items():
-            monkeypatch.setitem(backends.BACKENDS, name, stand_in)
-        return SimpleNamespace(**found)
-
-    yield install
-    selection.set_backend_check(True)
+    with cpu_as_accelerator(cuda=1.0, triton=2.0) as install:
+        yield install
 
 
 def tensors(dtype=torch.float32, size=SIZE, length=40, **arguments):
