@@ -147,7 +147,7 @@ def find_host() -> Host:
 
 
 def find_architectures(nvcc: str) -> list[str]:
-    """What to build, as nvcc names it: "sm_80" a binary, "compute_80" PTX."""
+    """The targets to build, as nvcc names them: "sm_80" a binary, "compute_80" PTX."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if not listed:
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()

@@ -54,7 +54,7 @@ def attention(x: Tensors, block: int, backend: str) -> torch.Tensor:
 
 
 def merged(parts: list[Part]) -> torch.Tensor:
-    """Of attention to disjoint sets of keys, attention to all of them; in the outputs' dtype."""
+    """Makes attention to all keys out of attention to disjoint sets of them, in the outputs' dtype."""
     if len(parts) == 1:
         return parts[0][0]
     weights = torch.stack([lse for _, lse in parts]).softmax(0).unsqueeze(-1)
@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _variants(workload: Workload, options: argparse.Namespace) -> tuple[dict[str, Callable[[], Call]], dict]:
-    """What makes each variant's call, and how far the outputs of whole ones are from eager's."""
+    """Each variant's call, and how far the outputs of whole ones are from eager's."""
     tensors = Tensors(*(t.detach() for t in (*workload.qkv, *workload.tables)), BUCKETS, LONGEST)
     build = {"plain-flash": lambda: VARIANTS["plain-flash"].build(workload).call("forward")}
     differences: dict[str, float] = {}

@@ -6,11 +6,11 @@
 # first is for a GPU that is lent for minutes: the stages that answer most, in at most 8 minutes. second, in at most 4,
 # times the variants to choose among. Without a name: build and all below it; where it is dry, first and second.
 #
-# Of first, in its order, with build before and sanitize and ncu behind:
+# first runs these in order, with build before and sanitize and ncu behind:
 #   check     the backends against the reference     g1        attention: cuda, triton and plain, L = 512, 2048, 8192
 #   g1-others FlexAttention; an attention module: ours and the peers' where they are installed
 #   peak      peak memory at 8192                    encoders  v3-base at 32 x 512 and 2 x 8192, forward, bfloat16
-# Of second:
+# second runs these:
 #   workspaces  how much of the bands is held at once, CUDA and Triton      far  far keys by torch's flash attention
 #   tiles       tiles, warps and stages of Triton's kernels
 # The others, at most four minutes each:
@@ -123,7 +123,7 @@ run_code() {
   if [[ $dry ]]; then run -c "$1"; else "$python" -c "$1"; fi
 }
 
-# What matters most before what makes Triton compile for a minute.
+# The most telling problems come before those that make Triton compile for a minute.
 check() {
   local status=0 toy=${dry:+--quick --dtypes bfloat16}
   run bench.check $on --quick --dtypes bfloat16 float16 float32 $toy --out "$out" || status=$?

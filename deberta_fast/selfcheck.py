@@ -47,7 +47,7 @@ class Row(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What ``check`` found; printed, it is a table.
+    """The findings of ``check``. Printed, they are a table.
 
     Attributes:
         machine: versions, device, kernels.

@@ -43,7 +43,7 @@ CurrentStream current_stream() {
 // Asked once, when the package is imported.
 bool finds_torch_stream() { return kEmulated || current_stream() != nullptr; }
 
-// What setup.py built the kernels for: "sm_80 sm_90 compute_80".
+// setup.py names the targets that it builds the kernels for: "sm_80 sm_90 compute_80".
 #ifndef DEBERTA_FAST_ARCHITECTURES
 #define DEBERTA_FAST_ARCHITECTURES ""
 #endif

@@ -123,7 +123,7 @@ def _attention(
 
 
 def prepare_attention(module: nn.Module, backend: str | None) -> None:
-    """What a first call would do otherwise, and the capture of a CUDA graph cannot; nothing for an encoder."""
+    """Does what a first call would do otherwise and a CUDA graph cannot capture. An encoder needs nothing."""
     if not hasattr(module, "pos_att_type") or getattr(module, "talking_head", False):
         return
     terms = module.pos_att_type if module.relative_attention else ()

@@ -146,8 +146,8 @@ class DisentangledSelfAttention(nn.Module):
 
 
 def prepare(attention: nn.Module, head_size: int, terms: Collection[str], table: dict, backend: str | None) -> None:
-    """What the first call would do otherwise, and the capture of a CUDA graph cannot: tables are copied to the device,
-    and a backend is chosen where half-precision weights tell the dtype.
+    """Does what a first call would do otherwise and a CUDA graph cannot capture: it copies tables to the device, and
+    chooses a backend where half-precision weights tell the dtype.
 
     Args:
         attention: an attention module, of this library or Hugging Face's.

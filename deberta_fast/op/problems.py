@@ -13,7 +13,7 @@ from .relative_position import slot_table
 
 
 class Kind(NamedTuple):
-    """What decides, besides dtype and head size, which code of a backend a call runs.
+    """These settings decide, besides dtype and head size, which code of a backend a call runs.
 
     ``mask`` is "none", "keys" (the same for all heads and queries) or "pairs".
     """
@@ -37,7 +37,7 @@ class Kind(NamedTuple):
         return ", ".join([terms, *masks, *["packed"] * self.packed, *["dropout"] * self.dropout])
 
 
-# What the models of this package and Hugging Face's run: 20 problems.
+# The models of this package and of Hugging Face make calls of these kinds: 19 problems.
 COMMON = (
     Kind(),
     Kind(mask="keys"),
@@ -136,5 +136,5 @@ def _mask(problem: Problem, rows: int, keys: int, random: torch.Generator) -> to
 
 
 def _uniform(random: torch.Generator, *shape: int) -> torch.Tensor:
-    # Whatever the default dtype is, the numbers are the same
+    # The numbers are the same under every default dtype
     return torch.rand(*shape, generator=random, dtype=torch.float32)

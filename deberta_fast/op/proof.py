@@ -21,7 +21,7 @@ class DeviceLostError(RuntimeError):
 
 
 class Verdict(NamedTuple):
-    """What became of a backend.
+    """How a backend did on some problems.
 
     Attributes:
         solved: the number of problems that it solved.
@@ -41,7 +41,7 @@ class Verdict(NamedTuple):
         return self.solved > 0 and self.failure is None
 
     def and_then(self, later: "Verdict") -> "Verdict":
-        """Of this verdict's problems and a later one's."""
+        """The verdict on these problems and later ones together."""
         worse = max(self, later, key=lambda verdict: verdict.share)
         solved, failure = self.solved + later.solved, self.failure or later.failure
         reasons = () if solved or failure else tuple(dict.fromkeys(self.reasons + later.reasons))
@@ -116,7 +116,7 @@ class _Asked:
         return self._comparable({"output": output, "lse": lse} | {f"grad_{n}": g for n, g in zip(leaves, grads)})
 
     def judge(self, name: str) -> Verdict:
-        """What one backend makes of it; whatever it raises is a verdict, but that the device's memory is full."""
+        """Asks one backend. All that it raises is a verdict, except that the device's memory is full."""
         try:
             worst, where = 0.0, ""
             first, second = self._results(name), self._results(name)

@@ -33,7 +33,7 @@ UNCHECKED = ("eager", "reference")
 
 
 class Place(NamedTuple):
-    """What a decision is for, besides the kind of call."""
+    """A decision holds for one of these and one kind of call."""
 
     device: torch.device
     dtype: torch.dtype
@@ -92,12 +92,12 @@ def set_backend_check(check: bool | str) -> None:
 
 
 def policy() -> bool | str:
-    """What ``set_backend_check`` was last told."""
+    """The setting that ``set_backend_check`` was given last."""
     return _check
 
 
 def forget(device: torch.device) -> None:
-    """What was decided for a device."""
+    """Forgets what was decided for a device."""
     with _lock:
         _orders.clear()
         for key in [key for key in _decisions if key[0].device == device]:
@@ -144,8 +144,8 @@ def _order(*key) -> tuple[str, ...]:
     return _look_up(*key) if known is None else known
 
 
-# What torch.compiler.assume_constant_result does, without the second that importing Dynamo takes: the result is a
-# constant of a compiled program. Arguments can be constants only.
+# torch.compiler.assume_constant_result does this too, but takes a second to import Dynamo. The result is a constant of
+# a compiled program. Arguments can be constants only.
 _order._dynamo_marked_constant = True
 
 
@@ -172,7 +172,7 @@ def _look_up(device_type: str, index: int | None, dtype: torch.dtype, head_size:
 
 
 def decide(place: Place, kind: Kind) -> Decision:
-    """What was decided, or the outcome of a check: a second or less, besides what a backend compiles."""
+    """Returns the decision, after a check if there is none yet. It takes a second, besides what a backend compiles."""
     with _lock:
         if (place, kind) not in _decisions:
             decision = in_a_thread(lambda: _checked(place, kind))

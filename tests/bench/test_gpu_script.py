@@ -29,7 +29,7 @@ def run(*arguments, script=SCRIPT):
 
 
 def stages_of(name):
-    """Of first or second, with seconds."""
+    """The stages of first or second, with seconds."""
     listed = re.search(f"^{name}='(.*)'$", SCRIPT.read_text(), re.MULTILINE)[1]
     return {stage: int(seconds) for stage, seconds in (entry.split(":") for entry in listed.split())}
 

@@ -55,7 +55,7 @@ def a_slot_too_far(tensors):
 
 
 class Race:
-    """What two blocks that race for one row make: less than the precision rule sees."""
+    """Two blocks race for one row: it changes by less than the precision rule sees."""
 
     runs = 0
 

@@ -46,7 +46,7 @@ def taken(stand_ins, **arguments):
     return next((name for name in before if vars(stand_ins)[name].calls > before[name]), "eager")
 
 
-# What is taken
+# The backend that is taken
 
 
 def test_the_faster_of_two_that_pass(accelerator, monkeypatch):
@@ -280,7 +280,7 @@ def test_modes_of_the_caller_do_not_reach_the_check(accelerator, checks):
 
 
 def tensors_on_cpu(dtype=torch.float32):
-    """Without torch's generator."""
+    """Their numbers leave torch's generator alone."""
     numbers = lambda *shape: torch.linspace(-1, 1, torch.Size(shape).numel(), device="cpu").view(shape).to(dtype)
     given = {"position_buckets": 16, "max_relative_positions": 32}
     heads = {name: numbers(1, 2, 40, SIZE) for name in ("query", "key", "value")}
@@ -334,7 +334,7 @@ def test_a_native_model_is_decided_when_it_is_moved(accelerator, checks, dtype):
     assert len(checks) <= 2
 
 
-# What users say about it
+# The settings of users
 
 
 def test_switched_off(accelerator, checks):

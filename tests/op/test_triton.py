@@ -181,7 +181,7 @@ def made(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, counting(getattr(torch.Tensor, name)))
 
     def count(inputs):
-        """Of forward, and of backward: all besides results, and the number of launches."""
+        """Counts all besides results of forward, then of backward, and the launches."""
         output, lse = torch.empty_like(inputs.query), torch.empty(inputs.query.shape[:3], device="meta")
         grads = [torch.empty_like(x) for x in inputs[:5]]
         chosen = configuration.default(Target(90, 64, inputs.query.element_size()))

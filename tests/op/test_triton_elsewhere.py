@@ -101,7 +101,7 @@ def test_a_fake_tensor_is_refused_with_reasons():
 
 
 def test_targets(device):
-    """What configurations are kept and made for."""
+    """Configurations are kept and made for these."""
     chosen = lambda name: configuration.choose(torch.device(name), 64, 2)[0]
     device(hip="7.0", name="AMD Instinct MI300X", gcnArchName="gfx942:sramecc+:xnack-", major=9, minor=4)
     assert chosen("cuda:0") == ("AMD Instinct MI300X", configuration.Target("gfx942", 64, 2))

@@ -33,7 +33,7 @@ def _missing() -> str | None:
 
 
 def architectures() -> list[str]:
-    """What the CUDA kernels were built for, binaries and PTX: ["sm_80", "sm_90", "compute_80"]; [] without kernels."""
+    """The targets of the CUDA kernels, binaries and PTX: ["sm_80", "sm_90", "compute_80"]; [] without kernels."""
     built = NOT_LOADED is None and implements("cuda_architectures", "CompositeExplicitAutograd")
     return torch.ops.deberta_fast.cuda_architectures().split() if built else []
 

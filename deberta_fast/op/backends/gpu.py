@@ -1,4 +1,4 @@
-"""What torch says of a GPU."""
+"""Torch is asked about a GPU."""
 
 import torch
 

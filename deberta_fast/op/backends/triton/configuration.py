@@ -51,7 +51,7 @@ class Configuration(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What a configuration is for.
+    """A configuration is made for one of these.
 
     ``architecture``: an NVIDIA GPU's compute capability, 90; an AMD GPU's processor, "gfx942"; "xpu" for Intel's.
     ``block_size``: the head size, padded to a power of two.
