@@ -125,6 +125,8 @@ def _list(text: str) -> list[str]:
 
 def _check(given: argparse.Namespace) -> int:
     dtypes = {"dtypes": tuple(DTYPES[name] for name in given.dtype)} if given.dtype else {}
+    if sys.stderr.isatty():
+        print("checking takes a minute or two, and some more the first time that Triton compiles", file=sys.stderr)
     report = check(given.device, head_size=given.head_size, quick=given.quick, **dtypes)
     print(json.dumps(report.as_dict(), indent=1) if given.json else report)
     return 0 if report.passed else FAILED
