@@ -41,6 +41,10 @@ class Call(NamedTuple):
     scale: float
     dropout_p: float
 
+    def to(self, device: torch.device | str) -> "Call":
+        """The same call with its tensors on a device."""
+        return Call(*(None if x is None else x.to(device) for x in self[:TENSORS]), *self[TENSORS:])
+
     # Geometry: which distances read which rows of the tables
 
     @property

@@ -61,7 +61,7 @@ class Problem(NamedTuple):
     longest: int = 32
     far_negative: str = "hf"
     offset: int = 0
-    hidden: str = "right"  # the keys that a mask hides: "right" or "left" padding, or "holes" and a whole row
+    hidden: str = "right"  # the keys a mask hides: "right" or "left" padding, "holes" and a whole row, or "nothing"
 
     def __str__(self) -> str:
         masked = {"none": "", "keys": self.hidden if self.hidden == "holes" else f"{self.hidden} padding"}
@@ -122,6 +122,8 @@ def _mask(problem: Problem, rows: int, keys: int, random: torch.Generator) -> to
     kind, batch = problem.kind, problem.batch
     if kind.mask == "none":
         return None
+    if problem.hidden == "nothing":
+        return torch.ones(batch, 1, rows if kind.mask == "pairs" else 1, keys, dtype=torch.bool)
     if kind.mask == "pairs":
         return _uniform(random, batch, 1, rows, keys) > 0.5
     if kind.packed or problem.hidden == "holes":

@@ -13,6 +13,7 @@ from .problems import Problem, call_of
 from .testing import hf_style_attention, precision
 
 NAMES = ("output", "lse", "grad_query", "grad_key", "grad_value", "grad_pos_key", "grad_pos_query")
+INPUTS = (*Call._fields[:TENSORS], "grad_output", "grad_lse")
 LONGEST_MESSAGE = 400
 
 
@@ -60,11 +61,10 @@ def prove(
     """
     verdicts = {name: Verdict() for name in names}
     for problem in problems:
-        asked = None
+        call, asked = call_of(problem, dtype, head_size).to(device), None
         for name, verdict in verdicts.items():
             if verdict.failure is not None:
                 continue
-            call = _on(device, call_of(problem, dtype, head_size))
             if reasons := backends.reasons_against(name, call):
                 verdicts[name] = verdict.and_then(Verdict(reasons=tuple(reasons)))
                 continue
@@ -101,7 +101,7 @@ class _Asked:
         grad_output = grad_output.masked_fill(~self.seen[..., None], 0.0).to(output.dtype)
         grad_lse = grad_lse.masked_fill(~self.seen, 0.0).to(lse.dtype)
         self.cotangents = grad_output.to(call.query.device), grad_lse.to(call.query.device)
-        exact = _on("cpu", call)
+        exact = call.to("cpu")
         exact = exact._replace(**{name: x.double() for name, x in _floating(exact).items()})
         self.exact = self._differentiated(backends.reference.attention, exact, grad_output, grad_lse)
         self.eager = self._differentiated(_hf_style, call, *self.cotangents)
@@ -140,12 +140,19 @@ class _Asked:
             return Verdict(failure=f"problem '{self.problem}': {kind}{error}"[:LONGEST_MESSAGE])
 
     def _results(self, name: str) -> dict[str, torch.Tensor]:
-        """Into memory that is no number, so that nothing stands in for what was never written."""
-        call, backend = self.call, backends.BACKENDS[name]
+        """Into memory that is no number, so that nothing stands in for what was never written, and from copies: a
+        backend that writes to an input is found out, and spoils it for no other."""
+        given = *self.call[:TENSORS], *self.cotangents
+        copies = [None if x is None else x.clone() for x in given]
+        call, cotangents = Call(*copies[:TENSORS], *self.call[TENSORS:]), copies[TENSORS:]
+        backend = backends.BACKENDS[name]
         output, lse = (x.fill_(torch.nan) for x in (call.new_output(), call.new_lse()))
         grads = [None if x is None else x.fill_(torch.nan) for x in call.new_gradients((True,) * 5)]
         backend.forward(call, output, lse)
-        backend.backward(call, output, lse, *self.cotangents, grads)
+        backend.backward(call, output, lse, *cotangents, grads)
+        for tensor, x, copy in zip(INPUTS, given, copies, strict=True):
+            if x is not None and not torch.equal(x, copy):
+                raise AssertionError(f"{tensor}, an input, was written to")
         return {name: x for name, x in zip(NAMES, (output, lse, *grads), strict=True) if x is not None}
 
     def _zero_where_nothing_is_seen(self, results: dict[str, torch.Tensor]) -> bool:
@@ -179,7 +186,3 @@ def _sees_something(call: Call) -> torch.Tensor:
 
 def _floating(call: Call) -> dict[str, torch.Tensor]:
     return {name: x.detach() for name, x in zip(Call._fields[:5], call[:5], strict=True) if x is not None}
-
-
-def _on(device, call: Call) -> Call:
-    return Call(*(None if x is None else x.to(device) for x in call[:TENSORS]), *call[TENSORS:])

@@ -8,8 +8,7 @@ import torch
 
 from . import backends
 from .call import Call
-from .problems import Kind
-from .relative_position import slot_table
+from .problems import Kind, Problem, call_of
 
 SHAPES = {"short": (8, 128), "long": (1, 2048)}  # batch, length
 WIDTH = 768  # of all heads together
@@ -20,35 +19,9 @@ def timed_call(shape: str, kind: Kind, dtype: torch.dtype, head_size: int, devic
     """v3's table, as many heads as in its base model, every text as long as the batch allows."""
     batch, length = SHAPES[shape]
     heads = max(1, WIDTH // head_size)
-    tokens = (1, heads, batch * length) if kind.packed else (batch, heads, length)
-    random = torch.Generator().manual_seed(3)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=random, dtype=torch.float32).to(device, dtype)
-
-    table = slot_table(256, 512, "hf")
-    mask = ends = None
-    if kind.mask != "none":
-        shape = (tokens[0], 1, tokens[2] if kind.mask == "pairs" else 1, tokens[2])
-        mask = torch.ones(shape, dtype=torch.bool, device=device)
-    if kind.packed:
-        ends = torch.arange(0, batch * length + 1, length, dtype=torch.int32).to(device)
-    return Call(
-        *(normal(*tokens, head_size) for _ in range(3)),
-        normal(heads, table.rows, head_size) if kind.c2p else None,
-        normal(heads, table.rows, head_size) if kind.p2c else None,
-        mask,
-        ends,
-        seed=torch.tensor([1], device=device) if kind.dropout else None,
-        position_buckets=256,
-        max_relative_positions=512,
-        far_negative="hf",
-        first_slot=0,
-        query_offset=0,
-        max_seqlen=length,
-        scale=(head_size * (1 + kind.c2p + kind.p2c)) ** -0.5,
-        dropout_p=0.1 if kind.dropout else 0.0,
-    )
+    lengths, batch = ((length,) * batch, 1) if kind.packed else ((length, length), batch)
+    problem = Problem(shape, kind, lengths, batch, heads, buckets=256, longest=512, hidden="nothing")
+    return call_of(problem, dtype, head_size).to(device)
 
 
 def of_backends(

@@ -27,7 +27,7 @@ class StandIn(SimpleNamespace):
 
     def backward(self, call, output, lse, grad_output, grad_lse, grads):
         eager.backward(self._changed(call), output, lse, grad_output, grad_lse, grads)
-        self._spoil("backward", **dict(zip(proof.NAMES[2:], grads, strict=True)))
+        self._spoil("backward", call=call, **dict(zip(proof.NAMES[2:], grads, strict=True)))
 
     def _changed(self, call):
         return getattr(self.fault, "call", lambda call: call)(call)
@@ -77,6 +77,7 @@ FAULTS = {
     "an exception": (fault("forward", raises), "RuntimeError: Failed to find C compiler"),
     "a wrong gradient of a table": (fault("backward", a_slot_too_far), "grad_pos_query: max error"),
     "a row of the log-sum-exp": (fault("forward", lambda t: t.lse[..., 7].add_(0.5)), "lse: max error"),
+    "an input written to": (fault("backward", lambda t: t.call.value[..., 0].add_(1.0)), "value, an input"),
     "a race": (Race(), "output differs from run to run"),
     "a row that sees nothing": (fault("forward", lambda t: t.output[-1].add_(1e-30)), "sees no key"),
 }

@@ -190,7 +190,7 @@ def test_architectures(listed, nowhere, monkeypatch, tmp_path):
 
 
 def test_binaries_are_made_from_the_oldest_ptx(nowhere):
-    """Of their generation, but for names that end in a letter. No kernel asks what it is made for."""
+    """A name that ends in a letter has its own. The oldest will do, since no kernel asks what it is made for."""
     made = {"sm_90": 86, "sm_86": 86, "sm_90a": "90a", "sm_120": 110, "sm_110": 110, "compute_110": 110}
     assert nowhere.generating(list(made)) == [f"-gencode=arch=compute_{n},code={name}" for name, n in made.items()]
     sources = [path for path in Path(nowhere.__file__).parent.glob("csrc/**/*") if path.is_file()]

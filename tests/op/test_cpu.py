@@ -1,6 +1,5 @@
 """The C++ backend beyond the named cases: instruction sets, threads, what nobody sees, memory, refusals."""
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -23,23 +22,11 @@ pytestmark = pytest.mark.skipif(cpu.NOT_LOADED is not None, reason=str(cpu.NOT_L
 ROOT = Path(__file__).resolve().parents[2]
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {"fp32": torch.float32} | HALF
-# A CPU runs the kernels of its own instruction set and of those before it.
-SETS = ["plain", "avx2", "avx512"]
-RUNNABLE = SETS[: SETS.index(cpu.instruction_set()) + 1]
+RUNNABLE = cpu.instruction_sets()
 
 each_set = pytest.mark.parametrize("capability", RUNNABLE)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=list(DTYPES))
 each_half = pytest.mark.parametrize("dtype", HALF.values(), ids=list(HALF))
-
-
-@contextlib.contextmanager
-def kernels(capability: str):
-    """In this context the backend takes the kernels of one instruction set."""
-    torch.ops.deberta_fast.use_instruction_set(capability)
-    try:
-        yield
-    finally:
-        torch.ops.deberta_fast.use_instruction_set(cpu.instruction_set())
 
 
 PACKED_OPTIONS = """cu_seqlens max_seqlen position_buckets max_relative_positions far_negative scale dropout_p
@@ -76,7 +63,7 @@ EACH_PATH = """one-token L7-D8 ragged-L129-D64 ragged-L129-D64-c2p-only ragged-L
     dropout-L140 no-keys""".split()
 OTHER_SETS = [
     (name, dtype, capability)
-    for capability in RUNNABLE[:-1]
+    for capability in RUNNABLE[1:]  # the first is the one in use
     for dtype in DTYPES
     for name in (EACH_PATH if dtype == "fp32" else ["ragged-L129-D64", "holes-L200", "D80-L65"])
 ]
@@ -84,7 +71,7 @@ OTHER_SETS = [
 
 @pytest.mark.parametrize("name, dtype, capability", OTHER_SETS)
 def test_other_instruction_sets(name, dtype, capability):
-    with kernels(capability):
+    with cpu.using(capability):
         compare(public("cpu"), BY_NAME[name], DTYPES[dtype], draws=3)
 
 
@@ -102,7 +89,7 @@ def test_torch_chooses_the_instruction_set(asked, expected):
 
 
 def test_unknown_instruction_set():
-    with pytest.raises(RuntimeError, match="built without kernels for abacus"), kernels("abacus"):
+    with pytest.raises(RuntimeError, match="built without kernels for abacus"), cpu.using("abacus"):
         public("cpu")(make_inputs(BY_NAME["L7-D8"], torch.float32))
 
 
@@ -113,7 +100,7 @@ def test_half_precision_is_read_and_rounded_as_torch_does(dtype, capability):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(64, 64, 1, 16)
     value = every.clone().requires_grad_()
     other = every.flatten()[torch.randperm(2**16, generator=torch.Generator().manual_seed(0))].view_as(every)
-    with kernels(capability):
+    with cpu.using(capability):
         query = torch.zeros(64, 64, 2, 16, dtype=dtype)
         output = disentangled_attention(query, torch.zeros_like(every), value, backend="cpu")
         (grad,) = torch.autograd.grad(output, value, torch.cat([every, other], 2))
@@ -215,7 +202,7 @@ def test_one_visible_key_is_found(key):
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_not_a_number_spoils_what_it_meets_alone(backend, capability):
     inputs = make_inputs(Case("", 200, 200, size=16, mask="pairwise"), torch.float32)
-    with kernels(capability):
+    with cpu.using(capability):
         clean = public(backend)(inputs)
         inputs.query[0, 1, 17], inputs.query[1, 0, 100, 3], inputs.query[1, 2, 199] = torch.nan, torch.inf, -torch.inf
         inputs.key[0, 2, 190] = torch.nan
@@ -242,7 +229,7 @@ def test_scratch_memory_carries_nothing_over(capability):
     calls = [make_inputs(Case("", *lengths, size=17, mask="holes", dropout_p=0.1), torch.float32) for lengths in shapes]
     spoiled = make_inputs(Case("", 420, 420, size=40), torch.float32)
     spoiled = spoiled._replace(**{name: torch.full_like(getattr(spoiled, name), torch.nan) for name in TENSORS})
-    with kernels(capability):
+    with cpu.using(capability):
         after_others = alone(lambda: [(run(spoiled), run(inputs))[1] for inputs in calls])
         for inputs, result in zip(calls, after_others):
             assert_equal(result, alone(run, inputs))
@@ -260,7 +247,7 @@ def test_calls_from_several_threads():
 @pytest.mark.parametrize("length, size", [(37, 1), (50, 19), (400, 7)])
 def test_nothing_is_written_elsewhere(length, size, dtype, capability):
     inputs = make_inputs(Case("", length, length, heads=2, size=size), dtype)
-    with kernels(capability):
+    with cpu.using(capability):
         output, lse = backends.forward(inputs, "cpu")
         expected = [output, lse, *backends.backward(inputs, "cpu", output, lse, output, lse)]
         # Seven in place of what the results go to, and of 24 elements on either side of their rows. Those that have to
