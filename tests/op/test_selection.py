@@ -14,6 +14,7 @@ from stand_ins import FAULTS, StandIn, cpu_as_accelerator, fault, rolled
 import deberta_fast
 from deberta_fast.op import proof, selection, speed
 from deberta_fast.op.problems import COMMON, Kind, call_of, problems
+from deberta_fast.op.testing import Precision
 
 SIZE = 16
 
@@ -373,6 +374,30 @@ def test_few_problems_that_meet_everything():
                 assert longest - 1 + p.offset - 127 - 127 > p.longest and -127 - p.longest > p.offset - min(
                     330, longest
                 )
+
+
+@pytest.mark.parametrize("error, passes", [(0.99, True), (1.01, False)])
+@pytest.mark.parametrize("which", ["largest", "mean"])
+def test_the_bound_is_the_precision_rule(which, error, passes, monkeypatch):
+    """Nothing is added to what the rule allows, neither for the largest error nor for the mean."""
+    allowed = Precision(largest=0.5, largest_allowed=1.0, mean=0.5, mean_allowed=1.0)
+    monkeypatch.setattr(proof, "precision", lambda *_: allowed._replace(**{which: error}))
+    [verdict] = proof.prove(["eager"], problems(Kind())[:1], torch.float32, SIZE, torch.device("cpu")).values()
+    assert verdict.passed is passes
+    if not passes:
+        assert f"output: {'max' if which == 'largest' else 'mean'} error 1.01e+00" in verdict.failure
+
+
+@pytest.mark.parametrize("kind", COMMON + (Kind(mask="pairs"), Kind(c2p=False, p2c=False)), ids=str)
+@pytest.mark.parametrize("shape", speed.SHAPES)
+def test_timed_calls(shape, kind):
+    """Of the kind that is decided, v3's base model by size, and nothing is hidden."""
+    call, (batch, length) = speed.timed_call(shape, kind, torch.bfloat16, 64, torch.device("cpu")), speed.SHAPES[shape]
+    assert Kind.of(call) == kind and call.max_seqlen == length and call.table.rows == 512
+    tokens = (1, 12, batch * length) if kind.packed else (batch, 12, length)
+    assert call.query.shape == call.key.shape == (*tokens, 64)
+    assert not kind.packed or call.cu_seqlens.tolist() == list(range(0, batch * length + 1, length))
+    assert call.mask is None or bool(call.mask.all())
 
 
 def test_the_same_problems_whatever_the_default_dtype():
