@@ -5,10 +5,10 @@ import torch
 from cases import DROPOUT_SEED, TENSORS, Case, as_dtype, make_inputs, seed_after
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_cpu import HALF, PACKED_IN_PARTS, RUNNABLE, attention, kernels, packed, pytestmark  # noqa: F401
+from test_cpu import HALF, PACKED_IN_PARTS, RUNNABLE, attention, packed, pytestmark  # noqa: F401
 
 from deberta_fast import disentangled_attention
-from deberta_fast.op.backends import reference
+from deberta_fast.op.backends import cpu, reference
 from deberta_fast.op.call import Call
 from deberta_fast.op.relative_position import slot_table
 
@@ -150,7 +150,7 @@ def check(inputs: Call, grad_output: torch.Tensor) -> None:
 @settings(max_examples=250, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(calls(), st.sampled_from(RUNNABLE))
 def test_any_call(call, capability):
-    with kernels(capability):
+    with cpu.using(capability):
         check(*call)
 
 
