@@ -123,11 +123,14 @@ def _lifetime_peak() -> int:
 @functools.cache
 def provenance() -> dict[str, str | int | None]:
     """Everything that a figure needs to be believed and repeated. Taken once a process, before it writes anything."""
+    import deberta_fast
+    from deberta_fast.selfcheck import processor
+
     record = {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "commit": _commit(),
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "torch threads": torch.get_num_threads(),
         "os": platform.platform(),
@@ -139,8 +142,6 @@ def provenance() -> dict[str, str | int | None]:
         record |= _gpu_state()
     for package in ("torch", "transformers", "triton"):
         record[package] = version(package)
-    import deberta_fast
-
     return record | {"deberta_fast": deberta_fast.__version__}
 
 
@@ -175,14 +176,6 @@ def _commit() -> str | None:
         return git("rev-parse", "HEAD") + (" with uncommitted changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("COMMIT")  # a copy of the working tree without .git: whoever made it knows
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def results_folder() -> Path:

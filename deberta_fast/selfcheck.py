@@ -3,12 +3,12 @@
 It is what a bug report should contain.
 """
 
-import os
 import platform
 import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -237,7 +237,7 @@ def _machine(device: torch.device) -> dict[str, str]:
 
 def _device(device: torch.device) -> str:
     if device.type == "cpu":
-        return f"{device}: {_processor()}, {torch.get_num_threads()} threads"
+        return f"{device}: {processor()}, {torch.get_num_threads()} threads"
     words = [selection.name_of(device)]
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
@@ -257,13 +257,16 @@ def _driver() -> str | None:
         return None
 
 
-def _processor() -> str:
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine() or sys.platform
+def processor() -> str:
+    """The CPU's name, with family and model where Linux tells them: there are several "AMD EPYC"."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    except OSError:
+        lines = []
+    known = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in known:
+        return platform.processor() or platform.machine() or sys.platform
+    return f"{known['model name']} (family {known.get('cpu family')}, model {known.get('model')})"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,6 +1,7 @@
 """``check``: what it reports, and that it reports what is so."""
 
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -173,3 +174,11 @@ def test_without_the_extension(monkeypatch):
 def test_the_cuda_kernels_are_named(monkeypatch):
     monkeypatch.setattr(cuda, "architectures", lambda: ["sm_80", "sm_90", "compute_90"])
     assert selfcheck._machine(torch.device("cpu"))["CUDA kernels"] == "sm_80, sm_90, compute_90"
+
+
+def test_several_processors_have_one_name(monkeypatch):
+    told = "processor : 0\ncpu family : 25\nmodel : 17\nmodel name : AMD EPYC\n\nprocessor : 1\nmodel name : another\n"
+    monkeypatch.setattr(selfcheck.Path, "read_text", lambda path: told)
+    assert selfcheck.processor() == "AMD EPYC (family 25, model 17)"
+    monkeypatch.setattr(selfcheck.Path, "read_text", lambda path: "processor : 0\nCPU implementer : 0x41\n")
+    assert selfcheck.processor() in (platform.processor(), platform.machine())
