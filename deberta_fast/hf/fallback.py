@@ -5,18 +5,21 @@ import warnings
 import torch
 from torch import nn
 
+from ..models.ordinary import constant, overridden, why_not_ordinary
 from ..models.packing import Unpadding
+from ..op.relative_position import slot_table
 
 # The attribute that marks a patched module; it holds what patch replaced.
 MARK = "_deberta_fast"
+_MODULES = ("transformers.models.deberta.modeling_deberta", "transformers.models.deberta_v2.modeling_deberta_v2")
 
 
 class Shared:
     """The settings of one call of ``patch``, and the warnings that its modules have given."""
 
-    def __init__(self, backend: str | None, unpad: bool | str):
+    def __init__(self, backend: str | None, unpad: bool | str, padding_rows: str):
         self.backend = backend
-        self.unpadding = Unpadding(unpad)
+        self.unpadding = Unpadding(unpad, padding_rows)
         self.warned: set[str] = set()
 
     def warn(self, reason: str) -> None:
@@ -41,10 +44,15 @@ def encoder_reason(
         return "a custom relative_pos is not fused"
     if query_states is not None:
         return "query_states handed to the encoder are not fused"
-    if any(getattr(layer.attention.self, "talking_head", False) for layer in encoder.layer):
-        return "talking heads are not fused"
-    if not all(hasattr(layer.attention.self, MARK) for layer in encoder.layer):
-        return "a layer's attention is not a patched one"
+    if method := overridden(encoder, hf_class(type(encoder))):
+        return f"the encoder has a {method} of its own"
+    for layer in encoder.layer:
+        attention = layer.attention.self
+        if not hasattr(attention, MARK):
+            return "a layer's attention is not a patched one"
+        reason = _module_reason(attention) or _passes_on(layer) or _passes_on(layer.attention)
+        if reason is not None:
+            return reason
     return None
 
 
@@ -55,19 +63,68 @@ def attention_reason(
     relative_pos: torch.Tensor | str | None,
 ) -> str | None:
     """The reason for which a call of a patched attention module is not fused; None if there is none."""
-    if getattr(attention, "talking_head", False):
-        return "talking heads are not fused"
     if query_states is not None and is_v1(attention):
         return "query_states of DeBERTa v1 are not fused"
     if output_attentions:
         return "output_attentions=True needs the probabilities, which the fused path never holds"
     if isinstance(relative_pos, torch.Tensor):
         return "a custom relative_pos is not fused"
-    if not isinstance(attention.dropout, nn.Dropout | nn.Identity):
-        return f"the attention's dropout is a {type(attention.dropout).__name__}, not torch's"
+    return _module_reason(attention)
+
+
+def _module_reason(attention: nn.Module) -> str | None:
+    """The reason for which no call of an attention module is fused."""
+    if getattr(attention, "talking_head", False):
+        return "talking heads are not fused"
+    if method := overridden(attention, hf_class(type(attention))):
+        return f"the attention has a {method} of its own"
+    if reason := why_not_ordinary(attention.dropout, nn.Dropout, nn.Identity):
+        return f"the attention's dropout is {reason}"
+    if attention.relative_attention and not is_v1(attention):
+        return _table_reason(attention.position_buckets, attention.max_relative_positions)
+    return None
+
+
+def _passes_on(module: nn.Module) -> str | None:
+    """Whether a layer, or its attention block, hands its arguments on as Hugging Face's does: why not, or None.
+
+    torch's wrappers do so too, those of checkpointing, compilation and sharding.
+    """
+    kind = type(module)
+    if kind.__module__.startswith("torch."):
+        return None
+    own, place = hf_class(kind), place_of_forward(module)
+    if own is None or kind.forward is not own.forward or not is_own_forward(module, vars(module).get(place)):
+        return f"a {kind.__name__} has a forward of its own"
+    return None
+
+
+@constant
+def _table_reason(position_buckets: int, max_relative_positions: int) -> str | None:
+    """Hugging Face computes numbers from buckets that number no distances."""
+    try:
+        slot_table(position_buckets, max_relative_positions)
+    except ValueError as error:
+        return str(error)
     return None
 
 
 def is_v1(attention: nn.Module) -> bool:
     """Whether an attention module is v1's: the classes of v1 and v2 have one name."""
     return hasattr(attention, "in_proj")
+
+
+@constant
+def hf_class(kind: type) -> type | None:
+    """The class of Hugging Face's DeBERTa that ``kind`` is or comes from; None if there is none."""
+    return next((base for base in kind.__mro__ if base.__module__ in _MODULES), None)
+
+
+def place_of_forward(module: nn.Module) -> str:
+    """The attribute to replace: accelerate's hooks move the original forward to ``_old_forward``."""
+    return "_old_forward" if hasattr(module, "_hf_hook") and "_old_forward" in vars(module) else "forward"
+
+
+def is_own_forward(module: nn.Module, forward) -> bool:
+    """Whether an instance's forward is its class's, also where a hook that came and went has left it there."""
+    return forward is None or getattr(forward, "__func__", None) is type(module).forward

@@ -11,12 +11,20 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from ..models.attention import AttentionCache, PositionTerms, prepare, project_heads, run_attention, split_heads
+from ..models.attention import (
+    AttentionCache,
+    PositionTerms,
+    dropout_of,
+    prepare,
+    project_heads,
+    run_attention,
+    split_heads,
+)
 from ..models.encoder import add_and_norm, intermediate, normalised_table, run_layers
 from ..models.onednn_linear import project
 from ..models.packing import Packing
 from ..models.weight_cache import WeightCache
-from .fallback import Shared, attention_reason, encoder_reason, is_v1
+from .fallback import Shared, attention_reason, encoder_reason, hf_class, is_v1
 
 # The encoder hands this to its layers as relative_pos: distances of tokens need no tensor. None would not do, because
 # DeBERTa v1 leaves out the position terms then.
@@ -58,18 +66,18 @@ def _encoder(
     token_mask = attention_mask if conv is None or attention_mask.dim() <= 2 else attention_mask.sum(-2) > 0
     packing = shared.unpadding.packing(mask)
     states, _ = run_layers(
-        call, len(encoder.layer), hidden_states, mask, packing, conv, token_mask, output_hidden_states
+        call, len(encoder.layer), hidden_states, mask, packing, shared.unpadding, conv, token_mask, output_hidden_states
     )
     output, states = states[-1], tuple(states) if output_hidden_states else None
     if not return_dict:
         return tuple(x for x in (output, states) if x is not None)
-    return sys.modules[type(encoder).__module__].BaseModelOutput(last_hidden_state=output, hidden_states=states)
+    kind = sys.modules[hf_class(type(encoder)).__module__].BaseModelOutput
+    return kind(last_hidden_state=output, hidden_states=states)
 
 
 def _table(encoder: nn.Module, cache: WeightCache) -> torch.Tensor | None:
     """The table of relative positions, (R, hidden_size)."""
-    own = type(encoder).get_rel_embedding.__qualname__ == "DebertaV2Encoder.get_rel_embedding"
-    if not (own and encoder.relative_attention and "layer_norm" in encoder.norm_rel_ebd):
+    if not (encoder.relative_attention and "layer_norm" in getattr(encoder, "norm_rel_ebd", ())):
         return encoder.get_rel_embedding()
     return normalised_table(encoder.rel_embeddings.weight, encoder.LayerNorm, cache)
 
@@ -116,8 +124,9 @@ def _attention(
         terms,
         cache.tables,
         scale=(heads[0].shape[-1] * scale_terms) ** -0.5,
-        dropout_p=getattr(attention.dropout, "p", 0.0) if attention.dropout.training else 0.0,
+        dropout_p=dropout_of(attention.dropout),
         backend=shared.backend,
+        padding_rows=shared.unpadding.padding_rows,
     )
     return context, None
 
@@ -136,10 +145,14 @@ def prepare_attention(module: nn.Module, backend: str | None) -> None:
 
 
 def _heads_v1(attention: nn.Module, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """v1 projects all three at once, head by head, and keeps two of the biases apart."""
-    count = attention.num_attention_heads
-    query, key, value = split_heads(project(attention.in_proj, hidden_states), count).chunk(3, dim=-1)
-    return query + attention.q_bias.view(count, -1), key, value + attention.v_bias.view(count, -1)
+    """v1 projects all three at once, head by head, and keeps two of the biases apart.
+
+    Those may be float32 in a half-precision model: transformers 5 loads them so.
+    """
+    size = attention.attention_head_size
+    query, key, value = split_heads(project(attention.in_proj, hidden_states), 3 * size).chunk(3, dim=-1)
+    query_bias, value_bias = (bias.view(-1, size) for bias in (attention.q_bias, attention.v_bias))
+    return (query + query_bias).to(key.dtype), key, (value + value_bias).to(key.dtype)
 
 
 def _terms_v1(attention: nn.Module, names: Collection[str]) -> PositionTerms:
@@ -148,6 +161,7 @@ def _terms_v1(attention: nn.Module, names: Collection[str]) -> PositionTerms:
         query_proj=attention.pos_q_proj if "p2c" in names else None,
         dropout=attention.pos_dropout,
         table={"position_buckets": -1, "max_relative_positions": attention.max_relative_positions},
+        cut=True,
     )
 
 

@@ -14,12 +14,17 @@ from torch import nn
 
 from ..models.attention import AttentionCache
 from ..op import backends
-from .fallback import MARK, Shared
+from .fallback import MARK, Shared, is_own_forward, place_of_forward
 from .forwards import FUSED, POINTWISE, prepare_attention
 
 
 def patch(
-    model: nn.Module, backend: str | None = None, *, unpad: bool | str = False, constant_weights: bool = False
+    model: nn.Module,
+    backend: str | None = None,
+    *,
+    unpad: bool | str = False,
+    padding_rows: str = "hf",
+    constant_weights: bool = False,
 ) -> nn.Module:
     """Makes every Hugging Face DeBERTa inside ``model`` run fused attention, in place.
 
@@ -29,26 +34,30 @@ def patch(
         backend: a name of ``backends.BACKENDS`` that must then serve every call. None chooses the best for each call;
             on a GPU, backends have to prove themselves for half-precision weights now (``set_backend_check``).
         unpad: True takes padding out between the embeddings and the last layer's output, wherever a (B, L) mask has
-            some: layers see (T, hidden_size), and rows of padding come out as zeros. Where padding stays (masks of
-            pairs, captured programs), one warning says so. "auto" does so where it pays, without a warning. Compiled
-            and exported programs keep padding. On a GPU this costs one synchronisation per call.
+            some: layers see (T, hidden_size). Where padding stays (masks of pairs, captured programs), one warning
+            says so. "auto" does so where it pays, without a warning. Compiled and exported programs keep padding. On a
+            GPU this costs one synchronisation per call.
+        padding_rows: what the encoder gives for rows of padding. With "hf", Hugging Face's values, as losses, pooling
+            over all positions and heads behind left padding read them; with unpad, one row a sequence stands for all
+            of its padding, with one draw of dropout. With "zeros", zeros, for who reads no such row.
         constant_weights: the promise that no weight will be written through ``.data``, which torch cannot see. In
-            inference, values that depend only on weights are then kept on every device, and no call looks at the
-            weights; a copy of the three projections as one matrix is kept too. Writes that torch sees, casts, moves
-            and training still count. Without the promise, only projected position tables are kept, on a CPU.
+            inference, values that depend only on weights are then kept on every device, and no call compares the
+            weights; a copy of the three projections as one matrix is kept too. Writes that torch sees, steps of
+            optimizers, casts, moves and training still count. Without the promise, only projected position tables are
+            kept, on a CPU, with a copy of what they were made of, which every call is compared with.
 
     Returns:
         ``model``. Patching again replaces the earlier settings.
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: ``model`` contains nothing to patch, no backend has that name, unpad is another value, or a
-            ``forward`` that another tool put on one of the modules would be lost.
+        ValueError: ``model`` contains nothing to patch, no backend has that name, unpad or padding_rows is another
+            value, or a ``forward`` that another tool put on one of the modules would be lost.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     backends.check_name(backend)
-    shared = Shared(backend, unpad)
+    shared = Shared(backend, unpad, padding_rows)
     unpatch(model)
     found = [(module, forward) for module in model.modules() if (forward := _fused_forward(module, FUSED)) is not None]
     if not found:
@@ -57,7 +66,7 @@ def patch(
             "attention module with its own forward"
         )
     for module, _ in found:
-        if not _is_own(module, vars(module).get(_place(module))):
+        if not is_own_forward(module, vars(module).get(place_of_forward(module))):
             raise ValueError(
                 f"the forward of a {type(module).__name__} was replaced by other code; undo that, or patch before it"
             )
@@ -66,13 +75,13 @@ def patch(
         prepare_attention(module, backend)
     for module in model.modules():
         forward = _fused_forward(module, POINTWISE)
-        if forward is not None and _is_own(module, vars(module).get(_place(module))):
+        if forward is not None and is_own_forward(module, vars(module).get(place_of_forward(module))):
             _replace(module, functools.partial(forward, module))
     return model
 
 
 def _replace(module: nn.Module, forward: Callable) -> None:
-    place = _place(module)
+    place = place_of_forward(module)
     setattr(module, MARK, {place: vars(module)[place]} if place in vars(module) else {})
     setattr(module, place, forward)
 
@@ -85,12 +94,12 @@ def unpatch(model: nn.Module) -> nn.Module:
     """
     patched = [module for module in model.modules() if MARK in vars(module)]
     for module in patched:
-        if not _is_fused(vars(module).get(_place(module))):
+        if not _is_fused(vars(module).get(place_of_forward(module))):
             raise ValueError(
                 f"the patched forward of a {type(module).__name__} was replaced by other code; undo that first"
             )
     for module in patched:
-        place, before = _place(module), getattr(module, MARK)
+        place, before = place_of_forward(module), getattr(module, MARK)
         delattr(module, place)
         if place in before:
             setattr(module, place, before[place])
@@ -98,16 +107,6 @@ def unpatch(model: nn.Module) -> nn.Module:
             setattr(module, place, type(module).forward.__get__(module))
         delattr(module, MARK)
     return model
-
-
-def _place(module: nn.Module) -> str:
-    """The attribute to replace: accelerate's hooks move the original forward to ``_old_forward``."""
-    return "_old_forward" if hasattr(module, "_hf_hook") and "_old_forward" in vars(module) else "forward"
-
-
-def _is_own(module: nn.Module, forward: Callable | None) -> bool:
-    """Whether an instance's forward is its class's, also where a hook that came and went has left it there."""
-    return forward is None or getattr(forward, "__func__", None) is type(module).forward
 
 
 def _is_fused(forward: Callable | None) -> bool:

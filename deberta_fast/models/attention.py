@@ -1,6 +1,7 @@
 """The attention module of DeBERTa v1, v2 and v3: projections around ``disentangled_attention``."""
 
-from collections.abc import Collection, Sequence
+import warnings
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,9 @@ from ..op.problems import Kind
 from ..op.relative_position import device_tables, slot_table, table_rows
 from .config import DebertaConfig
 from .onednn_linear import is_plain, product, project
+from .ordinary import why_not_ordinary
 from .packing import Packing
+from .padding import pairs, with_means
 from .weight_cache import WeightCache
 
 
@@ -40,12 +43,14 @@ class PositionTerms(NamedTuple):
         query_proj: projects the table for position-to-content; None leaves the term out.
         dropout: runs on the table's rows before they are projected.
         table: position_buckets, max_relative_positions and far_negative, as ``disentangled_attention`` takes them.
+        cut: as Hugging Face's v1, which projects only as many rows as the lengths ask for; its v2 projects all.
     """
 
     key_proj: nn.Module | None
     query_proj: nn.Module | None
     dropout: nn.Module
     table: dict
+    cut: bool = False
 
     @classmethod
     def of(cls, module: nn.Module, names: Collection[str], table: dict) -> "PositionTerms":
@@ -58,12 +63,21 @@ class PositionTerms(NamedTuple):
             table=table,
         )
 
+    def window(self, query_length: int, key_length: int) -> tuple[int, int]:
+        """The rows that Hugging Face's code projects, from start to stop."""
+        longest = self.table["max_relative_positions"]
+        if not self.cut:
+            return 0, table_rows(self.table["position_buckets"], longest)
+        reach = min(max(query_length, key_length), longest)
+        return longest - reach, longest + reach
+
 
 class DisentangledSelfAttention(nn.Module):
     """Self-attention with the position terms that the configuration names (He et al., arXiv 2006.03654, equation 4).
 
     v1 differs from v2 only in biases: keys and the table's keys have none. ``backend`` is a name of
-    ``backends.BACKENDS``; None chooses the best one for each call.
+    ``backends.BACKENDS``; None chooses the best one for each call. With ``padding_rows`` "hf", queries that are padding
+    or see no key get the mean of all values, as in Hugging Face's models.
     """
 
     def __init__(self, config: DebertaConfig):
@@ -90,7 +104,9 @@ class DisentangledSelfAttention(nn.Module):
         self.table = config.table
         self.scale = (self.attention_head_size * config.scale_terms) ** -0.5
         self.backend: str | None = None
+        self.padding_rows = "hf"
         self.cache = AttentionCache()
+        self._warned = False
         self._prepare()
 
     def _apply(self, *arguments, **keywords):
@@ -101,6 +117,13 @@ class DisentangledSelfAttention(nn.Module):
     def _prepare(self) -> None:
         backend = "reference" if self.talking_head else self.backend
         prepare(self, self.attention_head_size, self.terms, self.table, backend)
+
+    def dense_reason(self) -> str | None:
+        """Why probabilities have to be made, besides a caller who asks for them; None if there is no reason."""
+        if self.talking_head:
+            return "talking heads"
+        reason = why_not_ordinary(self.dropout, nn.Dropout, nn.Identity)
+        return reason and f"its dropout is {reason}"
 
     def forward(
         self,
@@ -124,25 +147,35 @@ class DisentangledSelfAttention(nn.Module):
         """
         heads = project_heads(self, hidden_states, query_states, self.cache.joint)
         terms = PositionTerms.of(self, self.terms, self.table) if self.terms else None
-        dropout_p = self.dropout.p if self.training else 0.0
-        if not (output_attentions or self.talking_head):
+        reason = self.dense_reason()
+        if not (output_attentions or reason):
             context = run_attention(
-                heads, mask, rel_embeddings, terms, self.cache.tables, scale=self.scale, dropout_p=dropout_p,
-                backend=self.backend,
+                heads, mask, rel_embeddings, terms, self.cache.tables, scale=self.scale,
+                dropout_p=dropout_of(self.dropout), backend=self.backend, padding_rows=self.padding_rows,
             )  # fmt: skip
             return context, None
         if isinstance(mask, Packing):
-            raise ValueError("talking heads and output_attentions are computed densely, not on packed states")
+            raise ValueError(f"{reason or 'output_attentions'}: computed densely, and not on packed states")
+        if reason and not (self.talking_head or self._warned or torch.compiler.is_compiling()):
+            self._warned = True
+            warnings.warn(f"deberta_fast: attention is computed densely: {reason}", stacklevel=2)
+        hf_rows = self.padding_rows == "hf"
         output, probabilities = disentangled_attention_with_probabilities(
             *(x.transpose(1, 2) for x in heads),
-            attention_mask=mask,
+            attention_mask=pairs(mask) if hf_rows and mask is not None and mask.dim() == 2 else mask,
             scale=self.scale,
-            dropout_p=dropout_p,
+            dropout=self.dropout,
             head_logits_proj=self.head_logits_proj if self.talking_head else None,
             head_weights_proj=self.head_weights_proj if self.talking_head else None,
+            uniform=hf_rows,
             **project_table(rel_embeddings, heads, mask, terms, self.cache.tables),
         )
         return output.transpose(1, 2).flatten(2), probabilities if output_attentions else None
+
+
+def dropout_of(dropout: nn.Module) -> float:
+    """The probability that torch's Dropout, or an Identity in its place, drops with at the moment."""
+    return dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
 
 
 def prepare(attention: nn.Module, head_size: int, terms: Collection[str], table: dict, backend: str | None) -> None:
@@ -160,8 +193,7 @@ def prepare(attention: nn.Module, head_size: int, terms: Collection[str], table:
     if terms:
         device_tables(**table, device=weight.device)
     if backend is None:
-        dropout = attention.dropout.training and getattr(attention.dropout, "p", 0.0) > 0
-        kind = Kind("c2p" in terms, "p2c" in terms, mask="keys", dropout=dropout)
+        kind = Kind("c2p" in terms, "p2c" in terms, mask="keys", dropout=dropout_of(attention.dropout) > 0)
         selection.prepare(weight.device, weight.dtype, head_size, kind)
 
 
@@ -174,19 +206,19 @@ def project_heads(
     cost as much as it saves.
 
     Args:
-        module: an attention module with query_proj, key_proj, value_proj and num_attention_heads.
+        module: an attention module with query_proj, key_proj, value_proj and attention_head_size.
         query_states: the states to make queries from; None means hidden_states.
     """
-    linears, heads = (module.query_proj, module.key_proj, module.value_proj), module.num_attention_heads
+    linears, size = (module.query_proj, module.key_proj, module.value_proj), module.attention_head_size
     if joint.constant and query_states is None:
         if all(map(is_plain, linears)):
             weights = [x for linear in linears for x in (linear.weight, linear.bias)]
             if joint.keeps(weights):
                 weight, bias = joint.get(weights, lambda: _joined(linears))
-                return split_heads(product(hidden_states, weight, bias), 3 * heads).split(heads, -2)
+                return split_heads(product(hidden_states, weight, bias), size).chunk(3, -2)
             joint.clear()
     states = (hidden_states if query_states is None else query_states, hidden_states, hidden_states)
-    return [split_heads(project(linear, x), heads) for linear, x in zip(linears, states, strict=True)]
+    return [split_heads(project(linear, x), size) for linear, x in zip(linears, states, strict=True)]
 
 
 def _joined(linears: tuple[nn.Module, ...]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,6 +237,7 @@ def run_attention(
     scale: float,
     dropout_p: float,
     backend: str | None,
+    padding_rows: str,
 ) -> torch.Tensor:
     """Fused attention of projected heads, with position terms from the table.
 
@@ -215,12 +248,16 @@ def run_attention(
         terms: None for attention without position terms.
         cache: keeps the projected tables in inference.
         scale, dropout_p, backend: as of ``disentangled_attention``.
+        padding_rows: with "hf", queries that are padding or see no key get the mean of V. A ``Packing`` says so itself.
 
     Returns:
         (B, Lq, H D); or packed, (T, H D).
     """
     positions = project_table(rel_embeddings, heads, mask, terms, cache)
-    return attend(*heads, mask, scale=scale, dropout_p=dropout_p, backend=backend, **positions)
+    context = attend(*heads, mask, scale=scale, dropout_p=dropout_p, backend=backend, **positions)
+    if isinstance(mask, Packing):
+        return context if mask.padding is None else mask.padding.with_means(context, heads[2])
+    return context if mask is None or padding_rows == "zeros" else with_means(context, heads[2], mask)
 
 
 def attend(
@@ -253,28 +290,35 @@ def project_table(
     """
     if terms is None:
         return {}
-    table, count = terms.table, heads[0].shape[-2]
-    start, stop = 0, table_rows(table["position_buckets"], table["max_relative_positions"])
+    table, size = terms.table, heads[0].shape[-1]
     projections = {"pos_key": terms.key_proj, "pos_query": terms.query_proj}
     projections = {name: linear for name, linear in projections.items() if linear is not None}
 
-    def projected() -> dict[str, torch.Tensor]:
-        rows = terms.dropout(rel_embeddings[start:stop])
-        return {name: split_heads(project(linear, rows), count).transpose(0, 1) for name, linear in projections.items()}
+    def projected(rows: torch.Tensor, project: Callable = project) -> dict[str, torch.Tensor]:
+        return {name: split_heads(project(linear, rows), size).transpose(0, 1) for name, linear in projections.items()}
 
     # A compiled program projects all rows: one graph then serves every length.
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return {**table, **projected()}
-    if not terms.dropout.training and all(map(is_plain, projections.values())):
+        return {**table, **projected(terms.dropout(rel_embeddings))}
+    lengths = (mask.max_seqlen,) * 2 if isinstance(mask, Packing) else (heads[0].shape[1], heads[1].shape[1])
+    is_dropout = why_not_ordinary(terms.dropout, nn.Dropout, nn.Identity) is None
+    if not (is_dropout and all(map(is_plain, projections.values()))):
+        # Hooks, adapters and the like see what they see in Hugging Face's code: a batch of one table.
+        cache.clear()
+        start, stop = terms.window(*lengths)
+        rows = terms.dropout(rel_embeddings)[start:stop].unsqueeze(0)
+        once = projected(rows, lambda linear, rows: linear(rows).squeeze(0))
+        return {**table, "first_slot": start, **once}
+    if not terms.dropout.training:
         weights = [rel_embeddings, *(x for linear in projections.values() for x in (linear.weight, linear.bias))]
         if cache.keeps(weights):
-            return {**table, **cache.get(weights, projected)}
+            settings = (size, *projections)
+            return {**table, **cache.get(weights, lambda: projected(terms.dropout(rel_embeddings)), settings)}
     cache.clear()
-    lengths = (mask.max_seqlen,) * 2 if isinstance(mask, Packing) else (heads[0].shape[1], heads[1].shape[1])
     start, stop = slot_table(**table).window(*lengths)
-    return {**table, "first_slot": start, **projected()}
+    return {**table, "first_slot": start, **projected(terms.dropout(rel_embeddings[start:stop]))}
 
 
-def split_heads(projected: torch.Tensor, heads: int) -> torch.Tensor:
-    """(..., H D) to (..., H, D)."""
-    return projected.unflatten(-1, (heads, -1))
+def split_heads(projected: torch.Tensor, size: int) -> torch.Tensor:
+    """(..., H D) to (..., H, D). D is given, as a tensor-parallel projection makes some of the heads only."""
+    return projected.unflatten(-1, (-1, size))

@@ -10,6 +10,7 @@ from .activation import activation
 from .attention import DisentangledSelfAttention
 from .config import DebertaConfig
 from .onednn_linear import project
+from .ordinary import why_not_ordinary
 from .packing import Packing, Unpadding
 from .weight_cache import WeightCache
 
@@ -112,15 +113,16 @@ class ConvLayer(nn.Module):
         return output if token_mask is None else output * token_mask.unsqueeze(-1)
 
 
-def normalised_table(weight: torch.Tensor, norm: nn.Module | None, cache: WeightCache) -> torch.Tensor:
-    """The table of relative positions, (R, hidden_size); ``cache`` keeps it in inference."""
-    if norm is None:
-        return weight
-    # A subclassed or hooked norm may depend on anything: its output is not kept.
-    if type(norm) is nn.LayerNorm and not ("forward" in vars(norm) or norm._forward_hooks or norm._forward_pre_hooks):
+def normalised_table(weight: torch.Tensor, norm: nn.Module, cache: WeightCache) -> torch.Tensor:
+    """The table of relative positions, (R, hidden_size), after its norm.
+
+    It takes less time to make than to compare. ``cache`` keeps it where weights are promised to be constant, so that
+    what is made of it can be kept too.
+    """
+    if cache.constant and why_not_ordinary(norm, nn.LayerNorm) is None:
         weights = [weight, norm.weight, norm.bias]
         if cache.keeps(weights):
-            return cache.get(weights, lambda: norm(weight))
+            return cache.get(weights, lambda: norm(weight), (norm.normalized_shape, norm.eps))
     cache.clear()
     return norm(weight)
 
@@ -131,6 +133,7 @@ def run_layers(
     hidden_states: torch.Tensor,
     mask: torch.Tensor | Packing | None,
     packing: Packing | None,
+    unpadding: Unpadding,
     conv: nn.Module | None,
     token_mask: torch.Tensor | None,
     output_hidden_states: bool,
@@ -142,7 +145,8 @@ def run_layers(
         depth: the number of layers.
         hidden_states: the embeddings, (B, L, hidden_size); or packed, (T, hidden_size).
         mask: as of ``DisentangledSelfAttention``.
-        packing: takes the padding out of (B, L, hidden_size) before the first layer, and its rows come out as zeros.
+        packing: takes the padding out of (B, L, hidden_size) before the first layer; None where it stays.
+        unpadding: says what the rows of padding come out as.
         conv: v2's convolution of the embeddings, added to the first layer's output; None where there is none.
         token_mask: what ``conv`` takes, (B, L), 0 for padding; unused where states are packed.
 
@@ -150,7 +154,7 @@ def run_layers(
         Every layer's output, the embeddings first (only the last one without output_hidden_states), and what each
         layer returned as its probabilities.
     """
-    shape = hidden_states.shape[:2]
+    shape, given = hidden_states.shape[:2], mask
     if packing is not None:
         hidden_states, mask = packing.pack(hidden_states), packing
     states, attentions = [hidden_states], []
@@ -162,9 +166,7 @@ def run_layers(
             output = conv(hidden_states, output, token_mask)
         states = [*states, output] if output_hidden_states else [output]
         attentions.append(probabilities)
-    if packing is not None:
-        states = [packing.pad(x, *shape) for x in states]
-    return states, attentions
+    return unpadding.padded(states, packing, given, shape), attentions
 
 
 class DebertaEncoder(nn.Module):
@@ -178,13 +180,12 @@ class DebertaEncoder(nn.Module):
         self.checkpointing: dict | None = None  # torch.utils.checkpoint's keywords, where layers are checkpointed
         self.checkpoint_every = 1
         self.unpadding = Unpadding("auto")
-        self.talking_head = config.talking_head
         self.cache = WeightCache()
 
     def table(self) -> torch.Tensor | None:
         """Relative positions, (R, hidden_size)."""
-        if self.rel_embeddings is None:
-            return None
+        if self.rel_embeddings is None or self.LayerNorm is None:
+            return None if self.rel_embeddings is None else self.rel_embeddings.weight
         return normalised_table(self.rel_embeddings.weight, self.LayerNorm, self.cache)
 
     def forward(
@@ -205,12 +206,13 @@ class DebertaEncoder(nn.Module):
             Every layer's output, the embeddings first (only the last one without output_hidden_states), and every
             layer's probabilities (none without output_attentions).
         """
-        packing = self.unpadding.packing(mask, dense=output_attentions or self.talking_head)
+        packing = self._packing(mask, output_attentions)
         table = self.table()
         call = lambda index, states, mask: self._run(index, states, mask, table, None, output_attentions)
         states, attentions = run_layers(
-            call, len(self.layer), hidden_states, mask, packing, self.conv, token_mask, output_hidden_states
-        )
+            call, len(self.layer), hidden_states, mask, packing, self.unpadding, self.conv, token_mask,
+            output_hidden_states,
+        )  # fmt: skip
         return states, attentions if output_attentions else []
 
     def repeat_last_layer(
@@ -224,14 +226,19 @@ class DebertaEncoder(nn.Module):
 
         Keys and values come from hidden_states each time, queries from the output before; from query_states at first.
         """
-        packing, shape = self.unpadding.packing(mask, dense=self.talking_head), hidden_states.shape[:2]
+        packing, shape, given = self._packing(mask), hidden_states.shape[:2], mask
         if packing is not None:
             hidden_states, query_states, mask = packing.pack(hidden_states), packing.pack(query_states), packing
         table, outputs = self.table(), [query_states]
         for _ in range(times):
             output, _ = self._run(len(self.layer) - 1, hidden_states, mask, table, outputs[-1], False)
             outputs.append(output)
-        return outputs[1:] if packing is None else [packing.pad(x, *shape) for x in outputs[1:]]
+        return self.unpadding.padded(outputs[1:], packing, given, shape)
+
+    def _packing(self, mask: torch.Tensor | Packing | None, output_attentions: bool = False) -> Packing | None:
+        reasons = ["output_attentions"] if output_attentions else []
+        reasons += filter(None, (layer.attention.self.dense_reason() for layer in self.layer))
+        return self.unpadding.packing(mask, reasons[0] if reasons else None)
 
     def _run(self, index: int, *inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
         layer = self.layer[index]

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .ordinary import why_not_ordinary
+
 FEWEST_ROWS = 8  # below, oneDNN's call overhead exceeds its speed-up
 DEEPEST = 1024  # oneDNN accumulates sequentially: deeper products are made in parts, which round less
 
@@ -24,10 +26,9 @@ def is_plain(linear: nn.Module) -> bool:
     where a program is traced."""
     return (
         not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-        and type(linear) is nn.Linear
+        and why_not_ordinary(linear, nn.Linear) is None
         and type(linear.weight) is nn.Parameter
-        and not ("forward" in vars(linear) or linear._forward_hooks or linear._forward_pre_hooks)
-        and not (linear._backward_hooks or linear._backward_pre_hooks or nn.modules.module._has_any_global_hook())
+        and type(linear.bias) in (nn.Parameter, type(None))
     )
 
 

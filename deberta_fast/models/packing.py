@@ -11,6 +11,7 @@ import torch
 
 from ..op.call import check_cu_seqlens_form
 from ..op.schema import checked_cu_seqlens
+from .padding import PackedPadding, check_padding_rows, is_traced
 
 UNPAD = (False, "auto", True)
 # "auto" takes padding out from this share of a batch's rows on: less costs as much as it saves (docs/measured.md).
@@ -27,12 +28,14 @@ class Packing(NamedTuple):
         max_seqlen: at least the longest sequence's length.
         mask: bool (T,), False for tokens that nobody attends to; None where there are none.
         rows: int64 (T,), for each token its row in the padded batch (B L, ...); None where there is no such batch.
+        padding: where rows of padding get Hugging Face's values; then the last row of a sequence may stand for padding.
     """
 
     cu_seqlens: torch.Tensor
     max_seqlen: int
     mask: torch.Tensor | None
     rows: torch.Tensor | None = None
+    padding: PackedPadding | None = None
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -44,7 +47,9 @@ class Packing(NamedTuple):
         return states.flatten(0, 1).index_select(0, self.rows)
 
     def pad(self, states: torch.Tensor, batch: int, length: int) -> torch.Tensor:
-        """(T, ...) to (B, L, ...), zeros where there is no token."""
+        """(T, ...) to (B, L, ...); zeros where there is no token, unless ``padding`` knows better."""
+        if self.padding is not None:
+            return self.padding.pad(states, batch)
         return _scattered(states, self.rows, batch * length).unflatten(0, (batch, length))
 
     def positions(self, tokens: int) -> torch.Tensor:
@@ -96,31 +101,42 @@ class Unpadding:
 
     Attributes:
         mode: False, never; "auto", where it pays; True, wherever there is padding, with one warning where it stays.
+        padding_rows: "hf", rows of padding get Hugging Face's values; "zeros", they come out as zeros.
     """
 
-    def __init__(self, mode: bool | str):
-        self.mode = check_unpad(mode)
+    def __init__(self, mode: bool | str, padding_rows: str = "hf"):
+        self.mode, self.padding_rows = check_unpad(mode), check_padding_rows(padding_rows)
         self._warned = False
 
-    def packing(self, mask: torch.Tensor | Packing | None, dense: bool = False) -> Packing | None:
+    def packing(self, mask: torch.Tensor | Packing | None, dense: str | None = None) -> Packing | None:
         """The packing to run the layers with, or None to run them on the batch as it is.
 
         Args:
             mask: bool; a ``Packing`` where states are packed already.
-            dense: attention needs the batch as it is, for its probabilities or for talking heads.
+            dense: why attention needs the batch as it is, to make its probabilities; None if it does not.
         """
         if not self.mode or mask is None or isinstance(mask, Packing):
             return None
-        reason = "output_attentions and talking heads are computed densely" if dense else _reason_to_stay(mask)
+        reason = f"{dense}: computed densely" if dense else _reason_to_stay(mask)
         if reason is None:
-            return packing_of(mask, self.mode)
+            return packing_of(mask, self.mode, self.padding_rows)
         if self.mode is True and not (self._warned or torch.compiler.is_compiling()):
             self._warned = True
             warnings.warn(f"deberta_fast: padding stays, in spite of unpad=True: {reason}", stacklevel=2)
         return None
 
+    def padded(
+        self, states: list[torch.Tensor], packing: Packing | None, mask: torch.Tensor | Packing | None, shape: tuple
+    ) -> list[torch.Tensor]:
+        """What the layers gave, (B, L, hidden_size), where ``shape`` is (B, L) and ``mask`` what they were given."""
+        if packing is not None:
+            states = [packing.pad(x, *shape) for x in states]
+        if self.padding_rows == "hf" or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+            return states
+        return [x.masked_fill(~mask.unsqueeze(-1), 0) for x in states]
 
-def packing_of(token_mask: torch.Tensor, unpad: bool | str) -> Packing | None:
+
+def packing_of(token_mask: torch.Tensor, unpad: bool | str, padding_rows: str) -> Packing | None:
     """The packing of a padded batch. Each row is kept from its first token to its last; padding between them is masked.
 
     Synchronises with the device once, to learn how many tokens there are.
@@ -128,6 +144,7 @@ def packing_of(token_mask: torch.Tensor, unpad: bool | str) -> Packing | None:
     Args:
         token_mask: bool (B, L), False for padding.
         unpad: True, or "auto" to leave little padding in.
+        padding_rows: with "hf", a row of padding goes along with every sequence that has some outside of its tokens.
 
     Returns:
         None where there is no padding to take out, or no token at all.
@@ -135,19 +152,32 @@ def packing_of(token_mask: torch.Tensor, unpad: bool | str) -> Packing | None:
     batch, length = token_mask.shape
     places = torch.arange(length, device=token_mask.device)
     first = torch.where(token_mask, places, length).amin(1)
-    lengths = (torch.where(token_mask, places, -1).amax(1) + 1 - first).clamp(min=0)
-    spans, tokens = torch.stack([lengths, token_mask.sum(1)]).tolist()
-    total = sum(spans)
-    if total == 0 or batch * length - total <= (0 if unpad is True else WORTH * batch * length):
+    spans = (torch.where(token_mask, places, -1).amax(1) + 1 - first).clamp(min=0)
+    kept = spans + (spans < length) if padding_rows == "hf" else spans
+    lengths, tokens = torch.stack([kept, token_mask.sum(1)]).tolist()
+    total = sum(lengths)
+    if not any(tokens) or batch * length - total <= (0 if unpad is True else WORTH * batch * length):
         return None
-    ends = lengths.cumsum(0)
-    starts = torch.arange(0, batch * length, length, device=token_mask.device) + first - (ends - lengths)
-    rows = torch.arange(total, device=token_mask.device) + starts.repeat_interleave(lengths, output_size=total)
+    ends = kept.cumsum(0)
+    by_token = lambda values: values.repeat_interleave(kept, output_size=total)
+    sequences = by_token(torch.arange(batch, device=token_mask.device))
+    places = torch.arange(total, device=token_mask.device) - by_token(ends - kept)
+    outside = places == by_token(spans)  # the rows that stand for padding
+    first_outside = torch.where(first > 0, 0, spans)
+    rows = sequences * length + torch.where(outside, by_token(first_outside), places + by_token(first))
+    mask, padding = token_mask.flatten().index_select(0, rows), None
+    if padding_rows == "hf":
+        at = torch.nonzero_static(~mask, size=total - sum(tokens)).squeeze(1)
+        source = (ends - 1).repeat_interleave(length, output_size=batch * length)
+        source = source.index_copy(0, rows, torch.arange(total, device=rows.device))
+        weights = torch.where(outside, by_token(length - spans), 1)
+        padding = PackedPadding(at, sequences[at], ends - kept, weights, length, source)
     return Packing(
         cu_seqlens=torch.nn.functional.pad(ends, (1, 0)).int(),
-        max_seqlen=max(spans),
-        mask=None if sum(tokens) == total else token_mask.flatten().index_select(0, rows),
+        max_seqlen=max(lengths),
+        mask=None if sum(tokens) == total else mask,
         rows=rows,
+        padding=padding,
     )
 
 
@@ -188,7 +218,7 @@ def packed_sequences(
 
 def _reason_to_stay(mask: torch.Tensor) -> str | None:
     """The reason for which a batch with this mask, bool, keeps its padding; None if there is none."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if is_traced():
         return "a traced program cannot depend on how many tokens there are"
     if mask.dim() != 2:
         return "a mask of pairs of tokens"

@@ -12,7 +12,7 @@ from ..op import backends
 from .attention import AttentionCache
 from .config import DebertaConfig
 from .heads import LMHead
-from .packing import check_unpad
+from .packing import Unpadding
 from .weight_cache import WeightCache
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -178,18 +178,24 @@ class PreTrainedModel(nn.Module):
         for layer in self.base_model.encoder.layer:
             layer.attention.self.backend = backend
 
-    def set_unpad(self, unpad: bool | str) -> None:
+    def set_unpad(self, unpad: bool | str, padding_rows: str = "hf") -> None:
         """Whether padding is left out between the embeddings and the last layer's output.
 
         Args:
             unpad: "auto", the default, where a (B, L) mask holds enough padding to pay; True, wherever it holds any,
                 with a warning where it stays (masks of pairs, output_attentions, captured programs); False, never.
                 Compiled and exported programs keep it. On a GPU, to learn how many tokens there are means to wait.
+            padding_rows: what rows of padding come out as. With "hf", the default, Hugging Face's values, and heads
+                read them as Hugging Face's do. With "zeros", zeros: then the loss of question answering leaves padding
+                out, and classifiers read the first token behind left padding.
 
         Raises:
             ValueError: it is another value.
         """
-        self.base_model.encoder.unpadding.mode = check_unpad(unpad)
+        encoder = self.base_model.encoder
+        encoder.unpadding = Unpadding(unpad, padding_rows)
+        for layer in encoder.layer:
+            layer.attention.self.padding_rows = padding_rows
 
     def set_constant_weights(self, constant: bool) -> None:
         """The promise that no weight will be written through ``.data``, which torch cannot see.

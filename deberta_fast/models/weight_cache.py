@@ -1,9 +1,9 @@
 """What depends on weights alone, kept in inference until they change.
 
-torch counts what it writes into a tensor, but not what is written through ``.data``: adapters are merged and averaged
-weights put in place that way. On a CPU every use therefore looks at the weights themselves, by a product with a fixed
-random vector, which reads a matrix once where making the value multiplies with it. On a GPU the host would have to wait
-for such a look: there a value is kept only for who promises that weights stay.
+torch counts what it writes into a tensor, but neither what is written through ``.data`` nor what a fused optimizer
+writes. On a CPU every use therefore compares the weights, bit by bit, with a copy of those that the value was made of.
+That reads a matrix twice, where making the value multiplies with it. On a GPU the host would have to wait for such a
+comparison: there a value is kept only for who promises that weights stay.
 """
 
 import functools
@@ -12,51 +12,68 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Value = TypeVar("Value")
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the size of an element
 
 
 class WeightCache:
     """One value made of weights. Copies and pickles of it are empty.
 
     Attributes:
-        constant: the promise that nobody writes weights through ``.data``. They are not looked at then, and values are
-            kept on every device.
+        constant: the promise that nobody writes weights through ``.data``. They are not compared then, and values are
+            kept on every device. What torch counts still counts, and so do the steps of all optimizers.
     """
 
     def __init__(self, constant: bool = False):
         self.constant = constant
         self._kept: tuple | None = None
+        if constant:
+            _steps()
 
     def keeps(self, weights: list[torch.Tensor | None]) -> bool:
-        """Whether values of these weights are kept: not where gradients are asked for, in a traced program, or for
-        weights that are more than tensors."""
+        """Whether values of these weights are kept: not where gradients are asked for, in a traced program, where a
+        mode of torch may replace operators, or for weights that are more than tensors."""
         return not (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or torch.jit.is_tracing()
             or torch._C._are_functorch_transforms_active()
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._len_torch_function_stack()
+            or forward_ad._current_level >= 0
         ) and all(
             type(weight) in (torch.Tensor, nn.Parameter)
-            and not weight.is_inference()  # of which torch counts no writes
-            and (weight.device.type == "cpu" or (self.constant and not weight.is_meta))
+            and weight.layout == torch.strided
+            # torch counts no writes into tensors of inference mode
+            and (not (weight.is_inference() or weight.is_meta) if self.constant else weight.is_cpu)
             for weight in weights
             if weight is not None
         )
 
-    def get(self, weights: list[torch.Tensor | None], make: Callable[[], Value]) -> Value:
-        """``make()``, or what it gave when these same weights, which it ``keeps``, were last handed in."""
+    def get(self, weights: list[torch.Tensor | None], make: Callable[[], Value], settings: tuple = ()) -> Value:
+        """``make()``, or what it gave for the same weights, which it ``keeps``, and the same settings.
+
+        Args:
+            settings: whatever else the value depends on.
+        """
         weights = [weight for weight in weights if weight is not None]
-        state, kept = _state(weights), self._kept
+        state, kept = [settings, *_precision(weights[0].device.type)], self._kept
+        if self.constant:
+            state += [_steps().count, *((x.data_ptr(), x.dtype, x.shape, x.stride(), x._version) for x in weights)]
         if kept is not None and kept[0] == state:
-            if self.constant or all(map(torch.equal, kept[1], _sketches(weights))):
+            if self.constant or all(map(_same_bits, kept[1], weights)):
                 return kept[2]
         if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
             return make()  # into the graph's own memory, which does not outlive it
         with torch.inference_mode(False), torch.no_grad():  # or what is made of the value could not be kept
+            # With a promise the weights themselves: as long as they live, no other tensor comes to lie where they do.
+            # Without, the copies come first: a write in between makes the next comparison fail.
+            compared = weights if self.constant else [weight.detach().clone() for weight in weights]
             value = make()
-        # The weights too: as long as they live, no other tensor comes to lie where they do
-        self._kept = state, [] if self.constant else _sketches(weights), value, weights
+        self._kept = state, compared, value
         return value
 
     def clear(self) -> None:
@@ -69,26 +86,31 @@ class WeightCache:
         return WeightCache, (self.constant,)
 
 
-def _state(weights: list[torch.Tensor]) -> list:
-    """What tells that a tensor is another one: where it lies, what it is, how often torch has written into it; and the
-    dtype of products under autocast."""
-    kind = weights[0].device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return [autocast, *((x.data_ptr(), x.dtype, x.shape, x._version) for x in weights)]
+def _precision(device: str) -> tuple:
+    """In which precision torch multiplies at the moment."""
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return autocast, torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
 
 
-def _sketches(weights: list[torch.Tensor]) -> list[torch.Tensor]:
-    """A number for each row of a matrix, and vectors as they are. A change that no number shows is below rounding.
-
-    Only of parameters: other tensors are values of another cache, which nobody else has.
-    """
-    return [
-        torch.mv(x.detach(), _direction(x.shape[1], x.dtype)) if x.dim() == 2 else x.detach().clone()
-        for x in weights
-        if type(x) is nn.Parameter
-    ]
+def _same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether two tensors on the CPU hold the same bits: -0 is not 0 then, and a NaN is itself."""
+    if x.dtype != y.dtype or x.shape != y.shape:
+        return False
+    bits = _BITS[x.element_size()]
+    return torch.equal(x.detach().view(bits), y.detach().view(bits))
 
 
-@functools.lru_cache(maxsize=64)
-def _direction(size: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(size, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(dtype)
+class _Steps:
+    """Counts the steps of all optimizers of the process: torch does not count what fused ones write."""
+
+    def __init__(self):
+        self.count = 0
+        register_optimizer_step_post_hook(self._step)
+
+    def _step(self, *_) -> None:
+        self.count += 1
+
+
+@functools.lru_cache(maxsize=1)
+def _steps() -> _Steps:
+    return _Steps()

@@ -84,12 +84,16 @@ def disentangled_attention_with_probabilities(
     first_slot: int = 0,
     head_logits_proj: torch.nn.Module | None = None,
     head_weights_proj: torch.nn.Module | None = None,
+    dropout: torch.nn.Module | None = None,
+    uniform: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``disentangled_attention`` for whoever wants the probabilities or talking heads: dense, by the reference.
 
     Args:
         head_logits_proj, head_weights_proj: linear maps over the heads of the scores before the softmax and of the
             probabilities after dropout (Shazeer et al., arXiv 2003.02436); None leaves them out.
+        dropout: a module that runs on the probabilities, (B, H, Lq, Lk), in the place of ``dropout_p``.
+        uniform: a query that sees no key weighs all alike, as in Hugging Face's models, and does not get zeros.
         The others: as in ``disentangled_attention``.
 
     Returns:
@@ -104,7 +108,11 @@ def disentangled_attention_with_probabilities(
     )  # fmt: skip
     with torch.autocast(call.query.device.type, enabled=False):
         output, _, probabilities = backends.reference.attention_with_probabilities(
-            call, head_logits_proj=head_logits_proj, head_weights_proj=head_weights_proj
+            call,
+            head_logits_proj=head_logits_proj,
+            head_weights_proj=head_weights_proj,
+            dropout=dropout,
+            uniform=uniform,
         )
     return output, probabilities
 

@@ -55,11 +55,9 @@ def tokens(padding="right", length=LENGTH, choices=(), seed=1):
 
 
 def results(model, inputs, gradients=True):
-    """Outputs on the valid tokens, and the gradients of all parameters by name; None where there is none."""
+    """Outputs, rows of padding among them, and the gradients of all parameters by name; None where there is none."""
     model.zero_grad()
-    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
     outputs = [x for x in tuple(model(**inputs).values()) if isinstance(x, torch.Tensor)]
-    outputs = [x[mask] if x.shape[: mask.dim()] == mask.shape else x for x in outputs]
     if gradients:
         sum((x * noise(*x.shape).to(x)).sum() for x in outputs).backward()
     grads = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from deberta_fast import patch, unpatch
 
-pytestmark = pytest.mark.usefixtures("exact_scale")
+pytestmark = pytest.mark.usefixtures("exact_hf")
 HEADS = """v1-Model-right v1-ForMaskedLM-holes v1-ForSequenceClassification-right v1-ForTokenClassification-left
     v1-ForQuestionAnswering-absent v1-whole-table-c2p-Model-left v1-p2p-counted-Model-right v1-absolute-Model-holes
     v2-Model-right v2-ForMaskedLM-left v2-ForTokenClassification-holes v2-ForQuestionAnswering-empty

@@ -10,7 +10,7 @@ from torch import nn
 
 from deberta_fast import patch, unpatch
 
-pytestmark = pytest.mark.usefixtures("exact_scale")
+pytestmark = pytest.mark.usefixtures("exact_hf")
 
 
 def test_model_inside_a_wrapper(fused_calls):

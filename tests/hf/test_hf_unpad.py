@@ -1,6 +1,7 @@
 """patch(unpad=...): Hugging Face's models without padding, each sequence as unpatched models compute it alone."""
 
 import copy
+import itertools
 import pickle
 import warnings
 
@@ -12,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from deberta_fast import patch, unpatch
 
-pytestmark = pytest.mark.usefixtures("exact_scale")
+pytestmark = pytest.mark.usefixtures("exact_hf")
 CONV5 = dict(conv_kernel_size=5, conv_groups=2, num_hidden_layers=3)
 CASES = {
     **{name: (name, {}) for name in ("v1", "v1-p2p-counted", "v1-absolute", "v2", "v2-unbucketed-p2c", "v2-no-terms")},
@@ -29,24 +30,24 @@ def test_every_sequence_is_as_unpatched_alone(case):
     model = build(name, **changes).double()
     for layout in LAYOUTS:
         inputs, expected = batch_of(layout), []
-        outside = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+        padding = inputs["attention_mask"] == 0
         with torch.no_grad():
             for row, start, stop in spans_of(inputs):
-                outside[row, start:stop] = False
                 one = {key: x[row : row + 1, start:stop] for key, x in inputs.items()}
                 positions = torch.arange(start, stop)[None]  # absolute ones count from the row's start
                 expected.append(flat(unpatch(model)(**one, position_ids=positions, output_hidden_states=True)))
-            padded = flat(patch(model)(**inputs, output_hidden_states=True))
-            for unpad in (True, "auto"):
-                outputs = flat(patch(model, unpad=unpad)(**inputs, output_hidden_states=True))
+            padded = flat(unpatch(model)(**inputs, output_hidden_states=True))
+            for unpad, rows in itertools.product((True, "auto", False), ("hf", "zeros")):
+                patch(model, unpad=unpad, padding_rows=rows)
+                outputs = flat(model(**inputs, output_hidden_states=True))
                 for place, (row, start, stop) in enumerate(spans_of(inputs)):
                     message, valid = f"{layout}, {unpad}, row {row}", inputs["attention_mask"][row, start:stop].bool()
-                    for x, y, z in zip(outputs, expected[place], padded, strict=True):
+                    for x, y in zip(outputs, expected[place], strict=True):
                         got = x[row, start:stop]
                         torch.testing.assert_close(got[valid], y[0, valid], rtol=0, atol=1e-10, msg=message)
-                        # of what a hole asks itself, Hugging Face has another opinion: all keys, equally
-                        torch.testing.assert_close(got, z[row, start:stop], rtol=0, atol=1e-10, msg=message)
-                assert unpad == "auto" or not any(x[outside].any() for x in outputs), layout
+                for x, y in zip(outputs, padded, strict=True):
+                    there = y if rows == "hf" else y.masked_fill(padding.unsqueeze(-1), 0)
+                    torch.testing.assert_close(x, there, rtol=0, atol=1e-10, msg=f"{layout}, {unpad}, {rows}")
 
 
 HEADS = """v1-Model-left v1-ForMaskedLM-holes v1-ForSequenceClassification-right v1-Model-empty_rows
@@ -69,9 +70,10 @@ def test_layers_see_tokens_alone():
     model, inputs = build("v2"), batch_of("holes")
     seen = shapes_seen(model)
     for options, shape in (
-        ({"unpad": True}, (73, 64)),
+        ({"unpad": True}, (75, 64)),  # with a row for the padding of each of two sequences
         ({}, (3, LENGTH, 64)),
-        ({"unpad": "auto"}, (73, 64)),
+        ({"unpad": "auto"}, (75, 64)),
+        ({"unpad": True, "padding_rows": "zeros"}, (73, 64)),
         ({"unpad": False}, (3, LENGTH, 64)),
     ):
         patch(model, **options)(**inputs)
@@ -82,8 +84,11 @@ def test_layers_see_tokens_alone():
     assert {x[1:] for x in seen} == {(LENGTH, 64)}
     seen.clear()
     model(**{**inputs, "attention_mask": inputs["attention_mask"].float()})
-    patch(model, unpad=True)(**batch_of([(0, 37), (0, 36)]))
-    assert set(seen) == {(73, 64)}
+    assert set(seen) == {(75, 64)}
+    seen.clear()
+    patch(model, unpad=True)(**batch_of([(0, 37), (0, 35)]))
+    model(**batch_of([(0, 37), (0, 36)]))  # one row of padding stands for itself
+    assert seen == [(73, 64)] * 2 + [(2, LENGTH, 64)] * 2
 
 
 def test_a_batch_without_any_token():
@@ -106,9 +111,11 @@ def test_values_of_unpad_and_what_stays():
                 patch(model, unpad=wrong)
         assert torch.equal(model(**inputs)[0], expected)
         padded = patch(model)(**inputs)[0]
-        packed = patch(model, unpad=True)(**inputs)[0]
+        packed = patch(model, unpad=True, padding_rows="zeros")(**inputs)[0]
         with pytest.raises(ValueError, match="unpad"):
             patch(model, unpad="always")
+        with pytest.raises(ValueError, match='padding_rows must be "hf" or "zeros", got None'):
+            patch(model, padding_rows=None)
         outside = inputs["attention_mask"] == 0
         assert torch.equal(model(**inputs)[0], packed) and torch.equal(packed[outside][0], packed[outside][-1])
         assert not torch.equal(padded[outside], packed[outside])
@@ -210,7 +217,7 @@ def test_gradient_checkpointing(name, reentrant, dropout):
         layer.attention.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
     torch.manual_seed(0)
     assert_close(results(model, inputs), expected)
-    assert shapes == [(73, 64)] * 4
+    assert shapes == [(75, 64)] * 4
 
 
 def test_dropout_has_the_statistics_of_padded_dropout():
@@ -251,7 +258,7 @@ def test_copies(copied):
     model, inputs = patch(build("v2"), unpad=True), batch_of("left")
     twin, expected = copied(model), model(**inputs)[0]
     seen = shapes_seen(twin)
-    assert torch.equal(twin(**inputs)[0], expected) and seen == [(69, 64)] * 2
+    assert torch.equal(twin(**inputs)[0], expected) and seen == [(71, 64)] * 2
     for p in twin.parameters():
         p.data.zero_()
     assert not torch.equal(twin(**inputs)[0], expected) and torch.equal(model(**inputs)[0], expected)
@@ -280,9 +287,11 @@ def test_compiled_models_keep_their_padding():
         expected = patch(model)(**inputs)[0]
         packed = patch(model, unpad=True)(**inputs)[0]
         got = torch.compile(model, backend="eager", fullgraph=True)(**inputs)[0]
+        patch(model, unpad=True, padding_rows="zeros")
+        zeros = torch.compile(model, backend="eager", fullgraph=True)(**inputs)[0]
     torch.testing.assert_close(got, expected)
-    assert got.any(-1).all() and not packed[1, 30:].any()
-    torch.testing.assert_close(got[valid], packed[valid])
+    torch.testing.assert_close(got, packed)
+    torch.testing.assert_close(zeros, got * valid.unsqueeze(-1))
 
 
 @pytest.mark.parametrize("name", ["v1", "v2"])

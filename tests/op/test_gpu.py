@@ -484,7 +484,7 @@ def compare_patched(name, backend, dtype):
     return 2 * len(draws)
 
 
-@pytest.mark.usefixtures("exact_scale")
+@pytest.mark.usefixtures("exact_hf")
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in HALF_ONLY])
 @pytest.mark.parametrize("name", ["v1", "v3"])
 def test_patched_model(name, backend, fused_calls):
@@ -492,7 +492,7 @@ def test_patched_model(name, backend, fused_calls):
     assert fused_calls == [backend] * calls
 
 
-@pytest.mark.usefixtures("exact_scale")
+@pytest.mark.usefixtures("exact_hf")
 @by_fused_backend
 @pytest.mark.parametrize("name", ["v1", "v3"])
 def test_patched_model_in_bfloat16(name, backend, fused_calls):

@@ -38,7 +38,7 @@ CASES = {
 
 
 @pytest.fixture(autouse=True)
-def exact_scale(monkeypatch):
+def exact_hf(monkeypatch):
     """Hugging Face takes the root of the scale in float32: its float64 results would be right to 8 digits only."""
     for module in (V1, V2):
         monkeypatch.setattr(

@@ -35,6 +35,8 @@ def attention_with_probabilities(
     first_batch: int = 0,
     head_logits_proj: torch.nn.Module | None = None,
     head_weights_proj: torch.nn.Module | None = None,
+    dropout: torch.nn.Module | None = None,
+    uniform: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output (B, H, Lq, D), log-sum-exp (B, H, Lq) and probabilities after dropout (B, H, Lq, Lk) of a dense call.
 
@@ -43,6 +45,8 @@ def attention_with_probabilities(
         first_batch: number of the first batch row, for dropout.
         head_logits_proj, head_weights_proj: v1's talking heads, linear maps over the heads of the scores before the
             softmax and of the probabilities after dropout (Shazeer et al., arXiv 2003.02436).
+        dropout: runs on the probabilities (B, H, Lq, Lk), instead of the mask of equation 12.
+        uniform: a query that sees no key weighs all alike, and not none.
     """
     q, k, v = (heads.to(call.work_dtype) for heads in (call.query, call.key, call.value))
     batch, heads, query_length, _ = q.shape
@@ -69,10 +73,12 @@ def attention_with_probabilities(
     # A row that sees nothing has no softmax: give it any, and then take it away.
     some = visible.any(-1, keepdim=True)
     scores = scores.masked_fill(~visible, -torch.inf).masked_fill(~some, 0.0)
-    probabilities = torch.softmax(scores, -1).masked_fill(~visible, 0.0)
+    probabilities = torch.softmax(scores, -1).masked_fill(~visible & some if uniform else ~visible, 0.0)
     lse = torch.logsumexp(scores, -1).masked_fill(~some[..., 0], -torch.inf)
 
-    if call.dropout_p > 0:
+    if dropout is not None:
+        probabilities = dropout(probabilities)
+    elif call.dropout_p > 0:
         row = torch.arange(first_batch, first_batch + batch, device=q.device)[:, None] * heads
         batch_head = (row + torch.arange(heads, device=q.device))[..., None, None]
         keep = keep_mask(call.seed, batch_head, i[:, None], (0, key_length), call.dropout_p)
