@@ -50,7 +50,7 @@ def encoder_reason(
         attention = layer.attention.self
         if not hasattr(attention, MARK):
             return "a layer's attention is not a patched one"
-        reason = _module_reason(attention) or _passes_on(layer) or _passes_on(layer.attention)
+        reason = module_reason(attention) or _passes_on(layer) or _passes_on(layer.attention)
         if reason is not None:
             return reason
     return None
@@ -69,10 +69,10 @@ def attention_reason(
         return "output_attentions=True needs the probabilities, which the fused path never holds"
     if isinstance(relative_pos, torch.Tensor):
         return "a custom relative_pos is not fused"
-    return _module_reason(attention)
+    return module_reason(attention)
 
 
-def _module_reason(attention: nn.Module) -> str | None:
+def module_reason(attention: nn.Module) -> str | None:
     """The reason for which no call of an attention module is fused."""
     if getattr(attention, "talking_head", False):
         return "talking heads are not fused"
@@ -93,8 +93,8 @@ def _passes_on(module: nn.Module) -> str | None:
     kind = type(module)
     if kind.__module__.startswith("torch."):
         return None
-    own, place = hf_class(kind), place_of_forward(module)
-    if own is None or kind.forward is not own.forward or not is_own_forward(module, vars(module).get(place)):
+    place = place_of_forward(module)
+    if not (inherits_forward(kind) and is_own_forward(module, vars(module).get(place))):
         return f"a {kind.__name__} has a forward of its own"
     return None
 
@@ -118,6 +118,19 @@ def is_v1(attention: nn.Module) -> bool:
 def hf_class(kind: type) -> type | None:
     """The class of Hugging Face's DeBERTa that ``kind`` is or comes from; None if there is none."""
     return next((base for base in kind.__mro__ if base.__module__ in _MODULES), None)
+
+
+@constant
+def inherits_forward(kind: type) -> bool:
+    """Whether a class computes what its class of Hugging Face's computes."""
+    own = hf_class(kind)
+    if own is None:
+        return False
+    forward = kind.forward
+    # transformers wraps the forward of every subclass of a layer anew, with the code that wraps its own
+    while forward is not own.forward and getattr(forward, "__code__", None) is own.forward.__code__:
+        forward = getattr(forward, "__wrapped__", None)
+    return forward is own.forward
 
 
 def place_of_forward(module: nn.Module) -> str:

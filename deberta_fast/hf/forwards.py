@@ -24,7 +24,7 @@ from ..models.encoder import add_and_norm, intermediate, normalised_table, run_l
 from ..models.onednn_linear import project
 from ..models.packing import Packing
 from ..models.weight_cache import WeightCache
-from .fallback import Shared, attention_reason, encoder_reason, hf_class, is_v1
+from .fallback import Shared, attention_reason, encoder_reason, hf_class, is_v1, module_reason
 
 # The encoder hands this to its layers as relative_pos: distances of tokens need no tensor. None would not do, because
 # DeBERTa v1 leaves out the position terms then.
@@ -133,7 +133,7 @@ def _attention(
 
 def prepare_attention(module: nn.Module, backend: str | None) -> None:
     """Does what a first call would do otherwise and a CUDA graph cannot capture. An encoder needs nothing."""
-    if not hasattr(module, "pos_att_type") or getattr(module, "talking_head", False):
+    if not hasattr(module, "pos_att_type") or module_reason(module) is not None:
         return
     terms = module.pos_att_type if module.relative_attention else ()
     table = {

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..models.attention import AttentionCache
 from ..op import backends
-from .fallback import MARK, Shared, is_own_forward, place_of_forward
+from .fallback import MARK, Shared, hf_class, inherits_forward, is_own_forward, place_of_forward
 from .forwards import FUSED, POINTWISE, prepare_attention
 
 
@@ -114,10 +114,7 @@ def _is_fused(forward: Callable | None) -> bool:
 
 
 def _fused_forward(module: nn.Module, forwards: dict) -> Callable | None:
-    kind = type(module)
-    for base in kind.__mro__:
-        forward = forwards.get((base.__module__.removeprefix("transformers.models."), base.__name__))
-        if forward is not None:
-            # A subclass with a forward of its own computes something else.
-            return forward if kind.forward is base.forward else None
-    return None
+    own = hf_class(type(module))
+    if own is None or not inherits_forward(type(module)):
+        return None  # a subclass with a forward of its own computes something else
+    return forwards.get((own.__module__.removeprefix("transformers.models."), own.__name__))
