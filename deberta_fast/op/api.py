@@ -102,7 +102,7 @@ def disentangled_attention_with_probabilities(
         query, key, value, pos_key, pos_query, attention_mask, None, position_buckets, max_relative_positions,
         far_negative, first_slot, query_offset, None, scale, dropout_p,
     )  # fmt: skip
-    with torch.autocast(call.query.device.type, enabled=False):
+    with call.outside_autocast():
         output, _, probabilities = backends.reference.attention_with_probabilities(
             call, head_logits_proj=head_logits_proj, head_weights_proj=head_weights_proj
         )
@@ -166,7 +166,7 @@ def disentangled_attention_varlen(
 def _run(call: Call, return_lse: bool, backend: str | None):
     name = selection.choose(backend, call)
     if name == "reference":
-        with torch.autocast(call.query.device.type, enabled=False):
+        with call.outside_autocast():
             output, lse = backends.reference.attention(call)
     else:
         output, lse = attend(call, name, return_lse)

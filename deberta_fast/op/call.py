@@ -1,5 +1,6 @@
 """One call of disentangled attention: its tensors and settings, checked, and the geometry that follows from them."""
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -83,6 +84,11 @@ class Call(NamedTuple):
         if self.query.dtype != torch.float16:
             return 1.0
         return 2.0 ** max(-14, min(14, math.frexp(self.scale / math.log(2))[1] - 1))
+
+    def outside_autocast(self) -> contextlib.AbstractContextManager:
+        """Autocast would round what is computed in ``work_dtype`` on purpose. It knows no meta tensors."""
+        kind = self.query.device.type
+        return contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
     # Results
 

@@ -9,8 +9,6 @@ empty tensor, since a schema cannot return an optional one. ``Call`` says what t
 """
 
 import torch
-from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from . import backends
 from .call import TENSORS, Call, check_cu_seqlens_values
@@ -34,15 +32,13 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)}
 
 
 def attend(call: Call, backend: str, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Output (B, H, Lq, D) and log-sum-exp (B, H, Lq) of a checked call, differentiable once.
+    """Output (B, H, Lq, D) and log-sum-exp (B, H, Lq) of a checked call.
 
     Without with_lse, the second is there only where it was needed anyway.
     """
     if _is_traced(call[:TENSORS]):
         return torch.ops.deberta_fast.attention_forward(*call, backend)
-    # A level of forward-mode derivatives goes the same way: the autograd function refuses it.
-    differentiable = torch.is_grad_enabled() and any([x.requires_grad for x in call[:5] if x is not None])
-    if differentiable or forward_ad._current_level >= 0:
+    if torch.is_grad_enabled() and any([x.requires_grad for x in call[:5] if x is not None]):
         return _Attention.apply(call, backend, False, *call[:5])
     return backends.forward(call, backend, with_lse)
 
@@ -73,7 +69,10 @@ def _is_traced(tensors: tuple[torch.Tensor | None, ...]) -> bool:
 
 
 class _Attention(torch.autograd.Function):
-    """The derivative of ``backends.forward`` is ``backends.backward``, in eager mode and behind the operators."""
+    """The derivative of ``backends.forward`` is ``backends.backward``, in eager mode and behind the operators.
+
+    That has no derivative of its own. Where one may be asked for, the reference is differentiated instead.
+    """
 
     @staticmethod
     def forward(ctx, call, backend, traced, *differentiable):
@@ -88,20 +87,48 @@ class _Attention(torch.autograd.Function):
         return output, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output, grad_lse):
         *tensors, output, lse = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
         if grad_output is None and grad_lse is None:
             return (None,) * (3 + len(wanted))
         call = Call(*tensors, *ctx.settings)
-        if _is_traced(tensors):
+        if torch.is_grad_enabled() or backends.has_tangents((grad_output, grad_lse)):
+            grads = _differentiable_gradients(call, grad_output, grad_lse, wanted)
+        elif _is_traced(tensors):
             grads = torch.ops.deberta_fast.attention_backward(
                 grad_output, grad_lse, output, lse, *call, ctx.backend, wanted
             )
         else:
             grads = backends.backward(call, ctx.backend, output, lse, grad_output, grad_lse, wanted)
         return None, None, None, *(grad if want else None for grad, want in zip(grads, wanted, strict=True))
+
+
+def _differentiable_gradients(
+    call: Call, grad_output: torch.Tensor | None, grad_lse: torch.Tensor | None, wanted: tuple[bool, ...]
+) -> list[torch.Tensor | None]:
+    """What ``backends.backward`` computes, as torch's autograd derives it from the reference: to any order."""
+    backends.tell("only 'reference' has second derivatives")
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad(), call.outside_autocast():
+        # Views: one tensor may be given twice or be made from another, and these are partial derivatives.
+        inputs = [x.view_as(x) if want else x for x, want in zip(call[:5], wanted, strict=True)]
+        results = backends.reference.attention(Call(*inputs, *call[5:]))
+        given = [
+            (x, grad)
+            for x, grad in zip(results, (grad_output, grad_lse), strict=True)
+            if grad is not None and x.requires_grad
+        ]
+        asked = [x for x, want in zip(inputs, wanted, strict=True) if want]
+        if not given:  # the log-sum-exp does not depend on the values
+            made = [torch.zeros_like(x) for x in asked]
+        else:
+            outputs, cotangents = zip(*given, strict=True)
+            made = torch.autograd.grad(
+                outputs, asked, cotangents, create_graph=create_graph, allow_unused=True, materialize_grads=True
+            )
+    made = iter(made)
+    return [next(made) if want else None for want in wanted]
 
 
 # The operators
@@ -145,10 +172,26 @@ def _fake_checked(cu_seqlens, total, max_seqlen):
 
 def _differentiable_forward(*arguments):
     """The operator under autograd: in torch.compile, and in a program made by torch.export."""
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:5]):
-        return _Attention.apply(Call(*arguments[:-1]), arguments[-1], True, *arguments[:5])
+    call, tensors = Call(*arguments[:-1]), arguments[:5]
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    # A transform of what was traced before: the autograd function knows neither kind.
+    if backends.has_tangents(tensors) or (differentiable and torch._C._are_functorch_transforms_active()):
+        backends.tell("only 'reference' has derivatives by forward mode and torch.func")
+        with call.outside_autocast():
+            return backends.reference.attention(call)
+    if differentiable:
+        return _Attention.apply(call, arguments[-1], True, *tensors)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.deberta_fast.attention_forward(*arguments)
+
+
+def _backward_once(*arguments):
+    """The operator under autograd: ``_Attention`` calls it only where no derivative of it is asked for."""
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+    if (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)) or backends.has_tangents(tensors):
+        raise RuntimeError("deberta_fast::attention_backward has no derivative; backend='reference' has all")
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.deberta_fast.attention_backward(*arguments)
 
 
 for _name, _kernel, _fake in (
@@ -159,3 +202,4 @@ for _name, _kernel, _fake in (
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"deberta_fast::{_name}", _fake, lib=_library)
 _library.impl("attention_forward", _differentiable_forward, "Autograd")
+_library.impl("attention_backward", _backward_once, "Autograd")

@@ -16,7 +16,14 @@ from ..relative_position import distance_slots
 
 
 def why_not(call: Call) -> list[str]:
-    """Reasons not to serve these call: none."""
+    """Reasons not to serve this call: lengths of packed sequences are read, and that cannot be recorded."""
+    ends = call.cu_seqlens
+    if ends is None or torch.compiler.is_compiling():
+        return []
+    if torch._C._get_tracing_state() is not None:
+        return ["packed sequences cannot be traced by torch.jit, which would keep their lengths as constants"]
+    if ends.is_meta or torch._C._functorch.is_batchedtensor(ends):
+        return ["packed sequences need a cu_seqlens with values, neither on meta nor mapped over by torch.vmap"]
     return []
 
 
@@ -51,15 +58,15 @@ def attention_with_probabilities(
     j = torch.arange(key_length, device=q.device)
 
     q = q * call.scale
-    scores = q @ k.mT
+    scores = q @ k.transpose(-1, -2)
     if call.has_positions:
         distances = i[:, None] + call.query_offset - j[None, :]
         slots = distance_slots(call.device_tables.slots, distances) - call.first_slot
         slots = slots.expand(batch, heads, -1, -1)
     if call.pos_key is not None:
-        scores = scores + (q @ call.pos_key.to(q).mT).gather(-1, slots)
+        scores = scores + (q @ call.pos_key.to(q).transpose(-1, -2)).gather(-1, slots)
     if call.pos_query is not None:
-        scores = scores + (k @ (call.pos_query.to(q) * call.scale).mT).gather(-1, slots.mT).mT
+        scores = scores + (k @ (call.pos_query.to(q) * call.scale).transpose(-1, -2)).gather(-1, slots.transpose(-1, -2)).transpose(-1, -2)
     if head_logits_proj is not None:
         scores = head_logits_proj(scores.movedim(1, -1)).movedim(-1, 1)
 
