@@ -277,4 +277,5 @@ def project_table(
 
 def split_heads(projected: torch.Tensor, heads: int) -> torch.Tensor:
     """(..., H D) to (..., H, D)."""
-    return projected.unflatten(-1, (heads, -1))
+    # After unflatten, torch.onnx.export(dynamo=False) takes the lengths it sees for constants.
+    return projected.view(*projected.shape[:-1], heads, projected.shape[-1] // heads)

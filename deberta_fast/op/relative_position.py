@@ -167,7 +167,8 @@ def device_tables(
 
 
 def _copied_to_device(key: tuple) -> DeviceTables:
-    if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
+    tracing = torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active()
+    if tracing and not torch._C._len_torch_dispatch_stack():
         # Kept, it must belong to no trace and to no transform. Both are a thread's own.
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(_copied_to_device, key).result()

@@ -1,8 +1,9 @@
 """How a call reaches its backend: directly, or through operators that torch knows where a program is traced.
 
 In eager mode the autograd function hands the ``Call`` to the backend, and no dispatcher is on the way. Where torch has
-to see an operator (torch.compile, torch.export, FakeTensor, functorch, tensor subclasses, meta tensors) the same
-backend runs behind the operators defined here, which have fake kernels: shapes without data.
+to see an operator (torch.compile, torch.export, FakeTensor, tensor subclasses, meta tensors) the same backend runs
+behind the operators defined here, which have fake kernels: shapes without data. What the kernels do not have, a second
+derivative or one that torch.func or forward mode asks for, is the reference's.
 
 To these operators, packed sequences are a dense batch of one with cu_seqlens, and a gradient that is not there is an
 empty tensor, since a schema cannot return an optional one. ``Call`` says what the tensors mean.
@@ -68,6 +69,11 @@ def _is_traced(tensors: tuple[torch.Tensor | None, ...]) -> bool:
     )
 
 
+def _is_batched(grad: torch.Tensor | None) -> bool:
+    """Whether this stands for several: is_grads_batched, and jacobian(vectorize=True)."""
+    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
 class _Attention(torch.autograd.Function):
     """The derivative of ``backends.forward`` is ``backends.backward``, in eager mode and behind the operators.
 
@@ -95,7 +101,7 @@ class _Attention(torch.autograd.Function):
         call = Call(*tensors, *ctx.settings)
         if torch.is_grad_enabled() or backends.has_tangents((grad_output, grad_lse)):
             grads = _differentiable_gradients(call, grad_output, grad_lse, wanted)
-        elif _is_traced(tensors):
+        elif _is_traced(tensors) or _is_batched(grad_output) or _is_batched(grad_lse):
             grads = torch.ops.deberta_fast.attention_backward(
                 grad_output, grad_lse, output, lse, *call, ctx.backend, wanted
             )
@@ -113,21 +119,18 @@ def _differentiable_gradients(
     with torch.enable_grad(), call.outside_autocast():
         # Views: one tensor may be given twice or be made from another, and these are partial derivatives.
         inputs = [x.view_as(x) if want else x for x, want in zip(call[:5], wanted, strict=True)]
-        results = backends.reference.attention(Call(*inputs, *call[5:]))
-        given = [
-            (x, grad)
-            for x, grad in zip(results, (grad_output, grad_lse), strict=True)
-            if grad is not None and x.requires_grad
-        ]
-        asked = [x for x, want in zip(inputs, wanted, strict=True) if want]
-        if not given:  # the log-sum-exp does not depend on the values
-            made = [torch.zeros_like(x) for x in asked]
-        else:
-            outputs, cotangents = zip(*given, strict=True)
-            made = torch.autograd.grad(
-                outputs, asked, cotangents, create_graph=create_graph, allow_unused=True, materialize_grads=True
+        output, lse = backends.reference.attention(Call(*inputs, *call[5:]))
+        if not output.requires_grad:
+            raise RuntimeError(
+                "torch.func cannot differentiate the backward pass of a call made outside of it; "
+                "with backend='reference' it can"
             )
-    made = iter(made)
+        results, cotangents = [output], [torch.zeros_like(output) if grad_output is None else grad_output]
+        if grad_lse is not None and lse.requires_grad:  # it does not depend on the values
+            results.append(lse)
+            cotangents.append(grad_lse)
+        asked = [x for x, want in zip(inputs, wanted, strict=True) if want]
+        made = iter(torch.autograd.grad(results, asked, cotangents, create_graph=create_graph, materialize_grads=True))
     return [next(made) if want else None for want in wanted]
 
 

@@ -70,12 +70,14 @@ def only_reference(call: Call) -> str | None:
 
     What is transformed, traced or differentiated forward has to be made of torch's own operators.
     """
-    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+    compiling = torch.compiler.is_compiling()
+    tracing = not compiling and torch.jit.is_tracing()
+    if (tracing or torch.compiler.is_exporting()) and torch.onnx.is_in_onnx_export():
         return "only 'reference' can be exported to ONNX"
-    if torch.compiler.is_compiling():
+    if tracing:
+        return "only 'reference' can be traced by torch.jit"
+    if compiling:
         return None
-    if torch._C._get_tracing_state() is not None:
-        return f"only 'reference' can be {'exported to ONNX' if torch.onnx.is_in_onnx_export() else 'traced by torch.jit'}"
     if torch._C._are_functorch_transforms_active():
         return "only 'reference' can be transformed by torch.func"
     if has_tangents(call[:5]):

@@ -20,7 +20,7 @@ def why_not(call: Call) -> list[str]:
     ends = call.cu_seqlens
     if ends is None or torch.compiler.is_compiling():
         return []
-    if torch._C._get_tracing_state() is not None:
+    if torch.jit.is_tracing():
         return ["packed sequences cannot be traced by torch.jit, which would keep their lengths as constants"]
     if ends.is_meta or torch._C._functorch.is_batchedtensor(ends):
         return ["packed sequences need a cu_seqlens with values, neither on meta nor mapped over by torch.vmap"]
@@ -29,10 +29,8 @@ def why_not(call: Call) -> list[str]:
 
 def attention(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """Output (B, H, Lq, D) and log-sum-exp (B, H, Lq); derivatives of any order by torch's autograd."""
-    calls = [call] if call.cu_seqlens is None else call.sequences()
+    calls = [call] if call.cu_seqlens is None else call.sequences() or [call]
     parts = [attention_with_probabilities(x, batch) for batch, x in enumerate(calls)]
-    if not parts:
-        return torch.zeros_like(call.query), call.new_lse()
     output, lse = (torch.cat([part[index] for part in parts], 2) for index in range(2))
     return output.transpose(1, 2).contiguous().transpose(1, 2), lse
 
@@ -57,6 +55,7 @@ def attention_with_probabilities(
     i = torch.arange(query_length, device=q.device)
     j = torch.arange(key_length, device=q.device)
 
+    # transpose, where mT would do: torch.onnx.export(dynamo=False) does not know that.
     q = q * call.scale
     scores = q @ k.transpose(-1, -2)
     if call.has_positions:
@@ -66,7 +65,8 @@ def attention_with_probabilities(
     if call.pos_key is not None:
         scores = scores + (q @ call.pos_key.to(q).transpose(-1, -2)).gather(-1, slots)
     if call.pos_query is not None:
-        scores = scores + (k @ (call.pos_query.to(q) * call.scale).transpose(-1, -2)).gather(-1, slots.transpose(-1, -2)).transpose(-1, -2)
+        by_key = k @ (call.pos_query.to(q) * call.scale).transpose(-1, -2)
+        scores = scores + by_key.gather(-1, slots.transpose(-1, -2)).transpose(-1, -2)
     if head_logits_proj is not None:
         scores = head_logits_proj(scores.movedim(1, -1)).movedim(-1, 1)
 
