@@ -11,7 +11,7 @@ empty tensor, since a schema cannot return an optional one. ``Call`` says what t
 
 import torch
 
-from . import backends
+from . import backends, flops
 from .call import TENSORS, Call, check_cu_seqlens_values
 
 _CALL = (
@@ -38,6 +38,8 @@ def attend(call: Call, backend: str, with_lse: bool) -> tuple[torch.Tensor, torc
     Without with_lse, the second is there only where it was needed anyway.
     """
     if _is_traced(call[:TENSORS]):
+        if not torch.compiler.is_compiling():
+            flops.register()
         return torch.ops.deberta_fast.attention_forward(*call, backend)
     if torch.is_grad_enabled() and any([x.requires_grad for x in call[:5] if x is not None]):
         return _Attention.apply(call, backend, False, *call[:5])
@@ -102,6 +104,7 @@ class _Attention(torch.autograd.Function):
         if torch.is_grad_enabled() or backends.has_tangents((grad_output, grad_lse)):
             grads = _differentiable_gradients(call, grad_output, grad_lse, wanted)
         elif _is_traced(tensors) or _is_batched(grad_output) or _is_batched(grad_lse):
+            flops.register()
             grads = torch.ops.deberta_fast.attention_backward(
                 grad_output, grad_lse, output, lse, *call, ctx.backend, wanted
             )
@@ -175,6 +178,7 @@ def _fake_checked(cu_seqlens, total, max_seqlen):
 
 def _differentiable_forward(*arguments):
     """The operator under autograd: in torch.compile, and in a program made by torch.export."""
+    flops.register()
     call, tensors = Call(*arguments[:-1]), arguments[:5]
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     # A transform of what was traced before: the autograd function knows neither kind.
