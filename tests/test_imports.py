@@ -24,6 +24,7 @@ RANKS = [
     {f"op.backends.{name}" for name in ("reference", "eager", "cpu", "cuda", "triton")},
     {"op.backends"},
     {"op.backends.triton.autotune"},
+    {"op.flops"},
     {"op.schema", "op.testing", "op.problems"},
     {"op.proof", "op.speed"},
     {"op.selection"},

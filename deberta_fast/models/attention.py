@@ -321,4 +321,5 @@ def project_table(
 
 def split_heads(projected: torch.Tensor, size: int) -> torch.Tensor:
     """(..., H D) to (..., H, D). D is given, as a tensor-parallel projection makes some of the heads only."""
-    return projected.unflatten(-1, (-1, size))
+    # After unflatten, torch.onnx.export(dynamo=False) takes the lengths it sees for constants.
+    return projected.view(*projected.shape[:-1], projected.shape[-1] // size, size)

@@ -49,11 +49,14 @@ def disentangled_attention(
             lengths can reach were projected (``relative_position.SlotTable.window``).
         return_lse: also return log sum_j exp(A_ij), (B, H, Lq), float32 (float64 for float64).
         backend: a name of ``backends.BACKENDS``. None takes the first that can serve the call on a CPU, and elsewhere
-            the fastest that has proved itself on the device (``set_backend_check``).
+            the fastest that has proved itself on the device (``set_backend_check``). Inside torch.func's transforms,
+            forward-mode derivatives, torch.jit.trace and ONNX exports only "reference" can: None takes it, with one
+            warning.
 
     Returns:
         O (B, H, Lq, D), laid out as (B, Lq, H, D); with return_lse also the log-sum-exp. Gradients flow to the five
-        tensors, once: a second derivative raises, except with backend="reference".
+        tensors. Second derivatives (create_graph=True) are the reference's, whatever the backend, and take its memory:
+        Lq x Lk a head.
 
     Raises:
         TypeError, ValueError: an argument is not as described; names argument, expected and got.
@@ -106,7 +109,7 @@ def disentangled_attention_with_probabilities(
         query, key, value, pos_key, pos_query, attention_mask, None, position_buckets, max_relative_positions,
         far_negative, first_slot, query_offset, None, scale, dropout_p,
     )  # fmt: skip
-    with torch.autocast(call.query.device.type, enabled=False):
+    with call.outside_autocast():
         output, _, probabilities = backends.reference.attention_with_probabilities(
             call,
             head_logits_proj=head_logits_proj,
@@ -174,7 +177,7 @@ def disentangled_attention_varlen(
 def _run(call: Call, return_lse: bool, backend: str | None):
     name = selection.choose(backend, call)
     if name == "reference":
-        with torch.autocast(call.query.device.type, enabled=False):
+        with call.outside_autocast():
             output, lse = backends.reference.attention(call)
     else:
         output, lse = attend(call, name, return_lse)

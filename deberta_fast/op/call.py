@@ -1,6 +1,9 @@
 """One call of disentangled attention: its tensors and settings, checked, and the geometry that follows from them."""
 
+import contextlib
+import functools
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -84,6 +87,11 @@ class Call(NamedTuple):
             return 1.0
         return 2.0 ** max(-14, min(14, math.frexp(self.scale / math.log(2))[1] - 1))
 
+    def outside_autocast(self) -> contextlib.AbstractContextManager:
+        """Autocast would round what is computed in ``work_dtype`` on purpose. It knows no meta tensors."""
+        kind = self.query.device.type
+        return contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
+
     # Results
 
     def new_output(self) -> torch.Tensor:
@@ -132,6 +140,22 @@ def _new_heads(heads: torch.Tensor) -> torch.Tensor:
     return heads.new_empty_strided(shape, (length * count * size, size, count * size, 1))
 
 
+def _quiet_in_traces(check):
+    """torch.jit.trace warns of every size that is compared, since the outcome is a constant of the trace. Here the
+    outcome is an error or none."""
+
+    @functools.wraps(check)
+    def checked(*arguments):
+        if torch.compiler.is_compiling() or not torch.jit.is_tracing():
+            return check(*arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            return check(*arguments)
+
+    return checked
+
+
+@_quiet_in_traces
 def checked_call(
     query, key, value, pos_key, pos_query, attention_mask, cu_seqlens, position_buckets, max_relative_positions,
     far_negative, first_slot, query_offset, max_seqlen, scale, dropout_p,

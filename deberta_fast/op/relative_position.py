@@ -23,6 +23,7 @@ Source: He et al., DeBERTa (arXiv 2006.03654), equation 3; He et al., DeBERTaV3 
 import bisect
 import functools
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -166,6 +167,11 @@ def device_tables(
 
 
 def _copied_to_device(key: tuple) -> DeviceTables:
+    tracing = torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active()
+    if tracing and not torch._C._len_torch_dispatch_stack():
+        # Kept, it must belong to no trace and to no transform. Both are a thread's own.
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(_copied_to_device, key).result()
     *numbering, device = key
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(

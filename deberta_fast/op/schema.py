@@ -1,18 +1,17 @@
 """How a call reaches its backend: directly, or through operators that torch knows where a program is traced.
 
 In eager mode the autograd function hands the ``Call`` to the backend, and no dispatcher is on the way. Where torch has
-to see an operator (torch.compile, torch.export, FakeTensor, functorch, tensor subclasses, meta tensors) the same
-backend runs behind the operators defined here, which have fake kernels: shapes without data.
+to see an operator (torch.compile, torch.export, FakeTensor, tensor subclasses, meta tensors) the same backend runs
+behind the operators defined here, which have fake kernels: shapes without data. What the kernels do not have, a second
+derivative or one that torch.func or forward mode asks for, is the reference's.
 
 To these operators, packed sequences are a dense batch of one with cu_seqlens, and a gradient that is not there is an
 empty tensor, since a schema cannot return an optional one. ``Call`` says what the tensors mean.
 """
 
 import torch
-from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
-from . import backends
+from . import backends, flops
 from .call import TENSORS, Call, check_cu_seqlens_values
 
 _CALL = (
@@ -34,15 +33,15 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)}
 
 
 def attend(call: Call, backend: str, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Output (B, H, Lq, D) and log-sum-exp (B, H, Lq) of a checked call, differentiable once.
+    """Output (B, H, Lq, D) and log-sum-exp (B, H, Lq) of a checked call.
 
     Without with_lse, the second is there only where it was needed anyway.
     """
     if _is_traced(call[:TENSORS]):
+        if not torch.compiler.is_compiling():
+            flops.register()
         return torch.ops.deberta_fast.attention_forward(*call, backend)
-    # A level of forward-mode derivatives goes the same way: the autograd function refuses it.
-    differentiable = torch.is_grad_enabled() and any([x.requires_grad for x in call[:5] if x is not None])
-    if differentiable or forward_ad._current_level >= 0:
+    if torch.is_grad_enabled() and any([x.requires_grad for x in call[:5] if x is not None]):
         return _Attention.apply(call, backend, False, *call[:5])
     return backends.forward(call, backend, with_lse)
 
@@ -72,8 +71,16 @@ def _is_traced(tensors: tuple[torch.Tensor | None, ...]) -> bool:
     )
 
 
+def _is_batched(grad: torch.Tensor | None) -> bool:
+    """Whether this stands for several: is_grads_batched, and jacobian(vectorize=True)."""
+    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
 class _Attention(torch.autograd.Function):
-    """The derivative of ``backends.forward`` is ``backends.backward``, in eager mode and behind the operators."""
+    """The derivative of ``backends.forward`` is ``backends.backward``, in eager mode and behind the operators.
+
+    That has no derivative of its own. Where one may be asked for, the reference is differentiated instead.
+    """
 
     @staticmethod
     def forward(ctx, call, backend, traced, *differentiable):
@@ -88,20 +95,46 @@ class _Attention(torch.autograd.Function):
         return output, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output, grad_lse):
         *tensors, output, lse = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
         if grad_output is None and grad_lse is None:
             return (None,) * (3 + len(wanted))
         call = Call(*tensors, *ctx.settings)
-        if _is_traced(tensors):
+        if torch.is_grad_enabled() or backends.has_tangents((grad_output, grad_lse)):
+            grads = _differentiable_gradients(call, grad_output, grad_lse, wanted)
+        elif _is_traced(tensors) or _is_batched(grad_output) or _is_batched(grad_lse):
+            flops.register()
             grads = torch.ops.deberta_fast.attention_backward(
                 grad_output, grad_lse, output, lse, *call, ctx.backend, wanted
             )
         else:
             grads = backends.backward(call, ctx.backend, output, lse, grad_output, grad_lse, wanted)
         return None, None, None, *(grad if want else None for grad, want in zip(grads, wanted, strict=True))
+
+
+def _differentiable_gradients(
+    call: Call, grad_output: torch.Tensor | None, grad_lse: torch.Tensor | None, wanted: tuple[bool, ...]
+) -> list[torch.Tensor | None]:
+    """What ``backends.backward`` computes, as torch's autograd derives it from the reference: to any order."""
+    backends.tell("only 'reference' has second derivatives")
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad(), call.outside_autocast():
+        # Views: one tensor may be given twice or be made from another, and these are partial derivatives.
+        inputs = [x.view_as(x) if want else x for x, want in zip(call[:5], wanted, strict=True)]
+        output, lse = backends.reference.attention(Call(*inputs, *call[5:]))
+        if not output.requires_grad:
+            raise RuntimeError(
+                "torch.func cannot differentiate the backward pass of a call made outside of it; "
+                "with backend='reference' it can"
+            )
+        results, cotangents = [output], [torch.zeros_like(output) if grad_output is None else grad_output]
+        if grad_lse is not None and lse.requires_grad:  # it does not depend on the values
+            results.append(lse)
+            cotangents.append(grad_lse)
+        asked = [x for x, want in zip(inputs, wanted, strict=True) if want]
+        made = iter(torch.autograd.grad(results, asked, cotangents, create_graph=create_graph, materialize_grads=True))
+    return [next(made) if want else None for want in wanted]
 
 
 # The operators
@@ -145,10 +178,27 @@ def _fake_checked(cu_seqlens, total, max_seqlen):
 
 def _differentiable_forward(*arguments):
     """The operator under autograd: in torch.compile, and in a program made by torch.export."""
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:5]):
-        return _Attention.apply(Call(*arguments[:-1]), arguments[-1], True, *arguments[:5])
+    flops.register()
+    call, tensors = Call(*arguments[:-1]), arguments[:5]
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    # A transform of what was traced before: the autograd function knows neither kind.
+    if backends.has_tangents(tensors) or (differentiable and torch._C._are_functorch_transforms_active()):
+        backends.tell("only 'reference' has derivatives by forward mode and torch.func")
+        with call.outside_autocast():
+            return backends.reference.attention(call)
+    if differentiable:
+        return _Attention.apply(call, arguments[-1], True, *tensors)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.deberta_fast.attention_forward(*arguments)
+
+
+def _backward_once(*arguments):
+    """The operator under autograd: ``_Attention`` calls it only where no derivative of it is asked for."""
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+    if (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)) or backends.has_tangents(tensors):
+        raise RuntimeError("deberta_fast::attention_backward has no derivative; backend='reference' has all")
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.deberta_fast.attention_backward(*arguments)
 
 
 for _name, _kernel, _fake in (
@@ -159,3 +209,4 @@ for _name, _kernel, _fake in (
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"deberta_fast::{_name}", _fake, lib=_library)
 _library.impl("attention_forward", _differentiable_forward, "Autograd")
+_library.impl("attention_backward", _backward_once, "Autograd")

@@ -115,7 +115,7 @@ def choose(name: str | None, call: Call) -> str:
             was decided before; or a backend left the device in a state that only a new process ends.
     """
     query = call.query
-    if name is not None or not is_checked(query.device):
+    if name is not None or not is_checked(query.device) or backends.only_reference(call) is not None:
         return backends.choose(name, call)
     size = operator.index(query.shape[-1])  # a number, also where shapes are symbols
     order = _order(query.device.type, query.device.index, query.dtype, size, *Kind.of(call))

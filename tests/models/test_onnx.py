@@ -1,4 +1,6 @@
-"""ONNX graphs of patched and native models, run by onnxruntime at other shapes than they were exported at."""
+"""ONNX graphs and TorchScript of patched and native models, run at other shapes than they were made at."""
+
+import io
 
 import pytest
 import torch
@@ -6,29 +8,51 @@ from native_models import LENGTH, build, randomise, tokens
 
 import deberta_fast
 from deberta_fast import disentangled_attention
+from deberta_fast.op import backends
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{text}")
-    for text in (".*treespec, LeafSpec:FutureWarning", "# The axis name. .* will not be used:UserWarning")
+    for text in (
+        ".*treespec, LeafSpec:FutureWarning",
+        "# The axis name. .* will not be used:UserWarning",
+        ".torch.jit:DeprecationWarning",
+        ".*legacy TorchScript-based ONNX:DeprecationWarning",
+        "The feature will be removed:DeprecationWarning",
+        ":torch.jit.TracerWarning",
+    )
 ]
 EXPORTED = 29  # a length that is no other size in these models
 SHAPES = [("none", 1, 1), ("none", 1, LENGTH), ("holes", 3, LENGTH), ("left", 2, 37), ("right", 5, EXPORTED)]
 
 
-@pytest.fixture
-def export(tmp_path):
+class First(torch.nn.Module):
+    """The first output of a model, by positional arguments: what TorchScript takes."""
+
+    def __init__(self, model, names):
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *tensors):
+        return self.model(**dict(zip(self.names, tensors, strict=True)))[0]
+
+
+@pytest.fixture(params=[True, False], ids=["dynamo", "torchscript"])
+def export(request, tmp_path):
     """Exports a model as its users would, with batch and length dynamic; returns a function from inputs to outputs."""
 
     def exported(model):
         inputs, path = tokens("right", EXPORTED, batch=2), tmp_path / "model.onnx"
-        program = torch.onnx.export(
-            model, (), path, kwargs=inputs, dynamic_shapes={name: {0: "batch", 1: "length"} for name in inputs}
-        )
-        # sigma as one row of numbers, not as a matrix of this length
-        assert not any(EXPORTED in tuple(x.shape) for x in program.model.graph.initializers.values())
+        shapes = {name: {0: "batch", 1: "length"} for name in inputs}
+        if request.param:
+            program = torch.onnx.export(model, (), path, kwargs=inputs, dynamic_shapes=shapes)
+            # sigma as one row of numbers, not as a matrix of this length
+            assert not any(EXPORTED in tuple(x.shape) for x in program.model.graph.initializers.values())
+        else:
+            names, tensors = list(inputs), tuple(inputs.values())
+            torch.onnx.export(First(model, names), tensors, path, dynamo=False, input_names=names, dynamic_axes=shapes)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
@@ -75,6 +99,28 @@ def test_from_a_checkpoint(export, tmp_path):
     assert_same_answers(run, original)
 
 
+@pytest.mark.parametrize("kind", ["patched", "native", "quantised"])
+@pytest.mark.parametrize("name", ["v1", "v3"])
+def test_traced_saved_and_loaded(name, kind, monkeypatch):
+    monkeypatch.setattr(backends, "_told", set())
+    if kind == "native":
+        model = build(name, "ForSequenceClassification", num_hidden_layers=1)
+    else:
+        from hf_models import build as build_huggingface
+
+        model = deberta_fast.patch(build_huggingface(name, "Model", num_hidden_layers=1))
+    if kind == "quantised":
+        model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
+    inputs, file = tokens("right", EXPORTED, batch=2), io.BytesIO()
+    with pytest.warns(UserWarning, match="only 'reference' can be traced by torch.jit") as caught:
+        traced = torch.jit.trace(First(model, list(inputs)), tuple(inputs.values()))
+    assert sum("deberta_fast:" in str(x.message) for x in caught) == 1
+    torch.jit.save(traced, file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    assert_same_answers(lambda inputs: loaded(*inputs.values()).detach(), model)
+
+
 class Attention(torch.nn.Module):
     """Of states (B, L, 8) that are queries, keys and values at once."""
 
@@ -95,8 +141,9 @@ def test_a_named_backend_is_exported_or_refused(monkeypatch):
     states = torch.randn(2, 7, 8)
     program = torch.onnx.export(Attention("reference").eval(), (states,), dynamic_shapes=({0: "batch", 1: "length"},))
     assert {node.domain for node in program.model.graph} == {""}
-    with pytest.raises(RuntimeError, match="only 'reference' can be exported to ONNX"):
-        torch.onnx.export(Attention("eager").eval(), (states,))
+    for dynamo in (True, False):
+        with pytest.raises(RuntimeError, match="only 'reference' can be exported to ONNX"):
+            torch.onnx.export(Attention("eager").eval(), (states,), io.BytesIO(), dynamo=dynamo)
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
     with pytest.raises(RuntimeError, match="'eager' cannot serve this call: only 'reference' can be exported to ONNX"):

@@ -115,14 +115,6 @@ def test_dropout_keeps_the_mean():
 # Autograd, autocast, layouts
 
 
-def test_second_derivative_raises_where_it_is_written_out():
-    query, *rest = tensors(requires_grad=True)
-    output = disentangled_attention(query, *rest, **TABLE, backend="eager")
-    (grad,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        (output.sum() + grad.square().sum()).backward()
-
-
 def test_second_derivative_of_the_reference():
     inputs = make_inputs(Case("x", 3, 4, batch=1, heads=2, size=4, buckets=4, longest=8), torch.float64)
     leaves = [x.requires_grad_() for x in inputs[:5]]

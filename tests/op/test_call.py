@@ -108,28 +108,6 @@ def test_fake_tensors_leave_no_trace():
     assert all(type(x) is torch.Tensor for kept in relative_position._on_devices.values() for x in kept[:2])
 
 
-@each_backend
-def test_forward_mode_derivatives_are_refused(backend):
-    """Rather than left out."""
-    query, *others = tensors()
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(query, torch.ones_like(query))
-        with pytest.raises(NotImplementedError, match="forward mode AD"):
-            disentangled_attention(dual, *others, **TABLE, backend=backend)
-
-
-def test_functorch_transforms_are_not_answered_wrongly():
-    """The gradient that torch.func takes is the one that autograd takes, or an error."""
-    query, *others = tensors()
-    loss = lambda q: disentangled_attention(q, *others, **TABLE).square().sum()
-    leaf = query.clone().requires_grad_()
-    try:
-        got = torch.func.grad(loss)(query)
-    except RuntimeError:
-        return
-    torch.testing.assert_close(got, torch.autograd.grad(loss(leaf), leaf)[0])
-
-
 # Results that nobody asked for are not made
 
 

@@ -5,16 +5,20 @@ A backend is a module that names its reasons not to serve a call (``why_not``) a
 autograd. Backends know neither each other nor anything above them.
 """
 
+import warnings
 from collections.abc import Iterable
 from types import ModuleType
 
 import torch
+from torch.autograd import forward_ad
 
 from ..call import Call
 from . import cpu, cuda, eager, reference, triton
 
 # In order of preference on a CPU; ``selection`` has that of other devices.
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "eager": eager, "triton": triton, "cuda": cuda, "reference": reference}
+
+_told: set[str] = set()  # why the reference ran: once is enough
 
 
 def check_name(backend: str | None) -> None:
@@ -41,6 +45,10 @@ def choose(name: str | None, call: Call, order: Iterable[str] = BACKENDS) -> str
     if name is None:
         for candidate in order:
             if not reasons_against(candidate, call):
+                if candidate == "reference" and not torch.compiler.is_compiling():
+                    reason = only_reference(call)
+                    if reason is not None:
+                        tell(reason)
                 return candidate
         reasons = "; ".join(f"{candidate}: {', '.join(why)}" for candidate, why in why_not(call).items())
         raise RuntimeError(f"no backend can serve this call: {reasons}")
@@ -53,10 +61,43 @@ def choose(name: str | None, call: Call, order: Iterable[str] = BACKENDS) -> str
 
 def reasons_against(name: str, call: Call) -> list[str]:
     """The reasons for which one backend cannot serve this call."""
-    # An ONNX graph knows torch's operators, and none of ours
-    if name != "reference" and torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
-        return ["only 'reference' can be exported to ONNX"]
-    return BACKENDS[name].why_not(call)
+    reason = None if name == "reference" else only_reference(call)
+    return BACKENDS[name].why_not(call) if reason is None else [reason]
+
+
+def only_reference(call: Call) -> str | None:
+    """Why torch, in its present state, can do with no other backend than the reference; None where it can.
+
+    What is transformed, traced or differentiated forward has to be made of torch's own operators.
+    """
+    compiling = torch.compiler.is_compiling()
+    tracing = not compiling and torch.jit.is_tracing()
+    if (tracing or torch.compiler.is_exporting()) and torch.onnx.is_in_onnx_export():
+        return "only 'reference' can be exported to ONNX"
+    if tracing:
+        return "only 'reference' can be traced by torch.jit"
+    if compiling:
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return "only 'reference' can be transformed by torch.func"
+    if has_tangents(call[:5]):
+        return "only 'reference' has forward-mode derivatives"
+    return None
+
+
+def has_tangents(tensors: Iterable[torch.Tensor | None]) -> bool:
+    """Whether one of these carries a forward-mode derivative."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def tell(reason: str) -> None:
+    """Warns, once in a process, that the reference runs where nobody named it."""
+    if reason not in _told:
+        _told.add(reason)
+        text = f"deberta_fast: running the reference, which holds Lq x Lk scores a head in memory: {reason}"
+        warnings.warn(text, stacklevel=3)
 
 
 def forward(call: Call, backend: str, with_lse: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:

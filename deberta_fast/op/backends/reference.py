@@ -16,16 +16,21 @@ from ..relative_position import distance_slots
 
 
 def why_not(call: Call) -> list[str]:
-    """Reasons not to serve these call: none."""
+    """Reasons not to serve this call: lengths of packed sequences are read, and that cannot be recorded."""
+    ends = call.cu_seqlens
+    if ends is None or torch.compiler.is_compiling():
+        return []
+    if torch.jit.is_tracing():
+        return ["packed sequences cannot be traced by torch.jit, which would keep their lengths as constants"]
+    if ends.is_meta or torch._C._functorch.is_batchedtensor(ends):
+        return ["packed sequences need a cu_seqlens with values, neither on meta nor mapped over by torch.vmap"]
     return []
 
 
 def attention(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """Output (B, H, Lq, D) and log-sum-exp (B, H, Lq); derivatives of any order by torch's autograd."""
-    calls = [call] if call.cu_seqlens is None else call.sequences()
+    calls = [call] if call.cu_seqlens is None else call.sequences() or [call]
     parts = [attention_with_probabilities(x, batch) for batch, x in enumerate(calls)]
-    if not parts:
-        return torch.zeros_like(call.query), call.new_lse()
     output, lse = (torch.cat([part[index] for part in parts], 2) for index in range(2))
     return output.transpose(1, 2).contiguous().transpose(1, 2), lse
 
@@ -54,16 +59,18 @@ def attention_with_probabilities(
     i = torch.arange(query_length, device=q.device)
     j = torch.arange(key_length, device=q.device)
 
+    # transpose, where mT would do: torch.onnx.export(dynamo=False) does not know that.
     q = q * call.scale
-    scores = q @ k.mT
+    scores = q @ k.transpose(-1, -2)
     if call.has_positions:
         distances = i[:, None] + call.query_offset - j[None, :]
         slots = distance_slots(call.device_tables.slots, distances) - call.first_slot
         slots = slots.expand(batch, heads, -1, -1)
     if call.pos_key is not None:
-        scores = scores + (q @ call.pos_key.to(q).mT).gather(-1, slots)
+        scores = scores + (q @ call.pos_key.to(q).transpose(-1, -2)).gather(-1, slots)
     if call.pos_query is not None:
-        scores = scores + (k @ (call.pos_query.to(q) * call.scale).mT).gather(-1, slots.mT).mT
+        by_key = k @ (call.pos_query.to(q) * call.scale).transpose(-1, -2)
+        scores = scores + by_key.gather(-1, slots.transpose(-1, -2)).transpose(-1, -2)
     if head_logits_proj is not None:
         scores = head_logits_proj(scores.movedim(1, -1)).movedim(-1, 1)
 

@@ -1,0 +1,93 @@
+"""How many floating-point operations a call takes, for torch.utils.flop_counter: the products, with two for each term.
+
+    forward    2 D H (2 pairs + n near)                Q K^T and P V; n is the number of position terms
+    backward   2 D H (5 pairs + (2 n + t) near)        the scores anew, dP, dV, dQ, dK; t tables want a gradient
+
+``pairs`` are those of a query with a key, the masked ones too, as for torch's own attention. ``near`` are those whose
+distance has a row of its own (equations 6 and 9 of csrc/README.md): each takes D multiplications a term. Far tiles are
+plain attention with other queries (7). What is left out grows with the length alone, such as a query times a far row.
+Softmax is left out too, and what a backend computes in vain in tiles that are cut.
+"""
+
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from .call import Call
+
+
+def forward_flops(*arguments, out_val=None) -> int:
+    """Of ``deberta_fast::attention_forward``, whose arguments these are."""
+    call = Call(*arguments[: len(Call._fields)])
+    pairs, near = _pairs(call)
+    return 2 * call.query.shape[1] * call.query.shape[3] * (2 * pairs + _terms(call) * near)
+
+
+def backward_flops(grad_output, grad_lse, output, lse, *arguments, out_val=None) -> int:
+    """Of ``deberta_fast::attention_backward``, whose arguments these are."""
+    call, wanted = Call(*arguments[: len(Call._fields)]), arguments[-1]
+    pairs, near = _pairs(call)
+    tables = sum(x is not None and want for x, want in zip(call[3:5], wanted[3:], strict=True))
+    return 2 * call.query.shape[1] * call.query.shape[3] * (5 * pairs + (2 * _terms(call) + tables) * near)
+
+
+def _terms(call: Call) -> int:
+    return (call.pos_key is not None) + (call.pos_query is not None)
+
+
+def _pairs(call: Call) -> tuple[int, int]:
+    """The pairs of queries and keys of one head, and the near ones among them."""
+    pairs = near = 0
+    for count, queries, keys in _lengths(call):
+        pairs += count * queries * keys
+        if call.has_positions:
+            # Distances run up to offset + i, and sigma is constant from far_past on and up to far_future.
+            start = call.query_offset - call.table.far_past + 1, call.query_offset - call.table.far_future
+            near += count * (_steps(start[1], queries, keys) - _steps(start[0], queries, keys))
+    return pairs, near
+
+
+def _lengths(call: Call) -> Iterator[tuple[int, int, int]]:
+    """(how many, queries, keys) of dense calls that this one is made of."""
+    ends, total = call.cu_seqlens, call.query.shape[2]
+    if ends is None:
+        yield call.query.shape[0], total, call.key.shape[2]
+    elif type(ends) is torch.Tensor and not ends.is_meta:
+        for length in ends.diff().tolist():
+            yield 1, length, length
+    elif call.max_seqlen:  # no values: as if the sequences were as long as they may be
+        yield total // call.max_seqlen, call.max_seqlen, call.max_seqlen
+        yield 1, total % call.max_seqlen, total % call.max_seqlen
+
+
+def _steps(start: int, queries: int, keys: int) -> int:
+    """sum of clamp(start + i, 0, keys) over i < queries: the pairs with j < start + i."""
+
+    def triangle(n):
+        return max(n, 0) * (max(n, 0) + 1) // 2
+
+    stop = start + queries - 1
+    return triangle(stop) - triangle(start - 1) - triangle(stop - keys) + triangle(start - 1 - keys)
+
+
+def register() -> None:
+    """Tells torch's counter of these formulas, where a program has imported it.
+
+    Not on import: it brings Triton. A counter that is at work has copied the formulas it knew.
+    """
+    counter = sys.modules.get("torch.utils.flop_counter")
+    if counter is None:
+        return
+    formulas = {
+        torch.ops.deberta_fast.attention_forward: forward_flops,
+        torch.ops.deberta_fast.attention_backward: backward_flops,
+    }
+    for operator, formula in formulas.items():
+        if operator not in counter.flop_registry:
+            counter.register_flop_formula(operator, get_raw=True)(formula)
+    for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack():
+        known = getattr(getattr(mode, "counter", mode), "flop_registry", None)
+        if known is not None:
+            for operator, formula in formulas.items():
+                known.setdefault(operator, formula)
