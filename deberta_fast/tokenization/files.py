@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import warnings
 from pathlib import Path
 
 from ..checkpoint.hub import Source
@@ -49,40 +50,36 @@ class Files:
     """
 
     vocab_files_names: dict[str, str]
+    is_fast: bool
 
     @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         *,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
+        use_fast: bool | None = None,
+        trust_remote_code: bool | None = None,
         **overrides,
     ):
         """The tokenizer of a checkpoint.
 
         Args:
             pretrained_model_name_or_path: a folder, or a model's name on the hub (needs huggingface_hub).
-            revision: branch, tag or commit on the hub.
-            cache_dir: where downloads are kept.
-            token: for private models.
-            local_files_only: take what was downloaded before, and nothing else.
-            overrides: arguments of ``__init__``, which take the place of those in tokenizer_config.json.
+            use_fast: the class itself says whether it is fast; another value is warned about.
+            trust_remote_code: means nothing, since no code is loaded.
+            overrides: arguments of ``__init__``, which take the place of those in tokenizer_config.json; and revision,
+                cache_dir, token, local_files_only, force_download and subfolder as of ``hub.Source``.
 
         Raises:
             FileNotFoundError: there is no such folder or model, or it lacks a file that is needed.
             TypeError: an override is no argument of ``__init__``.
             ValueError: a file is damaged.
         """
-        source = Source(
-            pretrained_model_name_or_path,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-        )
+        place = {name: overrides.pop(name) for name in Source.OPTIONS if name in overrides}
+        source = Source(pretrained_model_name_or_path, **place)
+        if use_fast is not None and bool(use_fast) != cls.is_fast:
+            other = cls.__name__.removesuffix("Fast") + ("" if cls.is_fast else "Fast")
+            warnings.warn(f"use_fast={use_fast} does nothing for a {cls.__name__}: see {other}", stacklevel=2)
         known = cls._arguments()
         unknown = [name for name in overrides if name not in known]
         if unknown:
