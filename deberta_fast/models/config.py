@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 
 from ..checkpoint.hub import Source
+from ..checkpoint.replace import CONFIG, config_file, replace_file
 from ..op.relative_position import slot_table, table_rows
 from .activation import activation
 
 _TERMS = ("c2p", "p2c", "p2p", "none", "")
 _PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
-FILE = "config.json"
 
 
 @dataclasses.dataclass(init=False, repr=False, eq=False)
@@ -249,11 +249,12 @@ class DebertaConfig:
         return cls.from_dict(_read(Path(path)))
 
     def to_json_file(self, path: str | os.PathLike) -> None:
-        Path(path).write_text(self.to_json_string(), encoding="utf-8")
+        """Writes the file, whole or not at all; a link is replaced, and not followed."""
+        replace_file(Path(path), self.to_json_string().encode())
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self.to_json_file(Path(folder) / FILE)
+        self.to_json_file(Path(folder) / CONFIG)
 
     def __eq__(self, other) -> bool:
         return type(self) is type(other) and self.to_dict() == other.to_dict()
@@ -328,9 +329,9 @@ def read_config(source: Source) -> DebertaConfig:
 
 def _read_values(source: Source) -> tuple[dict, Path]:
     """The values of a config.json, and the file that they are from."""
-    path = source.file(FILE)
+    path = config_file(source)
     if path is None:
-        raise FileNotFoundError(f"there is no {FILE} in {source}")
+        raise FileNotFoundError(f"there is no {CONFIG} in {source}")
     return _read(path), path
 
 

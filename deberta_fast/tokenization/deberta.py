@@ -6,6 +6,7 @@ from itertools import groupby
 from pathlib import Path
 
 from ..checkpoint.hub import Source
+from ..checkpoint.replace import replace_file
 from .fast import FastTokenizer, backend_library, backend_tokens, set_template
 from .files import missing, read_json, write_json
 from .slow import SlowTokenizer
@@ -270,7 +271,7 @@ def _save_tables(folder, prefix: str | None, vocab: dict, merges: list) -> tuple
     paths = [Path(folder) / f"{f'{prefix}-' if prefix else ''}{name}" for name in (VOCAB, MERGES)]
     write_json(paths[0], vocab)
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
-    paths[1].write_text("\n".join(lines), encoding="utf-8")
+    replace_file(paths[1], "\n".join(lines).encode())
     return tuple(map(str, paths))
 
 

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 from ..checkpoint.hub import Source
+from ..checkpoint.replace import replace_file
 from .special_tokens import NAMES, AddedToken, as_added_token, as_dict
 
 CONFIG = "tokenizer_config.json"
@@ -35,7 +36,8 @@ def read_json(path: str | os.PathLike) -> dict:
 
 
 def write_json(path: Path, content: dict):
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    replace_file(path, text.encode())
 
 
 def missing(source: Source, *names: str) -> FileNotFoundError:
