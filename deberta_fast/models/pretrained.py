@@ -6,7 +6,7 @@ import os
 import torch
 from torch import nn
 
-from ..checkpoint import LoadingInfo, fill, read_tensors, to_hf, without_memory, write_tensors
+from ..checkpoint import LoadingInfo, check_layers, fill, read_tensors, to_hf, without_memory, write_tensors
 from ..checkpoint.hub import Source
 from ..checkpoint.replace import unmixed
 from ..op import backends
@@ -88,6 +88,8 @@ class PreTrainedModel(nn.Module):
             )
 
         config, state_dict, file = read() if source is None else unmixed(source, read)
+        if "num_hidden_layers" not in changes:
+            check_layers(state_dict, config.num_hidden_layers, f"{name_or_path}: {file}")
         with without_memory():
             model = cls(copy.deepcopy(config))
         info: LoadingInfo = fill(

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 from ..checkpoint.hub import Source
+from ..checkpoint.json_object import read_object
 from ..checkpoint.replace import replace_file
 from .special_tokens import NAMES, AddedToken, as_added_token, as_dict
 
@@ -16,23 +17,6 @@ ADDED_TOKENS = "added_tokens.json"
 TOKENIZER = "tokenizer.json"
 # Of transformers 5's tokenizer_config.json: how that version loads, and no setting of the tokenizer.
 FOREIGN_SETTINGS = ("tokenizer_class", "backend", "is_local", "local_files_only", "transformers_version")
-
-
-def read_json(path: str | os.PathLike) -> dict:
-    """A JSON file with one object.
-
-    Raises:
-        ValueError: it is not one; names the file and the line.
-    """
-    try:
-        content = json.loads(Path(path).read_bytes().decode())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: no JSON: {error.msg}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: no JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected an object, got {type(content).__name__}")
-    return content
 
 
 def write_json(path: Path, content: dict):
@@ -87,7 +71,7 @@ class Files:
         if unknown:
             raise TypeError(f"{cls.__name__} has no argument {', '.join(unknown)}; it has {', '.join(sorted(known))}")
         path = source.file(CONFIG)
-        config = {} if path is None else read_json(path)
+        config = {} if path is None else read_object(path)
         cls._check_config(source, config)
         # Paths that a config may hold are those of the machine that wrote it.
         saved = {
@@ -140,7 +124,7 @@ class Files:
         # So it was written by a version before 4.34, or by 5; these have the tokens in other files.
         settings, decoder = {}, {}
         path = source.file(SPECIAL_TOKENS)
-        for name, value in ({} if path is None else read_json(path)).items():
+        for name, value in ({} if path is None else read_object(path)).items():
             if overrides.get(name):
                 continue
             if name == "additional_special_tokens":
@@ -154,7 +138,7 @@ class Files:
             named = [{**config, **settings, **overrides}.get(name) for name in NAMES]
             special = {str(token.get("content") if isinstance(token, dict) else token) for token in named}
             special |= {str(token) for token in settings.get("additional_special_tokens", ())}
-            for content, index in read_json(path).items():
+            for content, index in read_object(path).items():
                 decoder[index] = AddedToken(content, special=content in special)
         return {**settings, "added_tokens_decoder": decoder | cls._tokens_of_backend_file(source)}
 
@@ -164,7 +148,7 @@ class Files:
         path = source.file(TOKENIZER)
         if path is None:
             return {}
-        return {token["id"]: as_added_token(token) for token in read_json(path).get("added_tokens", ())}
+        return {token["id"]: as_added_token(token) for token in read_object(path).get("added_tokens", ())}
 
     def save_pretrained(
         self,
