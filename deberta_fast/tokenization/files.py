@@ -72,6 +72,19 @@ class Files:
             raise TypeError(f"{cls.__name__} has no argument {', '.join(unknown)}; it has {', '.join(sorted(known))}")
         path = source.file(CONFIG)
         config = {} if path is None else read_object(path)
+        try:
+            return cls._of_files(source, config, overrides, known)
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            # Those that say where they are from, and those of what the caller gave
+            if any(name in str(error) for name in (str(source), *overrides)):
+                raise
+            if overrides and isinstance(error, TypeError):
+                raise
+            reason = f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path or source} cannot be used: {reason}") from error
+
+    @classmethod
+    def _of_files(cls, source: Source, config: dict, overrides: dict, known: set[str]):
         cls._check_config(source, config)
         # Paths that a config may hold are those of the machine that wrote it.
         saved = {
