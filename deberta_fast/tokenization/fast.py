@@ -1,11 +1,14 @@
 """Tokenizers on the ``tokenizers`` library: ``FastTokenizer``."""
 
 import json
+import sys
 import threading
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..checkpoint.replace import replace_file
+from .backends import without_panics
 from .base import TokenizerBase
 from .batch_encoding import BatchEncoding
 from .files import TOKENIZER
@@ -85,7 +88,7 @@ class FastTokenizer(TokenizerBase):
                 warnings.warn(f"the files disagree on the id of the added token {token.content!r}: {index}, here {own}")
 
     def _add_tokens(self, tokens: list[AddedToken]) -> int:
-        with self._lock:
+        with self._lock, self._without_panics():
             return self._tokenizer.add_tokens([backend_token(token, token.special) for token in tokens])
 
     def _token_to_id(self, token: str) -> int | None:
@@ -103,10 +106,15 @@ class FastTokenizer(TokenizerBase):
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """The text of tokens."""
-        return self._tokenizer.decoder.decode(tokens)
+        with self._without_panics():
+            return self._tokenizer.decoder.decode(tokens)
 
     def _decode(self, ids: list[int], skip_special_tokens: bool, spaces_between_special_tokens: bool) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        with self._without_panics():
+            return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def _without_panics(self):
+        return without_panics(self.name_or_path or type(self).__name__)
 
     def _encode(self, examples: list[tuple], single: bool, options: Options) -> BatchEncoding:
         if options.add_prefix_space is not None:
@@ -142,7 +150,7 @@ class FastTokenizer(TokenizerBase):
         if options.truncation != "do_not_truncate":
             self._check_stride(options, examples)
         split = options.split_special_tokens
-        with self._lock:
+        with self._lock, self._without_panics():
             self._set_backend(options)
             self._tokenizer.encode_special_tokens = self.split_special_tokens if split is None else split
             try:
@@ -172,7 +180,7 @@ class FastTokenizer(TokenizerBase):
         truncation = padding = None
         if options.truncation != "do_not_truncate":
             truncation = dict(
-                max_length=int(options.max_length),
+                max_length=min(int(options.max_length), sys.maxsize),
                 stride=int(options.stride),
                 strategy=options.truncation,
                 direction=self.truncation_side,
@@ -214,7 +222,7 @@ class FastTokenizer(TokenizerBase):
             path = str(folder / f"{f'{filename_prefix}-' if filename_prefix else ''}{TOKENIZER}")
             with self._lock:
                 self._reset_backend()
-                self._tokenizer.save(path)
+                replace_file(Path(path), self._tokenizer.to_str(pretty=True).encode())
             paths = (*paths, path)
         return paths
 
@@ -294,14 +302,17 @@ def backend_tokens(options: dict) -> dict:
     }
 
 
-def set_template(backend, cls_token: str, sep_token: str):
-    """Makes ``backend`` build [CLS] A [SEP] and [CLS] A [SEP] B [SEP], of types 0 and 1."""
+def set_template(backend, tokenizer):
+    """Makes ``backend`` build rows as ``tokenizer`` does: [CLS] A [SEP], of type 0, and for two texts as it says."""
     from tokenizers.processors import TemplateProcessing
 
+    pair = tokenizer._pair_parts()
+    single = [(tokenizer.cls_token, 0), ("$A", 0), (tokenizer.sep_token, 0)]
+    tokens = {name for name, _ in [*single, *pair]} - {"$A", "$B"}
     backend.post_processor = TemplateProcessing(
-        single=[f"{cls_token}:0", "$A:0", f"{sep_token}:0"],
-        pair=[f"{cls_token}:0", "$A:0", f"{sep_token}:0", "$B:1", f"{sep_token}:1"],
-        special_tokens=[(token, backend.token_to_id(token)) for token in {cls_token, sep_token}],
+        single=[f"{name}:{kind}" for name, kind in single],
+        pair=[f"{name}:{kind}" for name, kind in pair],
+        special_tokens=[(token, backend.token_to_id(token)) for token in tokens],
     )
 
 
