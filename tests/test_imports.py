@@ -37,7 +37,7 @@ RANKS = [
     {"checkpoint"},
     # models
     {"models"},
-    {f"models.{name}" for name in ("activation", "onednn_linear", "outputs", "packing", "weight_cache")},
+    {f"models.{name}" for name in ("activation", "onednn_linear", "outputs", "packing", "weight_cache", "wrappers")},
     {"models.config"},
     {"models.attention"},
     {"models.embeddings", "models.encoder", "models.heads"},

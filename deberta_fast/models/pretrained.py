@@ -14,6 +14,7 @@ from .config import DebertaConfig
 from .heads import LMHead
 from .packing import check_unpad
 from .weight_cache import WeightCache
+from .wrappers import passes_by_wrapper
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -34,6 +35,34 @@ class PreTrainedModel(nn.Module):
         super().__init__()
         self.config = config
         self._input_hook = None
+
+    def forward_packed(
+        self,
+        input_ids: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        *,
+        max_seqlen: int | None = None,
+        **inputs,
+    ):
+        """A call of the model with packed sequences. All arguments are those of ``forward``, which returns the same.
+
+        Args:
+            input_ids: (T,) token ids of all sequences.
+            cu_seqlens, max_seqlen: where the sequences lie.
+            inputs: any others.
+
+        Raises:
+            RuntimeError: DistributedDataParallel holds the model, and this call would leave it out.
+            TypeError, ValueError: as ``forward``.
+        """
+        if passes_by_wrapper(self):
+            raise RuntimeError(
+                "forward_packed leaves out the DistributedDataParallel that holds the model, and its processes would "
+                "train with different gradients: call the wrapper instead, ddp(**inputs), with the same arguments"
+            )
+        if cu_seqlens is None:
+            raise TypeError("cu_seqlens must be an int32 tensor (n + 1,), got None")
+        return self(input_ids=input_ids, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, **inputs)
 
     @classmethod
     def from_pretrained(

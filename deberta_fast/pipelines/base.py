@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -141,7 +142,7 @@ class Pipeline:
 
     def call(self, inputs: dict):
         """The model's output."""
-        return (self.model.forward_packed if "cu_seqlens" in inputs else self.model)(**inputs)
+        return self.model(**inputs)
 
     @staticmethod
     def unpadded(values: torch.Tensor, inputs: dict) -> torch.Tensor:
@@ -258,17 +259,16 @@ class Pipeline:
         return list(self.outputs(inputs, rows, options))
 
     def _packs(self) -> bool:
-        """Whether ``forward_packed`` gives the model's output."""
+        """Whether packed sequences give the model's output."""
         config, base = self.model.config, self.model.base_model
         dense = config.talking_head or config.output_attentions or base.encoder.unpadding.mode is False
         return not dense and _is_plain(self.model) and _is_plain(base)
 
 
 def _is_plain(module: torch.nn.Module) -> bool:
-    """Whether a call runs the forward that ``forward_packed`` stands beside: not a subclass's, no hook, no program."""
-    owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+    """Whether a call runs a forward that takes packed sequences: no hook, no program, no subclass's without them."""
     around = (module._forward_hooks, module._forward_pre_hooks, module._compiled_call_impl, vars(module).get("forward"))
-    return "forward_packed" in vars(owner) and not any(around)
+    return "cu_seqlens" in inspect.signature(type(module).forward).parameters and not any(around)
 
 
 def lengths_of(rows: list[Row]) -> list[int]:
