@@ -368,9 +368,7 @@ class DebertaV2ForMultipleChoice(_TaskModel):
             if choices is None or choices < 1 or sequences % choices:
                 raise ValueError(f"choices must divide the number of sequences, {sequences}, got {choices}")
         elif choices is not None:
-            raise ValueError(
-                f"choices is of packed sequences, with cu_seqlens, and a dimension of others; got {choices}"
-            )
+            raise ValueError(f"choices belongs to packed sequences: got choices={choices} and no cu_seqlens")
         else:
             given = input_ids if input_ids is not None else inputs_embeds
             if given.dim() != (3 if inputs_embeds is None else 4):
