@@ -2,12 +2,13 @@
 
 from .error import CheckpointError
 from .files import read_tensors, write_tensors
-from .load import LoadingInfo, fill, without_memory
+from .load import LoadingInfo, check_layers, fill, without_memory
 from .names import to_hf, to_native
 
 __all__ = [
     "CheckpointError",
     "LoadingInfo",
+    "check_layers",
     "fill",
     "read_tensors",
     "to_hf",

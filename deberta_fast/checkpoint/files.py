@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import secrets
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,9 +12,9 @@ import torch
 from .error import CheckpointError
 from .formats import read_file
 from .hub import Source
+from .replace import ENTRIES, INDEX, SINGLE, alone, publish, settle, unfinished, write_beside
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_SOUGHT = (_SINGLE, _INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5")
+_OF_A_SAVE = re.compile(r"model((-[0-9a-f]{8})?-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.unfinished)?")
 
 
 def read_tensors(source: Source, *, weights: str | None = None) -> tuple[dict[str, torch.Tensor], str]:
@@ -30,7 +31,7 @@ def read_tensors(source: Source, *, weights: str | None = None) -> tuple[dict[st
         FileNotFoundError: none of them is there.
         CheckpointError: a file is damaged, holds more than tensors, or does not agree with its index.
     """
-    sought = _SOUGHT if weights is None else (weights,)
+    sought = ENTRIES if weights is None else (weights,)
     for name in sought:
         path = source.file(name)
         if path is not None:
@@ -79,19 +80,30 @@ def _some(names: set[str]) -> str:
 
 
 def write_tensors(
-    tensors: dict[str, torch.Tensor], folder: str | os.PathLike, *, max_shard_bytes: int = 5 * 2**30
+    tensors: dict[str, torch.Tensor],
+    folder: str | os.PathLike,
+    *,
+    max_shard_bytes: int = 5 * 2**30,
+    config: str | None = None,
 ) -> list[str]:
     """Writes model.safetensors, or shards of it and their index where it would be larger than ``max_shard_bytes``.
 
-    Everything is written beside the files of an earlier save before the first of those is replaced; those that the new
-    ones do not replace are removed last.
+    An earlier checkpoint in the folder stays whole until this one is, whatever stops it; see ``replace``. Saves into
+    one folder wait for each other.
+
+    Args:
+        tensors: by name.
+        folder: made if need be.
+        max_shard_bytes: what one file holds at most, unless a single tensor is larger.
+        config: the text of a config.json to write too.
 
     Returns:
-        The names of the files.
+        The names of the files of weights.
 
     Raises:
         ValueError: no tensors, tensors that share memory or have no values, or ``max_shard_bytes`` below 1.
         ImportError: there is no NumPy, by which safetensors writes.
+        OSError: a file cannot be written; the earlier checkpoint is as it was.
     """
     try:
         import numpy  # noqa: F401
@@ -101,34 +113,38 @@ def write_tensors(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shards = _split(tensors, max_shard_bytes)
-    names = list(shards)
-    try:
-        for name, content in shards.items():
-            _write_shard({x: tensors[x] for x in content}, folder / _unfinished(name))
-        if len(shards) > 1:
-            total = sum(x.nbytes for x in tensors.values())
-            weight_map = {x: shard for shard, content in shards.items() for x in content}
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            (folder / _unfinished(_INDEX)).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-            names.append(_INDEX)
-    except BaseException:
-        for name in (*shards, _INDEX):
-            (folder / _unfinished(name)).unlink(missing_ok=True)
-        raise
-    if any((folder / x).exists() for x in shards if x != _SINGLE):
-        # Were this to stop halfway, the index of an earlier save would join its shards to new ones of the same names.
-        (folder / _INDEX).unlink(missing_ok=True)
-    for name in names:
-        os.replace(folder / _unfinished(name), folder / name)
-    for path in list(folder.iterdir()):
-        if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.unfinished)?", path.name):
-            if path.name not in names:
+    entry = SINGLE if len(shards) == 1 else INDEX
+    with alone(folder):
+        settle(folder)
+        try:
+            for name, content in shards.items():
+                # Shards have their names from the start: no other save knows them, and no index lists them yet.
+                path = folder / name
+                _write_shard({x: tensors[x] for x in content}, unfinished(path) if name == SINGLE else path)
+            if entry == INDEX:
+                total = sum(x.nbytes for x in tensors.values())
+                weight_map = {x: shard for shard, content in shards.items() for x in content}
+                index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+                write_beside(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+            publish(folder, entry, None if config is None else config.encode())
+        except BaseException:
+            settle(folder)
+            if not _published(folder, shards):
+                for name in shards.keys() - {SINGLE}:
+                    (folder / name).unlink(missing_ok=True)
+            raise
+        names = [*shards, entry] if entry == INDEX else [entry]
+        for path in list(folder.iterdir()):
+            if _OF_A_SAVE.fullmatch(path.name) and path.name not in names:
                 path.unlink()
+        settle(folder)
     return names
 
 
-def _unfinished(name: str) -> str:
-    return name + ".unfinished"
+def _published(folder: Path, shards: dict[str, list[str]]) -> bool:
+    """Whether these shards are those that readers find."""
+    index = folder / INDEX
+    return index.is_file() and not (folder / SINGLE).exists() and next(iter(shards)).encode() in index.read_bytes()
 
 
 def _check(tensors: dict[str, torch.Tensor], max_shard_bytes: int) -> None:
@@ -160,13 +176,15 @@ def _split(tensors: dict[str, torch.Tensor], max_shard_bytes: int) -> dict[str, 
         contents[-1].append(name)
         room -= tensor.nbytes
     if len(contents) == 1:
-        return {_SINGLE: contents[0]}
-    return {f"model-{i:05d}-of-{len(contents):05d}.safetensors": x for i, x in enumerate(contents, 1)}
+        return {SINGLE: contents[0]}
+    save = secrets.token_hex(4)
+    return {f"model-{save}-{i:05d}-of-{len(contents):05d}.safetensors": x for i, x in enumerate(contents, 1)}
 
 
 def _write_shard(tensors: dict[str, torch.Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
+    path.unlink(missing_ok=True)  # which may be a link to anywhere
     save_file({x: y.detach().cpu().contiguous() for x, y in tensors.items()}, path, metadata={"format": "pt"})
     with open(path, "rb+") as file:  # on the disk before it takes the place of an earlier one
         os.fsync(file.fileno())

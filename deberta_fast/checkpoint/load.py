@@ -1,6 +1,7 @@
 """Loading: a model is made without memory, and the tensors of a checkpoint become its parameters."""
 
 import contextlib
+import re
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,6 +12,21 @@ from torch.overrides import TorchFunctionMode
 
 from .error import CheckpointError
 from .names import to_native
+
+# PyTorch's "encoder.layer.3.", Keras's "encoder/layer_._3/"
+_LAYER = re.compile(r"encoder[./]layer(?:\.|_\._)(\d{1,9})[./]")
+# A tensor that a file lacks may have as many numbers without a question.
+_SMALL = 2**27
+_SIZES = {
+    "position_embeddings.weight": "max_position_embeddings",
+    "token_type_embeddings.weight": "type_vocab_size",
+    "rel_embeddings.weight": "max_relative_positions",
+    "conv.conv.weight": "conv_kernel_size",
+    "pooler.dense.weight": "pooler_hidden_size",
+    "pooler.dense.bias": "pooler_hidden_size",
+    "classifier.weight": "num_labels",
+    "classifier.bias": "num_labels",
+}
 
 
 class LoadingInfo(NamedTuple):
@@ -50,6 +66,30 @@ class _WithoutNumbers(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+def check_layers(tensors: dict[str, torch.Tensor], layers: int, file: str) -> None:
+    """Whether a file of weights has layers for all of a configuration's, before they are made.
+
+    Args:
+        tensors: by the names of the file, whoever gave them.
+        layers: num_hidden_layers.
+        file: what the error calls it.
+
+    Raises:
+        ValueError: it has some, and not as many.
+    """
+    found = [int(number) for name in tensors for number in _LAYER.findall(name)]
+    if found and layers > max(found) + 1:
+        raise ValueError(
+            f"{file} does not fit the configuration: num_hidden_layers must be at most {max(found) + 1}, the layers "
+            f"that the file has, got {layers} (given to from_pretrained, it makes layers that are initialised)"
+        )
+
+
+def _said_by(name: str) -> str:
+    field = next((field for ending, field in _SIZES.items() if name.endswith(ending)), None)
+    return f" ({field})" if field else ""
+
+
 def fill(
     model: nn.Module,
     tensors: dict[str, torch.Tensor],
@@ -78,6 +118,7 @@ def fill(
         TypeError: dtype is no floating-point one.
     """
     expected = model.state_dict()
+    held = sum(x.numel() for x in tensors.values())
     try:
         tensors, ignored = to_native(tensors, version=version, heads=heads, expected=set(expected), part=part)
     except CheckpointError as error:
@@ -101,6 +142,16 @@ def fill(
         ignored=sorted(ignored),
         mismatched=sorted(mismatched),
     )
+    if info.missing:
+        largest = max(info.missing, key=lambda name: expected[name].numel())
+        if expected[largest].numel() > max(held, _SMALL):
+            raise ValueError(
+                f"{file} lacks {largest}, which would be of shape {tuple(expected[largest].shape)} by the configuration"
+                f"{_said_by(largest)}, larger than all that the file holds, {held} numbers"
+            )
+    for name, x in fitting.items():
+        if not x.is_floating_point():
+            raise CheckpointError(f"{file}: {name} must be of a floating-point dtype, got {x.dtype}")
     if not any("embeddings." in name for name in fitting):
         names = ", ".join(info.unexpected[:5]) or "no tensor"
         raise ValueError(f"{file} holds no DeBERTa, but {names} ...")

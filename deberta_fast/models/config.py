@@ -3,16 +3,21 @@
 import copy
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 
 from ..checkpoint.hub import Source
+from ..checkpoint.json_object import read_object
+from ..checkpoint.replace import CONFIG, config_file, replace_file
 from ..op.relative_position import slot_table, table_rows
 from .activation import activation
 
 _TERMS = ("c2p", "p2c", "p2p", "none", "")
+# Beyond all models: what takes time or memory by itself, whatever a file of weights holds.
+_AT_MOST = {"num_hidden_layers": 10_000, "num_labels": 2**22, "z_steps": 1000}
+_INTEGERS_BELOW = 2**31
 _PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
-FILE = "config.json"
 
 
 @dataclasses.dataclass(init=False, repr=False, eq=False)
@@ -113,6 +118,7 @@ class DebertaConfig:
             if not isinstance(value, field.type) or (isinstance(value, bool) and field.type is not bool):
                 expected = getattr(field.type, "__name__", field.type)
                 raise TypeError(f"{field.name} must be of type {expected}, got {value!r}")
+            _check_number(field.name, value)
 
     def _check(self) -> None:
         positive = ["vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings"]
@@ -121,6 +127,8 @@ class DebertaConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.layer_norm_eps <= 0:
             raise ValueError(f"layer_norm_eps must be positive, got {self.layer_norm_eps}")
+        if self.initializer_range < 0:
+            raise ValueError(f"initializer_range must not be negative, got {self.initializer_range}")
         if self.enhanced_mask_decoder and self.num_hidden_layers < 1:
             raise ValueError("enhanced_mask_decoder needs a layer to run again, got num_hidden_layers=0")
         for name in ("num_hidden_layers", "type_vocab_size", "z_steps"):
@@ -162,6 +170,7 @@ class DebertaConfig:
 
     @num_labels.setter
     def num_labels(self, number: int) -> None:
+        _check_number("num_labels", number)
         self.id2label = {index: f"LABEL_{index}" for index in range(number)}
         self.label2id = {label: index for index, label in self.id2label.items()}
 
@@ -246,14 +255,15 @@ class DebertaConfig:
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike) -> "DebertaConfig":
-        return cls.from_dict(_read(Path(path)))
+        return cls.from_dict(read_object(path))
 
     def to_json_file(self, path: str | os.PathLike) -> None:
-        Path(path).write_text(self.to_json_string(), encoding="utf-8")
+        """Writes the file, whole or not at all; a link is replaced, and not followed."""
+        replace_file(Path(path), self.to_json_string().encode())
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self.to_json_file(Path(folder) / FILE)
+        self.to_json_file(Path(folder) / CONFIG)
 
     def __eq__(self, other) -> bool:
         return type(self) is type(other) and self.to_dict() == other.to_dict()
@@ -312,6 +322,16 @@ class DebertaV2Config(DebertaConfig):
         activation(self.conv_act)
 
 
+def _check_number(name: str, value) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    if isinstance(value, int) and abs(value) >= _INTEGERS_BELOW:
+        digits = f"{value}" if abs(value) < 10**20 else f"a number of {value.bit_length()} bits"
+        raise ValueError(f"{name} must be below 2**31, got {digits}")
+    if isinstance(value, int) and value > _AT_MOST.get(name, value):
+        raise ValueError(f"{name} must be at most {_AT_MOST[name]}, got {value}")
+
+
 def read_config(source: Source) -> DebertaConfig:
     """The configuration of a folder or of a model on the hub, a ``DebertaConfig`` or a ``DebertaV2Config``.
 
@@ -328,17 +348,7 @@ def read_config(source: Source) -> DebertaConfig:
 
 def _read_values(source: Source) -> tuple[dict, Path]:
     """The values of a config.json, and the file that they are from."""
-    path = source.file(FILE)
+    path = config_file(source)
     if path is None:
-        raise FileNotFoundError(f"there is no {FILE} in {source}")
-    return _read(path), path
-
-
-def _read(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
-    return values
+        raise FileNotFoundError(f"there is no {CONFIG} in {source}")
+    return read_object(path), path

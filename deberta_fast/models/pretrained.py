@@ -6,8 +6,9 @@ import os
 import torch
 from torch import nn
 
-from ..checkpoint import LoadingInfo, fill, read_tensors, to_hf, without_memory, write_tensors
+from ..checkpoint import LoadingInfo, check_layers, fill, read_tensors, to_hf, without_memory, write_tensors
 from ..checkpoint.hub import Source
+from ..checkpoint.replace import unmixed
 from ..op import backends
 from .attention import AttentionCache
 from .config import DebertaConfig
@@ -106,13 +107,18 @@ class PreTrainedModel(nn.Module):
         if source is None and (config is None or state_dict is None):
             raise ValueError("without a folder or a name on the hub, config and state_dict must be given")
         cls._check_changes(changes)
-        if config is None:
-            config = cls.config_class.from_pretrained(source, **changes)
-        elif changes:
+        if config is not None and changes:
             config = type(config).from_dict({**config.to_dict(), **changes})
-        file = "state_dict"
-        if state_dict is None:
-            state_dict, file = read_tensors(source, weights=weights)
+
+        def read():
+            return (
+                cls.config_class.from_pretrained(source, **changes) if config is None else config,
+                *((state_dict, "state_dict") if state_dict is not None else read_tensors(source, weights=weights)),
+            )
+
+        config, state_dict, file = read() if source is None else unmixed(source, read)
+        if "num_hidden_layers" not in changes:
+            check_layers(state_dict, config.num_hidden_layers, f"{name_or_path}: {file}")
         with without_memory():
             model = cls(copy.deepcopy(config))
         info: LoadingInfo = fill(
@@ -158,9 +164,7 @@ class PreTrainedModel(nn.Module):
             heads=config.num_attention_heads,
             legacy=config.legacy,
         )
-        os.makedirs(folder, exist_ok=True)
-        write_tensors(tensors, folder, max_shard_bytes=_bytes(max_shard_size))
-        config.save_pretrained(folder)
+        write_tensors(tensors, folder, max_shard_bytes=_bytes(max_shard_size), config=config.to_json_string())
 
     def init_weights(self) -> None:
         """Initialises every parameter: normal with initializer_range, biases zero, LayerNorms one and zero."""

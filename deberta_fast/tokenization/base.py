@@ -156,7 +156,7 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
 
     def __call__(
         self,
-        text: str | Sequence,
+        text: str | Sequence | None = None,
         text_pair: str | Sequence | None = None,
         add_special_tokens: bool = True,
         padding: bool | str = False,
@@ -167,6 +167,9 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
         pad_to_multiple_of: int | None = None,
         padding_side: str | None = None,
         return_tensors: str | None = None,
+        *,
+        text_target: str | Sequence | None = None,
+        text_pair_target: str | Sequence | None = None,
         **options,
     ) -> BatchEncoding:
         """What a model gets for one text or pair of texts, or for a list of them.
@@ -187,6 +190,8 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
             pad_to_multiple_of: make the padded length a multiple of it.
             padding_side: "right" or "left"; None: the tokenizer's.
             return_tensors: "pt" or "np"; None: lists.
+            text_target, text_pair_target: encoded as ``text`` and ``text_pair`` are. Their ids are the item "labels"
+                beside what ``text`` gives; without ``text`` they are all there is.
             options: return_token_type_ids, return_attention_mask (None: if ``model_input_names`` has them),
                 return_special_tokens_mask (1 for special tokens), return_length, return_offsets_mapping (characters of
                 each token, fast tokenizers only), return_overflowing_tokens (a slow tokenizer gives them and
@@ -211,6 +216,15 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
             padding_side=padding_side,
             return_tensors=return_tensors,
         )
+        if text_target is not None:
+            labels = self(text_target, text_pair_target, **options)
+            if text is None:
+                return labels
+            inputs = self(text, text_pair, **options)
+            inputs["labels"] = labels["input_ids"]
+            return inputs
+        if text_pair_target is not None:
+            raise ValueError("text_pair_target needs a text_target")
         rows = (list, tuple)
         if not isinstance(text, (str, *rows)):
             raise TypeError(f"expected text to be a str, a list of str or a list of pairs, got {type(text).__name__}")

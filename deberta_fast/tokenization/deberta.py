@@ -6,8 +6,10 @@ from itertools import groupby
 from pathlib import Path
 
 from ..checkpoint.hub import Source
+from ..checkpoint.json_object import read_object
+from ..checkpoint.replace import replace_file
 from .fast import FastTokenizer, backend_library, backend_tokens, set_template
-from .files import missing, read_json, write_json
+from .files import missing, write_json
 from .slow import SlowTokenizer
 from .special_tokens import AddedToken
 
@@ -224,7 +226,7 @@ def _read_tables(vocab_file, merges_file) -> tuple[dict[str, int], list[tuple[st
         from .bpe_encoder import read_bpe_encoder
 
         return read_bpe_encoder(path)
-    vocab = read_json(path)
+    vocab = read_object(path)
     if isinstance(vocab.get("model"), dict):  # tokenizer.json
         if vocab["model"].get("type") != "BPE":
             raise ValueError(f"{path}: expected a BPE model, got {vocab['model'].get('type')}")
@@ -270,7 +272,7 @@ def _save_tables(folder, prefix: str | None, vocab: dict, merges: list) -> tuple
     paths = [Path(folder) / f"{f'{prefix}-' if prefix else ''}{name}" for name in (VOCAB, MERGES)]
     write_json(paths[0], vocab)
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
-    paths[1].write_text("\n".join(lines), encoding="utf-8")
+    replace_file(paths[1], "\n".join(lines).encode())
     return tuple(map(str, paths))
 
 

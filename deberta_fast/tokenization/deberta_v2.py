@@ -1,12 +1,12 @@
 """Tokenizers of DeBERTa v2 and v3: ``DebertaV2Tokenizer``, ``DebertaV2TokenizerFast``."""
 
 import os
-import shutil
 import unicodedata
 import warnings
 from pathlib import Path
 
 from ..checkpoint.hub import Source
+from ..checkpoint.replace import replace_file
 from .fast import FastTokenizer, backend_library, backend_tokens, set_template
 from .files import missing
 from .slow import SlowTokenizer
@@ -126,7 +126,7 @@ class DebertaV2Tokenizer(SlowTokenizer):
             Its path.
         """
         path = _vocabulary_path(save_directory, filename_prefix)
-        path.write_bytes(self.spm.serialized_model_proto())
+        replace_file(path, self.spm.serialized_model_proto())
         return (str(path),)
 
 
@@ -222,7 +222,7 @@ class DebertaV2TokenizerFast(FastTokenizer):
             )
         path = _vocabulary_path(save_directory, filename_prefix)
         if not (path.exists() and path.samefile(self.vocab_file)):
-            shutil.copyfile(self.vocab_file, path)
+            replace_file(path, Path(self.vocab_file).read_bytes())
         return (str(path),)
 
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..checkpoint.replace import replace_file
 from .base import TokenizerBase
 from .batch_encoding import BatchEncoding
 from .files import TOKENIZER
@@ -214,7 +215,7 @@ class FastTokenizer(TokenizerBase):
             path = str(folder / f"{f'{filename_prefix}-' if filename_prefix else ''}{TOKENIZER}")
             with self._lock:
                 self._reset_backend()
-                self._tokenizer.save(path)
+                replace_file(Path(path), self._tokenizer.to_str(pretty=True).encode())
             paths = (*paths, path)
         return paths
 

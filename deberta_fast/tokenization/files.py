@@ -3,9 +3,12 @@
 import inspect
 import json
 import os
+import warnings
 from pathlib import Path
 
 from ..checkpoint.hub import Source
+from ..checkpoint.json_object import read_object
+from ..checkpoint.replace import replace_file
 from .special_tokens import NAMES, AddedToken, as_added_token, as_dict
 
 CONFIG = "tokenizer_config.json"
@@ -16,25 +19,9 @@ TOKENIZER = "tokenizer.json"
 FOREIGN_SETTINGS = ("tokenizer_class", "backend", "is_local", "local_files_only", "transformers_version")
 
 
-def read_json(path: str | os.PathLike) -> dict:
-    """A JSON file with one object.
-
-    Raises:
-        ValueError: it is not one; names the file and the line.
-    """
-    try:
-        content = json.loads(Path(path).read_bytes().decode())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: no JSON: {error.msg}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: no JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected an object, got {type(content).__name__}")
-    return content
-
-
 def write_json(path: Path, content: dict):
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    replace_file(path, text.encode())
 
 
 def missing(source: Source, *names: str) -> FileNotFoundError:
@@ -49,46 +36,42 @@ class Files:
     """
 
     vocab_files_names: dict[str, str]
+    is_fast: bool
 
     @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         *,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
+        use_fast: bool | None = None,
+        trust_remote_code: bool | None = None,
         **overrides,
     ):
         """The tokenizer of a checkpoint.
 
         Args:
             pretrained_model_name_or_path: a folder, or a model's name on the hub (needs huggingface_hub).
-            revision: branch, tag or commit on the hub.
-            cache_dir: where downloads are kept.
-            token: for private models.
-            local_files_only: take what was downloaded before, and nothing else.
-            overrides: arguments of ``__init__``, which take the place of those in tokenizer_config.json.
+            use_fast: the class itself says whether it is fast; another value is warned about.
+            trust_remote_code: means nothing, since no code is loaded.
+            overrides: arguments of ``__init__``, which take the place of those in tokenizer_config.json; and revision,
+                cache_dir, token, local_files_only, force_download and subfolder as of ``hub.Source``.
 
         Raises:
             FileNotFoundError: there is no such folder or model, or it lacks a file that is needed.
             TypeError: an override is no argument of ``__init__``.
             ValueError: a file is damaged.
         """
-        source = Source(
-            pretrained_model_name_or_path,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-        )
+        place = {name: overrides.pop(name) for name in Source.OPTIONS if name in overrides}
+        source = Source(pretrained_model_name_or_path, **place)
+        if use_fast is not None and bool(use_fast) != cls.is_fast:
+            other = cls.__name__.removesuffix("Fast") + ("" if cls.is_fast else "Fast")
+            warnings.warn(f"use_fast={use_fast} does nothing for a {cls.__name__}: see {other}", stacklevel=2)
         known = cls._arguments()
         unknown = [name for name in overrides if name not in known]
         if unknown:
             raise TypeError(f"{cls.__name__} has no argument {', '.join(unknown)}; it has {', '.join(sorted(known))}")
         path = source.file(CONFIG)
-        config = {} if path is None else read_json(path)
+        config = {} if path is None else read_object(path)
         cls._check_config(source, config)
         # Paths that a config may hold are those of the machine that wrote it.
         saved = {
@@ -141,7 +124,7 @@ class Files:
         # So it was written by a version before 4.34, or by 5; these have the tokens in other files.
         settings, decoder = {}, {}
         path = source.file(SPECIAL_TOKENS)
-        for name, value in ({} if path is None else read_json(path)).items():
+        for name, value in ({} if path is None else read_object(path)).items():
             if overrides.get(name):
                 continue
             if name == "additional_special_tokens":
@@ -155,7 +138,7 @@ class Files:
             named = [{**config, **settings, **overrides}.get(name) for name in NAMES]
             special = {str(token.get("content") if isinstance(token, dict) else token) for token in named}
             special |= {str(token) for token in settings.get("additional_special_tokens", ())}
-            for content, index in read_json(path).items():
+            for content, index in read_object(path).items():
                 decoder[index] = AddedToken(content, special=content in special)
         return {**settings, "added_tokens_decoder": decoder | cls._tokens_of_backend_file(source)}
 
@@ -165,7 +148,7 @@ class Files:
         path = source.file(TOKENIZER)
         if path is None:
             return {}
-        return {token["id"]: as_added_token(token) for token in read_json(path).get("added_tokens", ())}
+        return {token["id"]: as_added_token(token) for token in read_object(path).get("added_tokens", ())}
 
     def save_pretrained(
         self,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import zipfile
 from collections import OrderedDict
@@ -164,7 +165,9 @@ def test_written_whole(tmp_path):
 def test_written_in_shards(tmp_path):
     tensors = {f"x{i}": torch.full((4,), float(i)) for i in range(5)} | {"large": torch.ones(100)}
     names = write_tensors(tensors, tmp_path, max_shard_bytes=32)
-    shards = [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
+    save = names[0][6:14]
+    shards = [f"model-{save}-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
+    assert re.fullmatch("[0-9a-f]{8}", save)
     assert names == [*shards, "model.safetensors.index.json"] and listing(tmp_path) == sorted(names)
     index = json.loads((tmp_path / names[-1]).read_text())
     assert index["metadata"] == {"total_size": 5 * 16 + 400}

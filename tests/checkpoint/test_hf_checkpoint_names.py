@@ -3,6 +3,7 @@
 import json
 import logging
 
+import native_models
 import pytest
 import torch
 import transformers
@@ -153,3 +154,20 @@ def test_v1_projections_are_theirs():
         torch.testing.assert_close(ours.view(1, 5, HEADS, -1).transpose(1, 2), their)
     for bias, kind in (("q_bias", "query"), ("v_bias", "value")):
         assert torch.equal(getattr(attention, bias), native[f"encoder.layer.1.attention.self.{kind}_proj.bias"])
+
+
+@pytest.mark.parametrize("size", ["20KB", "1GB"])
+def test_shards_are_found_by_transformers(tmp_path, size):
+    """Their names are this package's own, and no other save's."""
+    model = native_models.build("v3")
+    for _ in range(2):
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        found = transformers.AutoModel.from_pretrained(tmp_path)
+        ids = torch.arange(1, 9)[None]
+        torch.testing.assert_close(found(ids)[0], model(ids)[0], atol=1e-5, rtol=1e-5)
+    found.save_pretrained(tmp_path, max_shard_size=size)  # which leaves nothing of the other
+    torch.testing.assert_close(type(model).from_pretrained(tmp_path)(ids)[0], model(ids)[0], atol=1e-5, rtol=1e-5)
+    files = {x.name for x in tmp_path.iterdir() if x.suffix == ".safetensors"}
+    index = tmp_path / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())["weight_map"].values() if index.exists() else ["model.safetensors"]
+    assert files == set(listed) and (size == "1GB") != index.exists()

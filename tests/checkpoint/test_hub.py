@@ -77,3 +77,39 @@ def test_without_huggingface_hub(monkeypatch, tmp_path):
         Source("someone/some-model")
     (tmp_path / "config.json").write_text("{}")
     assert Source(tmp_path).file("config.json") == tmp_path / "config.json"
+
+
+def test_subfolder(tmp_path):
+    build("v3").save_pretrained(tmp_path / "epochs" / "3")
+    found = DebertaV2Model.from_pretrained(tmp_path, subfolder="epochs/3")
+    inputs = inputs_of("Model")
+    assert torch.equal(found(**inputs)[0], build("v3")(**inputs)[0])
+    assert str(Source(str(tmp_path), subfolder="epochs/3")) == str(tmp_path / "epochs" / "3")
+    assert str(Source(str(tmp_path) + "/", subfolder="")) == str(tmp_path) + "/"
+    with pytest.raises(FileNotFoundError, match="there is no subfolder 'epochs/4' in "):
+        Source(tmp_path, subfolder="epochs/4")
+    for outside in ("../other", "epochs/../../other", "/tmp"):
+        with pytest.raises(ValueError, match="expected subfolder to lie below .*, got "):
+            Source(tmp_path, subfolder=outside)
+    with pytest.raises(TypeError, match="expected subfolder to be text or a path, got int"):
+        Source(tmp_path, subfolder=3)
+
+
+def test_what_the_hub_is_asked_for(monkeypatch, tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *names, **options: asked.append((names, options)) or tmp_path)
+    Source("someone/some-model", subfolder="a/b", force_download=True, token="secret").file("config.json")
+    ((names, options),) = asked
+    assert names == ("someone/some-model", "config.json")
+    assert (options["subfolder"], options["force_download"], options["token"]) == ("a/b", True, "secret")
+
+
+def test_subfolder_of_the_hubs_cache(cache):
+    files = cache / "models--someone--some-model" / "snapshots" / ("0" * 40)
+    (files / "part").mkdir()
+    (files / "config.json").rename(files / "part" / "config.json")
+    where = dict(cache_dir=cache, local_files_only=True)
+    assert Source("someone/some-model", subfolder="part", **where).file("config.json") == files / "part" / "config.json"
+    with pytest.raises(FileNotFoundError, match="there is no config.json in someone/some-model/other"):
+        DebertaV2Model.from_pretrained("someone/some-model", subfolder="other", **where)

@@ -262,3 +262,39 @@ def test_where_to_save(kind, tmp_path):
         assert len(DebertaV2Tokenizer(files[0])) == len(processor()) + 1
     else:
         assert len(DebertaTokenizer(*files)) == len(make(kind))
+
+
+@every
+def test_a_full_disk_loses_no_file(kind, tmp_path, monkeypatch):
+    make(kind).save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    changed = make(kind)
+    changed.add_tokens(["<new>"])
+    real = os.fsync
+    for step in range(len(before)):
+        left = [step]
+
+        def full(descriptor, left=left):
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(28, "No space left on device")
+            real(descriptor)
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            changed.save_pretrained(tmp_path)
+        monkeypatch.setattr(os, "fsync", real)
+        assert not list(tmp_path.glob("*.unfinished"))
+        assert kind.from_pretrained(tmp_path)("A text.") == make(kind)("A text.")
+
+
+@every
+def test_links_are_replaced_not_followed(kind, tmp_path):
+    make(kind).save_pretrained(tmp_path / "first")
+    (tmp_path / "cache").mkdir()
+    for path in list((tmp_path / "first").iterdir()):
+        path.rename(tmp_path / "cache" / path.name)
+        path.symlink_to(tmp_path / "cache" / path.name)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+    make(kind, additional_special_tokens=["<x>"]).save_pretrained(tmp_path / "first")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == before
