@@ -37,7 +37,10 @@ RANKS = [
     {"checkpoint"},
     # models
     {"models"},
-    {f"models.{name}" for name in ("activation", "onednn_linear", "outputs", "packing", "weight_cache", "wrappers")},
+    {
+        f"models.{name}"
+        for name in ("activation", "onednn_linear", "outputs", "packing", "trainer", "weight_cache", "wrappers")
+    },
     {"models.config"},
     {"models.attention"},
     {"models.embeddings", "models.encoder", "models.heads"},

@@ -2,11 +2,13 @@
 
 import copy
 import os
+import sys
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from ..checkpoint import LoadingInfo, check_layers, fill, read_tensors, to_hf, without_memory, write_tensors
+from ..checkpoint import LoadingInfo, check_layers, fill, read_tensors, to_hf, to_native, without_memory, write_tensors
 from ..checkpoint.hub import Source
 from ..checkpoint.replace import unmixed
 from ..op import backends
@@ -14,6 +16,7 @@ from .attention import AttentionCache
 from .config import DebertaConfig
 from .heads import LMHead
 from .packing import check_unpad
+from .trainer import folder_of_trainer
 from .weight_cache import WeightCache
 from .wrappers import passes_by_wrapper
 
@@ -27,6 +30,11 @@ class PreTrainedModel(nn.Module):
     base_model_prefix = "deberta"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    # Trainer asks: a loss is a mean, so gradient accumulation divides it; nothing is left out of checkpoints.
+    accepts_loss_kwargs = False
+    _keys_to_ignore_on_save = None
+    # accelerate asks: a layer lies on one device.
+    _no_split_modules = ["DebertaLayer"]
     # Which half of a checkpoint of replaced token detection is meant
     checkpoint_part = "discriminator"
 
@@ -156,15 +164,45 @@ class PreTrainedModel(nn.Module):
             state_dict: instead of the model's own, under its names (as gathered from a sharded model).
             max_shard_size: bytes, or text such as "500MB"; larger models are split into several files.
         """
+        config = self._config_to_save()
+        tensors = self._hf_tensors(self.state_dict() if state_dict is None else state_dict)
+        write_tensors(tensors, folder, max_shard_bytes=_bytes(max_shard_size), config=config.to_json_string())
+
+    def _config_to_save(self) -> DebertaConfig:
         config = copy.deepcopy(self.config)
         config.architectures = [type(self).__name__]
-        tensors = to_hf(
-            self.state_dict() if state_dict is None else state_dict,
-            version=config.generation,
-            heads=config.num_attention_heads,
-            legacy=config.legacy,
-        )
-        write_tensors(tensors, folder, max_shard_bytes=_bytes(max_shard_size), config=config.to_json_string())
+        return config
+
+    def _hf_tensors(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        config = self.config
+        return to_hf(state, version=config.generation, heads=config.num_attention_heads, legacy=config.legacy)
+
+    def state_dict(self, *args, **kwargs) -> dict[str, torch.Tensor]:
+        """As torch's. Hugging Face's Trainer, where it saves, gets what ``save_pretrained`` writes, with a config.json.
+
+        So both libraries load its checkpoints.
+        """
+        state = super().state_dict(*args, **kwargs)
+        folder = folder_of_trainer(sys._getframe(1))
+        if folder is None:
+            return state
+        self._config_to_save().save_pretrained(folder)
+        return self._hf_tensors(state)
+
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False):
+        """As torch's, and names may be those of any checkpoint: Hugging Face's, as the Trainer saves them, too."""
+        expected = set(self.state_dict())
+        if not expected.issuperset(state_dict):
+            native, ignored = to_native(
+                dict(state_dict),
+                version=self.config.generation,
+                heads=self.config.num_attention_heads,
+                expected=expected,
+                part=self.checkpoint_part,
+            )
+            # What is known to belong elsewhere is unexpected all the same, as in torch
+            state_dict = {name: state_dict[name] for name in ignored} | native
+        return super().load_state_dict(state_dict, strict, assign)
 
     def init_weights(self) -> None:
         """Initialises every parameter: normal with initializer_range, biases zero, LayerNorms one and zero."""
