@@ -142,14 +142,18 @@ class DebertaForMaskedLM(_TaskModel):
             self.lm_predictions.lm_head.decoder = None
 
     def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
     ) -> nn.Embedding:
-        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of)
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         head, rows = self.lm_predictions.lm_head, embeddings.num_embeddings
         if rows != head.bias.shape[0]:
             head.bias = resized(head.bias, rows, 0.0)
             if head.decoder is not None:
-                head.decoder.weight = resized(head.decoder.weight, rows, head.decoder.weight.mean(0))
+                weight = head.decoder.weight
+                head.decoder.weight = resized(weight, rows, self._new_rows(weight, rows, mean_resizing))
                 head.decoder.out_features = rows
         return embeddings
 
