@@ -1,11 +1,11 @@
-"""Batches by a budget of tokens: which sequences go together, and how they become what ``forward_packed`` takes.
+"""Batches by a budget of tokens: which sequences go together, and how they become the packed ones that models take.
 
 sampler = TokenBudgetSampler([len(feature["input_ids"]) for feature in dataset], max_tokens=8192)
 loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=PackedCollator())
 for epoch in range(epochs):
     sampler.set_epoch(epoch)
     for batch in loader:
-        loss = model.forward_packed(**batch).loss
+        loss = model(**batch).loss
 """
 
 import bisect
@@ -13,6 +13,7 @@ import functools
 import itertools
 import operator
 import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -28,9 +29,12 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
     """Lists of indices for ``DataLoader(batch_sampler=...)``: batches of up to max_tokens tokens.
 
     With shuffle, every epoch has another order, drawn from seed and epoch alone: call ``set_epoch`` before each epoch,
-    or all are like epoch 0. Sequences go together as they come in a random order, except that a batch is filled up
-    with the longest that still fits of the next thousand; with padded, sequences of similar length go together.
-    Without shuffle, batches hold the data in its order, each as long a run of it as fits.
+    or all are like epoch 0. A loader that accelerate has prepared, and so Hugging Face's Trainer, tells the epoch by
+    itself; it also shares the batches out among its processes, so num_replicas stays 1 there.
+
+    Sequences go together as they come in a random order, except that a batch is filled up with the longest that still
+    fits of the next thousand; with padded, sequences of similar length go together. Without shuffle, batches hold the
+    data in its order, each as long a run of it as fits.
 
     Every sequence comes once an epoch, up to what distributed training needs: all ranks must get the same number of
     batches. They make the same list of batches, and a rank takes every num_replicas-th of it. What is missing to a
@@ -91,12 +95,28 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
         """Of which epoch the next ``iter`` and ``len`` are."""
         self.epoch = _integer("epoch", epoch)
 
+    @property
+    def sampler(self) -> "TokenBudgetSampler":
+        """Itself: it is here that accelerate looks for whom to tell the epoch."""
+        return self
+
     def __iter__(self) -> Iterator[list[int]]:
+        self.epoch = self._epoch_of_loader()
         return (list(batch) for batch in self._batches()[self.rank :: self.num_replicas])
 
     def __len__(self) -> int:
         """This rank's batches in this epoch; other epochs may have some more or less."""
         return len(self._batches()) // self.num_replicas
+
+    def _epoch_of_loader(self) -> int:
+        """That of accelerate's loader which skips batches, as after a resumption: it tells no sampler its epoch."""
+        accelerate = sys.modules.get("accelerate.state")
+        loader = accelerate and accelerate.GradientState().active_dataloader
+        sampler, skips = getattr(loader, "batch_sampler", None), False
+        while sampler is not None and sampler is not self:
+            skips = skips or hasattr(sampler, "skip_batches")
+            sampler = getattr(sampler, "batch_sampler", None)
+        return loader.iteration if skips and sampler is self else self.epoch
 
     def _batches(self) -> list[list[int]]:
         """Those of all ranks."""
@@ -188,7 +208,7 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
 
 
 class PackedCollator:
-    """Features of sequences to the arguments of ``model.forward_packed``: all tokens one after the other, no padding.
+    """Features of sequences to a model's arguments: all tokens one after the other, no padding.
 
     A feature is a mapping of lists, NumPy arrays or tensors, as tokenizers give them:
 

@@ -394,3 +394,49 @@ def test_pickled():
     assert collator([dict(input_ids=[1, 2], labels=[0, 1])])["labels"].shape == (1, 2)
     sampler = TokenBudgetSampler(uniform(20), 1024)
     assert list(pickle.loads(pickle.dumps(sampler))) == list(sampler)
+
+
+def prepared(processes, rank, dispatch):
+    from accelerate.data_loader import prepare_data_loader
+
+    lengths = uniform(60)
+    data = [{"input_ids": torch.full((length,), index)} for index, length in enumerate(lengths)]
+    sampler = TokenBudgetSampler(lengths, 1500)
+    loader = DataLoader(data, batch_sampler=sampler, collate_fn=PackedCollator())
+    keywords = dict(dispatch_batches=dispatch, device=torch.device("cpu"), put_on_device=True)
+    return sampler, prepare_data_loader(loader, num_processes=processes, process_index=rank, **keywords)
+
+
+def told(sampler, loader):
+    """Sequences of each batch that the loader gives."""
+    return [x["input_ids"].unique().tolist() for x in loader]
+
+
+def of_epoch(epoch, processes=1, rank=0):
+    sampler = TokenBudgetSampler(uniform(60), 1500)
+    sampler.set_epoch(epoch)
+    batches = [sorted(batch) for batch in sampler]
+    batches += batches[: -len(batches) % processes]
+    return batches[rank::processes]
+
+
+@pytest.mark.parametrize("processes, rank, dispatch", [(1, 0, False), (2, 0, False), (2, 1, False), (1, 0, True)])
+def test_loaders_of_accelerate_tell_the_epoch(processes, rank, dispatch):
+    """Each for itself one after the other, as it is told, and after some batches are skipped."""
+    pytest.importorskip("accelerate")
+    from accelerate.data_loader import skip_first_batches
+
+    sampler, loader = prepared(processes, rank, dispatch)
+    assert [told(sampler, loader) for _ in range(3)] == [of_epoch(epoch, processes, rank) for epoch in range(3)]
+    loader.set_epoch(7)
+    assert told(sampler, loader) == of_epoch(7, processes, rank)
+    # resumed: nothing has told the sampler of the third epoch
+    sampler, loader = prepared(processes, rank, dispatch)
+    late = skip_first_batches(loader, 2)
+    late.set_epoch(3)
+    assert told(sampler, late) == of_epoch(3, processes, rank)[2:]
+    loader.set_epoch(4)
+    assert told(sampler, loader) == of_epoch(4, processes, rank)
+    # and without them, as its owner says
+    sampler.set_epoch(9)
+    assert [sorted(batch) for batch in sampler] == of_epoch(9)

@@ -41,6 +41,7 @@ RANKS = [
     # models
     {"models"},
     {f"models.{name}" for name in ("activation", "onednn_linear", "outputs", "packing", "weight_cache")},
+    {"models.arguments", "models.trainer", "models.wrappers"},
     {"models.config"},
     {"models.attention"},
     {"models.embeddings", "models.encoder", "models.heads"},
@@ -69,6 +70,7 @@ RANKS = [
 LATE = {
     "op.backends.triton": {"triton"},
     "checkpoint": {"huggingface_hub", "h5py", "numpy", "safetensors"},
+    "models": {"accelerate"},
     "tokenization": {"numpy", "sentencepiece", "tokenizers"},
     "pipelines": {"tqdm"},
     "cli": {"tqdm"},

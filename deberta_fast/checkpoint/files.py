@@ -4,6 +4,7 @@ import json
 import os
 import re
 import secrets
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,21 +19,22 @@ _LONGEST_NAME = 255  # bytes that file systems take
 _OF_A_SAVE = re.compile(r"model((-[0-9a-f]{8})?-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.unfinished)?")
 
 
-def read_tensors(source: Source, *, weights: str | None = None) -> tuple[dict[str, torch.Tensor], str]:
+def read_tensors(source: Source, *, weights: str | Sequence[str] | None = None) -> tuple[dict[str, torch.Tensor], str]:
     """All tensors of a checkpoint, on the CPU and under the file's own names, and the name of that file.
 
     They may be maps of it: whoever keeps them copies them, lest the file be overwritten below them.
 
     Args:
         source: the folder, or the model on the hub.
-        weights: the file to read ("pytorch_model.generator.bin"); None for the first that is there of
-            model.safetensors, pytorch_model.bin (each in one piece or an index of shards) and tf_model.h5.
+        weights: the file to read ("pytorch_model.generator.bin"), or several names of which the first that is there is
+            read; None for model.safetensors, pytorch_model.bin (each in one piece or an index of shards) and
+            tf_model.h5.
 
     Raises:
         FileNotFoundError: none of them is there.
         CheckpointError: a file is damaged, holds more than tensors, or does not agree with its index.
     """
-    sought = ENTRIES if weights is None else (weights,)
+    sought = ENTRIES if weights is None else (weights,) if isinstance(weights, str) else weights
     for name in sought:
         path = source.file(name)
         if path is not None:
@@ -45,7 +47,7 @@ def read_tensors(source: Source, *, weights: str | None = None) -> tuple[dict[st
 
 def _read_shards(source: Source, index: Path) -> dict[str, torch.Tensor]:
     shards: dict[str, set[str]] = {}
-    suffix = Path(index.name.removesuffix(".index.json")).suffix
+    suffix = ".safetensors" if ".safetensors" in index.name else ".bin"
     for name, shard in _weight_map(index).items():
         # Of the index's own folder: an index that was downloaded does not choose which files are read.
         fits = isinstance(shard, str) and re.fullmatch(r"[^/\\:\0]+", shard) and shard.endswith(suffix)

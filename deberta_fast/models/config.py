@@ -88,6 +88,8 @@ class DebertaConfig:
 
     def __init__(self, **values):
         num_labels = values.pop("num_labels", None)
+        places = [values.pop(name, None) for name in ("name_or_path", "_name_or_path")]
+        self.name_or_path = next(filter(None, places), "")
         for field in dataclasses.fields(self):
             setattr(self, field.name, values.pop(field.name, field.default))
         self.pooler_hidden_size = self.hidden_size if self.pooler_hidden_size is None else self.pooler_hidden_size
@@ -165,6 +167,15 @@ class DebertaConfig:
             raise ValueError("talking_head belongs to DeBERTa v1: see DebertaConfig")
 
     @property
+    def name_or_path(self) -> str:
+        """Where the configuration is from, "" if from nowhere. It is not saved."""
+        return self._name_or_path
+
+    @name_or_path.setter
+    def name_or_path(self, place: str | os.PathLike) -> None:
+        self._name_or_path = str(place)
+
+    @property
     def num_labels(self) -> int:
         return len(self.id2label)
 
@@ -202,6 +213,26 @@ class DebertaConfig:
     @property
     def table_rows(self) -> int:
         return table_rows(self.table["position_buckets"], self.table["max_relative_positions"])
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> "DebertaConfig":
+        """Itself, as there is no other part. Trainer and PEFT ask for it."""
+        return self
+
+    def update(self, values: dict) -> None:
+        """Sets values by name, all or none. Raises what making a configuration of them would."""
+        changes = {"name_or_path": self.name_or_path, **values}
+        if changes.pop("model_type", self.model_type) != self.model_type:
+            raise ValueError(f"model_type must stay {self.model_type!r}, got {values['model_type']!r}")
+        vars(self).update(vars(self.from_dict(self.to_dict(), **changes)))
+
+    def to_diff_dict(self) -> dict:
+        """Those of ``to_dict`` that are no defaults, and model_type."""
+        defaults = type(self)().to_dict()
+        return {
+            name: value
+            for name, value in self.to_dict().items()
+            if name == "model_type" or name not in defaults or defaults[name] != value
+        }
 
     def to_dict(self) -> dict:
         """All values. Nones that are defaults are left out: Hugging Face's code takes them for values."""
@@ -244,7 +275,7 @@ class DebertaConfig:
         """
         place = {name: changes.pop(name) for name in Source.OPTIONS if name in changes}
         source = name_or_path if isinstance(name_or_path, Source) else Source(name_or_path, **place)
-        return cls._of_file(*_read_values(source), **changes)
+        return cls._of_file(*_read_values(source), **{"name_or_path": source.name, **changes})
 
     @classmethod
     def _of_file(cls, values: dict, path: Path, **changes) -> "DebertaConfig":
@@ -343,7 +374,7 @@ def read_config(source: Source) -> DebertaConfig:
     kinds = {kind.model_type: kind for kind in (DebertaConfig, DebertaV2Config)}
     if values.get("model_type") not in kinds:
         raise ValueError(f"{path}: model_type must be one of {', '.join(kinds)}, got {values.get('model_type')!r}")
-    return kinds[values["model_type"]]._of_file(values, path)
+    return kinds[values["model_type"]]._of_file(values, path, name_or_path=source.name)
 
 
 def _read_values(source: Source) -> tuple[dict, Path]:

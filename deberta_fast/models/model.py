@@ -35,33 +35,50 @@ class DebertaModel(PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cu_seqlens: torch.Tensor | Packing | None = None,
+        max_seqlen: int | None = None,
     ) -> BaseModelOutput | tuple:
-        """
+        """Takes a batch (B, L); or with cu_seqlens the tokens of all sequences one after the other, (T,).
+
+        Packed sequences need no padding, and no token sees another sequence. What is (B, L) below is (T,) for them.
+
         Args:
             input_ids: (B, L) token ids, or inputs_embeds (B, L, embedding_size).
             attention_mask: 1 for tokens and 0 for padding, any dtype, (B, L) or (B, 1, 1, L); or pairwise, which query
                 may attend to which key, (B, L, L) or (B, 1, L, L). Not what is added to scores: anything but 0 counts
-                as 1. Without one, everything is a token.
-            token_type_ids, position_ids: (B, L), zeros and 0 to L - 1 by default.
-            output_attentions: also return every layer's probabilities, (B, H, L, L), computed densely.
+                as 1. Without one, everything is a token. Of packed sequences (T,) alone.
+            token_type_ids, position_ids: (B, L), zeros and each token's place in its sequence by default.
+            output_attentions: also return every layer's probabilities, (B, H, L, L), computed densely. There are none
+                of packed sequences.
             output_hidden_states: also return the embeddings and every layer's output.
             return_dict: False returns a tuple. The three are the configuration's by default.
+            cu_seqlens: int32 (n + 1,), on the same device: sequence s lies at rows cu_seqlens[s] to cu_seqlens[s + 1].
+                Or a ``Packing`` of them, as task models give it.
+            max_seqlen: at least the longest sequence's length. None reads it from cu_seqlens, which synchronises with
+                the device; a compiled program needs it given.
 
         Returns:
-            last_hidden_state (B, L, hidden_size), hidden_states, attentions.
+            last_hidden_state (B, L, hidden_size) or (T, hidden_size), hidden_states, attentions.
 
         Raises:
-            ValueError: both or neither of input_ids and inputs_embeds, or shapes that do not fit.
+            ValueError: both or neither of input_ids and inputs_embeds, or shapes that do not fit; output_attentions of
+                packed sequences, or a model of them that has talking heads.
+            TypeError: cu_seqlens or max_seqlen is not as described.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        packing = given_packing(cu_seqlens, max_seqlen, attention_mask, input_ids, inputs_embeds)
+        if packing is not None:
+            output = self._run_packed(
+                packing, input_ids, token_type_ids, position_ids, inputs_embeds, output_attentions, output_hidden_states
+            )
+            return returned(self, return_dict, output)
         shape = tuple(input_ids.shape if input_ids is not None else inputs_embeds.shape[:-1])
         if len(shape) != 2 or shape[1] == 0:
             name, form = (
                 ("input_ids", "(B, L)") if input_ids is not None else ("inputs_embeds", "(B, L, embedding_size)")
             )
             given = tuple((inputs_embeds if input_ids is None else input_ids).shape)
-            raise ValueError(f"{name} must be of shape {form} with L at least 1, got {given}")
+            hint = "; packed sequences need cu_seqlens" if len(shape) == 1 else ""
+            raise ValueError(f"{name} must be of shape {form} with L at least 1, got {given}{hint}")
         if attention_mask is None:
             self._warn_of_padding(input_ids)
         mask, token_mask = masks(attention_mask, *shape)
@@ -69,61 +86,12 @@ class DebertaModel(PreTrainedModel):
         output = self._encode(embedded, mask, token_mask, output_hidden_states, output_attentions)
         return returned(self, return_dict, output)
 
-    def forward_packed(
-        self,
-        input_ids: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-        *,
-        max_seqlen: int | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> BaseModelOutput | tuple:
-        """``forward`` of sequences one after the other, without padding; no token sees another sequence.
-
-        Args:
-            input_ids: (T,) token ids of all sequences, or inputs_embeds (T, embedding_size).
-            cu_seqlens: int32 (n + 1,), on the same device: sequence s lies at rows cu_seqlens[s] to cu_seqlens[s + 1].
-            max_seqlen: at least the longest sequence's length. None reads it from cu_seqlens, which synchronises with
-                the device; a compiled program needs it given.
-            attention_mask: (T,), 0 for tokens that nobody may attend to.
-            token_type_ids, position_ids: (T,), zeros and each token's place in its sequence by default.
-            output_hidden_states, return_dict: as of ``forward``; there are no attentions.
-
-        Returns:
-            last_hidden_state (T, hidden_size), hidden_states.
-
-        Raises:
-            TypeError, ValueError: an argument is not as described; or the model has talking heads.
-        """
-        output, _ = self.run_packed(
-            input_ids, cu_seqlens, max_seqlen, attention_mask, token_type_ids, position_ids, inputs_embeds,
-            output_hidden_states,
-        )  # fmt: skip
-        return returned(self, return_dict, output)
-
-    def run_packed(
-        self,
-        input_ids: torch.Tensor | None,
-        cu_seqlens: torch.Tensor | None,
-        max_seqlen: int | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        output_hidden_states: bool | None = None,
-    ) -> tuple[BaseModelOutput, Packing]:
-        """``forward_packed`` for task models, which need to know where the sequences lie."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+    def _run_packed(
+        self, packing, input_ids, token_type_ids, position_ids, inputs_embeds, output_attentions, output_hidden_states
+    ) -> BaseModelOutput:
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError("output_attentions must be False with cu_seqlens: packed sequences have no probabilities")
         given = input_ids if input_ids is not None else inputs_embeds
-        if given.dim() != (1 if inputs_embeds is None else 2) or given.shape[0] == 0:
-            name, form = ("input_ids", "(T,)") if inputs_embeds is None else ("inputs_embeds", "(T, embedding_size)")
-            raise ValueError(f"{name} must be of shape {form} with T at least 1, got {tuple(given.shape)}")
-        packing = packed_sequences(cu_seqlens, max_seqlen, attention_mask, given)
         for name, x in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
             if x is not None and x.shape != given.shape[:1]:
                 raise ValueError(f"{name} must be of shape {tuple(given.shape[:1])}, got {tuple(x.shape)}")
@@ -134,7 +102,7 @@ class DebertaModel(PreTrainedModel):
             for x in (input_ids, packing.mask, token_type_ids, position_ids, inputs_embeds)
         )
         embedded = self.embeddings(*rows).squeeze(0)
-        return self._encode(embedded, packing, None, output_hidden_states, False), packing
+        return self._encode(embedded, packing, None, output_hidden_states, False)
 
     def _encode(self, embedded, mask, token_mask, output_hidden_states, output_attentions) -> BaseModelOutput:
         config = self.config
@@ -205,6 +173,35 @@ class DebertaV2Model(DebertaModel):
     """Embeddings and encoder of DeBERTa v2 and v3, without a pooler."""
 
     config_class = DebertaV2Config
+
+
+def given_packing(
+    cu_seqlens: torch.Tensor | Packing | None,
+    max_seqlen: int | None,
+    attention_mask: torch.Tensor | None,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+) -> Packing | None:
+    """The packing of what ``forward`` is called with; None where that is a batch.
+
+    Raises:
+        TypeError, ValueError: the arguments are not as ``DebertaModel.forward`` describes them.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+    if isinstance(cu_seqlens, Packing):
+        return cu_seqlens
+    if cu_seqlens is None:
+        if max_seqlen is not None:
+            raise ValueError(f"max_seqlen belongs to packed sequences: got max_seqlen={max_seqlen} and no cu_seqlens")
+        return None
+    given = input_ids if input_ids is not None else inputs_embeds
+    if given.dim() != (1 if inputs_embeds is None else 2) or given.shape[0] == 0:
+        name, form = ("input_ids", "(T,)") if inputs_embeds is None else ("inputs_embeds", "(T, embedding_size)")
+        raise ValueError(
+            f"{name} must be of shape {form} with T at least 1 beside cu_seqlens, got {tuple(given.shape)}"
+        )
+    return packed_sequences(cu_seqlens, max_seqlen, attention_mask, given)
 
 
 def base_model(config: DebertaConfig) -> DebertaModel:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch.utils import _pytree
@@ -12,7 +13,9 @@ States = tuple[torch.Tensor, ...] | None
 class ModelOutput(OrderedDict):
     """A dictionary of the fields that are not None, in order; ``output[0]`` is the first of them.
 
-    Subclasses are dataclasses. As in Hugging Face's, iteration goes over names, ``to_tuple()`` gives the values.
+    Subclasses are dataclasses. As in Hugging Face's, iteration goes over names, ``to_tuple()`` gives the values. One is
+    also made of a dictionary, or of (name, value) pairs, by which accelerate and DataParallel make another of one.
+    Values are replaced, and not removed.
     """
 
     def __init_subclass__(cls) -> None:
@@ -29,10 +32,21 @@ class ModelOutput(OrderedDict):
         )
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        first = next(iter(fields))
+        values = _named_values(fields[first])
+        if values is not None:
+            if given := [name for name in fields if name != first and fields[name] is not None]:
+                raise TypeError(f"{type(self).__name__} takes values by name or all in one, got both: {given}")
+            object.__setattr__(self, first, None)
+            for name, value in values:
+                if name not in fields:
+                    raise TypeError(f"{type(self).__name__} has no {name!r}, but {', '.join(fields)}")
+                object.__setattr__(self, name, value)
+        for name in fields:
+            value = getattr(self, name)
             if value is not None:
-                super().__setitem__(field.name, value)
+                super().__setitem__(name, value)
 
     def __getitem__(self, key):
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
@@ -46,6 +60,18 @@ class ModelOutput(OrderedDict):
             super().__setitem__(name, value)
         object.__setattr__(self, name, value)
 
+    def __delitem__(self, key):
+        raise TypeError(f"{type(self).__name__} keeps its values, got del of {key!r}")
+
+    def pop(self, *arguments):
+        raise TypeError(f"{type(self).__name__} keeps its values, got pop{arguments}")
+
+    def popitem(self, last: bool = True):
+        raise TypeError(f"{type(self).__name__} keeps its values, got popitem")
+
+    def clear(self):
+        raise TypeError(f"{type(self).__name__} keeps its values, got clear")
+
     def __reduce__(self):
         return _rebuild, (type(self), dict(self))
 
@@ -55,6 +81,19 @@ class ModelOutput(OrderedDict):
 
 def _rebuild(kind: type, values: dict) -> ModelOutput:
     return kind(**values)
+
+
+def _named_values(given) -> list[tuple] | None:
+    """The pairs of a dictionary, or of what yields (name, value) pairs; None of any other value."""
+    if isinstance(given, Mapping):
+        return list(given.items())
+    if isinstance(given, list | tuple | Iterator):
+        pairs = list(given)
+        if pairs and all(isinstance(x, list | tuple) and len(x) == 2 and isinstance(x[0], str) for x in pairs):
+            return pairs
+        if isinstance(given, Iterator):
+            raise TypeError(f"expected pairs of a name and a value, got {pairs!r:.200}")
+    return None
 
 
 @dataclasses.dataclass

@@ -1,20 +1,26 @@
 """What all models share: loading and saving, embeddings, checkpointing of activations."""
 
 import copy
+import inspect
 import os
+import sys
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
-from ..checkpoint import LoadingInfo, check_layers, fill, read_tensors, to_hf, without_memory, write_tensors
+from ..checkpoint import LoadingInfo, check_layers, fill, read_tensors, to_hf, to_native, without_memory, write_tensors
 from ..checkpoint.hub import Source
 from ..checkpoint.replace import unmixed
 from ..op import backends
+from .arguments import Device, chosen_dtype, placement, spread, weight_files
 from .attention import AttentionCache
 from .config import DebertaConfig
 from .heads import LMHead
 from .packing import Unpadding
+from .trainer import folder_of_trainer
 from .weight_cache import WeightCache
+from .wrappers import passes_by_wrapper
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -26,15 +32,47 @@ class PreTrainedModel(nn.Module):
     base_model_prefix = "deberta"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    # Trainer asks: a loss is a mean, so gradient accumulation divides it; nothing is left out of checkpoints.
+    accepts_loss_kwargs = False
+    _keys_to_ignore_on_save = None
+    # accelerate asks: a layer lies on one device.
+    _no_split_modules = ["DebertaLayer"]
     # Which half of a checkpoint of replaced token detection is meant
     checkpoint_part = "discriminator"
 
     def __init__(self, config: DebertaConfig):
-        if not isinstance(config, self.config_class):
-            raise TypeError(f"{type(self).__name__} takes a {self.config_class.__name__}, got {type(config).__name__}")
+        self._check_config(config)
         super().__init__()
         self.config = config
         self._input_hook = None
+
+    def forward_packed(
+        self,
+        input_ids: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        *,
+        max_seqlen: int | None = None,
+        **inputs,
+    ):
+        """A call of the model with packed sequences. All arguments are those of ``forward``, which returns the same.
+
+        Args:
+            input_ids: (T,) token ids of all sequences.
+            cu_seqlens, max_seqlen: where the sequences lie.
+            inputs: any others.
+
+        Raises:
+            RuntimeError: DistributedDataParallel holds the model, and this call would leave it out.
+            TypeError, ValueError: as ``forward``.
+        """
+        if passes_by_wrapper(self):
+            raise RuntimeError(
+                "forward_packed leaves out the DistributedDataParallel that holds the model, and its processes would "
+                "train with different gradients: call the wrapper instead, ddp(**inputs), with the same arguments"
+            )
+        if cu_seqlens is None:
+            raise TypeError("cu_seqlens must be an int32 tensor (n + 1,), got None")
+        return self(input_ids=input_ids, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, **inputs)
 
     @classmethod
     def from_pretrained(
@@ -43,11 +81,19 @@ class PreTrainedModel(nn.Module):
         *,
         config: DebertaConfig | None = None,
         state_dict: dict[str, torch.Tensor] | None = None,
-        dtype: torch.dtype | str = torch.float32,
-        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: Device | None = None,
         weights: str | None = None,
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
+        torch_dtype: torch.dtype | str | None = None,
+        device_map: Device | dict | None = None,
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
+        attn_implementation: str | None = None,
+        low_cpu_mem_usage: bool | None = None,
+        weights_only: bool | None = None,
+        trust_remote_code: bool | None = None,
         **changes,
     ):
         """A model with the weights of a checkpoint: Hugging Face's (safetensors, .bin, sharded or not, tf_model.h5) or
@@ -57,34 +103,47 @@ class PreTrainedModel(nn.Module):
             name_or_path: a folder, or a name on the hub. None if config and state_dict are given.
             config: instead of the checkpoint's config.json.
             state_dict: instead of the checkpoint's tensors, under any names that a checkpoint may use.
-            dtype: of the parameters, or its name; "auto" for that of the checkpoint, which may be a half one.
+            dtype, torch_dtype: of the parameters, or its name; "auto" for that of the checkpoint, which may be a half
+                one. float32 by default.
             device: of the parameters, the CPU by default.
             weights: a file of that name instead of the first of the usual ones.
             ignore_mismatched_sizes: initialise parameters whose shape in the checkpoint is another one.
             output_loading_info: also return a ``LoadingInfo``.
-            changes: values of the configuration to replace (``num_labels=3``), and revision, cache_dir, token and
-                local_files_only as of ``hub.Source``.
+            device_map: a device; "auto" for one accelerator if torch finds any, for the CPU otherwise; or a dictionary
+                of parts of the model and their devices, which accelerate spreads them over.
+            variant: read the files with this in their names: "fp16" for model.fp16.safetensors.
+            use_safetensors: True reads safetensors only, False never; by default they come first.
+            attn_implementation: the attention's backend, as of ``set_backend``.
+            low_cpu_mem_usage, weights_only, trust_remote_code: mean nothing. Nothing is made twice, files are never
+                unpickled beyond their tensors, and there is no remote code.
+            changes: values of the configuration to replace (``num_labels=3``), and revision, cache_dir, token,
+                local_files_only, force_download and subfolder as of ``hub.Source``.
 
         Returns:
             The model, in evaluation mode. Names that are missing or unexpected are warned about.
 
         Raises:
             FileNotFoundError: there is no such checkpoint, or a file of it is absent.
-            ValueError: a file is damaged or refused, a tensor has another shape, or nothing in it fits the model.
-            TypeError: ``changes`` names what the configuration does not have.
+            ValueError: a file is damaged or refused, a tensor has another shape, or nothing in it fits the model; or
+                arguments contradict one another.
+            TypeError: ``changes`` names what the configuration does not have, or config is another library's.
         """
         place = {name: changes.pop(name) for name in Source.OPTIONS if name in changes}
         source = None if name_or_path is None else Source(name_or_path, **place)
         if source is None and (config is None or state_dict is None):
             raise ValueError("without a folder or a name on the hub, config and state_dict must be given")
         cls._check_changes(changes)
-        if config is not None and changes:
-            config = type(config).from_dict({**config.to_dict(), **changes})
+        cls._check_backend(attn_implementation)
+        files = weight_files(weights, variant, use_safetensors)
+        device, device_map = placement(device, device_map)
+        if config is not None:
+            cls._check_config(config)
+            config = type(config).from_dict({**config.to_dict(), **changes}) if changes else config
 
         def read():
             return (
                 cls.config_class.from_pretrained(source, **changes) if config is None else config,
-                *((state_dict, "state_dict") if state_dict is not None else read_tensors(source, weights=weights)),
+                *((state_dict, "state_dict") if state_dict is not None else read_tensors(source, weights=files)),
             )
 
         config, state_dict, file = read() if source is None else unmixed(source, read)
@@ -92,6 +151,7 @@ class PreTrainedModel(nn.Module):
             check_layers(state_dict, config.num_hidden_layers, f"{name_or_path}: {file}")
         with without_memory():
             model = cls(copy.deepcopy(config))
+        model.config.name_or_path = "" if source is None else source.name
         info: LoadingInfo = fill(
             model,
             state_dict,
@@ -100,18 +160,61 @@ class PreTrainedModel(nn.Module):
             heads=config.num_attention_heads,
             part=cls.checkpoint_part,
             initialise=model._initialise,
-            dtype=dtype,
+            dtype=chosen_dtype(dtype, torch_dtype),
             device=device,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
         )
-        return (model.eval(), info) if output_loading_info else model.eval()
+        model.eval().set_backend(attn_implementation)
+        model = model if device_map is None else spread(model, device_map)
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _from_config(
+        cls,
+        config: DebertaConfig,
+        *,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        attn_implementation: str | None = None,
+    ):
+        """A model with random weights. Arguments are as of ``from_pretrained``."""
+        cls._check_backend(attn_implementation)
+        dtype = chosen_dtype(dtype, torch_dtype)
+        model = cls(config).to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        model.set_backend(attn_implementation)
+        return model
+
+    @classmethod
+    def _check_config(cls, config) -> None:
+        kind = cls.config_class
+        if isinstance(config, kind):
+            return
+        if isinstance(config, DebertaConfig):
+            raise TypeError(f"{cls.__name__} takes a {kind.__name__}, got {type(config).__name__}")
+        hint = ""
+        if getattr(config, "model_type", None) == kind.model_type:
+            hint = f"; deberta_fast.{kind.__name__}.from_dict(config.to_dict()) makes the one of the other"
+        theirs = f"{type(config).__module__.partition('.')[0]}.{type(config).__name__}"
+        raise TypeError(f"{cls.__name__} takes a deberta_fast.{kind.__name__}, got {theirs}{hint}")
 
     @classmethod
     def _check_changes(cls, changes: dict) -> None:
         known = {name for name in dir(cls.config_class) if not name.startswith("_")}
         unknown = sorted(set(changes) - known - {"num_labels"})
         if unknown:
-            raise TypeError(f"{cls.config_class.__name__} has no {', '.join(unknown)}")
+            parameters = inspect.signature(cls.from_pretrained).parameters.values()
+            options = [x.name for x in parameters if x.kind is x.KEYWORD_ONLY] + list(Source.OPTIONS)
+            raise TypeError(
+                f"{cls.config_class.__name__} has no {', '.join(unknown)}; from_pretrained takes its values, and "
+                f"{', '.join(options)}"
+            )
+
+    @staticmethod
+    def _check_backend(attn_implementation: str | None) -> None:
+        try:
+            backends.check_name(attn_implementation)
+        except ValueError as error:
+            raise ValueError(f"attn_implementation names a backend: {error}") from None
 
     def save_pretrained(
         self,
@@ -119,6 +222,10 @@ class PreTrainedModel(nn.Module):
         *,
         state_dict: dict[str, torch.Tensor] | None = None,
         max_shard_size: int | str = "5GB",
+        is_main_process: bool = True,
+        safe_serialization: bool = True,
+        save_function: Callable | None = None,
+        push_to_hub: bool = False,
     ) -> None:
         """Writes config.json and safetensors under the names that Hugging Face loads.
 
@@ -126,16 +233,70 @@ class PreTrainedModel(nn.Module):
             folder: made if need be. An earlier checkpoint in it is replaced.
             state_dict: instead of the model's own, under its names (as gathered from a sharded model).
             max_shard_size: bytes, or text such as "500MB"; larger models are split into several files.
+            is_main_process: False writes nothing.
+            safe_serialization: must be True.
+            save_function: means nothing; safetensors are written by themselves.
+            push_to_hub: must be False.
+
+        Raises:
+            ValueError: an argument is not as described.
         """
+        if not safe_serialization:
+            raise ValueError("safe_serialization must be True: only safetensors are written, got False")
+        if push_to_hub:
+            self.push_to_hub()
+        if not is_main_process:
+            return
+        config = self._config_to_save()
+        tensors = self._hf_tensors(self.state_dict() if state_dict is None else state_dict)
+        write_tensors(tensors, folder, max_shard_bytes=_bytes(max_shard_size), config=config.to_json_string())
+
+    def push_to_hub(self, *arguments, **keywords) -> None:
+        """Raises: huggingface_hub does that."""
+        raise ValueError(
+            "push_to_hub is not supported: huggingface_hub.upload_folder(repo_id=..., folder_path=...) uploads what "
+            "save_pretrained has written"
+        )
+
+    def add_adapter(self, *arguments, **keywords) -> None:
+        """Raises: peft does that."""
+        raise TypeError("adapters come from peft: peft.get_peft_model(model, config) adds them to a native model too")
+
+    def _config_to_save(self) -> DebertaConfig:
         config = copy.deepcopy(self.config)
         config.architectures = [type(self).__name__]
-        tensors = to_hf(
-            self.state_dict() if state_dict is None else state_dict,
-            version=config.generation,
-            heads=config.num_attention_heads,
-            legacy=config.legacy,
-        )
-        write_tensors(tensors, folder, max_shard_bytes=_bytes(max_shard_size), config=config.to_json_string())
+        return config
+
+    def _hf_tensors(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        config = self.config
+        return to_hf(state, version=config.generation, heads=config.num_attention_heads, legacy=config.legacy)
+
+    def state_dict(self, *args, **kwargs) -> dict[str, torch.Tensor]:
+        """As torch's. Hugging Face's Trainer, where it saves, gets what ``save_pretrained`` writes, with a config.json.
+
+        So both libraries load its checkpoints.
+        """
+        state = super().state_dict(*args, **kwargs)
+        folder = folder_of_trainer(sys._getframe(1))
+        if folder is None:
+            return state
+        self._config_to_save().save_pretrained(folder)
+        return self._hf_tensors(state)
+
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False):
+        """As torch's, and names may be those of any checkpoint: Hugging Face's, as the Trainer saves them, too."""
+        expected = set(self.state_dict())
+        if not expected.issuperset(state_dict):
+            native, ignored = to_native(
+                dict(state_dict),
+                version=self.config.generation,
+                heads=self.config.num_attention_heads,
+                expected=expected,
+                part=self.checkpoint_part,
+            )
+            # What is known to belong elsewhere is unexpected all the same, as in torch
+            state_dict = {name: state_dict[name] for name in ignored} | native
+        return super().load_state_dict(state_dict, strict, assign)
 
     def init_weights(self) -> None:
         """Initialises every parameter: normal with initializer_range, biases zero, LayerNorms one and zero."""
@@ -166,6 +327,15 @@ class PreTrainedModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
+
+    @property
+    def name_or_path(self) -> str:
+        """Where the model was loaded from, "" if it was made."""
+        return self.config.name_or_path
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the parameters, and of the buffers."""
+        return sum(x.nbytes for x in (*self.parameters(), *(self.buffers() if return_buffers else ())))
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         embeddings = {id(m.weight) for m in self.modules() if exclude_embeddings and isinstance(m, nn.Embedding)}
@@ -226,16 +396,20 @@ class PreTrainedModel(nn.Module):
         """Nothing to do, but for a language model."""
 
     def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
     ) -> nn.Embedding:
         """Cuts or extends the word embeddings, and the language model's output with them.
 
         Args:
             new_num_tokens: rows; None keeps them.
             pad_to_multiple_of: rounds up.
+            mean_resizing: new rows are the mean of the old ones; False draws them as ``init_weights`` does.
 
         Returns:
-            The word embeddings. New rows are the mean of the old ones, new biases zero.
+            The word embeddings. New biases are zero.
         """
         old = self.get_input_embeddings()
         rows = old.num_embeddings if new_num_tokens is None else new_num_tokens
@@ -248,11 +422,16 @@ class PreTrainedModel(nn.Module):
             raise ValueError(f"new_num_tokens={rows} leaves no row for pad_token_id={self.config.pad_token_id}")
         if rows != old.num_embeddings:
             new = nn.Embedding(rows, old.embedding_dim, old.padding_idx, device="meta")
-            new.weight = resized(old.weight, rows, old.weight.mean(0))
+            new.weight = resized(old.weight, rows, self._new_rows(old.weight, rows, mean_resizing))
             self.set_input_embeddings(new)
         for config in {id(m.config): m.config for m in (self, self.base_model)}.values():
             config.vocab_size = rows
         return self.get_input_embeddings()
+
+    def _new_rows(self, old: torch.Tensor, rows: int, mean: bool) -> torch.Tensor:
+        if mean:
+            return old.mean(0)
+        return old.new_empty((max(rows - old.shape[0], 0), *old.shape[1:])).normal_(0.0, self.config.initializer_range)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False

@@ -1,6 +1,7 @@
 """The task models of DeBERTa v1, v2 and v3.
 
 Names, arguments, outputs, losses and defaults are Hugging Face's. v2's classes are v1's with another configuration.
+Like ``DebertaModel``, all of them take packed sequences too: (T,) with cu_seqlens instead of (B, L).
 """
 
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from .config import DebertaConfig, DebertaV2Config
 from .heads import ContextPooler, LMPredictions, first_states, sequence_loss, span_loss, token_loss
-from .model import base_model, masks, returned
+from .model import base_model, given_packing, masks, returned
 from .outputs import (
     BaseModelOutput,
     MaskedLMOutput,
@@ -18,6 +19,7 @@ from .outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
+from .packing import Packing
 from .pretrained import PreTrainedModel, resized
 
 
@@ -26,6 +28,14 @@ class _TaskModel(PreTrainedModel):
         """The task's output of class ``kind``: its own values, with the encoder's states and probabilities."""
         output = kind(**own, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
         return returned(self, return_dict, output)
+
+
+def _first_tokens(states: torch.Tensor, attention_mask: torch.Tensor | None, packing: Packing | None) -> torch.Tensor:
+    """The first token of every sequence of a batch or of packed ones, (B, hidden_size)."""
+    if packing is not None:
+        return packing.first_tokens(states)
+    _, token_mask = masks(attention_mask, *states.shape[:2])
+    return first_states(states, token_mask)
 
 
 class DebertaForMaskedLM(_TaskModel):
@@ -50,54 +60,21 @@ class DebertaForMaskedLM(_TaskModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> MaskedLMOutput | tuple:
         """
         Args:
-            labels: (B, L) token ids, -100 where there is nothing to predict.
+            labels: token ids, (B, L) or (T,) as input_ids, -100 where there is nothing to predict.
             The others: as of ``DebertaModel``.
 
         Returns:
-            loss, logits (B, L, vocab_size), hidden_states, attentions.
+            loss, logits (B, L, vocab_size) or (T, vocab_size), hidden_states, attentions.
         """
         states, outputs = self.predicting_states(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
-            output_hidden_states,
+            output_hidden_states, cu_seqlens, max_seqlen,
         )  # fmt: skip
-        return self._predictions(states, outputs, labels, return_dict)
-
-    def forward_packed(
-        self,
-        input_ids: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-        *,
-        labels: torch.Tensor | None = None,
-        return_dict: bool | None = None,
-        **packed,
-    ) -> MaskedLMOutput | tuple:
-        """``forward`` of packed sequences; labels (T,), the others as of ``DebertaModel.forward_packed``.
-
-        Returns:
-            loss, logits (T, vocab_size), hidden_states.
-        """
-        states, outputs = self.predicting_states_packed(input_ids, cu_seqlens, **packed)
-        return self._predictions(states, outputs, labels, return_dict)
-
-    def predicting_states_packed(
-        self, input_ids: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None, **packed
-    ) -> tuple[torch.Tensor, BaseModelOutput]:
-        """``predicting_states`` of packed sequences, (T, hidden_size); arguments of ``DebertaModel.forward_packed``."""
-        asked = packed.pop("output_hidden_states", None)
-        asked = self.config.output_hidden_states if asked is None else asked
-        outputs, packing = self.deberta.run_packed(
-            input_ids, cu_seqlens, output_hidden_states=asked or self._decodes, **packed
-        )
-        states = outputs.last_hidden_state
-        if self._decodes:
-            last_input = self._last_input(outputs)
-            states = self.deberta.enhanced_mask_decoder_packed(last_input, packing, packed.get("position_ids"))
-        return states, self._as_asked(outputs, asked)
-
-    def _predictions(self, states, outputs, labels, return_dict) -> MaskedLMOutput | tuple:
         logits = self.lm_predictions(states, self.get_input_embeddings())
         loss = None if labels is None else token_loss(logits, labels)
         return self._returned(outputs, return_dict, MaskedLMOutput, loss=loss, logits=logits)
@@ -111,19 +88,24 @@ class DebertaForMaskedLM(_TaskModel):
         inputs_embeds: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> tuple[torch.Tensor, BaseModelOutput]:
-        """The states that the head predicts from, (B, L, hidden_size), and the output of ``deberta``.
+        """The states that the head predicts from, (B, L, hidden_size) or (T, hidden_size), and ``deberta``'s output.
 
         Arguments are as of ``forward``. Scores of a whole vocabulary are large: give ``lm_predictions`` only the states
         at masks where no others are needed.
         """
         asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        packing = given_packing(cu_seqlens, max_seqlen, attention_mask, input_ids, inputs_embeds)
         outputs = self.deberta(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
-            asked or self._decodes, True,
+            asked or self._decodes, True, packing,
         )  # fmt: skip
         states = outputs.last_hidden_state
-        if self._decodes:
+        if self._decodes and packing is not None:
+            states = self.deberta.enhanced_mask_decoder_packed(self._last_input(outputs), packing, position_ids)
+        elif self._decodes:
             states = self.deberta.enhanced_mask_decoder(self._last_input(outputs), attention_mask, position_ids)
         return states, self._as_asked(outputs, asked)
 
@@ -160,14 +142,18 @@ class DebertaForMaskedLM(_TaskModel):
             self.lm_predictions.lm_head.decoder = None
 
     def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
     ) -> nn.Embedding:
-        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of)
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         head, rows = self.lm_predictions.lm_head, embeddings.num_embeddings
         if rows != head.bias.shape[0]:
             head.bias = resized(head.bias, rows, 0.0)
             if head.decoder is not None:
-                head.decoder.weight = resized(head.decoder.weight, rows, head.decoder.weight.mean(0))
+                weight = head.decoder.weight
+                head.decoder.weight = resized(weight, rows, self._new_rows(weight, rows, mean_resizing))
                 head.decoder.out_features = rows
         return embeddings
 
@@ -201,41 +187,25 @@ class DebertaForSequenceClassification(_TaskModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> SequenceClassifierOutput | tuple:
         """
         Args:
-            labels: (B,) class numbers or values, (B, num_labels) probabilities or values: see ``sequence_loss``.
+            labels: (B,) class numbers or values, (B, num_labels) probabilities or values: see ``sequence_loss``. B is
+                the number of sequences, packed ones too.
             The others: as of ``DebertaModel``.
 
         Returns:
             loss, logits (B, num_labels), hidden_states, attentions. Logits are (B,) where there is one label, labels
             are given and no problem_type is set.
         """
+        packing = given_packing(cu_seqlens, max_seqlen, attention_mask, input_ids, inputs_embeds)
         outputs = self.deberta(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
-            output_hidden_states, True,
+            output_hidden_states, True, packing,
         )  # fmt: skip
-        _, token_mask = masks(attention_mask, *outputs.last_hidden_state.shape[:2])
-        return self._classes(first_states(outputs.last_hidden_state, token_mask), outputs, labels, return_dict)
-
-    def forward_packed(
-        self,
-        input_ids: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-        *,
-        labels: torch.Tensor | None = None,
-        return_dict: bool | None = None,
-        **packed,
-    ) -> SequenceClassifierOutput | tuple:
-        """``forward`` of packed sequences; labels (n,) or (n, num_labels), others of ``DebertaModel.forward_packed``.
-
-        Returns:
-            loss, logits (n, num_labels), hidden_states.
-        """
-        outputs, packing = self.deberta.run_packed(input_ids, cu_seqlens, **packed)
-        return self._classes(packing.first_tokens(outputs.last_hidden_state), outputs, labels, return_dict)
-
-    def _classes(self, first, outputs, labels, return_dict) -> SequenceClassifierOutput | tuple:
+        first = _first_tokens(outputs.last_hidden_state, attention_mask, packing)
         logits = self.classifier(self.dropout(self.pooler(first)))
         loss = None
         if labels is not None:
@@ -273,39 +243,22 @@ class DebertaForTokenClassification(_TaskModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> TokenClassifierOutput | tuple:
         """
         Args:
-            labels: (B, L) class numbers, -100 where there is none.
+            labels: class numbers, (B, L) or (T,) as input_ids, -100 where there is none.
             The others: as of ``DebertaModel``.
 
         Returns:
-            loss, logits (B, L, num_labels), hidden_states, attentions.
+            loss, logits (B, L, num_labels) or (T, num_labels), hidden_states, attentions.
         """
+        packing = given_packing(cu_seqlens, max_seqlen, attention_mask, input_ids, inputs_embeds)
         outputs = self.deberta(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
-            output_hidden_states, True,
+            output_hidden_states, True, packing,
         )  # fmt: skip
-        return self._classes(outputs, labels, return_dict)
-
-    def forward_packed(
-        self,
-        input_ids: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-        *,
-        labels: torch.Tensor | None = None,
-        return_dict: bool | None = None,
-        **packed,
-    ) -> TokenClassifierOutput | tuple:
-        """``forward`` of packed sequences; labels (T,), the others as of ``DebertaModel.forward_packed``.
-
-        Returns:
-            loss, logits (T, num_labels), hidden_states.
-        """
-        outputs, _ = self.deberta.run_packed(input_ids, cu_seqlens, **packed)
-        return self._classes(outputs, labels, return_dict)
-
-    def _classes(self, outputs, labels, return_dict) -> TokenClassifierOutput | tuple:
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else token_loss(logits, labels)
         return self._returned(outputs, return_dict, TokenClassifierOutput, loss=loss, logits=logits)
@@ -338,54 +291,32 @@ class DebertaForQuestionAnswering(_TaskModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> QuestionAnsweringModelOutput | tuple:
         """
         Args:
-            start_positions, end_positions: (B,); beyond the text they do not count.
+            start_positions, end_positions: (B,), counted in each sequence, packed ones too; beyond its end they do
+                not count.
             The others: as of ``DebertaModel``.
 
         Returns:
-            loss, start_logits (B, L), end_logits (B, L), hidden_states, attentions.
+            loss, start_logits and end_logits (B, L) or (T,), hidden_states, attentions.
         """
+        packing = given_packing(cu_seqlens, max_seqlen, attention_mask, input_ids, inputs_embeds)
         outputs = self.deberta(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
-            output_hidden_states, True,
+            output_hidden_states, True, packing,
         )  # fmt: skip
         start_logits, end_logits = (x.contiguous() for x in self.qa_outputs(outputs.last_hidden_state).unbind(-1))
         loss = None
-        if start_positions is not None and end_positions is not None:
+        if start_positions is not None and end_positions is not None and packing is not None:
+            spans = (packing.by_sequence(x, 0.0) for x in (start_logits, end_logits))
+            tokens = torch.ones_like(start_logits, dtype=torch.bool) if packing.mask is None else packing.mask
+            loss = span_loss(*spans, start_positions, end_positions, packing.by_sequence(tokens, False))
+        elif start_positions is not None and end_positions is not None:
             _, token_mask = masks(attention_mask, *start_logits.shape)
             loss = span_loss(start_logits, end_logits, start_positions, end_positions, token_mask)
-        return self._span(start_logits, end_logits, loss, outputs, return_dict)
-
-    def forward_packed(
-        self,
-        input_ids: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-        *,
-        start_positions: torch.Tensor | None = None,
-        end_positions: torch.Tensor | None = None,
-        return_dict: bool | None = None,
-        **packed,
-    ) -> QuestionAnsweringModelOutput | tuple:
-        """``forward`` of packed sequences; arguments as of ``DebertaModel.forward_packed``.
-
-        Args:
-            start_positions, end_positions: (n,), counted in each sequence; beyond its end they do not count.
-
-        Returns:
-            loss, start_logits (T,), end_logits (T,), hidden_states.
-        """
-        outputs, packing = self.deberta.run_packed(input_ids, cu_seqlens, **packed)
-        start_logits, end_logits = (x.contiguous() for x in self.qa_outputs(outputs.last_hidden_state).unbind(-1))
-        loss = None
-        if start_positions is not None and end_positions is not None:
-            logits = (packing.by_sequence(x, 0.0) for x in (start_logits, end_logits))
-            tokens = torch.ones_like(start_logits, dtype=torch.bool) if packing.mask is None else packing.mask
-            loss = span_loss(*logits, start_positions, end_positions, packing.by_sequence(tokens, False))
-        return self._span(start_logits, end_logits, loss, outputs, return_dict)
-
-    def _span(self, start_logits, end_logits, loss, outputs, return_dict) -> QuestionAnsweringModelOutput | tuple:
         logits = {"start_logits": start_logits, "end_logits": end_logits}
         return self._returned(outputs, return_dict, QuestionAnsweringModelOutput, loss=loss, **logits)
 
@@ -420,53 +351,37 @@ class DebertaV2ForMultipleChoice(_TaskModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        choices: int | None = None,
     ) -> MultipleChoiceModelOutput | tuple:
         """
         Args:
-            input_ids and the others of ``DebertaModel``: with a dimension of choices behind the batch, (B, C, L).
+            input_ids and the others of ``DebertaModel``: with a dimension of choices behind the batch, (B, C, L); or
+                packed, the first question's choices, then the second one's.
             labels: (B,), numbers of the right choices.
+            choices: C, of packed sequences only.
 
         Returns:
             loss, logits (B, C), hidden_states, attentions, the latter two of B C sequences.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        choices = (input_ids if input_ids is not None else inputs_embeds).shape[1]
-        flat = [
-            None if x is None else x.flatten(0, 1)
-            for x in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        ]
-        outputs = self.deberta(*flat, output_attentions, output_hidden_states, True)
-        _, token_mask = masks(flat[1], *outputs.last_hidden_state.shape[:2])
-        first = first_states(outputs.last_hidden_state, token_mask)
-        return self._choice(first, choices, outputs, labels, return_dict)
-
-    def forward_packed(
-        self,
-        input_ids: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-        *,
-        choices: int,
-        labels: torch.Tensor | None = None,
-        return_dict: bool | None = None,
-        **packed,
-    ) -> MultipleChoiceModelOutput | tuple:
-        """``forward`` of packed sequences; arguments as of ``DebertaModel.forward_packed``.
-
-        Args:
-            choices: C; the sequences are the first question's choices, then the second one's.
-            labels: (n / C,), numbers of the right choices.
-
-        Returns:
-            loss, logits (n / C, C), hidden_states.
-        """
-        outputs, packing = self.deberta.run_packed(input_ids, cu_seqlens, **packed)
-        first = packing.first_tokens(outputs.last_hidden_state)
-        if choices < 1 or first.shape[0] % choices:
-            raise ValueError(f"choices must divide the number of sequences, {first.shape[0]}, got {choices}")
-        return self._choice(first, choices, outputs, labels, return_dict)
-
-    def _choice(self, first, choices, outputs, labels, return_dict) -> MultipleChoiceModelOutput | tuple:
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        packing = given_packing(cu_seqlens, max_seqlen, attention_mask, input_ids, inputs_embeds)
+        if packing is not None:
+            sequences = packing.lengths.shape[0]
+            if choices is None or choices < 1 or sequences % choices:
+                raise ValueError(f"choices must divide the number of sequences, {sequences}, got {choices}")
+        elif choices is not None:
+            raise ValueError(f"choices belongs to packed sequences: got choices={choices} and no cu_seqlens")
+        else:
+            given = input_ids if input_ids is not None else inputs_embeds
+            if given.dim() != (3 if inputs_embeds is None else 4):
+                name, form = ("input_ids", "(B, C, L)") if inputs_embeds is None else ("inputs_embeds", "(B, C, L, E)")
+                raise ValueError(f"{name} must be of shape {form}, got {tuple(given.shape)}")
+            choices = given.shape[1]
+            inputs = [None if x is None else x.flatten(0, 1) for x in inputs]
+        outputs = self.deberta(*inputs, output_attentions, output_hidden_states, True, packing)
+        first = _first_tokens(outputs.last_hidden_state, inputs[1], packing)
         logits = self.classifier(self.dropout(self.pooler(first))).view(-1, choices)
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return self._returned(outputs, return_dict, MultipleChoiceModelOutput, loss=loss, logits=logits)

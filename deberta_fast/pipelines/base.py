@@ -141,7 +141,7 @@ class Pipeline:
 
     def call(self, inputs: dict):
         """The model's output."""
-        return (self.model.forward_packed if "cu_seqlens" in inputs else self.model)(**inputs)
+        return self.model(**inputs)
 
     @staticmethod
     def unpadded(values: torch.Tensor, inputs: dict) -> torch.Tensor:
@@ -258,17 +258,17 @@ class Pipeline:
         return list(self.outputs(inputs, rows, options))
 
     def _packs(self) -> bool:
-        """Whether ``forward_packed`` gives the model's output."""
+        """Whether packed sequences give the model's output."""
         config, base = self.model.config, self.model.base_model
         dense = config.talking_head or config.output_attentions or base.encoder.unpadding.mode is False
         return not dense and _is_plain(self.model) and _is_plain(base)
 
 
 def _is_plain(module: torch.nn.Module) -> bool:
-    """Whether a call runs the forward that ``forward_packed`` stands beside: not a subclass's, no hook, no program."""
+    """Whether a call runs this package's forward, which takes packed sequences: no hook, program or subclass's."""
     owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
     around = (module._forward_hooks, module._forward_pre_hooks, module._compiled_call_impl, vars(module).get("forward"))
-    return "forward_packed" in vars(owner) and not any(around)
+    return owner.__module__.partition(".")[0] == __name__.partition(".")[0] and not any(around)
 
 
 def lengths_of(rows: list[Row]) -> list[int]:

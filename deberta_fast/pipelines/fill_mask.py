@@ -72,8 +72,7 @@ class FillMaskPipeline(Pipeline):
 
     def _logits(self, inputs: dict, places: torch.Tensor) -> torch.Tensor:
         """(masks, vocab_size): of a long batch, the scores of all tokens would fill many gigabytes."""
-        packed = "cu_seqlens" in inputs
-        states, _ = (self.model.predicting_states_packed if packed else self.model.predicting_states)(**inputs)
+        states, _ = self.model.predicting_states(**inputs)
         return self.model.lm_predictions(self.unpadded(states, inputs)[places], self.model.get_input_embeddings())
 
     def answer(self, item, rows, outputs, options):

@@ -1,5 +1,7 @@
 """forward_packed: texts one after the other, without padding, through the models and their heads."""
 
+import inspect
+
 import pytest
 import torch
 from native_models import EMD, build, heads, names
@@ -8,6 +10,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from deberta_fast.models import attention, packing
+
+IDS, ENDS = torch.ones(8, dtype=torch.long), torch.tensor([0, 3, 8], dtype=torch.int32)
+STATES = torch.ones(1, 8, 32)
 
 
 @heads
@@ -41,6 +46,52 @@ def test_heads(name, head):
     assert list(bare) == [key for key in expected if key not in ("loss", "hidden_states")]
     as_tuple = model.forward_packed(**packed, **options, return_dict=False)
     assert type(as_tuple) is tuple and len(as_tuple) == len(expected) - 1
+
+
+@heads
+def test_forward_takes_them_itself(name, head):
+    """So that all who hook the call of a model see them: wrappers, compilers, hooks of the model and of its encoder."""
+    model, inputs = build(name, head, num_labels=3), packed_of(batch_of([(0, 37), (4, 11)]))
+    inputs |= {"max_seqlen": 37} | ({"choices": 2} if head == "ForMultipleChoice" else {})
+    expected = model.forward_packed(**inputs)
+    seen = []
+    for module in {model, model.base_model}:
+        module.register_forward_hook(lambda *_: seen.append(1))
+    for got in (model(**inputs), model.forward_packed(**inputs)):
+        assert all(torch.equal(x, y) for x, y in zip(got.to_tuple(), expected.to_tuple(), strict=True))
+    assert len(seen) == (2 if head == "Model" else 4)
+    parameters = list(inspect.signature(model.forward).parameters)
+    options = ["output_attentions", "output_hidden_states", "return_dict"]
+    assert parameters[: parameters.index("cu_seqlens")][-3:] == options  # where they were before
+
+
+BATCH = torch.ones(1, 8, dtype=torch.long)
+MIXED = {
+    "batch": (dict(input_ids=BATCH), r"input_ids must be of shape \(T,\) .* got \(1, 8\)"),
+    "no-ends": (dict(cu_seqlens=None), r"input_ids must be of shape \(B, L\).* need cu_seqlens"),
+    "longest-of-a-batch": (dict(input_ids=BATCH, cu_seqlens=None, max_seqlen=8), "max_seqlen=8 and no cu_seqlens"),
+    "attentions": (dict(output_attentions=True), "output_attentions must be False with cu_seqlens"),
+    "mask-of-pairs": (dict(attention_mask=torch.ones(8, 8)), r"attention_mask must be of shape \(8,\), got \(8, 8\)"),
+}
+
+
+@pytest.mark.parametrize("changed, message", MIXED.values(), ids=MIXED)
+@pytest.mark.parametrize("head", ["Model", "ForMaskedLM", "ForSequenceClassification", "ForQuestionAnswering"])
+def test_what_is_neither_a_batch_nor_packed_is_refused(head, changed, message):
+    with pytest.raises(ValueError, match=message):
+        build("v3", head)(**{"input_ids": IDS, "cu_seqlens": ENDS, **changed})
+
+
+def test_choices_are_of_packed_sequences():
+    model = build("v3", "ForMultipleChoice")
+    with pytest.raises(ValueError, match="choices must divide the number of sequences, 2, got None"):
+        model(IDS, cu_seqlens=ENDS)
+    with pytest.raises(ValueError, match="choices=2 and no cu_seqlens"):
+        model(IDS.view(1, 2, 4), choices=2)
+    with pytest.raises(ValueError, match=r"input_ids must be of shape \(B, C, L\), got \(2, 4\)"):
+        model(IDS.view(2, 4))
+    with pytest.raises(ValueError, match="output_attentions must be False"):
+        build("v3", output_attentions=True)(IDS, cu_seqlens=ENDS)
 
 
 def test_answers_are_counted_in_their_own_sequence():
@@ -93,8 +144,6 @@ def test_embeddings_and_positions_may_be_given(name):
     assert torch.equal(model.forward_packed(**inputs, inputs_embeds=embeddings)[0], expected)
 
 
-IDS, ENDS = torch.ones(8, dtype=torch.long), torch.tensor([0, 3, 8], dtype=torch.int32)
-STATES = torch.ones(1, 8, 32)
 BAD_CALLS = {
     "int64": (dict(cu_seqlens=ENDS.long()), "cu_seqlens must be an int32 tensor"),
     "list": (dict(cu_seqlens=[0, 3, 8]), "cu_seqlens must be an int32 tensor"),
