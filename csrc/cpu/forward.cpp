@@ -143,13 +143,16 @@ class ForwardPass {
 
   void finish(const Block& block, const Sequence& sequence) {
     for (int64_t r = 0; r < block.rows; ++r) {
-      const float lse = log_sum_exp(peak_[r], total_[r]);
-      // A row that sees nothing is zero; one that sees nothing but scores of minus infinity has no softmax.
-      if (total_[r] == 0 && keys_.seen_by(a_, block.first + r)) total_[r] = kNaN;
-      const float inverse = total_[r] == 0 ? 0.0f : 1 / total_[r];
-      for (int64_t d = 0; d < size_; d += kLanes) {
-        store(output_ + r * size_ + d, load(output_ + r * size_ + d) * inverse);
+      float* const output = output_ + r * size_;
+      const bool some = total_[r] > 0 || keys_.seen_by(a_, block.first + r);
+      if (!some) {  // whatever its query
+        std::fill_n(output, size_, 0.0f);
+        peak_[r] = -kInfinity, total_[r] = 0;
       }
+      const float lse = log_sum_exp(peak_[r], total_[r]);
+      if (some && total_[r] == 0) total_[r] = kNaN;  // it sees nothing but scores of minus infinity: no softmax
+      const float inverse = some ? 1 / total_[r] : 0.0f;
+      for (int64_t d = 0; d < size_; d += kLanes) store(output + d, load(output + d) * inverse);
       const int64_t row = sequence.first_query + block.first + r;
       if (f_.lse.data) *at(f_.lse, sequence.batch, block.head, row) = lse;
       if (f_.peak.data) *at(f_.peak, sequence.batch, block.head, row) = peak_[r];

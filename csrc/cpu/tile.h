@@ -144,6 +144,8 @@ inline void far_queries(const Attention& a, const Block& block, Side side, const
       store(far_query + r * size + d, load(query + r * size + d) + load(row + d));
     }
   }
+  std::fill_n(constant, block.rows, 0.0f);
+  if (a.pos_key.data == nullptr) return;  // not zeros times the query, which may be infinite
   far_row(a, a.pos_key, block.head, side, 1.0f, row);
   for (int64_t r = 0; r < block.rows; ++r) constant[r] = dot(query + r * size, row, size);
 }
