@@ -1,6 +1,6 @@
-// Gradients, (8) to (11), a block of queries at a time over tiles of keys, with P made anew from the log-sum-exp:
+// Gradients, (8) to (11), a block of queries at a time over tiles of keys, with P made anew:
 //
-//     P = 2^(Z - lse log2 e)    dP = dO V^T    dA = P o (dP - Delta)    Delta_i = dO_i . O_i - dlse_i    dV = P^T dO
+//     P = 2^(Z - peak) / total    dP = dO V^T    dA = P o (dP - Delta + dlse)    Delta_i = dO_i . O_i    dV = P^T dO
 //
 // Near tiles add the position terms of (9) as products along the diagonals of dA: their operand is dA itself, read with
 // skewed strides (gemm.h). A margin of zeros around dA stands for the pairs outside of the tile.
@@ -18,14 +18,11 @@ constexpr int64_t kGradPitch = kBackwardKeys + 48;  // an odd number of cache li
 static_assert(kMarginRows >= kStrip - 1 && kMargin >= kStrip - 1 && kGradPitch >= kBackwardKeys + 2 * kMargin);
 static_assert(kTileKeys % kBackwardKeys == 0);
 
-// Rows of one sequence that belong to part `part` of `parts`; parts begin at whole vectors of any instruction set.
-struct Range {
-  int64_t start, stop;
-  Range(int64_t rows, int64_t parts, int64_t part) {
-    const int64_t step = round_up((rows + parts - 1) / parts, 16);
-    start = std::min(rows, part * step), stop = std::min(rows, start + step);
-  }
-};
+// Keys of one sequence that belong to part `part` of `parts`; parts begin at whole vectors of any instruction set.
+Range keys_of_part(int64_t keys, int64_t parts, int64_t part) {
+  const int64_t step = round_up((keys + parts - 1) / parts, 16), start = std::min(keys, part * step);
+  return {start, std::min(keys, start + step)};
+}
 
 class BackwardPass {
  public:
@@ -42,16 +39,15 @@ class BackwardPass {
 
   void items(int64_t wave, int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t part = item % b_.parts, group = item / b_.parts % b_.groups;
-      head_ = item / b_.parts / b_.groups;
+      const int64_t part = item % a_.parts, group = item / a_.parts % b_.groups;
+      head_ = item / a_.parts / b_.groups;
       const int64_t by_distance = a_.distances * size_;
       if (b_.pos_key_sums) std::fill_n(grad_key_by_distance_, by_distance, 0.0f);
       if (b_.pos_query_sums) std::fill_n(grad_query_by_distance_, by_distance, 0.0f);
       std::fill_n(far_grad_key_, 2 * size_, 0.0f);
       std::fill_n(far_grad_query_, 2 * size_, 0.0f);
       for (int64_t s = group == 0 ? 0 : b_.group_ends[group - 1]; s < b_.group_ends[group]; ++s) {
-        const Sequence& sequence = a_.sequences[s];
-        run(s, Range(sequence.queries, b_.parts, part), Range(sequence.keys, b_.parts, (part + wave) % b_.parts));
+        run(s, part, keys_of_part(a_.sequences[s].keys, a_.parts, (part + wave) % a_.parts));
       }
       const int64_t rows = a_.used_rows * size_;
       const auto last_distance = a_.first_distance + a_.distances - 1;
@@ -72,11 +68,11 @@ class BackwardPass {
     for (int64_t s = 0; s < a_.sequence_count; ++s) {
       queries = std::max(queries, a_.sequences[s].queries), keys = std::max(keys, a_.sequences[s].keys);
     }
-    const Range part(keys, b_.parts, 0);
+    const Range part = keys_of_part(keys, a_.parts, 0);
     const int64_t tiles = (part.stop + kTileKeys - 1) / kTileKeys, most = tiles * kTileKeys;
     key_t_ = carver(tiles * kTilePitch * size_), value_t_ = carver(tiles * kTilePitch * size_);
     key_ = carver(most * size_);
-    if (b_.parts == 1) grad_key_ = carver(most * size_), grad_value_ = carver(most * size_);
+    if (a_.parts == 1) grad_key_ = carver(most * size_), grad_value_ = carver(most * size_);
     query_ = carver(kMaxBlockRows * size_), far_query_ = carver(kMaxBlockRows * size_);
     grad_output_ = carver(kMaxBlockRows * size_), grad_query_ = carver(kMaxBlockRows * size_);
     scores_ = carver(kMaxBlockRows * kGradPitch);
@@ -89,9 +85,10 @@ class BackwardPass {
     strips_.carve(carver);
   }
 
-  void run(int64_t s, Range queries, Range keys) {
+  // The stretches of one part of a sequence's queries, and these keys.
+  void run(int64_t s, int64_t part, Range keys) {
     const Sequence& sequence = a_.sequences[s];
-    if (b_.parts == 1) {
+    if (a_.parts == 1) {
       std::fill_n(grad_key_, sequence.keys * size_, 0.0f);
       std::fill_n(grad_value_, sequence.keys * size_, 0.0f);
     } else {
@@ -101,13 +98,15 @@ class BackwardPass {
     visible_ = VisibleKeys(a_, sequence, head_, bias_);
     keys.start = std::max(keys.start, visible_.start), keys.stop = std::min(keys.stop, visible_.stop);
     first_key_ = keys.start;
-    if (keys.start < keys.stop && queries.start < queries.stop) load_keys(sequence, keys);
-    const int64_t rows = queries.stop - queries.start, blocks = (rows + kMaxBlockRows - 1) / kMaxBlockRows;
-    for (int64_t n = 0; n < blocks; ++n) {
-      const int64_t first = queries.start + rows * n / blocks, next = queries.start + rows * (n + 1) / blocks;
-      run({head_, s, first, next - first, first + a_.query_offset}, keys);
+    const int64_t stretches = stretches_of(a_, sequence.queries) / a_.parts;
+    if (keys.start < keys.stop && stretches > 0) load_keys(sequence, keys);
+    for (int64_t n = part * stretches; n < (part + 1) * stretches; ++n) {
+      const Range rows = rows_of_stretch(a_, sequence.queries, n);
+      if (rows.start < rows.stop) {
+        run({head_, s, rows.start, rows.stop - rows.start, rows.start + a_.query_offset}, keys);
+      }
     }
-    if (b_.parts == 1) {
+    if (a_.parts == 1) {
       store_heads(b_.grad_key, grad_key_, sequence.batch, sequence.first_key, sequence.keys,
                   static_cast<float>(1 / kLog2e));
       store_heads(b_.grad_value, grad_value_, sequence.batch, sequence.first_key, sequence.keys, 1.0f);
@@ -144,7 +143,7 @@ class BackwardPass {
       }
     }
     const Sequence& sequence = a_.sequences[block.sequence];
-    if (b_.parts == 1) {
+    if (a_.parts == 1) {
       store_heads(b_.grad_query, grad_query_, sequence.batch, sequence.first_query + block.first, block.rows, a_.scale);
     } else {
       const int64_t row = b_.query_starts[block.sequence] * a_.heads + head_ * sequence.queries + block.first;
@@ -160,19 +159,24 @@ class BackwardPass {
       const auto rows = [&](const Heads& heads) { return rows_of<E>(heads, sequence.batch, head_, first); };
       copy_rows<E>(rows(a_.query), block.rows, a_.size, static_cast<float>(a_.scale * kLog2e), query_, size_);
       copy_rows<E>(rows(b_.grad_output), block.rows, a_.size, 1.0f, grad_output_, size_);
-      const auto output = rows(b_.output);
-      for (int64_t r = 0; r < block.rows; ++r) {
-        copy_rows<E>([&](int64_t) { return output(r); }, 1, a_.size, 1.0f, row_, size_);
-        delta_[r] = dot(grad_output_ + r * size_, row_, size_);
-        if (b_.grad_lse.data) delta_[r] -= *at(b_.grad_lse, sequence.batch, head_, first + r);
-      }
+      copy_rows<E>(rows(b_.output), block.rows, a_.size, 1.0f, grad_query_, size_);  // whose turn comes later
     });
+    row_dots(grad_output_, grad_query_, block.rows, size_, delta_);
     for (int64_t r = 0; r < block.rows; ++r) {
+      const auto given = [&](const Statistic& x) { return *at(x, sequence.batch, head_, first + r); };
+      grad_lse_[r] = b_.grad_lse.data ? given(b_.grad_lse) : 0.0f;
+      // 2^peak total is the row's sum; kept apart they hold it where one float32 for both would round it off. Where they
+      // do not make up the log-sum-exp, they are not this row's.
+      const float lse = given(b_.lse);
+      const bool none = lse == -kInfinity;
+      double peak = lse * kLog2e, total = 1;
+      if (b_.peak.data && (none ? given(b_.peak) == lse : log_sum_exp(given(b_.peak), given(b_.total)) == lse)) {
+        peak = given(b_.peak), total = given(b_.total);
+      }
       // P = 2^(Z - shift) factor. Nearer to most scores than the log-sum-exp, the shift rounds off less of Z - shift.
-      const double lse = *at(b_.lse, sequence.batch, head_, first + r) * kLog2e;
-      const bool none = lse == -kInfinity;  // rows that see nothing: 2^(-inf - 0) = 0
-      shift_[r] = none ? 0.0f : static_cast<float>(lse - std::log2(static_cast<double>(sequence.keys)));
-      factor_[r] = none ? 0.0f : static_cast<float>(std::exp2(shift_[r] - lse));
+      // Of a row that sees nothing, 2^(-inf - 0) times 0; of scores of minus infinity, times what is not a number.
+      shift_[r] = none ? 0.0f : static_cast<float>(peak + std::log2(total / sequence.keys));
+      factor_[r] = static_cast<float>(none ? 0 * total : std::exp2(shift_[r] - peak) / total);
     }
   }
 
@@ -207,19 +211,19 @@ class BackwardPass {
   void softmax_gradient(const Block& block, Side side, int64_t key, int64_t columns) {
     for (int64_t r = 0; r < block.rows; ++r) {
       float *const p_row = scores_ + r * kGradPitch, *const g_row = grad_scores_ + r * kGradPitch;
-      const Vector offset = broadcast((side == kNear ? 0.0f : far_constant_[r]) - shift_[r]);
-      const Vector factor = broadcast(factor_[r]), delta = broadcast(delta_[r]);
+      const float constant = side == kNear ? 0.0f : far_constant_[r], shift = shift_[r];
+      const Vector factor = broadcast(factor_[r]), delta = broadcast(delta_[r]), grad_lse = broadcast(grad_lse_[r]);
       if (a_.dropout) {
         keep_row(a_, block.sequence * a_.heads + head_, block.first + r, key, columns, keep_);
       }
       for (int64_t c = 0; c < columns; c += kLanes) {
-        const Vector p = exp2(load(p_row + c) + offset) * factor, grad_p = load(g_row + c);
+        const Vector p = exp2(load(p_row + c) + constant - shift) * factor, grad_p = load(g_row + c);
         if (a_.dropout) {
           const Vector keep = load(keep_ + c);
-          store(g_row + c, p * (grad_p * keep - delta));
+          store(g_row + c, p * (grad_p * keep - delta + grad_lse));
           store(p_row + c, p * keep);
         } else {
-          store(g_row + c, p * (grad_p - delta));
+          store(g_row + c, p * (grad_p - delta + grad_lse));
           store(p_row + c, p);
         }
       }
@@ -341,7 +345,8 @@ class BackwardPass {
   float *bias_, *row_, *keep_, *column_sums_;
   float *far_grad_key_, *far_grad_query_;                  // (2, D)
   float *grad_key_by_distance_, *grad_query_by_distance_;  // (distances, D)
-  float far_constant_[kMaxBlockRows], shift_[kMaxBlockRows], factor_[kMaxBlockRows], delta_[kMaxBlockRows];
+  float far_constant_[kMaxBlockRows], shift_[kMaxBlockRows], factor_[kMaxBlockRows], delta_[kMaxBlockRows],
+      grad_lse_[kMaxBlockRows];
 };
 
 }  // namespace
@@ -373,7 +378,7 @@ void store_sums(const Attention& a, const Backward& b, int64_t begin, int64_t en
 
 void store_table(const Attention& a, const Backward& b, const float* sums, float scale, void* gradient, int64_t begin,
                  int64_t end) {
-  const int64_t size = round_up(a.size, kLanes), items = b.groups * b.parts;
+  const int64_t size = round_up(a.size, kLanes), items = b.groups * a.parts;
   const int64_t stop = a.first_used_row + a.used_rows;
   ThreadMemory row(kThreadScratch, size);
   with_element(a.element, [&](auto element) {

@@ -29,14 +29,21 @@ class ForwardPass {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t block = item % a_.blocks_per_head;
       const Sequence* next = sequence_of(block);
+      const int64_t stretch = (block - next->first_block) / a_.blocks_of_stretch;
+      const int64_t share = (block - next->first_block) % a_.blocks_of_stretch;
+      const Range all = rows_of_stretch(a_, next->queries, stretch);
+      const auto cut = [&](int64_t n) { return all.start + (all.stop - all.start) * n / a_.blocks_of_stretch; };
+      const Range rows{cut(share), cut(share + 1)};
+      if (rows.start == rows.stop) continue;
       if (next != sequence || item / a_.blocks_per_head != head) {
         sequence = next, head = item / a_.blocks_per_head;
         keys_ = VisibleKeys(a_, *sequence, head, bias_);
         load_keys(*sequence, head);
       }
-      const int64_t first = (block - sequence->first_block) * a_.block_rows;
-      run({head, sequence - a_.sequences, first, std::min(sequence->queries - first, a_.block_rows),
-           first + a_.query_offset});
+      const auto block_of = [&](const Range& r) {
+        return Block{head, sequence - a_.sequences, r.start, r.stop - r.start, r.start + a_.query_offset};
+      };
+      run(block_of(rows), block_of(all));
     }
   }
 
@@ -71,7 +78,7 @@ class ForwardPass {
     });
   }
 
-  void run(const Block& block) {
+  void run(const Block& block, const Block& stretch) {
     const Sequence& sequence = a_.sequences[block.sequence];
     with_element(a_.element, [&](auto element) {
       using E = decltype(element);
@@ -83,7 +90,7 @@ class ForwardPass {
     std::fill_n(total_, block.rows, 0.0f);
 
     Segment segments[3];
-    cut_segments(a_, block, keys_.start, keys_.stop, segments);
+    cut_segments(a_, stretch, keys_.start, keys_.stop, segments);
     for (const Segment& segment : segments) {
       if (segment.start >= segment.stop) continue;
       if (segment.side != kNear) far_queries(a_, block, segment.side, query_, far_query_, far_constant_, far_row_);
@@ -113,10 +120,9 @@ class ForwardPass {
       for (int64_t c = kLanes; c < columns; c += kLanes) largest = max(largest, load(row + c));
       const float peak = std::max(peak_[r], maximum(largest) + constant);
       const float shift = peak == -kInfinity ? 0.0f : peak;  // a row that sees nothing yet: 2^(-inf - 0) = 0
-      const Vector offset = broadcast(constant - shift);
       Vector total{};
       for (int64_t c = 0; c < columns; c += kLanes) {
-        const Vector p = exp2(load(row + c) + offset);
+        const Vector p = exp2(load(row + c) + constant - shift);  // the score is rounded first, as in backward
         total += p;
         store(row + c, p);
       }
@@ -137,13 +143,20 @@ class ForwardPass {
 
   void finish(const Block& block, const Sequence& sequence) {
     for (int64_t r = 0; r < block.rows; ++r) {
-      const float inverse = total_[r] == 0 ? 0.0f : 1 / total_[r];
-      for (int64_t d = 0; d < size_; d += kLanes) {
-        store(output_ + r * size_ + d, load(output_ + r * size_ + d) * inverse);
+      float* const output = output_ + r * size_;
+      const bool some = total_[r] > 0 || keys_.seen_by(a_, block.first + r);
+      if (!some) {  // whatever its query
+        std::fill_n(output, size_, 0.0f);
+        peak_[r] = -kInfinity, total_[r] = 0;
       }
-      if (f_.lse.data == nullptr) continue;
-      *at(f_.lse, sequence.batch, block.head, sequence.first_query + block.first + r) =
-          static_cast<float>((peak_[r] + std::log2(static_cast<double>(total_[r]))) / kLog2e);
+      const float lse = log_sum_exp(peak_[r], total_[r]);
+      if (some && total_[r] == 0) total_[r] = kNaN;  // it sees nothing but scores of minus infinity: no softmax
+      const float inverse = some ? 1 / total_[r] : 0.0f;
+      for (int64_t d = 0; d < size_; d += kLanes) store(output + d, load(output + d) * inverse);
+      const int64_t row = sequence.first_query + block.first + r;
+      if (f_.lse.data) *at(f_.lse, sequence.batch, block.head, row) = lse;
+      if (f_.peak.data) *at(f_.peak, sequence.batch, block.head, row) = peak_[r];
+      if (f_.total.data) *at(f_.total, sequence.batch, block.head, row) = total_[r];
     }
     with_element(a_.element, [&](auto element) {
       using E = decltype(element);

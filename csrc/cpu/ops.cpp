@@ -69,6 +69,21 @@ Table table_of(const MaybeTensor& x) {
   return {x->data_ptr(), x->stride(0), x->stride(1)};
 }
 
+// (B, H, L): the log-sum-exp alone. (3, B, H, L): also the peak and the total of each row, in this order.
+template <class Pass>
+void place_statistics(const Tensor& x, Pass& pass) {
+  if (x.dim() == 3) {
+    pass.lse = statistic_of(x);
+    return;
+  }
+  STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == 3 && x.scalar_type() == ScalarType::Float,
+                  "deberta_fast: (3, B, H, L) float32");
+  Statistic* const each[] = {&pass.lse, &pass.peak, &pass.total};
+  for (int64_t n = 0; n < 3; ++n) {
+    *each[n] = {static_cast<float*>(x.data_ptr()) + n * x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+  }
+}
+
 void parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& share) {
   torch::stable::parallel_for(0, count, 1, share);
 }
@@ -112,7 +127,10 @@ Request request_of(const Given& given) {
 
 void fused_forward(Tensor output, MaybeTensor lse, DEBERTA_FAST_GIVEN) {
   Request request = request_of(DEBERTA_FAST_NAMED);
-  run_forward(*kernels, request, {heads_of(output), lse ? statistic_of(*lse) : Statistic{}}, parallel_for);
+  Forward forward{};
+  forward.output = heads_of(output);
+  if (lse) place_statistics(*lse, forward);
+  run_forward(*kernels, request, forward, parallel_for);
 }
 
 void fused_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, MaybeTensor grad_pos_key,
@@ -121,7 +139,7 @@ void fused_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, Maybe
   Request request = request_of(DEBERTA_FAST_NAMED);
   Backward backward{};
   backward.output = heads_of(output), backward.grad_output = heads_of(grad_output);
-  backward.lse = statistic_of(lse);
+  place_statistics(lse, backward);
   if (grad_lse) backward.grad_lse = statistic_of(*grad_lse);
   backward.grad_query = heads_of(grad_query);
   backward.grad_key = heads_of(grad_key), backward.grad_value = heads_of(grad_value);

@@ -25,8 +25,11 @@ struct Attention {
 
   const Sequence* sequences;
   int64_t sequence_count;
-  int64_t block_rows;       // queries that a forward pass takes at once
-  int64_t blocks_per_head;  // of all sequences
+  // The queries of a sequence come in stretches of at most kMaxBlockRows. Near and far keys are told apart for a whole
+  // stretch, in both passes alike: a score is then the same to the bit in both, and so is what it is divided by.
+  int64_t parts;              // of a sequence's queries and keys, in backward; its stretches are a multiple of these
+  int64_t blocks_of_stretch;  // that the forward pass makes
+  int64_t blocks_per_head;    // of all sequences
 
   // Rows of the tables: sigma(delta) = slots[clamp(delta, -reach, reach) + reach] - first_slot, within [0, table_rows).
   Table pos_key, pos_query;
@@ -55,6 +58,8 @@ struct Attention {
 struct Forward {
   Heads output;
   Statistic lse;  // null where nobody wants it
+  // The largest score in base 2 and the sum of 2^(Z - peak), for backward; null where nobody wants them.
+  Statistic peak{}, total{};
 };
 
 struct Backward {
@@ -66,12 +71,28 @@ struct Backward {
   // Work is cut by shape alone, never by the number of threads, so that sums do not depend on it. An item is a head, a
   // group of sequences, and one of `parts` of their queries; in wave w it meets part (its own + w) of their keys, so
   // that no two items of a wave add to the same gradient.
-  int64_t groups, parts;
+  int64_t groups;
   const int64_t* group_ends;    // (groups) sequences
   const int64_t* query_starts;  // (sequence_count) rows of all sequences before
   const int64_t* key_starts;
   float *query_sums, *key_sums, *value_sums;  // (rows, H, D rounded up), where parts > 1
   float *pos_key_sums, *pos_query_sums;       // (items, used_rows, D rounded up); null as their gradients are
+  Statistic peak{}, total{};                  // forward's, or null: then there is only the log-sum-exp
 };
+
+// Numbers [start, stop).
+struct Range {
+  int64_t start, stop;
+};
+
+inline int64_t stretches_of(const Attention& a, int64_t queries) {
+  const int64_t most = a.parts * kMaxBlockRows;
+  return a.parts * ((queries + most - 1) / most);
+}
+
+inline Range rows_of_stretch(const Attention& a, int64_t queries, int64_t stretch) {
+  const int64_t stretches = stretches_of(a, queries);
+  return {queries * stretch / stretches, queries * (stretch + 1) / stretches};
+}
 
 }  // namespace deberta_fast

@@ -59,15 +59,16 @@ struct Schedule {
   }
 
  private:
-  // Query blocks of even size; smaller ones where there would be too few.
+  // A forward block is a stretch, or less where there would be too few.
   void cut_blocks() {
-    const int64_t wanted = std::min(shares(kFewestItems, heads_of_sequences()), shares(longest_query, kMinBlockRows));
-    const int64_t blocks = std::max({shares(longest_query, kMaxBlockRows), wanted, int64_t{1}});
-    a.block_rows = std::max<int64_t>(1, shares(longest_query, blocks));
+    const int64_t few = shares(kFewestItems, heads_of_sequences());
+    a.parts = std::max<int64_t>(1, std::min(few, std::min(longest_query, longest_key) / kMinPartRows));
+    const int64_t wanted = std::min(few, shares(longest_query, kMinBlockRows));
+    a.blocks_of_stretch = std::max<int64_t>(1, shares(wanted, std::max<int64_t>(1, stretches_of(a, longest_query))));
     a.blocks_per_head = 0;
     for (Sequence& sequence : sequences) {
       sequence.first_block = a.blocks_per_head;
-      a.blocks_per_head += shares(sequence.queries, a.block_rows);
+      a.blocks_per_head += stretches_of(a, sequence.queries) * a.blocks_of_stretch;
     }
   }
 
@@ -99,8 +100,6 @@ struct Schedule {
 class Shares {
  public:
   Shares(const Schedule& call, Backward& b) : call_(call), b_(b) {
-    const int64_t room = std::min(call.longest_query, call.longest_key) / kMinPartRows;
-    b.parts = std::max<int64_t>(1, std::min(shares(kFewestItems, call.heads_of_sequences()), room));
     cut_groups();
     int64_t queries = 0, keys = 0;
     for (const Sequence& sequence : call.sequences) {
@@ -110,7 +109,7 @@ class Shares {
     b.query_starts = query_starts_.data(), b.key_starts = key_starts_.data();
   }
 
-  int64_t items() const { return call_.a.heads * b_.groups * b_.parts; }
+  int64_t items() const { return call_.a.heads * b_.groups * call_.a.parts; }
 
   int64_t floats() const {
     const int64_t tables = (b_.grad_pos_key != nullptr) + (b_.grad_pos_query != nullptr);
@@ -128,13 +127,13 @@ class Shares {
   }
 
  private:
-  int64_t query_floats() const { return b_.parts > 1 ? call_.queries * call_.a.heads * call_.size : 0; }
-  int64_t key_floats() const { return b_.parts > 1 ? call_.keys * call_.a.heads * call_.size : 0; }
+  int64_t query_floats() const { return call_.a.parts > 1 ? call_.queries * call_.a.heads * call_.size : 0; }
+  int64_t key_floats() const { return call_.a.parts > 1 ? call_.keys * call_.a.heads * call_.size : 0; }
   int64_t table_floats() const { return call_.has_positions() ? items() * call_.a.used_rows * call_.size : 0; }
 
   // Groups of sequences of about the same work.
   void cut_groups() {
-    const int64_t each = std::max<int64_t>(1, call_.a.heads * b_.parts);
+    const int64_t each = std::max<int64_t>(1, call_.a.heads * call_.a.parts);
     int64_t most = shares(kMostItems, each);
     if (call_.has_positions()) most = std::min(most, kMostTableFloats / (2 * call_.a.used_rows * call_.size * each));
     most = std::max<int64_t>(1, most);
@@ -181,10 +180,10 @@ void run_backward(const Kernels& kernels, Request& request, Backward& b, const P
   const ThreadMemory memory(kCallScratch, tables + work.floats());
   call.expand_tables(kernels, memory.data(), true, parallel_for);
   work.place(memory.data() + tables);
-  for (int64_t wave = 0; wave < b.parts; ++wave) {
+  for (int64_t wave = 0; wave < a.parts; ++wave) {
     parallel_for(work.items(), [&](int64_t begin, int64_t end) { kernels.backward(a, b, wave, begin, end); });
   }
-  if (b.parts > 1) {
+  if (a.parts > 1) {
     parallel_for(a.heads * a.sequence_count, [&](int64_t begin, int64_t end) { kernels.store_sums(a, b, begin, end); });
   }
   for (const auto& [sums, scale, gradient] :

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include "elements.h"
 #include "gemm.h"
@@ -9,7 +10,7 @@
 
 namespace deberta_fast::DEBERTA_FAST_ISA {
 
-constexpr float kInfinity = __builtin_inff();
+constexpr float kInfinity = __builtin_inff(), kNaN = __builtin_nanf("");
 constexpr int64_t kTileKeys = 384;  // keys of a tile, at most: a tile of scores stays in the second-level cache
 constexpr int64_t kKeyGroup = 48;   // keys whose p2c scores are made at once: whole strips and whole vectors
 constexpr int64_t kTilePitch = kTileKeys + 16;
@@ -50,6 +51,11 @@ inline float* at(const Statistic& statistic, int64_t batch, int64_t head, int64_
   return statistic.data + batch * statistic.batch + head * statistic.head + row * statistic.row;
 }
 
+// The log-sum-exp of a row whose largest score, in base 2, is peak.
+inline float log_sum_exp(float peak, float total) {
+  return static_cast<float>((peak + std::log2(static_cast<double>(total))) / kLog2e);
+}
+
 // Queries first to first + rows - 1 of a sequence; the position of the first one, as keys count.
 struct Block {
   int64_t head, sequence, first, rows, position;
@@ -59,6 +65,23 @@ INLINE float dot(const float* x, const float* y, int64_t size) {
   Vector total{};
   for (int64_t d = 0; d < size; d += kLanes) total += load(x + d) * load(y + d);
   return sum(total);
+}
+
+// to[r] = x_r . y_r of rows (count, D), each summed in the order of `gemm`: dP - Delta is then 0 where a query answers
+// one value, and not what rounding leaves of it. Reads whole squares of lanes.
+inline void row_dots(const float* x, const float* y, int64_t count, int64_t size, float* to) {
+  for (int64_t r = 0; r < count; r += kLanes) {
+    Vector total{};
+    for (int64_t d = 0; d < size; d += kLanes) {
+      Vector left[kLanes], right[kLanes];
+      for (int64_t l = 0; l < kLanes; ++l) {
+        left[l] = load(x + (r + l) * size + d), right[l] = load(y + (r + l) * size + d);
+      }
+      transpose(left), transpose(right);
+      for (int64_t l = 0; l < kLanes; ++l) total += left[l] * right[l];
+    }
+    store(to + r, total);
+  }
 }
 
 // y += factor x
@@ -75,14 +98,15 @@ struct Segment {
   Side side;
 };
 
-// Which of the keys [start, stop) are near to any query of the block, to whole vectors. Without position terms all
+// Which of the keys [start, stop) are near to any query of a stretch, to whole vectors. Without position terms all
 // count as far.
-inline void cut_segments(const Attention& a, const Block& block, int64_t start, int64_t stop, Segment (&segments)[3]) {
+inline void cut_segments(const Attention& a, const Block& stretch, int64_t start, int64_t stop,
+                         Segment (&segments)[3]) {
   int64_t near_start = stop, near_stop = stop;
   if (a.pos_key.data || a.pos_query.data) {
     const auto within = [&](int64_t key) { return std::clamp(key, start, stop); };
-    near_start = within(round_down(std::max<int64_t>(block.position - a.far_past + 1, 0), kLanes));
-    near_stop = block.position + block.rows - 1 - a.far_future;
+    near_start = within(round_down(std::max<int64_t>(stretch.position - a.far_past + 1, 0), kLanes));
+    near_stop = stretch.position + stretch.rows - 1 - a.far_future;
     near_stop = std::max(near_start, within(round_up(std::max<int64_t>(near_stop, 0), kLanes)));
   }
   segments[0] = {start, near_start, kPast};
@@ -120,6 +144,8 @@ inline void far_queries(const Attention& a, const Block& block, Side side, const
       store(far_query + r * size + d, load(query + r * size + d) + load(row + d));
     }
   }
+  std::fill_n(constant, block.rows, 0.0f);
+  if (a.pos_key.data == nullptr) return;  // not zeros times the query, which may be infinite
   far_row(a, a.pos_key, block.head, side, 1.0f, row);
   for (int64_t r = 0; r < block.rows; ++r) constant[r] = dot(query + r * size, row, size);
 }
@@ -233,6 +259,9 @@ class VisibleKeys {
     }
     return false;
   }
+
+  // Whether a query may see any key at all.
+  bool seen_by(const Attention& a, int64_t query) const { return start < stop && any(a, query, 1, 0, keys_); }
 
   // Scores of hidden pairs become minus infinity, also those of columns past the last visible key, which fill up the
   // last vector.

@@ -98,12 +98,15 @@ class Call(NamedTuple):
         """Uninitialised output (B, H, Lq, D)."""
         return _new_heads(self.query)
 
-    def new_lse(self) -> torch.Tensor:
-        """Uninitialised log-sum-exp (B, H, Lq)."""
+    def new_lse(self, more: int = 0) -> torch.Tensor:
+        """Uninitialised log-sum-exp (B, H, Lq); with ``more`` statistics of a row behind it, (1 + more, B, H, Lq)."""
         query = self.query
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         batch, heads, length, _ = query.shape
-        return query.new_empty_strided((batch, heads, length), (heads * length, length, 1), dtype=dtype)
+        shape, strides = (batch, heads, length), (heads * length, length, 1)
+        if more:
+            shape, strides = (1 + more, *shape), (batch * heads * length, *strides)
+        return query.new_empty_strided(shape, strides, dtype=dtype)
 
     def new_gradients(self, wanted: tuple[bool, ...]) -> list[torch.Tensor | None]:
         """Uninitialised gradients of query, key, value, pos_key and pos_query.

@@ -16,6 +16,9 @@ from .extension import NOT_LOADED, arguments
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SETS = ("avx512", "avx2", "plain")
+# A row's largest score and the sum of the exponentials less that, kept behind the log-sum-exp in its storage: the sum
+# is that of the very terms that backward makes again, and cannot be had from a float32 log-sum-exp of large scores.
+MORE_STATISTICS = 2
 
 
 def instruction_set() -> str:
@@ -56,7 +59,8 @@ def why_not(call: Call) -> list[str]:
 
 
 def forward(call: Call, output: torch.Tensor, lse: torch.Tensor | None) -> None:
-    """Fills output (B, H, Lq, D) and, unless it is None, log-sum-exp (B, H, Lq)."""
+    """Fills output (B, H, Lq, D) and, unless it is None, log-sum-exp, (B, H, Lq) or (3, B, H, Lq) with the statistics
+    that backward divides by."""
     extension.fused_forward(output, lse, *arguments(call))
 
 
@@ -68,7 +72,21 @@ def backward(
     grad_lse: torch.Tensor | None,
     grads: list[torch.Tensor | None],
 ) -> None:
-    """Fills the gradients of query, key, value, pos_key and pos_query; None where a table's is not wanted."""
+    """Fills the gradients of query, key, value, pos_key and pos_query; None where a table's is not wanted.
+
+    Probabilities add up to 1 whatever the scores if ``lse`` is still the tensor that ``backends.forward`` made. From a
+    copy, and from a log-sum-exp over more keys than these, they are exp(A - lse), with the rounding of lse.
+    """
     if grad_output.stride(-1) != 1:
         grad_output = grad_output.contiguous()
-    extension.fused_backward(*grads, output, lse, grad_output, grad_lse, *arguments(call))
+    extension.fused_backward(*grads, output, _with_statistics(lse), grad_output, grad_lse, *arguments(call))
+
+
+def _with_statistics(lse: torch.Tensor) -> torch.Tensor:
+    """(3, B, H, Lq), where a log-sum-exp (B, H, Lq) begins a storage of this size; the kernels look at whether the
+    other two make up the first."""
+    each, shape = lse.numel(), (1 + MORE_STATISTICS, *lse.shape)
+    bytes_of_all = shape[0] * each * lse.element_size()
+    if lse.storage_offset() or not lse.is_contiguous() or lse.untyped_storage().nbytes() != bytes_of_all:
+        return lse
+    return lse.as_strided(shape, (each, *lse.stride()))
