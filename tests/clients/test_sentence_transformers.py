@@ -11,6 +11,7 @@ from tiny import AFTER_ADAM, NAMES, TEXTS, assert_close, folder, gradients, name
 from deberta_fast import patch
 
 PAIRS = [(TEXTS[0], TEXTS[1]), (TEXTS[2], TEXTS[3]), (TEXTS[1], TEXTS[2])]
+UNPAD = {"unpad": True}
 POOLING = ["mean", "cls", "max", "weightedmean", "lasttoken"]
 
 
@@ -63,7 +64,7 @@ def test_left_padding(pooling, options, same_when_patched):
 
 
 def test_inputs_are_never_flattened(same_when_patched, caplog):
-    """unpad_inputs needs flash-attn, which DeBERTa cannot use: the batch stays padded, and patch(unpad=True) packs it."""
+    """unpad_inputs asks for flash-attn, which DeBERTa cannot use: the batch stays padded, and patch packs it."""
     build = lambda: sentence_encoder(unpad_inputs=True)
 
     def run(model):
@@ -89,8 +90,9 @@ def trained(model, trainer, loss, arguments, path, data):
     return {"losses": losses, "weights": weights(model)}
 
 
-@pytest.mark.parametrize("options", [{}, {"unpad": True}], ids=str)
-@pytest.mark.parametrize("loss", [cross_losses.BinaryCrossEntropyLoss, cross_losses.MultipleNegativesRankingLoss])
+@pytest.mark.parametrize(
+    "loss, options", [(cross_losses.BinaryCrossEntropyLoss, {}), (cross_losses.MultipleNegativesRankingLoss, UNPAD)]
+)
 def test_cross_encoder_trainer(loss, options, tmp_path, same_when_patched):
     data = {"query": TEXTS, "answer": TEXTS[::-1]}
     if loss is cross_losses.BinaryCrossEntropyLoss:
@@ -101,8 +103,9 @@ def test_cross_encoder_trainer(loss, options, tmp_path, same_when_patched):
     assert len(reloaded.predict(PAIRS)) == len(PAIRS)
 
 
-@pytest.mark.parametrize("options", [{}, {"unpad": True}], ids=str)
-@pytest.mark.parametrize("loss", [losses.MultipleNegativesRankingLoss, losses.CachedMultipleNegativesRankingLoss])
+@pytest.mark.parametrize(
+    "loss, options", [(losses.MultipleNegativesRankingLoss, UNPAD), (losses.CachedMultipleNegativesRankingLoss, {})]
+)
 def test_sentence_encoder_trainer(loss, options, tmp_path, same_when_patched):
     run = lambda model: trained(
         model, st.SentenceTransformerTrainer, loss, st.SentenceTransformerTrainingArguments, tmp_path,
