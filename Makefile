@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 OLDEST := build/oldest
+# The name matters: dill, which datasets uses, pickles packages whole that lie in a folder with another
+CLIENTS := build/clients/site-packages
 PIP := $(BIN)/python -m pip install -qq
 
 export DEBERTA_FAST_CPU ?= 1
@@ -29,7 +31,7 @@ OUTER_PATH := $(PATH)
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-oldest sanitize bench gpu lint format clean
+.PHONY: setup demo test test-oldest test-clients sanitize bench gpu lint format clean
 
 setup: $(BUILT)
 
@@ -64,6 +66,17 @@ $(OLDEST)/ready: $(READY)
 	@# --no-deps: torch and numpy stay the environment's; from requests on, what its newer huggingface_hub does without
 	@$(PIP) --target $(OLDEST) --no-deps transformers==4.48.0 tokenizers==0.21.4 huggingface_hub==0.36.2 \
 	  requests==2.34.2 urllib3==2.8.0 certifi==2026.10.18 charset-normalizer==3.5.2
+	@touch $@
+
+# The packages that DeBERTa is used through (docs/clients.md), laid over the environment's own
+test-clients: $(CLIENTS)/ready $(BUILT)
+	PYTHONPATH=$(abspath $(CLIENTS)) $(BIN)/python -m pytest $(WORKERS) tests/clients $(TEST_ARGS)
+
+# --no-deps: torch and numpy stay the environment's; pip check tells whether all the others fit
+$(CLIENTS)/ready: $(READY) constraints-clients.txt
+	@rm -rf $(CLIENTS)
+	@$(PIP) --target $(CLIENTS) --no-deps -r constraints-clients.txt
+	@PYTHONPATH=$(abspath $(CLIENTS)) $(BIN)/python -m pip check
 	@touch $@
 
 # The package with another build of the extension lies in $(SANITIZED). Preloaded: Python itself is not instrumented, and

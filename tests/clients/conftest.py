@@ -1,0 +1,47 @@
+import os
+import warnings
+
+import pytest
+
+# Before any of the packages is imported: models and tokenizers come from folders that the tests make.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def nothing_falls_back():
+    """A patched model that warns that it runs Hugging Face's own code would agree with it without being tested."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="deberta_fast: running Hugging Face's own")
+        yield
+
+
+@pytest.fixture
+def same_when_patched(fused_calls):
+    """same_when_patched(build, run, tolerance=..., **options): ``run(build())`` gives the same with the model patched.
+
+    ``options`` are of ``patch``. ``build`` returns what has a DeBERTa in it, or that in a wrapper that is no module
+    and the module; ``run`` returns tensors and numbers, in dicts and lists, or what must be equal.
+    """
+    from tiny import TOLERANCE, assert_close
+    from transformers import set_seed
+
+    from deberta_fast import patch
+
+    def outcome(build, run, change):
+        set_seed(0)
+        made = build()
+        client, module = made if isinstance(made, tuple) else (made, made)
+        change(module)
+        set_seed(0)
+        return run(client)
+
+    def compare(build, run, tolerance=TOLERANCE, **options):
+        expected = outcome(build, run, lambda module: None)
+        assert not fused_calls
+        got = outcome(build, run, lambda module: patch(module, **options))
+        assert fused_calls
+        fused_calls.clear()
+        assert_close(got, expected, tolerance)
+        return got
+
+    return compare

@@ -1,0 +1,133 @@
+"""transformers' Trainer with patched and native models: bfloat16, checkpoints, resuming, files."""
+
+import pytest
+import torch
+import transformers
+from tiny import AFTER_ADAM, TEXTS, assert_close, batch, folder, options, tokenizer, weights
+
+import deberta_fast
+from deberta_fast import patch
+
+HEADS = ["ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM"]
+
+
+def model_folder(name, head="ForSequenceClassification"):
+    return folder(name, head, num_labels=2 if head == "ForQuestionAnswering" else 3)
+
+
+def hf(name, head="ForSequenceClassification"):
+    return getattr(transformers, "AutoModel" + head).from_pretrained(model_folder(name, head))
+
+
+def native(name, head="ForSequenceClassification"):
+    return getattr(deberta_fast, ("Deberta" if name == "v1" else "DebertaV2") + head).from_pretrained(
+        model_folder(name, head)
+    )
+
+
+def data(name, head="ForSequenceClassification"):
+    rows = [dict(tokenizer(name)(text)) for text in TEXTS * 2]
+    for number, row in enumerate(rows):
+        if head == "ForQuestionAnswering":
+            row |= {"start_positions": 1, "end_positions": 2 + number % 2}
+        elif head == "ForSequenceClassification":
+            row["labels"] = number % 3
+        elif head == "ForTokenClassification":
+            row["labels"] = [x % 3 for x in row["input_ids"]]
+    return rows
+
+
+def collator(name, head):
+    if head == "ForMaskedLM":
+        return transformers.DataCollatorForLanguageModeling(tokenizer(name), seed=0)
+    return transformers.DataCollatorForTokenClassification(tokenizer(name)) if "Token" in head else None
+
+
+def trainer(model, name, path, head="ForSequenceClassification", **settings):
+    arguments = dict(
+        max_steps=4, save_steps=2, logging_steps=1, per_device_train_batch_size=4, per_device_eval_batch_size=4,
+        learning_rate=1e-3, report_to="none", use_cpu=True,
+    )  # fmt: skip
+    return transformers.Trainer(
+        model,
+        transformers.TrainingArguments(str(path), **arguments | settings),
+        train_dataset=data(name, head),
+        eval_dataset=data(name, head)[1:],
+        processing_class=tokenizer(name),
+        data_collator=collator(name, head),
+    )
+
+
+def trained(made):
+    made.train()
+    losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+    return {"losses": losses, "eval_loss": made.evaluate()["eval_loss"], "weights": weights(made.model)}
+
+
+@pytest.mark.parametrize("name, head", [("v1", HEADS[0]), ("v2", HEADS[1]), *(("v3", head) for head in HEADS)])
+@options
+def test_patched(name, head, options, tmp_path, same_when_patched):
+    run = lambda model: trained(trainer(model, name, tmp_path, head))
+    # Of a masked language model, decoder.bias and its tied name; the rest as AutoModel gives it.
+    got = same_when_patched(lambda: hf(name, head), run, tolerance=AFTER_ADAM, **options)
+    assert len(got["losses"]) == 4 and got["losses"][-1] < got["losses"][0]
+
+
+@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}], ids=["keep", "checkpointing"])
+@options
+def test_patched_in_bfloat16(checkpointing, options, tmp_path, same_when_patched):
+    settings = dict(gradient_checkpointing=checkpointing is not None, gradient_checkpointing_kwargs=checkpointing)
+    run = lambda model: trained(trainer(model, "v3", tmp_path, bf16=True, **settings))["losses"]
+    same_when_patched(lambda: hf("v3"), run, tolerance=4 * torch.finfo(torch.bfloat16).eps, **options)
+
+
+def test_v1_in_bfloat16_where_hugging_face_fails(tmp_path):
+    expected = trained(trainer(hf("v1"), "v1", tmp_path))["losses"]
+    got = trained(trainer(patch(hf("v1"), unpad=True), "v1", tmp_path, bf16=True))["losses"]
+    assert_close(got, expected, tolerance=8 * torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.parametrize("name", ["v1", "v3"])
+def test_patched_checkpoints_resume_and_load(name, tmp_path):
+    first = trainer(patch(hf(name)), name, tmp_path)
+    expected = trained(first)
+    again = trainer(patch(hf(name), unpad=True), name, tmp_path)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_close(weights(again.model), expected["weights"], AFTER_ADAM)
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-4")
+    with torch.no_grad():
+        assert_close(loaded(**batch(name)).logits, again.model.eval()(**batch(name)).logits, AFTER_ADAM)
+
+
+@pytest.mark.parametrize("name, head", [("v1", HEADS[0]), ("v3", HEADS[0]), ("v3", HEADS[1])])
+def test_native(name, head, tmp_path):
+    """As Hugging Face's model learns, with its tokenizer; what it saves loads in both libraries."""
+    expected = trained(trainer(hf(name, head), name, tmp_path / "hf", head))
+    made = trainer(native(name, head), name, tmp_path / "native", head)
+    got = trained(made)
+    assert_close([got["losses"], got["eval_loss"]], [expected["losses"], expected["eval_loss"]], AFTER_ADAM)
+    checkpoint = tmp_path / "native" / "checkpoint-4"
+    assert (checkpoint / "config.json").exists()
+    with torch.no_grad():
+        logits = made.model.eval()(**batch(name)).logits
+        for library in (transformers, deberta_fast):
+            loaded = getattr(library, type(made.model).__name__).from_pretrained(checkpoint)
+            assert_close(loaded.eval()(**batch(name)).logits, logits)
+    again = trainer(native(name, head), name, tmp_path / "native", head)
+    again.train(resume_from_checkpoint=str(tmp_path / "native" / "checkpoint-2"))
+    assert_close(weights(again.model), got["weights"], AFTER_ADAM)
+
+
+@pytest.mark.parametrize("name", ["v1", "v3"])
+def test_native_in_bfloat16(name, tmp_path):
+    expected = trained(trainer(native(name), name, tmp_path))["losses"]
+    got = trained(trainer(native(name), name, tmp_path, bf16=True, gradient_checkpointing=True))["losses"]
+    assert_close(got, expected, tolerance=8 * torch.finfo(torch.bfloat16).eps)
+
+
+def test_native_predictions(tmp_path):
+    rows = data("v3")
+    got = trainer(native("v3"), "v3", tmp_path).predict(rows)
+    expected = trainer(hf("v3"), "v3", tmp_path).predict(rows)
+    assert_close(torch.as_tensor(got.predictions), torch.as_tensor(expected.predictions))
+    assert_close(got.metrics["test_loss"], expected.metrics["test_loss"])
