@@ -96,7 +96,7 @@ def first_states(states: torch.Tensor, token_mask: torch.Tensor | None) -> torch
     """Each sequence's first token, (B, L, hidden_size) to (B, hidden_size).
 
     Args:
-        token_mask: bool (B, L), False for padding; None if there is no padding.
+        token_mask: bool (B, L), False for padding; None takes what lies first, padding or not.
     """
     if token_mask is None:
         return states[:, 0]

@@ -29,13 +29,19 @@ class _TaskModel(PreTrainedModel):
         output = kind(**own, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
         return returned(self, return_dict, output)
 
+    def _first_tokens(
+        self, states: torch.Tensor, attention_mask: torch.Tensor | None, packing: Packing | None
+    ) -> torch.Tensor:
+        """The first token of every sequence of a batch or of packed ones, (B, hidden_size)."""
+        if packing is not None:
+            return packing.first_tokens(states)
+        return first_states(states, self._read_tokens(attention_mask, states))
 
-def _first_tokens(states: torch.Tensor, attention_mask: torch.Tensor | None, packing: Packing | None) -> torch.Tensor:
-    """The first token of every sequence of a batch or of packed ones, (B, hidden_size)."""
-    if packing is not None:
-        return packing.first_tokens(states)
-    _, token_mask = masks(attention_mask, *states.shape[:2])
-    return first_states(states, token_mask)
+    def _read_tokens(self, attention_mask: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor | None:
+        """The tokens that a head reads, bool (B, L); None for all: with ``padding_rows`` "hf", padding too."""
+        if self.deberta.encoder.unpadding.padding_rows == "hf":
+            return None
+        return masks(attention_mask, *states.shape[:2])[1]
 
 
 class DebertaForMaskedLM(_TaskModel):
@@ -205,7 +211,7 @@ class DebertaForSequenceClassification(_TaskModel):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
             output_hidden_states, True, packing,
         )  # fmt: skip
-        first = _first_tokens(outputs.last_hidden_state, attention_mask, packing)
+        first = self._first_tokens(outputs.last_hidden_state, attention_mask, packing)
         logits = self.classifier(self.dropout(self.pooler(first)))
         loss = None
         if labels is not None:
@@ -315,8 +321,8 @@ class DebertaForQuestionAnswering(_TaskModel):
             tokens = torch.ones_like(start_logits, dtype=torch.bool) if packing.mask is None else packing.mask
             loss = span_loss(*spans, start_positions, end_positions, packing.by_sequence(tokens, False))
         elif start_positions is not None and end_positions is not None:
-            _, token_mask = masks(attention_mask, *start_logits.shape)
-            loss = span_loss(start_logits, end_logits, start_positions, end_positions, token_mask)
+            read = self._read_tokens(attention_mask, start_logits)
+            loss = span_loss(start_logits, end_logits, start_positions, end_positions, read)
         logits = {"start_logits": start_logits, "end_logits": end_logits}
         return self._returned(outputs, return_dict, QuestionAnsweringModelOutput, loss=loss, **logits)
 
@@ -381,7 +387,7 @@ class DebertaV2ForMultipleChoice(_TaskModel):
             choices = given.shape[1]
             inputs = [None if x is None else x.flatten(0, 1) for x in inputs]
         outputs = self.deberta(*inputs, output_attentions, output_hidden_states, True, packing)
-        first = _first_tokens(outputs.last_hidden_state, inputs[1], packing)
+        first = self._first_tokens(outputs.last_hidden_state, inputs[1], packing)
         logits = self.classifier(self.dropout(self.pooler(first))).view(-1, choices)
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return self._returned(outputs, return_dict, MultipleChoiceModelOutput, loss=loss, logits=logits)
