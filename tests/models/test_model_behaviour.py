@@ -60,9 +60,10 @@ def test_hidden_states_and_attentions_come_last(name, head):
     assert [tuple(x.shape) for x in full.attentions] == [(rows, 4, 19, 19)] * 2
     mask = inputs["attention_mask"].view(-1, 1, 1, 19).bool()
     for probabilities in full.attentions:
-        assert not probabilities.masked_select(~mask).any()
-        seeing = mask.squeeze(1).mT.expand(-1, 19, 4).mT
-        torch.testing.assert_close(probabilities.sum(-1)[seeing], torch.ones(int(seeing.sum())))
+        pairs = (mask & mask.mT).expand_as(probabilities)
+        padding = ~mask.mT.expand_as(probabilities)  # as a query weighs all keys alike, in Hugging Face's models too
+        assert not probabilities[~pairs & ~padding].any() and (probabilities[padding] == 1 / 19).all()
+        torch.testing.assert_close(probabilities.sum(-1), torch.ones(rows, 4, 19))
     # by the configuration
     for switch in ("output_hidden_states", "output_attentions"):
         setattr(model.config, switch, True)
@@ -470,17 +471,16 @@ def test_losses_of_tokens_spans_and_choices():
     model = build("v3", "ForQuestionAnswering")
     starts, ends = torch.tensor([3, 19, 7]), torch.tensor([[5], [2], [400]])
     outputs = model(**inputs, start_positions=starts, end_positions=ends)
-    padding = inputs["attention_mask"] == 0  # does not count
-    start, end = (
-        outputs[f"{name}_logits"].masked_fill(padding, -torch.inf).log_softmax(-1) for name in ("start", "end")
-    )
-    by_hand = -(start[0, 3] + start[2, 7] + end[0, 5] + end[1, 2]) / 4
-    torch.testing.assert_close(outputs.loss, by_hand)
+    padding = inputs["attention_mask"] == 0
+    for rows in ("hf", "zeros"):  # padding counts, and it does not
+        read = [outputs[f"{x}_logits"].masked_fill(padding & (rows == "zeros"), -torch.inf) for x in ("start", "end")]
+        start, end = (x.log_softmax(-1) for x in read)
+        by_hand = -(start[0, 3] + start[2, 7] + end[0, 5] + end[1, 2]) / 4
+        for unpad in (False, True):
+            model.set_unpad(unpad, rows)
+            torch.testing.assert_close(model(**inputs, start_positions=starts, end_positions=ends).loss, by_hand)
     starts[1] = padding[1].int().argmax()
     torch.testing.assert_close(model(**inputs, start_positions=starts, end_positions=ends).loss, by_hand)
-    for unpad in (False, True):
-        model.set_unpad(unpad)
-        torch.testing.assert_close(model(**inputs, start_positions=starts, end_positions=ends).loss, by_hand)
     assert model(**inputs, start_positions=starts).loss is None
     with pytest.raises(ValueError, match=r"end_positions must be of shape \(3,\), got \(1,\)"):
         model(**inputs, start_positions=starts, end_positions=ends[0])

@@ -1,6 +1,7 @@
 """Batches without their padding: every sequence comes out as if it ran alone, in padded batches and packed."""
 
 import copy
+import itertools
 import pickle
 import warnings
 
@@ -39,21 +40,26 @@ def assert_as_alone(model, inputs, tolerance, layout):
     close = dict(rtol=tolerance, atol=tolerance)
     options = dict(output_hidden_states=True)
     expected = [flat(x) for x in alone(model, inputs, True, **options)]
-    outside = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
-    for row, start, stop in spans_of(inputs):
-        outside[row, start:stop] = False
-    for unpad in (True, "auto", False):
-        model.set_unpad(unpad)
+    valid = inputs["attention_mask"].bool()
+    model.set_unpad(False)
+    padded = flat(model(**inputs, **options))  # the rows of padding, which test_hf_model.py compares
+    for unpad, rows in itertools.product((True, "auto", False), ("hf", "zeros")):
+        model.set_unpad(unpad, rows)
         outputs = flat(model(**inputs, **options))
         for place, (row, start, stop) in enumerate(spans_of(inputs)):
             for x, y in zip(outputs, expected[place], strict=True):
-                torch.testing.assert_close(x[row, start:stop], y[0], msg=f"{layout}, {unpad}, row {row}", **close)
-        if unpad is True:
-            assert not any(x[outside].any() for x in outputs if x.shape[-1] == model.config.hidden_size), layout
+                message, tokens = f"{layout}, {unpad}, row {row}", valid[row, start:stop]
+                torch.testing.assert_close(x[row, start:stop][tokens], y[0, tokens], msg=message, **close)
+        for x, y in zip(outputs, padded, strict=True):
+            if rows == "hf" and not getattr(model.config, "enhanced_mask_decoder", False):
+                torch.testing.assert_close(x, y, msg=f"{layout}, {unpad}, {rows}", **close)
+            assert rows == "hf" or not x[~valid].any() or x.shape[-1] != model.config.hidden_size, layout
+    model.set_unpad(True)
     expected = [flat(x) for x in alone(model, inputs, False, **options)]
     outputs = flat(model.forward_packed(**packed_of(inputs), **options))
+    tokens = torch.cat([valid[row, start:stop] for row, start, stop in spans_of(inputs)])
     for x, *pieces in zip(outputs, *expected, strict=True):
-        torch.testing.assert_close(x, torch.cat(pieces, 1)[0], msg=f"{layout}, packed", **close)
+        torch.testing.assert_close(x[tokens], torch.cat(pieces, 1)[0, tokens], msg=f"{layout}, packed", **close)
 
 
 CASES = {name: (name, "Model", {}) for name in CONFIGS if name != "v1-talking-heads"} | {
@@ -99,13 +105,18 @@ def test_a_batch_without_any_token():
 def test_layers_see_tokens_alone():
     model, inputs = build("v2"), batch_of("holes")
     seen = shapes_seen(model)
-    for unpad, shape in ((True, (73, 32)), ("auto", (73, 32)), (False, (3, LENGTH, 32))):
-        model.set_unpad(unpad)
+    for unpad, rows, shape in (
+        (True, "hf", (75, 32)),  # with a row for the padding of each of two sequences
+        ("auto", "hf", (75, 32)),
+        (True, "zeros", (73, 32)),
+        (False, "hf", (3, LENGTH, 32)),
+    ):
+        model.set_unpad(unpad, rows)
         model(**inputs)
         assert seen == [shape] * 2
         seen.clear()
     model.set_unpad(True)
-    model(**batch_of([(0, 37), (0, 36)]))
+    model(**batch_of([(0, 37), (0, 35)]))
     assert seen == [(73, 32)] * 2
     seen.clear()
     model.set_unpad("auto")
@@ -122,7 +133,7 @@ def test_kinds_of_token_masks():
     expected = model(**inputs)[0]
     for other in (mask.bool(), mask.float(), 3 * mask, mask[:, None, None]):
         assert torch.equal(model(**{**inputs, "attention_mask": other})[0], expected)
-    assert set(seen) == {(26 + 9 + 8, 32)}
+    assert set(seen) == {(27 + 10 + 9, 32)}
 
 
 def messages_of(model, inputs, times=2, **options):
@@ -276,7 +287,7 @@ def test_gradient_checkpointing(name, reentrant, dropout):
         torch.manual_seed(0)
         assert_same_gradients(gradients_of(model, loss(model, inputs)), expected, 1e-10)
         runs.append(len(seen))
-        assert set(seen) == {(73, 32)}
+        assert set(seen) == {(75 if loss is loss_padded else 73, 32)}
     assert runs == [2 * model.config.num_hidden_layers] * 2
 
 
@@ -380,7 +391,7 @@ def test_copies(copied):
     model.set_unpad(True)
     twin = copied(model)
     seen, expected = shapes_seen(twin), model(**inputs)[0]
-    assert torch.equal(twin(**inputs)[0], expected) and set(seen) == {(69, 32)}
+    assert torch.equal(twin(**inputs)[0], expected) and set(seen) == {(71, 32)}
     packed = packed_of(inputs)
     assert torch.equal(twin.forward_packed(**packed)[0], model.forward_packed(**packed)[0])
     for p in twin.parameters():
@@ -403,10 +414,15 @@ def test_compiled_models_keep_their_padding():
 
 
 @pytest.mark.parametrize("unpad", [False, True])
-def test_classifiers_read_the_first_token_wherever_it_is(unpad):
+def test_classifiers_behind_left_padding(unpad):
+    """Where padding comes out as zeros, they read the first token; otherwise what lies first, as Hugging Face's do."""
     model, inputs = build("v3", "ForSequenceClassification"), tokens("left")
-    model.set_unpad(unpad)
+    model.set_unpad(unpad, "zeros")
     got = model(**inputs).logits
     for row, mask in enumerate(inputs["attention_mask"].bool()):
         alone = {key: x[row : row + 1, mask] for key, x in inputs.items()}
         torch.testing.assert_close(got[row : row + 1], model(**alone).logits, atol=1e-5, rtol=1e-5)
+    model.set_unpad(unpad)
+    first = model.deberta(**inputs).last_hidden_state[:, 0]
+    torch.testing.assert_close(model(**inputs).logits, model.classifier(model.pooler(first)), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(model(**inputs).logits, got)
