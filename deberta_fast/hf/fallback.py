@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..models.ordinary import constant, overridden, why_not_ordinary
-from ..models.packing import Unpadding
+from ..models.packing import Unpadding, reason_to_stay
 from ..op.relative_position import slot_table
 
 # The attribute that marks a patched module; it holds what patch replaced.
@@ -21,12 +21,25 @@ class Shared:
         self.backend = backend
         self.unpadding = Unpadding(unpad, padding_rows)
         self.warned: set[str] = set()
+        self.left_padding = False
 
     def warn(self, reason: str) -> None:
         if reason in self.warned or torch.compiler.is_compiling():
             return
         self.warned.add(reason)
         warnings.warn(f"deberta_fast: running Hugging Face's own attention: {reason}", stacklevel=3)
+
+    def warn_of_left_padding(self, mask: torch.Tensor | None) -> None:
+        """A head that reads the first row would find nothing of the text there, and nobody would notice."""
+        if self.unpadding.padding_rows == "hf" or self.left_padding or mask is None or reason_to_stay(mask) is not None:
+            return
+        self.left_padding = not mask[:, 0].all()
+        if self.left_padding:
+            warnings.warn(
+                'deberta_fast: padding_rows="zeros" and the first row of a sequence is padding: heads that read it see '
+                'zeros, whatever the text; padding_rows="hf" gives them what Hugging Face\'s model does',
+                stacklevel=3,
+            )
 
     def warn_unless_warned(self, reason: str) -> None:
         """For an attention module: the encoder above it may have warned of its own fallback already."""

@@ -117,7 +117,7 @@ class Unpadding:
         """
         if not self.mode or mask is None or isinstance(mask, Packing):
             return None
-        reason = f"{dense}: computed densely" if dense else _reason_to_stay(mask)
+        reason = f"{dense}: computed densely" if dense else reason_to_stay(mask)
         if reason is None:
             return packing_of(mask, self.mode, self.padding_rows)
         if self.mode is True and not (self._warned or torch.compiler.is_compiling()):
@@ -216,7 +216,7 @@ def packed_sequences(
     return Packing(cu_seqlens, max_seqlen, None if attention_mask is None else attention_mask.bool())
 
 
-def _reason_to_stay(mask: torch.Tensor) -> str | None:
+def reason_to_stay(mask: torch.Tensor) -> str | None:
     """The reason for which a batch with this mask, bool, keeps its padding; None if there is none."""
     if is_traced():
         return "a traced program cannot depend on how many tokens there are"

@@ -65,7 +65,9 @@ def test_losses_of_native_models(name, head, layout, tmp_path):
         ours.set_unpad(unpad)
         got = ours(**inputs)
         for key in expected:
-            torch.testing.assert_close(got[key], expected[key], rtol=0, atol=1e-9, msg=f"{key}, {unpad}")
+            # Hugging Face takes the loss of classifiers in float32
+            tolerance = 1e-6 if key == "loss" else 1e-9
+            torch.testing.assert_close(got[key], expected[key], rtol=0, atol=tolerance, msg=f"{key}, {unpad}")
 
 
 class Pooled(nn.Module):
