@@ -159,6 +159,8 @@ class DebertaModel(PreTrainedModel):
         """Checks only the first call, because the check synchronises with the device."""
         if self._saw_no_mask or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
+        if input_ids is not None and torch._C._functorch.is_functorch_wrapped_tensor(input_ids):
+            return
         self._saw_no_mask = True
         pad = self.config.pad_token_id
         if pad is None or input_ids is None or input_ids.numel() == 0 or input_ids.is_meta:

@@ -220,6 +220,8 @@ def reason_to_stay(mask: torch.Tensor) -> str | None:
     """The reason for which a batch with this mask, bool, keeps its padding; None if there is none."""
     if is_traced():
         return "a traced program cannot depend on how many tokens there are"
+    if torch._C._functorch.is_functorch_wrapped_tensor(mask):
+        return "what torch.func transforms cannot depend on how many tokens there are"
     if mask.dim() != 2:
         return "a mask of pairs of tokens"
     if type(mask) is not torch.Tensor or mask.is_meta:

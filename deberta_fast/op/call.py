@@ -149,7 +149,7 @@ def _quiet_in_traces(check):
 
     @functools.wraps(check)
     def checked(*arguments):
-        if torch.compiler.is_compiling() or not torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is None:
             return check(*arguments)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.jit.TracerWarning)

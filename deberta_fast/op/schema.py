@@ -159,9 +159,7 @@ def _checked(cu_seqlens, total, max_seqlen):
 def _fake_forward(*arguments):
     # Asked again: the exporter's second try hides from Python that it is one
     if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
-        raise RuntimeError(
-            f"backend {arguments[-1]!r} cannot serve this call: only 'reference' can be exported to ONNX"
-        )
+        raise RuntimeError(f"backend {arguments[-1]!r} cannot serve this call: {backends.ONNX}")
     call = Call(*arguments[:-1])
     return call.new_output(), call.new_lse()
 

@@ -279,9 +279,14 @@ def test_dropout_under_vmap():
 
 def test_cu_seqlens_are_not_mapped_over():
     rows = [x[0].transpose(0, 1) for x in tensors()[:3]]
-    run = lambda ends: disentangled_attention_varlen(*rows, cu_seqlens=ends, max_seqlen=4)
-    with pytest.raises(RuntimeError, match="need a cu_seqlens with values"):
-        vmap(run)(torch.stack([ENDS, ENDS]))
+    run = lambda ends, rows: disentangled_attention_varlen(*rows, cu_seqlens=ends, max_seqlen=4).sum()
+    for transformed in (vmap(run, in_dims=(0, None)), vmap(torch.func.grad(run, argnums=1), in_dims=(0, None))):
+        with pytest.raises(RuntimeError, match="need a cu_seqlens with values"):
+            transformed(torch.stack([ENDS, ENDS]), rows)
+    inside = lambda *rows: run(ENDS.clone(), rows)
+    got = torch.func.grad(inside, (0, 1, 2))(*rows)
+    leaves = [x.clone().requires_grad_() for x in rows]
+    assert_close(got, torch.autograd.grad(inside(*leaves), leaves))
 
 
 @each_backend

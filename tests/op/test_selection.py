@@ -276,7 +276,7 @@ def test_modes_of_the_caller_do_not_reach_the_check(accelerator, checks):
     torch.func.vmap(lambda q: deberta_fast.disentangled_attention(**tensors_on_cpu(torch.float16) | {"query": q}))(
         tensors_on_cpu(torch.float16)["query"][None]
     )
-    assert checks[2:] == [(torch.float16, SIZE, Kind())]
+    assert len(checks) == 2  # what is transformed runs by the reference, whatever a check would find
     assert torch.equal(state, torch.get_rng_state())
 
 

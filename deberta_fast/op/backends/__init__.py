@@ -18,6 +18,7 @@ from . import cpu, cuda, eager, reference, triton
 # In order of preference on a CPU; ``selection`` has that of other devices.
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "eager": eager, "triton": triton, "cuda": cuda, "reference": reference}
 
+ONNX = "only 'reference' can be exported to ONNX"
 _told: set[str] = set()  # why the reference ran: once is enough
 
 
@@ -70,17 +71,15 @@ def only_reference(call: Call) -> str | None:
 
     What is transformed, traced or differentiated forward has to be made of torch's own operators.
     """
-    compiling = torch.compiler.is_compiling()
-    tracing = not compiling and torch.jit.is_tracing()
-    if (tracing or torch.compiler.is_exporting()) and torch.onnx.is_in_onnx_export():
-        return "only 'reference' can be exported to ONNX"
-    if tracing:
-        return "only 'reference' can be traced by torch.jit"
-    if compiling:
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return ONNX
+    if torch.compiler.is_compiling():
         return None
+    if torch._C._get_tracing_state() is not None:
+        return ONNX if torch.onnx.is_in_onnx_export() else "only 'reference' can be traced by torch.jit"
     if torch._C._are_functorch_transforms_active():
         return "only 'reference' can be transformed by torch.func"
-    if has_tangents(call[:5]):
+    if forward_ad._current_level >= 0 and has_tangents(call[:5]):
         return "only 'reference' has forward-mode derivatives"
     return None
 

@@ -22,9 +22,18 @@ def why_not(call: Call) -> list[str]:
         return []
     if torch.jit.is_tracing():
         return ["packed sequences cannot be traced by torch.jit, which would keep their lengths as constants"]
-    if ends.is_meta or torch._C._functorch.is_batchedtensor(ends):
+    if ends.is_meta or _is_mapped(ends):
         return ["packed sequences need a cu_seqlens with values, neither on meta nor mapped over by torch.vmap"]
     return []
+
+
+def _is_mapped(x: torch.Tensor) -> bool:
+    """Whether torch.vmap maps over a tensor, under whatever other transforms."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False
 
 
 def attention(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
