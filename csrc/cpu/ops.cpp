@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <exception>
+#include <mutex>
 #include <string>
 
 #include "../given.h"
@@ -85,8 +87,19 @@ void place_statistics(const Tensor& x, Pass& pass) {
   }
 }
 
+// Of what a share throws, torch would pass on no more than that it threw.
 void parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& share) {
-  torch::stable::parallel_for(0, count, 1, share);
+  std::mutex one_at_a_time;
+  std::exception_ptr first;
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    try {
+      share(begin, end);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(one_at_a_time);
+      if (!first) first = std::current_exception();
+    }
+  });
+  if (first) std::rethrow_exception(first);
 }
 
 constexpr int64_t kFarOffset = int64_t{1} << 40;  // beyond every table and length: sums with it stay within 64 bits
