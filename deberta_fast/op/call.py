@@ -20,6 +20,8 @@ from .relative_position import (
 LONGEST = 2**31 - 1  # rows of packed sequences: cu_seqlens is int32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TENSORS = 8  # the first fields of a Call
+# Of a row of scores, as backward wants them: the log-sum-exp, the largest score, the sum of exponentials less that.
+STATISTICS = 3
 
 
 class Call(NamedTuple):
@@ -100,15 +102,16 @@ class Call(NamedTuple):
         """Uninitialised output (B, H, Lq, D)."""
         return _new_heads(self.query)
 
-    def new_lse(self, more: int = 0) -> torch.Tensor:
-        """Uninitialised log-sum-exp (B, H, Lq); with ``more`` statistics of a row behind it, (1 + more, B, H, Lq)."""
+    def new_lse(self) -> torch.Tensor:
+        """Uninitialised log-sum-exp (B, H, Lq); on the CPU in a storage for STATISTICS of this shape, the first one."""
         query = self.query
-        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         batch, heads, length, _ = query.shape
         shape, strides = (batch, heads, length), (heads * length, length, 1)
-        if more:
-            shape, strides = (1 + more, *shape), (batch * heads * length, *strides)
-        return query.new_empty_strided(shape, strides, dtype=dtype)
+        if query.is_cpu:
+            shape, strides = (STATISTICS, *shape), (batch * heads * length, *strides)
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        made = query.new_empty_strided(shape, strides, dtype=dtype)
+        return made[0] if query.is_cpu else made
 
     def new_gradients(self, wanted: tuple[bool, ...]) -> list[torch.Tensor | None]:
         """Uninitialised gradients of query, key, value, pos_key and pos_query.
@@ -177,8 +180,10 @@ def checked_call(
         check_cu_seqlens_form(cu_seqlens, device)
         if type(max_seqlen) is not int:
             max_seqlen = integer("max_seqlen", max_seqlen)
-        if not 0 <= max_seqlen <= LONGEST:
-            raise ValueError(f"max_seqlen must be from 0 to {LONGEST}, got {max_seqlen}")
+        if max_seqlen < 0:
+            raise ValueError(f"max_seqlen must not be negative, got {max_seqlen}")
+        if max_seqlen > LONGEST:
+            raise ValueError(f"max_seqlen must be at most {LONGEST}, got {max_seqlen}")
         if attention_mask is not None and attention_mask.dim() != 1:
             raise ValueError(f"attention_mask must be of shape ({shape[0]},), got {tuple(attention_mask.shape)}")
     heads, size = shape[1], shape[-1]

@@ -154,9 +154,9 @@ def test_other_kinds_of_integers(backend):
 
 
 @each_backend
-@pytest.mark.parametrize("longest", [-1, 2**31, 2**63, 10**30])
+@pytest.mark.parametrize("longest", [2**31, 2**63, 10**30])
 def test_a_longest_sequence_that_cannot_be(longest, backend):
-    with pytest.raises(ValueError, match=f"^max_seqlen must be from 0 to {INT32}, got {longest}$"):
+    with pytest.raises(ValueError, match=f"^max_seqlen must be at most {INT32}, got {longest}$"):
         disentangled_attention_varlen(*packed(), **TABLE, cu_seqlens=RIGHT, max_seqlen=longest, backend=backend)
 
 
