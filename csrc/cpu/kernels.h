@@ -1,6 +1,9 @@
 // What each instruction set's kernels offer. Ranges are shares of the work, to be run in any order and by any thread.
 #pragma once
 
+#include <new>
+#include <string>
+
 #include "params.h"
 
 namespace deberta_fast {
@@ -30,6 +33,18 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+
+// Torch makes a MemoryError of it, with these words.
+class OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(int64_t bytes)
+      : message_("deberta_fast: out of memory: the CPU kernels need " + std::to_string(bytes) +
+                 " bytes more for one thread") {}
+  const char* what() const noexcept override { return message_.c_str(); }
+
+ private:
+  std::string message_;
+};
 
 enum MemoryUse { kThreadScratch, kCallScratch, kMemoryUses };
 

@@ -4,6 +4,9 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <exception>
+#include <mutex>
 #include <string>
 
 #include "../given.h"
@@ -84,9 +87,22 @@ void place_statistics(const Tensor& x, Pass& pass) {
   }
 }
 
+// Of what a share throws, torch would pass on no more than that it threw.
 void parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& share) {
-  torch::stable::parallel_for(0, count, 1, share);
+  std::mutex one_at_a_time;
+  std::exception_ptr first;
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    try {
+      share(begin, end);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(one_at_a_time);
+      if (!first) first = std::current_exception();
+    }
+  });
+  if (first) std::rethrow_exception(first);
 }
+
+constexpr int64_t kFarOffset = int64_t{1} << 40;  // beyond every table and length: sums with it stay within 64 bits
 
 Request request_of(const Given& given) {
   Request request;
@@ -94,7 +110,7 @@ Request request_of(const Given& given) {
   const Tensor &query = given.query, &key = given.key;
   a.element = element_of(query);
   a.heads = query.size(1), a.size = query.size(3);
-  a.scale = static_cast<float>(given.scale), a.query_offset = given.query_offset;
+  a.scale = static_cast<float>(given.scale), a.query_offset = std::clamp(given.query_offset, -kFarOffset, kFarOffset);
   a.query = heads_of(query), a.key = heads_of(key), a.value = heads_of(given.value);
   a.pos_key = table_of(given.pos_key), a.pos_query = table_of(given.pos_query);
   if (given.has_positions()) {
@@ -114,11 +130,14 @@ Request request_of(const Given& given) {
   }
   if (given.cu_seqlens) {
     const auto* ends = static_cast<const int32_t*>(given.cu_seqlens->data_ptr());
-    const int64_t step = given.cu_seqlens->stride(0);
-    for (int64_t s = 0; s + 1 < given.cu_seqlens->size(0); ++s) {
-      const int64_t start = ends[s * step], length = ends[(s + 1) * step] - start;
-      request.sequences.push_back({0, start, start, length, length, 0});
+    const int64_t step = given.cu_seqlens->stride(0), count = given.cu_seqlens->size(0) - 1, total = query.size(2);
+    bool rises = ends[0] == 0 && ends[count * step] == total;
+    for (int64_t s = 0; s < count; ++s) {
+      const int64_t start = ends[s * step], stop = ends[(s + 1) * step];
+      rises = rises && start <= stop && stop <= total;
+      request.sequences.push_back({0, start, start, stop - start, stop - start, 0});
     }
+    STD_TORCH_CHECK(rises, "deberta_fast: cu_seqlens must rise from 0 to ", total);
   } else {
     for (int64_t b = 0; b < query.size(0); ++b) request.sequences.push_back({b, 0, 0, query.size(2), key.size(2), 0});
   }

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <new>
 #include <tuple>
 
 namespace deberta_fast {
@@ -201,8 +200,9 @@ ThreadMemory::ThreadMemory(MemoryUse use, int64_t floats) : use_(use) {
   if (memory.floats < floats) {
     std::free(memory.data);
     memory.floats = 0;
-    memory.data = static_cast<float*>(std::aligned_alloc(64, round_up(floats * 4, 64)));
-    if (memory.data == nullptr) throw std::bad_alloc();
+    const int64_t bytes = round_up(floats * 4, 64);
+    memory.data = static_cast<float*>(std::aligned_alloc(64, bytes));
+    if (memory.data == nullptr) throw OutOfMemory(bytes);
     memory.floats = floats;
   }
   data_ = memory.data;

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from .ordinary import why_not_ordinary
 
@@ -34,14 +35,16 @@ def is_plain(linear: nn.Module) -> bool:
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x W^T + b, differentiable; x (..., K), weight (N, K), bias (N,) or None."""
-    if not _by_onednn(x, weight):
+    if not _by_onednn(x, weight, bias):
         return nn.functional.linear(x, weight, bias)
     return _Product.apply(x, weight, bias) if torch.is_grad_enabled() else _onednn(x, weight, bias)
 
 
 def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if bias is not None:
+        bias = bias.contiguous()  # oneDNN reads N numbers from the first one on, whatever the stride
     result = None
-    for start in range(0, max(1, x.shape[-1]), DEEPEST):
+    for start in range(0, x.shape[-1], DEEPEST):
         part = weight[:, start : start + DEEPEST]
         if not (part.is_contiguous() or part.t().is_contiguous()):
             part = part.contiguous()  # or oneDNN would multiply by its slowest code
@@ -70,16 +73,21 @@ class _Product(torch.autograd.Function):
         )
 
 
-def _by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    # What torch would broadcast or refuse is torch's: oneDNN is called below all checks and below autograd.
     return (
         _mkl_is_slow()
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
         and type(x) is torch.Tensor
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
+        and x.shape[-1:] == weight.shape[1:]
+        and 0 not in weight.shape
         and (weight.is_contiguous() or weight.t().is_contiguous())
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.device == x.device and bias.dtype == x.dtype))
         and x.shape[:-1].numel() >= FEWEST_ROWS
     )
 

@@ -167,7 +167,7 @@ def disentangled_attention_varlen(
         far_negative, first_slot, query_offset, max_seqlen, scale, dropout_p,
     )  # fmt: skip
     if check_values:
-        call = call._replace(cu_seqlens=checked_cu_seqlens(cu_seqlens, query.shape[0], max_seqlen))
+        call = call._replace(cu_seqlens=checked_cu_seqlens(cu_seqlens, query.shape[0], call.max_seqlen))
     result = _run(call, return_lse, backend)
     if return_lse:
         return result[0].squeeze(0).transpose(0, 1), result[1].squeeze(0)

@@ -3,16 +3,28 @@
 import contextlib
 import functools
 import math
+import operator
 import warnings
 from typing import NamedTuple
 
 import torch
 
 from .dropout import new_seed
-from .relative_position import FAR_NEGATIVE_RULES, DeviceTables, SlotTable, device_tables, slot_table, table_rows
+from .relative_position import (
+    FAR_NEGATIVE_RULES,
+    FARTHEST,
+    DeviceTables,
+    SlotTable,
+    device_tables,
+    slot_table,
+    table_rows,
+)
 
+LONGEST = 2**31 - 1  # rows of packed sequences: cu_seqlens is int32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TENSORS = 8  # the first fields of a Call
+# Of a row of scores, as backward wants them: the log-sum-exp, the largest score, the sum of exponentials less that.
+STATISTICS = 3
 
 
 class Call(NamedTuple):
@@ -98,15 +110,16 @@ class Call(NamedTuple):
         """Uninitialised output (B, H, Lq, D)."""
         return _new_heads(self.query)
 
-    def new_lse(self, more: int = 0) -> torch.Tensor:
-        """Uninitialised log-sum-exp (B, H, Lq); with ``more`` statistics of a row behind it, (1 + more, B, H, Lq)."""
+    def new_lse(self) -> torch.Tensor:
+        """Uninitialised log-sum-exp (B, H, Lq); on the CPU in a storage for STATISTICS of this shape, the first one."""
         query = self.query
-        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         batch, heads, length, _ = query.shape
         shape, strides = (batch, heads, length), (heads * length, length, 1)
-        if more:
-            shape, strides = (1 + more, *shape), (batch * heads * length, *strides)
-        return query.new_empty_strided(shape, strides, dtype=dtype)
+        if query.is_cpu:
+            shape, strides = (STATISTICS, *shape), (batch * heads * length, *strides)
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        made = query.new_empty_strided(shape, strides, dtype=dtype)
+        return made[0] if query.is_cpu else made
 
     def new_gradients(self, wanted: tuple[bool, ...]) -> list[torch.Tensor | None]:
         """Uninitialised gradients of query, key, value, pos_key and pos_query.
@@ -173,17 +186,33 @@ def checked_call(
     _check_heads(query, key, value, 3 if packed else 4)
     if far_negative not in FAR_NEGATIVE_RULES:
         raise ValueError(f"far_negative must be one of {FAR_NEGATIVE_RULES}, got {far_negative!r}")
+    # Almost always they are plain already: no call then.
+    if type(position_buckets) is not int:
+        position_buckets = integer("position_buckets", position_buckets)
+    if type(max_relative_positions) is not int:
+        max_relative_positions = integer("max_relative_positions", max_relative_positions)
+    if type(first_slot) is not int:
+        first_slot = integer("first_slot", first_slot)
+    if type(query_offset) is not int:
+        query_offset = integer("query_offset", query_offset)
+    if type(dropout_p) is not float:
+        dropout_p = _real("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     device, shape = query.device, query.shape
     if packed:
         check_cu_seqlens_form(cu_seqlens, device)
+        if type(max_seqlen) is not int:
+            max_seqlen = integer("max_seqlen", max_seqlen)
         if max_seqlen < 0:
             raise ValueError(f"max_seqlen must not be negative, got {max_seqlen}")
+        if max_seqlen > LONGEST:
+            raise ValueError(f"max_seqlen must be at most {LONGEST}, got {max_seqlen}")
         if attention_mask is not None and attention_mask.dim() != 1:
             raise ValueError(f"attention_mask must be of shape ({shape[0]},), got {tuple(attention_mask.shape)}")
     heads, size = shape[1], shape[-1]
     lengths = (shape[2], key.shape[2]) if not packed else (max_seqlen, max_seqlen)
+    numbering = position_buckets, max_relative_positions, far_negative
     # Almost always the tables are whole; then these comparisons are all that is to be done.
     whole = heads, table_rows(position_buckets, max_relative_positions), size
     if (
@@ -191,10 +220,13 @@ def checked_call(
         or (pos_query is not None and (pos_query.shape != whole or pos_query.device != device))
         or first_slot != 0
     ):
-        numbering = position_buckets, max_relative_positions, far_negative
         _check_tables(pos_key, pos_query, device, whole, numbering, first_slot, lengths, query_offset)
+    if not -FARTHEST <= query_offset <= FARTHEST:
+        query_offset = _near_offset(query_offset, pos_key, pos_query, numbering, lengths)
     if scale is None:
         scale = (size * (1 + (pos_key is not None) + (pos_query is not None))) ** -0.5
+    elif type(scale) is not float:
+        scale = _real("scale", scale)
     kind = device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
         # As torch's own attention does; float64 is left alone.
@@ -217,8 +249,38 @@ def checked_call(
         attention_mask = _check_mask(attention_mask[None] if packed else attention_mask, device, whole)
     return Call(
         *tensors, attention_mask, cu_seqlens, new_seed(device) if dropout_p > 0 else None, position_buckets,
-        max_relative_positions, far_negative, first_slot, query_offset, lengths[0], float(scale), dropout_p,
+        max_relative_positions, far_negative, first_slot, query_offset, lengths[0], scale, dropout_p,
     )  # fmt: skip
+
+
+def integer(name: str, value) -> int:
+    """An argument that has to be an integer.
+
+    Raises:
+        TypeError: it is something else: a float, text, None, a tensor of another dtype.
+    """
+    if isinstance(value, torch.SymInt):  # of a traced program, which asks for its value where it has to
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def _real(name: str, value) -> float:
+    if isinstance(value, torch.SymFloat):
+        return value
+    if not hasattr(value, "__float__"):  # text has none, though float reads it
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
+def _near_offset(query_offset: int, pos_key, pos_query, numbering, lengths) -> int:
+    """An offset that makes every pair read the same rows, and no sum of positions pass 32 bits."""
+    if pos_key is None and pos_query is None:
+        return 0
+    most = slot_table(*numbering).reach + max(lengths)
+    return max(-most, min(most, query_offset))
 
 
 def _check_heads(query, key, value, ndim: int) -> None:
@@ -307,11 +369,16 @@ def check_cu_seqlens_values(cu_seqlens: torch.Tensor, total: int, max_seqlen: in
     """
     expected = f"cu_seqlens must rise from 0 to {total} in steps of 0 to max_seqlen={max_seqlen}"
     if cu_seqlens.device.type != "cpu":
-        lengths = cu_seqlens.diff()
-        right = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total) & ((lengths >= 0) & (lengths <= max_seqlen)).all()
-        torch._assert_async(right, expected)
+        torch._assert_async(_rises(cu_seqlens, total, max_seqlen), expected)
         return
     ends = cu_seqlens.tolist()
     steps = zip(ends, ends[1:], strict=False)
     if ends[0] != 0 or ends[-1] != total or not all(0 <= stop - start <= max_seqlen for start, stop in steps):
         raise ValueError(f"{expected}, got {ends}")
+
+
+def _rises(cu_seqlens: torch.Tensor, total: int, max_seqlen: int) -> torch.Tensor:
+    """The same as a bool on the device."""
+    ends = cu_seqlens.long()  # differences of int32 wrap
+    lengths = ends.diff()
+    return (ends[0] == 0) & (ends[-1] == total) & ((lengths >= 0) & (lengths <= max_seqlen)).all()

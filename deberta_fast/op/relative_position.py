@@ -31,6 +31,7 @@ import torch
 FAR_NEGATIVE_RULES = ("hf", "ms")
 _LONGEST_TABLE = 1 << 20
 _ENDLESS = 1 << 29  # beyond any distance; twice this still fits 32 bits
+FARTHEST = 1 << 27  # query offsets up to here, added to a length, fit the 32-bit numbers of kernels
 
 
 class SlotTable(NamedTuple):

@@ -47,7 +47,9 @@ def attend(call: Call, backend: str, with_lse: bool) -> tuple[torch.Tensor, torc
 
 
 def checked_cu_seqlens(cu_seqlens: torch.Tensor, total: int, max_seqlen: int) -> torch.Tensor:
-    """cu_seqlens, int32 (n + 1,), whose values were checked: at once, or when a traced program runs.
+    """A copy of cu_seqlens, int32 (n + 1,), whose values were checked: at once, or when a traced program runs.
+
+    A copy, since backward reads it again, and whoever handed it in may have written to it by then.
 
     Raises:
         ValueError: it does not rise from 0 to total in steps of at most max_seqlen. On a device, a device-side
@@ -55,8 +57,7 @@ def checked_cu_seqlens(cu_seqlens: torch.Tensor, total: int, max_seqlen: int) ->
     """
     if _is_traced((cu_seqlens,)):
         return torch.ops.deberta_fast.checked_cu_seqlens(cu_seqlens, total, max_seqlen)
-    check_cu_seqlens_values(cu_seqlens, total, max_seqlen)
-    return cu_seqlens
+    return _checked(cu_seqlens, total, max_seqlen)
 
 
 def _is_traced(tensors: tuple[torch.Tensor | None, ...]) -> bool:

@@ -175,6 +175,79 @@ def test_under_transforms_of_functions(by_onednn):
     assert not any(by_onednn)
 
 
+def agrees(linear, x):
+    """Output and gradients, with gradients and without."""
+    leaves = [x.requires_grad_(), *linear.parameters()]
+    got, expected = project(linear, x), linear(x)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    grads = [torch.autograd.grad(y.square().sum(), leaves) for y in (got, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(project(linear, x), expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [lambda: torch.randn(80)[::2], lambda: torch.randn(1).expand(40), lambda: torch.randn(41)[1:]],
+    ids=["strided", "expanded", "offset"],
+)
+def test_biases_of_any_stride(by_onednn, bias):
+    torch.manual_seed(0)
+    linear = nn.Linear(48, 40)
+    linear.bias = nn.Parameter(bias())
+    agrees(linear, torch.randn(9, 48))
+    assert all(by_onednn)
+
+
+@pytest.mark.parametrize("inputs", [0, 1, 1023, 1024, 1025, 2048])
+def test_products_of_any_depth(by_onednn, inputs):
+    torch.manual_seed(0)
+    linear = nn.Linear(inputs, 7) if inputs else nn.Linear(1, 7)
+    linear.weight = nn.Parameter(torch.randn(7, inputs) / max(inputs, 1) ** 0.5)
+    agrees(linear, torch.randn(9, inputs))
+    assert by_onednn[0] == (inputs > 0)
+
+
+def test_no_outputs(by_onednn):
+    linear = nn.Linear(16, 1, bias=False)
+    linear.weight = nn.Parameter(torch.randn(0, 16))
+    agrees(linear, torch.randn(9, 16))
+
+
+@pytest.mark.parametrize("given, wanted", [(1024, 2048), (2048, 1024), (1024, 3072), (16, 17), (1, 16), (0, 16)])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_wrong_depth_is_refused(given, wanted, grad):
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="cannot be multiplied"):
+        project(nn.Linear(wanted, 7), torch.randn(9, given))
+
+
+@pytest.mark.parametrize("shape", [(1,), (9, 1), ()], ids=str)
+def test_a_bias_that_torch_broadcasts(shape):
+    x, weight, bias = torch.randn(9, 16), torch.randn(7, 16), torch.randn(shape)
+    torch.testing.assert_close(projection.product(x, weight, bias), nn.functional.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("bias", [torch.zeros(6), torch.zeros(8), torch.zeros(7).double()], ids=["6", "8", "float64"])
+def test_a_wrong_bias_is_refused(bias):
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        projection.product(torch.randn(9, 16), torch.randn(7, 16), bias)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("of", ["x", "weight", "bias"])
+def test_forward_mode_derivatives(grad, of):
+    torch.manual_seed(0)
+    given = dict(x=torch.randn(9, 16), weight=torch.randn(7, 16), bias=torch.randn(7))
+    tangent = torch.randn_like(given[of])
+
+    def derivative(function):
+        with torch.set_grad_enabled(grad), torch.autograd.forward_ad.dual_level():
+            dual = given | {of: torch.autograd.forward_ad.make_dual(given[of], tangent)}
+            return torch.autograd.forward_ad.unpack_dual(function(*dual.values())).tangent
+
+    torch.testing.assert_close(derivative(projection.product), derivative(nn.functional.linear))
+
+
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_onednn_switched_off(by_onednn):
     with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):

@@ -1,6 +1,7 @@
 """The C++ backend beyond the named cases: instruction sets, threads, what nobody sees, memory, refusals."""
 
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -279,6 +280,37 @@ def test_memory_grows_with_the_length_not_its_square(backward, monkeypatch):
     short, long = peak_memory(calls_of_two_lengths, backward)
     tensor = 4096 * 16 * 4
     assert short < 40 * tensor and long < 80 * tensor and long < 2.5 * short + tensor
+
+
+LITTLE_MEMORY = """
+import resource, torch
+from pathlib import Path
+from deberta_fast import disentangled_attention
+torch.set_num_threads(2)
+x = torch.randn(1, 4, 8, 64, requires_grad=True)
+call = lambda keys: disentangled_attention(x, *[x[:, :, :1].expand(-1, -1, keys, -1)] * 2, backend="cpu")
+small, = torch.autograd.grad(call(100).sum(), x)
+output = call({keys}) if {backward} else None
+in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+before = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (in_use + {room}, before[1]))
+try:
+    output.sum().backward() if {backward} else call({keys})
+except MemoryError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, before)
+assert torch.equal(torch.autograd.grad(call(100).sum(), x)[0], small)
+"""
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_memory_that_is_not_there(backward):
+    """Said in words, and nothing is spoiled by it."""
+    keys, room = (2**16, 200 << 20) if backward else (2**20, 100 << 20)
+    said = in_a_process(LITTLE_MEMORY.format(backward=backward, keys=keys, room=room))
+    assert re.fullmatch(
+        r"deberta_fast: out of memory: the CPU kernels need \d{8,} bytes more for one thread\n", said
+    ), said
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "head", "row"])

@@ -101,10 +101,9 @@ def tell(reason: str) -> None:
 
 def forward(call: Call, backend: str, with_lse: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output (B, H, Lq, D) and log-sum-exp (B, H, Lq), outside autograd; None where nobody wants the second."""
-    output = call.new_output()
-    statistics = call.new_lse(cpu.MORE_STATISTICS if backend == "cpu" else 0) if with_lse else None
-    BACKENDS[backend].forward(call, output, statistics)
-    return output, statistics[0] if with_lse and backend == "cpu" else statistics
+    output, lse = call.new_output(), call.new_lse() if with_lse else None
+    BACKENDS[backend].forward(call, output, cpu.with_statistics(lse) if backend == "cpu" and with_lse else lse)
+    return output, lse
 
 
 def backward(

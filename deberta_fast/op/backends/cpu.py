@@ -10,15 +10,12 @@ import contextlib
 
 import torch
 
-from ..call import Call
+from ..call import STATISTICS, Call
 from . import extension
 from .extension import NOT_LOADED, arguments
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SETS = ("avx512", "avx2", "plain")
-# A row's largest score and the sum of the exponentials less that, kept behind the log-sum-exp in its storage: the sum
-# is that of the very terms that backward makes again, and cannot be had from a float32 log-sum-exp of large scores.
-MORE_STATISTICS = 2
 
 
 def instruction_set() -> str:
@@ -59,8 +56,7 @@ def why_not(call: Call) -> list[str]:
 
 
 def forward(call: Call, output: torch.Tensor, lse: torch.Tensor | None) -> None:
-    """Fills output (B, H, Lq, D) and, unless it is None, log-sum-exp, (B, H, Lq) or (3, B, H, Lq) with the statistics
-    that backward divides by."""
+    """Fills output (B, H, Lq, D) and, unless it is None, log-sum-exp (B, H, Lq), or all ``with_statistics``."""
     extension.fused_forward(output, lse, *arguments(call))
 
 
@@ -79,13 +75,16 @@ def backward(
     """
     if grad_output.stride(-1) != 1:
         grad_output = grad_output.contiguous()
-    extension.fused_backward(*grads, output, _with_statistics(lse), grad_output, grad_lse, *arguments(call))
+    extension.fused_backward(*grads, output, with_statistics(lse), grad_output, grad_lse, *arguments(call))
 
 
-def _with_statistics(lse: torch.Tensor) -> torch.Tensor:
-    """(3, B, H, Lq), where a log-sum-exp (B, H, Lq) begins a storage of this size; the kernels look at whether the
-    other two make up the first."""
-    each, shape = lse.numel(), (1 + MORE_STATISTICS, *lse.shape)
+def with_statistics(lse: torch.Tensor) -> torch.Tensor:
+    """STATISTICS, (3, B, H, Lq), where a log-sum-exp (B, H, Lq) is the first of a storage for them; or as it is.
+
+    The sum is that of the very terms that backward makes again; a float32 log-sum-exp of large scores has no room for
+    it. The kernels look at whether the other two do make up the first.
+    """
+    each, shape = lse.numel(), (STATISTICS, *lse.shape)
     bytes_of_all = shape[0] * each * lse.element_size()
     if lse.storage_offset() or not lse.is_contiguous() or lse.untyped_storage().nbytes() != bytes_of_all:
         return lse
