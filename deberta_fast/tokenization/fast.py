@@ -79,9 +79,10 @@ class FastTokenizer(TokenizerBase):
         named = set(self.all_special_tokens)
         tokens = [token for _, token in sorted(decoder.items()) if token.content not in present]
         tokens += [token for token in self.all_special_tokens_extended if token.content not in present]
-        self._tokenizer.add_tokens(
-            [backend_token(token, token.special or token.content in named) for token in dict.fromkeys(tokens)]
-        )
+        with self._without_panics():
+            self._tokenizer.add_tokens(
+                [backend_token(token, token.special or token.content in named) for token in dict.fromkeys(tokens)]
+            )
         for index, token in decoder.items():
             own = self._tokenizer.token_to_id(token.content)
             if own != index:
@@ -267,7 +268,8 @@ class FastTokenizer(TokenizerBase):
         trainer = kind(
             vocab_size=vocab_size, special_tokens=[backend_token(token, True) for token in special], **options
         )
-        backend.train_from_iterator(text_iterator, trainer=trainer, length=length)
+        with self._without_panics():
+            backend.train_from_iterator(text_iterator, trainer=trainer, length=length)
         more = self._additional_special_tokens + [as_added_token(t, special=True) for t in new_special_tokens or ()]
         settings = {name: value for name, value in self.init_kwargs.items() if name in self._arguments()}
         settings.update(self._special_tokens, model_max_length=self.model_max_length)

@@ -168,6 +168,8 @@ class Files:
         save_directory: str | os.PathLike,
         legacy_format: bool | None = None,
         filename_prefix: str | None = None,
+        *,
+        push_to_hub: bool = False,
     ) -> tuple[str, ...]:
         """Writes all files of the tokenizer, which ``from_pretrained`` and transformers read.
 
@@ -175,14 +177,17 @@ class Files:
             save_directory: is made where it does not exist.
             legacy_format: for a fast tokenizer, True: without tokenizer.json; False: without the slow one's vocabulary.
             filename_prefix: the files' names begin with it and "-".
+            push_to_hub: only False; huggingface_hub uploads folders.
 
         Returns:
             The paths of the files.
 
         Raises:
             NotADirectoryError: there is a file of that name.
-            ValueError: ``legacy_format`` is impossible for this tokenizer.
+            ValueError: ``legacy_format`` is impossible for this tokenizer, or ``push_to_hub`` is True.
         """
+        if push_to_hub:
+            raise ValueError("push_to_hub is not supported: save, and call huggingface_hub.upload_folder")
         folder = Path(save_directory)
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"expected a folder to save in, and {folder} is a file")

@@ -200,8 +200,8 @@ class ModelInputs:
 
         Args:
             encoded_inputs: a dict with a list or tensor of rows an item, one with one row, or a list of dicts with one
-                row each. ``input_ids``, ``token_type_ids``, ``attention_mask`` and ``special_tokens_mask`` are padded;
-                other items (labels) stay as they are.
+                row each. ``input_ids``, ``token_type_ids``, ``attention_mask``, ``special_tokens_mask`` and
+                ``offset_mapping`` are padded; other items (labels) stay as they are.
             return_tensors: "pt" or "np"; None for lists, or for tensors where there were tensors.
             padding, max_length, pad_to_multiple_of, padding_side, return_attention_mask: see ``__call__``.
 
@@ -269,6 +269,7 @@ class ModelInputs:
             main: self.pad_token_id,
             "token_type_ids": self.pad_token_type_id,
             "special_tokens_mask": 1,
+            "offset_mapping": (0, 0),
             **({"attention_mask": 0} if wants_mask else {}),
         }
         for name, value in fill.items():

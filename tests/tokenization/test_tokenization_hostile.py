@@ -1,5 +1,6 @@
 """Files and arguments that end tokenizers, or open what they should not: a ValueError that names the file."""
 
+import base64
 import json
 import math
 import os
@@ -121,6 +122,17 @@ def test_a_regex_without_end(tmp_path):
         with pytest.raises(ValueError, match=f"{tmp_path}: tokenizers cannot go on: .*retry-limit"):
             call("a" * 60 + "b")
     assert tokenizer("b")["input_ids"]
+
+
+@pytest.mark.parametrize("name", CHARSMAPS)
+def test_maps_of_characters_of_tokenizer_json(name, tmp_path):
+    def change(content):
+        for step in content["normalizer"]["normalizers"]:
+            if step["type"] == "Precompiled":
+                step["precompiled_charsmap"] = base64.b64encode(CHARSMAPS[name]).decode()
+
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        DebertaV2TokenizerFast.from_pretrained(save(tmp_path, change, DebertaV2TokenizerFast))
 
 
 def test_a_long_piece_of_tokenizer_json(tmp_path):
