@@ -251,18 +251,8 @@ class PackedCollator:
         spans = [_span(f"features[{index}]", row["attention_mask"]) for index, row in enumerate(rows)]
         joined = lambda name: torch.cat([row[name][span] for row, span in zip(rows, spans)])
 
-        lengths = [span.stop - span.start for span in spans]
-        batch = {
-            "input_ids": joined("input_ids"),
-            "cu_seqlens": torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
-            "max_seqlen": max(lengths),
-        }
-        mask = joined("attention_mask")
-        if not mask.all():
-            batch["attention_mask"] = mask.long()
-        for name in ("token_type_ids", "position_ids"):
-            if name in rows[0]:
-                batch[name] = joined(name)
+        # Answers first: accelerate and Trainer take the first tensor's size for the number of sequences
+        batch = {}
         for name in ("start_positions", "end_positions"):
             if name in rows[0]:
                 positions = [_shifted(f"features[{i}][{name!r}]", rows[i], name, spans[i]) for i in range(len(rows))]
@@ -274,6 +264,16 @@ class PackedCollator:
             batch["labels"] = (
                 joined("labels") if self._of_tokens(rows) else torch.stack([row["labels"] for row in rows])
             )
+        lengths = [span.stop - span.start for span in spans]
+        batch["input_ids"] = joined("input_ids")
+        batch["cu_seqlens"] = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        batch["max_seqlen"] = max(lengths)
+        mask = joined("attention_mask")
+        if not mask.all():
+            batch["attention_mask"] = mask.long()
+        for name in ("token_type_ids", "position_ids"):
+            if name in rows[0]:
+                batch[name] = joined(name)
         return batch
 
     def _of_tokens(self, rows: list[dict[str, torch.Tensor]]) -> bool:

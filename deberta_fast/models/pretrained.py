@@ -138,7 +138,7 @@ class PreTrainedModel(nn.Module):
         device, device_map = placement(device, device_map)
         if config is not None:
             cls._check_config(config)
-            config = type(config).from_dict({**config.to_dict(), **changes}) if changes else config
+            config = type(config).from_dict(config.to_dict(), **changes) if changes else config
 
         def read():
             return (

@@ -1,16 +1,19 @@
 """Pipelines: a task's whole way from text to answer, with the inputs, options and results of Hugging Face's."""
 
 import importlib.util
+import inspect
 import os
+import sys
 
 import torch
 
 from .. import tokenization
 from ..checkpoint.hub import Source
-from ..models import task_models
+from ..models.arguments import chosen_dtype, placement, spread
 from ..models.config import DebertaConfig, read_config
 from ..models.pretrained import PreTrainedModel
 from .base import InputError, Pipeline
+from .feature_extraction import FeatureExtractionPipeline
 from .fill_mask import FillMaskPipeline
 from .question_answering import QuestionAnsweringPipeline
 from .text_classification import TextClassificationPipeline
@@ -25,6 +28,7 @@ _KINDS = (
     ZeroShotClassificationPipeline,
     TokenClassificationPipeline,
     QuestionAnsweringPipeline,
+    FeatureExtractionPipeline,
 )
 TASKS = {kind.task: kind for kind in _KINDS}
 # Hugging Face's other names for two of them
@@ -41,6 +45,12 @@ def pipeline(
     batch_size: int | None = None,
     progress: bool | None = None,
     backend: str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
+    device_map: torch.device | str | int | dict | None = None,
+    model_kwargs: dict | None = None,
+    use_fast: bool | None = None,
+    framework: str | None = None,
+    trust_remote_code: bool | None = None,
     **options,
 ) -> Pipeline:
     """A callable that answers texts.
@@ -49,20 +59,25 @@ def pipeline(
         classify(["A text.", {"text": "A text", "text_pair": "and another."}], top_k=None)
 
     Args:
-        task: "fill-mask", "text-classification", "zero-shot-classification", "token-classification" or
-            "question-answering"; the classes in ``TASKS`` document inputs, options and results.
+        task: "fill-mask", "text-classification", "zero-shot-classification", "token-classification",
+            "question-answering" or "feature-extraction"; the classes in ``TASKS`` document inputs, options and results.
         model: a folder, a name on the hub, or a model of this package.
-        tokenizer: one of this package's, a folder or a name on the hub; by default the model's, a fast one where
-            tokenizers is installed. Must be given with a model that is loaded already.
-        device: by default a GPU if there is one; a loaded model stays where it is.
-        dtype: float32 by default, "auto" for the checkpoint's; a loaded model stays as it is.
+        tokenizer: one of this package's, a folder or a name on the hub; by default the model's. Must be given with a
+            model that is loaded already.
+        device: by default a GPU if there is one; -1 is the CPU. A loaded model stays where it is by default.
+        dtype, torch_dtype: float32 by default, "auto" for the checkpoint's; a loaded model stays as it is.
         batch_size: inputs, or parts of long ones, that the model gets at once. By default as many as fit into 1,024
             tokens on a CPU, into 16,384 elsewhere. They are sorted by length before, so that little is padding.
         progress: whether to show a bar (tqdm) on stderr. By default over a list that takes more than three seconds, if
             stderr is a terminal and tqdm is installed.
         backend: the attention's, a name of ``backends.BACKENDS``; None for the best one call by call.
-        options: of the task, as of every call; and revision, cache_dir, token and local_files_only as of
-            ``hub.Source``.
+        device_map: as of ``PreTrainedModel.from_pretrained``, instead of device.
+        model_kwargs: other arguments of the model's ``from_pretrained``.
+        use_fast: the tokenizer's kind, where it is loaded. By default a fast one if tokenizers is installed.
+        framework: "pt" or None.
+        trust_remote_code: means nothing.
+        options: of the task, as of every call; and revision, cache_dir, token, local_files_only, force_download and
+            subfolder as of ``hub.Source``.
 
     Raises:
         ValueError: there is no such task; the configuration is of another model; options do not fit.
@@ -72,29 +87,59 @@ def pipeline(
     kind = TASKS.get(ALIASES.get(task, task))
     if kind is None:
         raise ValueError(f"task must be one of {', '.join([*TASKS, *ALIASES])}, got {task!r}")
+    if framework not in (None, "pt"):
+        raise ValueError(f'framework must be "pt", got {framework!r}')
     place = {name: options.pop(name) for name in Source.OPTIONS if name in options}
-    kind.changed(options)  # before what may take minutes
+    try:
+        kind.changed(options)  # before what may take minutes
+    except TypeError as error:
+        raise TypeError(f"{error}; pipeline takes {', '.join(_names())}") from None
+    device = "cpu" if isinstance(device, int) and device == -1 else device
+    given = dict(device=device, device_map=device_map, dtype=dtype, torch_dtype=torch_dtype)
+    given = {name: value for name, value in given.items() if value is not None}
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise ValueError("with a model that is loaded already, tokenizer must be given")
-        if device is not None or dtype is not None:
-            model = model.to(device=device, dtype=dtype)
+        if model_kwargs:
+            raise ValueError(f"model_kwargs load a model, and it is loaded already: got {', '.join(model_kwargs)}")
+        model = _moved(model, **given)
     elif isinstance(model, str | os.PathLike):
         tokenizer = model if tokenizer is None else tokenizer
-        config = read_config(Source(model, **place))
-        head = getattr(task_models, kind.head.__name__.replace("Deberta", _prefix(config)))
-        dtype = torch.float32 if dtype is None else dtype
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
-        model = head.from_pretrained(model, config=config, dtype=dtype, device=device, **place)
+        if twice := given.keys() & (model_kwargs or {}).keys():
+            raise ValueError(f"{', '.join(sorted(twice))} must be given once, got it in model_kwargs too")
+        given |= model_kwargs or {}
+        place |= {name: given.pop(name) for name in Source.OPTIONS if name in given}
+        config = given.pop("config", None) or read_config(Source(model, **place))
+        name = kind.head.__name__.replace("Deberta", _prefix(config))
+        if "device" not in given and "device_map" not in given:
+            given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+        head = getattr(sys.modules[kind.head.__module__], name)
+        model = head.from_pretrained(model, config=config, **given, **place)
     else:
         raise TypeError(f"model must be a folder, a name on the hub or a model, got {type(model).__name__}")
     if isinstance(tokenizer, str | os.PathLike):
-        fast = "Fast" if importlib.util.find_spec("tokenizers") else ""
-        kind_of_tokenizer = getattr(tokenization, f"{_prefix(model.config)}Tokenizer{fast}")
+        if use_fast is None:
+            use_fast = importlib.util.find_spec("tokenizers") is not None
+        kind_of_tokenizer = getattr(tokenization, f"{_prefix(model.config)}Tokenizer{'Fast' if use_fast else ''}")
         tokenizer = kind_of_tokenizer.from_pretrained(tokenizer, **place)
     if backend is not None:
         model.set_backend(backend)
     return kind(model, tokenizer, batch_size=batch_size, progress=progress, **options)
+
+
+def _moved(model: PreTrainedModel, device=None, device_map=None, **dtypes) -> PreTrainedModel:
+    dtype = chosen_dtype(**{"dtype": None, "torch_dtype": None, **dtypes}) if dtypes else None
+    if dtype == "auto":
+        dtype = None  # that of the checkpoint is the one it has
+    device, device_map = placement(device, device_map)
+    if device is not None or dtype is not None:
+        model = model.to(device=device, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    return model if device_map is None else spread(model, device_map)
+
+
+def _names() -> list[str]:
+    parameters = inspect.signature(pipeline).parameters.values()
+    return [x.name for x in parameters if x.kind is not x.VAR_KEYWORD] + list(Source.OPTIONS)
 
 
 def _prefix(config: DebertaConfig) -> str:

@@ -6,8 +6,10 @@ import warnings
 import pytest
 import torch
 from native_models import COMMON, CONFIGS, build, tokens
+from tokenizer_files import byte_level_folder, sentences, spm_folder
 
 import deberta_fast
+from deberta_fast import tokenization
 from deberta_fast.data import PackedCollator, TokenBudgetSampler
 
 transformers = pytest.importorskip("transformers")
@@ -23,6 +25,11 @@ def fresh_state():
 
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def native_tokenizer(name):
+    kind = tokenization.DebertaTokenizerFast if name == "v1" else tokenization.DebertaV2TokenizerFast
+    return kind.from_pretrained(byte_level_folder() if name == "v1" else spm_folder(), model_max_length=32)
 
 
 def data(head=CLASSIFIER, number=12):
@@ -184,6 +191,47 @@ def test_with_a_tokenizer(name, tmp_path):
     run.create_model_card()
 
 
+@pytest.mark.parametrize("name", ["v1", "v3"])
+def test_with_a_native_tokenizer(name, tmp_path):
+    """Trainer pads with none but its own, so the collator is given; the checkpoint is all that a pipeline needs."""
+    tokenizer = native_tokenizer(name)
+    rows = [{**tokenizer(text, truncation=True), "labels": i % 2} for i, text in enumerate(sentences()[:12])]
+    model = build(name, CLASSIFIER, vocab_size=len(tokenizer))
+    collator = transformers.DataCollatorWithPadding(tokenizer)
+    trainer(model, tmp_path, train=rows, processing_class=tokenizer, data_collator=collator).train()
+    run = deberta_fast.pipeline("text-classification", tmp_path / "checkpoint-3", device=-1)
+    found = run(sentences()[:4], top_k=None, truncation=True)
+    expected = deberta_fast.pipeline("text-classification", model, tokenizer)(
+        sentences()[:4], top_k=None, truncation=True
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert [x["score"] for x in one] == pytest.approx([x["score"] for x in other], abs=1e-5)
+
+
+@pytest.mark.parametrize("whole_words", [True, False])
+@pytest.mark.parametrize("name", ["v1", "v3"])
+def test_masking(name, whole_words):
+    """Collators mask with a native tokenizer as with Hugging Face's of the same vocabulary."""
+    own = native_tokenizer(name)
+    special = {x: getattr(own, x) for x in ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")}
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=own.backend_tokenizer, **special)
+    options = dict(truncation=True, padding="max_length", max_length=32, return_special_tokens_mask=True)
+    rows = [dict(own(text, return_offsets_mapping=True, **options)) for text in sentences()[:6]]
+    found = []
+    for tokenizer in (own, theirs):
+        collator = transformers.DataCollatorForLanguageModeling(
+            tokenizer, mlm_probability=0.5, whole_word_mask=whole_words, seed=3
+        )
+        batch = [dict(row) for row in rows]
+        if not whole_words:
+            batch = [{key: x for key, x in row.items() if key != "offset_mapping"} for row in batch]
+        found.append(collator(batch))
+    assert torch.equal(found[0]["labels"], found[1]["labels"]) and (found[0]["labels"] >= 0).any()
+    assert torch.equal(found[0]["input_ids"], found[1]["input_ids"])
+    model = build(name, "ForMaskedLM", vocab_size=len(own))
+    assert torch.isfinite(model(**found[0]).loss)
+
+
 class Packing(transformers.Trainer):
     def get_train_dataloader(self):
         rows = self.train_dataset
@@ -217,10 +265,16 @@ def test_packed_batches(head, tmp_path):
             by_hand.train()(**inputs).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    assert len(seen) == len(expected) and all(torch.equal(x, y) for x, y in zip(seen, expected))
+    assert len(seen) == len(expected) > 6 and all(torch.equal(x, y) for x, y in zip(seen, expected))
     for name, x in by_hand.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], x, atol=1e-5, rtol=1e-4)
-    assert torch.isfinite(torch.tensor(run.evaluate()["eval_loss"]))
+    if head == CLASSIFIER:  # every sequence counts as much as another, in uneven batches too
+        sizes = [len(rows[i : i + 8]) for i in range(0, len(rows), 8)]
+        batches = [PackedCollator()(rows[i : i + 8]) for i in range(0, len(rows), 8)]
+        losses = [model.eval()(**batch).loss.item() for batch in batches]
+        mean = sum(n * loss for n, loss in zip(sizes, losses)) / len(rows)
+        assert run.evaluate()["eval_loss"] == pytest.approx(mean, rel=1e-5)
+        assert run.predict(rows).predictions.shape == (len(rows), 2)
     steps = len(list(sampler)) + 1 + (len(list(sampler)) + 1) % 2  # amid the second epoch
     again = build("v3", head)
     trainer(again, tmp_path, **keywords).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{steps}"))

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from hf_models import build, transformers
 from tokenizer_files import byte_level_folder, sentences, spm_folder
 
@@ -275,6 +276,24 @@ def test_question_answering(name, options):
     result = own(QUESTIONS, **options)
     assert_same(result, [their_answers(other, item, **options) for item in QUESTIONS])
     assert distinct(result, "answer")
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 4])
+def test_feature_extraction(name, batch_size):
+    """Theirs one at a time, since what it returns of a batch has padding in it."""
+    own, other = both(name, "feature-extraction")
+    texts = TEXTS[:9]
+    expected = [other(text) for text in texts]
+    got = own(texts, batch_size=batch_size)
+    assert [len(x) for x in got] == [1] * len(texts) and [len(x[0]) for x in got] == [len(x[0]) for x in expected]
+    as_tensors = own(texts, return_tensors=True, batch_size=batch_size)
+    for one, tensor, theirs in zip(got, as_tensors, expected):
+        torch.testing.assert_close(tensor, torch.tensor(theirs), atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(torch.tensor(one), tensor)
+    cut = {"truncation": True, "tokenize_kwargs": {"max_length": 9}}
+    torch.testing.assert_close(
+        own(TEXTS[-1], return_tensors=True, **cut), other(TEXTS[-1], return_tensors=True, **cut), atol=2e-5, rtol=2e-5
+    )
 
 
 CALLS = {

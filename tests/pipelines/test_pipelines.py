@@ -3,7 +3,6 @@
 import itertools
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from native_models import build
 from tokenizer_files import byte_level_folder, sentences, spm_folder
 
 from deberta_fast import tokenization
+from deberta_fast.models import config
 from deberta_fast.pipelines import InputError, base, pipeline
 
 HEADS = {
@@ -174,11 +174,9 @@ def test_talking_heads(task):
 
 
 def files_opened(monkeypatch):
-    """Names of the files that are read as text from now on."""
-    names, read = [], Path.read_text
-    monkeypatch.setattr(
-        Path, "read_text", lambda path, *given, **more: names.append(path.name) or read(path, *given, **more)
-    )
+    """Names of the configurations that are read from now on."""
+    names, read = [], config.read_object
+    monkeypatch.setattr(config, "read_object", lambda path: names.append(path.name) or read(path))
     return names
 
 
