@@ -119,9 +119,10 @@ def test_native(name, head, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["v1", "v3"])
-def test_native_in_bfloat16(name, tmp_path):
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["keep", "checkpointing"])
+def test_native_in_bfloat16(name, checkpointing, tmp_path):
     expected = trained(trainer(native(name), name, tmp_path))["losses"]
-    got = trained(trainer(native(name), name, tmp_path, bf16=True, gradient_checkpointing=True))["losses"]
+    got = trained(trainer(native(name), name, tmp_path, bf16=True, gradient_checkpointing=checkpointing))["losses"]
     assert_close(got, expected, tolerance=8 * torch.finfo(torch.bfloat16).eps)
 
 
