@@ -6,7 +6,7 @@ import torch
 import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.state import AcceleratorState
-from tiny import assert_close, batch, folder, gradients, names, options, weights
+from tiny import assert_close, batch, folder, gradients, models, names, options, weights
 
 import deberta_fast
 from deberta_fast import patch
@@ -62,8 +62,7 @@ def forward(model, name):
     return {"loss": outputs.loss.item(), "logits": outputs.logits.detach()}
 
 
-@names
-@options
+@models
 def test_prepared(name, options, tmp_path, same_when_patched):
     same_when_patched(lambda: hf(name), lambda model: steps(model, name, "no", tmp_path), **options)
 
@@ -73,8 +72,7 @@ def test_prepared_in_bfloat16(options, tmp_path, same_when_patched):
     same_when_patched(hf, lambda model: steps(model, "v3", "bf16", tmp_path), tolerance=BF16, **options)
 
 
-@names
-@options
+@models
 def test_hooks_that_move_tensors(name, options, same_when_patched):
     def run(model):
         add_hook_to_module(model, AlignDevicesHook(io_same_device=True, execution_device="cpu"))
@@ -83,8 +81,7 @@ def test_hooks_that_move_tensors(name, options, same_when_patched):
     same_when_patched(lambda: hf(name), run, **options)
 
 
-@names
-@options
+@models
 def test_dispatched(name, options, same_when_patched):
     def run(model):
         return forward(accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True), name)

@@ -2,13 +2,12 @@
 
 import bert_score
 import pytest
-from tiny import TEXTS, folder, names, options
+from tiny import TEXTS, folder, models
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:bert_score")
 
 
-@names
-@options
+@models
 def test_scores(name, options, same_when_patched):
     def build():
         scorer = bert_score.BERTScorer(model_type=folder(name), num_layers=2, idf=True, idf_sents=TEXTS, device="cpu")

@@ -1,9 +1,9 @@
-"""What reads rows of padding: pooling that looks at no mask, a first token behind left padding, losses over all rows."""
+"""What reads rows of padding: pooling without a mask, a first token behind left padding, losses over all rows."""
 
 import pytest
 import torch
 import transformers
-from tiny import batch, folder, gradients, names, options
+from tiny import batch, folder, gradients, models, names
 
 import deberta_fast
 
@@ -46,10 +46,9 @@ def loss_of_all_rows(name, head, side, model):
     return outputs
 
 
-@names
+@models
 @heads
 @sides
-@options
 def test_losses_of_patched_models(name, head, side, options, same_when_patched):
     def run(model):
         outputs = loss_of_all_rows(name, head, side, model)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import TOLERANCE, batch, folder, names, options
+from tiny import TOLERANCE, batch, folder, models
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForSequenceClassification
 
@@ -23,18 +23,16 @@ def base(name):
     return AutoModelForSequenceClassification.from_pretrained(folder(name, "ForSequenceClassification", num_labels=3))
 
 
-@names
+@models
 @configs
-@options
 @torch.no_grad()
 def test_quantised_then_patched(name, config, options, same_when_patched):
     run = lambda model: model(**batch(name)).logits
     same_when_patched(lambda: quantised(name, config), run, tolerance=BOUNDS[config], **options)
 
 
-@names
+@models
 @configs
-@options
 @torch.no_grad()
 def test_patched_then_quantised(name, config, options, same_when_patched):
     def run(model):

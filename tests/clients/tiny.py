@@ -19,6 +19,11 @@ NAMES = ["v1", "v2", "v3"]
 names = pytest.mark.parametrize("name", NAMES)
 OPTIONS = {"padded": {}, "unpad": {"unpad": True}, "constant": {"unpad": True, "constant_weights": True}}
 options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+# Every model and every way to patch, though not each with each.
+MODELS_AND_OPTIONS = ["v1-padded", "v1-constant", "v2-unpad", "v3-padded", "v3-unpad", "v3-constant"]
+models = pytest.mark.parametrize(
+    "name, options", [(x[:2], OPTIONS[x[3:]]) for x in MODELS_AND_OPTIONS], ids=MODELS_AND_OPTIONS
+)
 
 TEXTS = [
     "A sequence type is a list.",
