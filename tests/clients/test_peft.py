@@ -2,7 +2,7 @@
 
 import peft
 import torch
-from tiny import TEXTS, assert_close, batch, folder, gradients, names, options
+from tiny import TEXTS, assert_close, batch, folder, gradients, models, names
 from transformers import AutoModelForSequenceClassification
 
 from deberta_fast import patch, unpatch
@@ -43,24 +43,21 @@ def loss_and_gradients(name, model):
     return {"logits": outputs.logits.detach(), "loss": outputs.loss.item(), "gradients": got}
 
 
-@names
-@options
+@models
 def test_lora_then_patch(name, options, same_when_patched):
     same_when_patched(
         lambda: adapted(base(name), TARGETS[name]), lambda model: loss_and_gradients(name, model), **options
     )
 
 
-@names
-@options
+@models
 def test_patch_then_lora(name, options, same_when_patched):
     same_when_patched(
         lambda: base(name), lambda model: loss_and_gradients(name, adapted(model, TARGETS[name])), **options
     )
 
 
-@names
-@options
+@models
 @torch.no_grad()
 def test_adapters_come_and_go(name, options, same_when_patched):
     """Each step changes weights under the projected tables that are kept in inference."""
@@ -90,8 +87,7 @@ def test_adapters_come_and_go(name, options, same_when_patched):
     assert (got["adapted"] - got["plain"]).abs().max() > 1e-3
 
 
-@names
-@options
+@models
 @torch.no_grad()
 def test_batches_of_mixed_adapters(name, options, same_when_patched):
     chosen = ["first", "second", "__base__", "first"]

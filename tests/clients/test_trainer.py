@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from tiny import AFTER_ADAM, TEXTS, assert_close, batch, folder, options, tokenizer, weights
+from tiny import TEXTS, TRAINED, assert_close, batch, folder, options, tokenizer, weights
 
 import deberta_fast
 from deberta_fast import patch
@@ -46,7 +46,7 @@ def collator(name, head):
 def trainer(model, name, path, head="ForSequenceClassification", **settings):
     arguments = dict(
         max_steps=4, save_steps=2, logging_steps=1, per_device_train_batch_size=4, per_device_eval_batch_size=4,
-        learning_rate=1e-3, report_to="none", use_cpu=True,
+        learning_rate=1e-2, optim="sgd", report_to="none", use_cpu=True,
     )  # fmt: skip
     return transformers.Trainer(
         model,
@@ -68,9 +68,8 @@ def trained(made):
 @options
 def test_patched(name, head, options, tmp_path, same_when_patched):
     run = lambda model: trained(trainer(model, name, tmp_path, head))
-    # Of a masked language model, decoder.bias and its tied name; the rest as AutoModel gives it.
-    got = same_when_patched(lambda: hf(name, head), run, tolerance=AFTER_ADAM, **options)
-    assert len(got["losses"]) == 4 and got["losses"][-1] < got["losses"][0]
+    got = same_when_patched(lambda: hf(name, head), run, tolerance=TRAINED, **options)
+    assert len(set(got["losses"])) == 4
 
 
 @pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}], ids=["keep", "checkpointing"])
@@ -93,10 +92,10 @@ def test_patched_checkpoints_resume_and_load(name, tmp_path):
     expected = trained(first)
     again = trainer(patch(hf(name), unpad=True), name, tmp_path)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert_close(weights(again.model), expected["weights"], AFTER_ADAM)
+    assert_close(weights(again.model), expected["weights"], TRAINED)
     loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-4")
     with torch.no_grad():
-        assert_close(loaded(**batch(name)).logits, again.model.eval()(**batch(name)).logits, AFTER_ADAM)
+        assert_close(loaded(**batch(name)).logits, again.model.eval()(**batch(name)).logits, TRAINED)
 
 
 @pytest.mark.parametrize("name, head", [("v1", HEADS[0]), ("v3", HEADS[0]), ("v3", HEADS[1])])
@@ -105,7 +104,7 @@ def test_native(name, head, tmp_path):
     expected = trained(trainer(hf(name, head), name, tmp_path / "hf", head))
     made = trainer(native(name, head), name, tmp_path / "native", head)
     got = trained(made)
-    assert_close([got["losses"], got["eval_loss"]], [expected["losses"], expected["eval_loss"]], AFTER_ADAM)
+    assert_close([got["losses"], got["eval_loss"]], [expected["losses"], expected["eval_loss"]], TRAINED)
     checkpoint = tmp_path / "native" / "checkpoint-4"
     assert (checkpoint / "config.json").exists()
     with torch.no_grad():
@@ -115,13 +114,14 @@ def test_native(name, head, tmp_path):
             assert_close(loaded.eval()(**batch(name)).logits, logits)
     again = trainer(native(name, head), name, tmp_path / "native", head)
     again.train(resume_from_checkpoint=str(tmp_path / "native" / "checkpoint-2"))
-    assert_close(weights(again.model), got["weights"], AFTER_ADAM)
+    assert_close(weights(again.model), got["weights"], TRAINED)
 
 
 @pytest.mark.parametrize("name", ["v1", "v3"])
-def test_native_in_bfloat16(name, tmp_path):
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["keep", "checkpointing"])
+def test_native_in_bfloat16(name, checkpointing, tmp_path):
     expected = trained(trainer(native(name), name, tmp_path))["losses"]
-    got = trained(trainer(native(name), name, tmp_path, bf16=True, gradient_checkpointing=True))["losses"]
+    got = trained(trainer(native(name), name, tmp_path, bf16=True, gradient_checkpointing=checkpointing))["losses"]
     assert_close(got, expected, tolerance=8 * torch.finfo(torch.bfloat16).eps)
 
 
