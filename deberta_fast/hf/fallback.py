@@ -1,12 +1,13 @@
 """Settings that the patched modules of one model share, and the reasons to run Hugging Face's own forward."""
 
+import contextlib
 import warnings
 
 import torch
 from torch import nn
 
 from ..models.ordinary import constant, overridden, why_not_ordinary
-from ..models.packing import Unpadding, reason_to_stay
+from ..models.packing import Packing, Unpadding, reason_to_stay
 from ..op.relative_position import slot_table
 
 # The attribute that marks a patched module; it holds what patch replaced.
@@ -22,12 +23,30 @@ class Shared:
         self.unpadding = Unpadding(unpad, padding_rows)
         self.warned: set[str] = set()
         self.left_padding = False
+        self._of_packed_sequences = Unpadding("auto", padding_rows)
+        self._packed_calls = 0
 
     def warn(self, reason: str) -> None:
         if reason in self.warned or torch.compiler.is_compiling():
             return
         self.warned.add(reason)
         warnings.warn(f"deberta_fast: running Hugging Face's own attention: {reason}", stacklevel=3)
+
+    def packing(self, mask: torch.Tensor | Packing | None, encoder: nn.Module) -> Packing | None:
+        """The packing to run the layers of a patched encoder with."""
+        if self._packed_calls:
+            return self._of_packed_sequences.packing(mask, encoder)
+        self.warn_of_left_padding(mask)
+        return self.unpadding.packing(mask, encoder)
+
+    @contextlib.contextmanager
+    def taking_out_padding(self):
+        """Inside it, padding is taken out: it is there because packed sequences were padded."""
+        self._packed_calls += 1
+        try:
+            yield
+        finally:
+            self._packed_calls -= 1
 
     def warn_of_left_padding(self, mask: torch.Tensor | None) -> None:
         """A head that reads the first row would find nothing of the text there, and nobody would notice."""

@@ -64,8 +64,7 @@ def _encoder(
 
     mask, conv = _bool_mask(attention_mask), getattr(encoder, "conv", None)
     token_mask = attention_mask if conv is None or attention_mask.dim() <= 2 else attention_mask.sum(-2) > 0
-    shared.warn_of_left_padding(mask)
-    packing = shared.unpadding.packing(mask)
+    packing = shared.packing(mask, encoder)
     states, _ = run_layers(
         call, len(encoder.layer), hidden_states, mask, packing, shared.unpadding, conv, token_mask, output_hidden_states
     )

@@ -1,8 +1,9 @@
 """``patch`` and ``unpatch``: they give modules of a Hugging Face model another ``forward``, and take it away again.
 
-The encoder, every attention module and the linear layers and norms between them get it, on the instance: parameters,
-names, hooks, adapters around the projections, train/eval and state_dict stay as they are. A call that the fused path
-cannot serve runs the encoder's original ``forward``, with one warning per model and reason.
+The encoder, every attention module and the linear layers and norms between them get it, on the instance, and so do
+whole models, which take packed sequences then. Parameters, names, hooks, adapters around the projections, train/eval
+and state_dict stay as they are. A call that the fused path cannot serve runs the encoder's original ``forward``, with
+one warning per model and reason.
 
 transformers is recognised by the names of classes, never imported: whoever has a model to patch has imported it.
 """
@@ -16,6 +17,7 @@ from ..models.attention import AttentionCache
 from ..op import backends
 from .fallback import MARK, Shared, hf_class, inherits_forward, is_own_forward, place_of_forward
 from .forwards import FUSED, POINTWISE, prepare_attention
+from .packed import MODELS, run_model, signature_of
 
 
 def patch(
@@ -77,6 +79,10 @@ def patch(
         forward = _fused_forward(module, POINTWISE)
         if forward is not None and is_own_forward(module, vars(module).get(place_of_forward(module))):
             _replace(module, functools.partial(forward, module))
+        if _is_model(module) and is_own_forward(module, vars(module).get(place_of_forward(module))):
+            run = functools.partial(run_model, module, shared)
+            run.__signature__ = signature_of(module)  # the Trainer, PEFT and exporters look at it
+            _replace(module, run)
     return model
 
 
@@ -94,12 +100,16 @@ def unpatch(model: nn.Module) -> nn.Module:
     """
     patched = [module for module in model.modules() if MARK in vars(module)]
     for module in patched:
-        if not _is_fused(vars(module).get(place_of_forward(module))):
+        # What replaced a whole model's forward, as accelerate does, may go on calling it: it runs the original now.
+        if not (_is_fused(vars(module).get(place_of_forward(module))) or _is_model(module)):
             raise ValueError(
                 f"the patched forward of a {type(module).__name__} was replaced by other code; undo that first"
             )
     for module in patched:
         place, before = place_of_forward(module), getattr(module, MARK)
+        if not _is_fused(vars(module).get(place)):
+            delattr(module, MARK)
+            continue
         delattr(module, place)
         if place in before:
             setattr(module, place, before[place])
@@ -110,11 +120,20 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 
 def _is_fused(forward: Callable | None) -> bool:
-    return isinstance(forward, functools.partial) and forward.func in (*FUSED.values(), *POINTWISE.values())
+    return isinstance(forward, functools.partial) and forward.func in (*FUSED.values(), *POINTWISE.values(), run_model)
 
 
 def _fused_forward(module: nn.Module, forwards: dict) -> Callable | None:
+    return forwards.get(_own_class(module))
+
+
+def _is_model(module: nn.Module) -> bool:
+    return _own_class(module) in MODELS
+
+
+def _own_class(module: nn.Module) -> tuple[str, str] | None:
+    """Module and class of Hugging Face's, as the tables of forwards call them; None for other modules."""
     own = hf_class(type(module))
     if own is None or not inherits_forward(type(module)):
         return None  # a subclass with a forward of its own computes something else
-    return forwards.get((own.__module__.removeprefix("transformers.models."), own.__name__))
+    return own.__module__.removeprefix("transformers.models."), own.__name__

@@ -238,7 +238,7 @@ class DebertaEncoder(nn.Module):
     def _packing(self, mask: torch.Tensor | Packing | None, output_attentions: bool = False) -> Packing | None:
         reasons = ["output_attentions"] if output_attentions else []
         reasons += filter(None, (layer.attention.self.dense_reason() for layer in self.layer))
-        return self.unpadding.packing(mask, reasons[0] if reasons else None)
+        return self.unpadding.packing(mask, self, reasons[0] if reasons else None)
 
     def _run(self, index: int, *inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
         layer = self.layer[index]

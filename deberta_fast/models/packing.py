@@ -57,11 +57,18 @@ class Packing(NamedTuple):
         return torch.arange(tokens, device=self.cu_seqlens.device) - self._by_token(self.cu_seqlens[:-1], tokens)
 
     def by_sequence(self, values: torch.Tensor, fill: float | bool) -> torch.Tensor:
-        """(T,) to (n, max_seqlen), ``fill`` behind each sequence's end."""
-        sequences = torch.arange(self.lengths.shape[0], device=values.device)
-        rows = self._by_token(sequences, values.shape[0]) * self.max_seqlen + self.positions(values.shape[0])
-        filled = values.new_full((sequences.shape[0] * self.max_seqlen,), fill)
-        return filled.index_copy(0, rows, values).unflatten(0, (-1, self.max_seqlen))
+        """(T, ...) to (n, max_seqlen, ...), ``fill`` behind each sequence's end."""
+        sequences = self.cu_seqlens.shape[0] - 1
+        filled = values.new_full((sequences * self.max_seqlen, *values.shape[1:]), fill)
+        return filled.index_copy(0, self._padded_rows(values.shape[0]), values).unflatten(0, (sequences, -1))
+
+    def by_token(self, values: torch.Tensor, tokens: int) -> torch.Tensor:
+        """(n, max_seqlen, ...) to (T, ...), the inverse of ``by_sequence``."""
+        return values.flatten(0, 1).index_select(0, self._padded_rows(tokens))
+
+    def _padded_rows(self, tokens: int) -> torch.Tensor:
+        sequences = torch.arange(self.cu_seqlens.shape[0] - 1, device=self.cu_seqlens.device)
+        return self._by_token(sequences, tokens) * self.max_seqlen + self.positions(tokens)
 
     def convolve(self, layer: torch.nn.Module, embeddings: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """A convolution layer (``encoder.ConvLayer`` or Hugging Face's) of packed states, each sequence for itself.
@@ -108,16 +115,19 @@ class Unpadding:
         self.mode, self.padding_rows = check_unpad(mode), check_padding_rows(padding_rows)
         self._warned = False
 
-    def packing(self, mask: torch.Tensor | Packing | None, dense: str | None = None) -> Packing | None:
+    def packing(
+        self, mask: torch.Tensor | Packing | None, encoder: torch.nn.Module, dense: str | None = None
+    ) -> Packing | None:
         """The packing to run the layers with, or None to run them on the batch as it is.
 
         Args:
             mask: bool; a ``Packing`` where states are packed already.
+            encoder: what runs the layers.
             dense: why attention needs the batch as it is, to make its probabilities; None if it does not.
         """
         if not self.mode or mask is None or isinstance(mask, Packing):
             return None
-        reason = f"{dense}: computed densely" if dense else reason_to_stay(mask)
+        reason = f"{dense}: computed densely" if dense else reason_to_stay(mask) or reason_of_adapters(encoder)
         if reason is None:
             return packing_of(mask, self.mode, self.padding_rows)
         if self.mode is True and not (self._warned or torch.compiler.is_compiling()):
@@ -134,6 +144,16 @@ class Unpadding:
         if self.padding_rows == "hf" or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
             return states
         return [x.masked_fill(~mask.unsqueeze(-1), 0) for x in states]
+
+
+def reason_of_adapters(encoder: torch.nn.Module) -> str | None:
+    """PEFT's ``adapter_names`` give each row of a batch an adapter, by hooks on the layers for one call: then those
+    have to see rows."""
+    for module in encoder.modules():
+        for hook in module._forward_pre_hooks.values():
+            if "adapter_names" in (getattr(hook, "keywords", None) or ()):
+                return "adapter_names of every row of the batch"
+    return None
 
 
 def packing_of(token_mask: torch.Tensor, unpad: bool | str, padding_rows: str) -> Packing | None:
