@@ -124,8 +124,8 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
             return self.epoch
         if self.num_replicas > 1 and any(getattr(x, "num_processes", 1) > 1 for x in wrappers):
             raise ValueError(
-                f"num_replicas must be 1 where accelerate shares the batches out, got {self.num_replicas}: a process would "
-                "get a part of its part"
+                f"num_replicas must be 1 where accelerate shares the batches out, got {self.num_replicas}: "
+                "a process would get a part of its part"
             )
         return loader.iteration if any(hasattr(x, "skip_batches") for x in wrappers) else self.epoch
 
