@@ -1,5 +1,6 @@
 """Fast disentangled attention for DeBERTa v1, v2 and v3."""
 
+from . import _interrupt  # noqa: F401 (first of all)
 from .hf import patch, unpatch
 from .models.config import DebertaConfig, DebertaV2Config
 from .models.model import DebertaModel, DebertaV2Model

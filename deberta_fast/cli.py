@@ -3,7 +3,9 @@
 import argparse
 import contextlib
 import json
+import os
 import queue
+import stat
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from typing import BinaryIO
 import torch
 
 from . import __version__
+from ._interrupt import INTERRUPTED
 from .op import backends
 from .pipelines import ALIASES, TASKS, InputError, pipeline
 from .selfcheck import check
@@ -19,8 +22,10 @@ from .selfcheck import check
 # Lines that wait to be read together; what reads them takes as many as there are.
 WAITING = 1024
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "auto": "auto"}
-# Exit statuses: a mistake in the input or the files, one in the command, Ctrl-C, and as of SIGPIPE.
-FAILED, MISUSED, INTERRUPTED, UNREAD = 1, 2, 130, 141
+# Exit statuses: a mistake in the input or the files, one in the command, and as of SIGPIPE.
+FAILED, MISUSED, UNREAD = 1, 2, 141
+# How torch says on a CPU that there is no memory: its allocator, and loops that could not start.
+NO_MEMORY = ("can't allocate memory", "not enough memory", "torch_parallel_for")
 EPILOG = """\
 A line of input is a JSON string, {"text": ...}, for text-classification also {"text": ..., "text_pair": ...}, and for
 question-answering {"question": ..., "context": ...}. For every line, one line of JSON comes out, in the same order and
@@ -48,15 +53,36 @@ def main(arguments: list[str] | None = None) -> int:
     _add_check(commands)
     given = parser.parse_args(arguments)
     try:
+        _check_device(given.device)
         return _check(given) if given.command == "check" else _run(given, commands.choices["run"])
     except BrokenPipeError:
         # Whoever read the results has stopped
         return UNREAD
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+    except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+        print(f"{parser.prog}: {_reason(error)}", file=sys.stderr)
         return FAILED
+
+
+def _check_device(device: str | None) -> None:
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (AssertionError, RuntimeError) as error:  # the former where torch was built without it
+            raise ValueError(f"--device {device}: {_first_line(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line. Running out of memory has many names, and not all of them speak of it."""
+    reason = _first_line(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(x in reason for x in NO_MEMORY):
+        return f"out of memory; a smaller --batch-size or shorter texts need less ({reason or type(error).__name__})"
+    return reason
+
+
+def _first_line(error: Exception) -> str:
+    return next(filter(None, map(str.strip, str(error).splitlines())), "")
 
 
 def _add_run(commands) -> None:
@@ -140,6 +166,7 @@ def _run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         options.pop(name)
     kind = TASKS[ALIASES.get(given.task, given.task)]
     try:
+        _check_files(given)
         kind.changed(options)
         if kind.task == "zero-shot-classification" and "candidate_labels" not in options:
             raise ValueError(f"{kind.task} needs --candidate-labels")
@@ -163,6 +190,15 @@ def _run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
                 if shown is not None:
                     shown.update()
     return 0
+
+
+def _check_files(given: argparse.Namespace) -> None:
+    """Whether results would be written over the input, by whatever names the two go."""
+    with contextlib.suppress(OSError):  # a file that is not there is no other one
+        source, target = os.stat(given.input or 0), os.stat(given.output or 1)
+        if os.path.samestat(source, target) and stat.S_ISREG(source.st_mode):
+            name = given.input or given.output or "standard input"
+            raise ValueError(f"{name}: input and output are the same file, which would be overwritten")
 
 
 def _bar(source: BinaryIO, target: BinaryIO):
@@ -241,6 +277,8 @@ def _item(line: bytes):
     except json.JSONDecodeError as error:
         hint = "it is empty" if not text.strip() else f"{error.msg} in column {error.colno}"
         raise ValueError(f"expected JSON, a string in quotes or an object: {hint}") from None
+    except RecursionError:
+        raise ValueError("expected JSON, a string in quotes or an object: it is nested too deeply") from None
     if not isinstance(item, str | dict):
         raise TypeError(f"expected a JSON string or object, got {text.strip()[:40]}")
     return item

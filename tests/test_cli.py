@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from native_models import build
 from tokenizer_files import sentences, spm_folder
 
@@ -100,6 +102,7 @@ BAD = [
     ('{"txt": "a"}', "line 3: expected an object with text and text_pair, got one with 'txt'"),
     ('{"text": 3}', "line 3: text must be a string, got int"),
     ('"\\ud800"', "line 3: 'utf-8' codec can't encode"),
+    ("[" * 100_000, "line 3: expected JSON, a string in quotes or an object: it is nested too deeply"),
 ]
 
 
@@ -151,6 +154,8 @@ def test_scores_that_are_no_numbers(folders, tmp_path, capsys):
         (["--task", "ner", "--input", "absent.jsonl"], 1, "No such file or directory: 'absent.jsonl'"),
         (["--task", "ner", "--device", "nowhere"], 1, "nowhere"),
         (["--task", "ner", "--batch-size", "0"], 1, "batch_size must be a number from 1 on, got 0"),
+        (["--task", "ner", "--device", "cuda:99"], 1, "--device cuda:99: "),
+        (["--task", "ner", "--device", "xpu"], 1, "--device xpu: "),
     ],
 )
 def test_misuse(arguments, status, message, folders, capsys):
@@ -220,3 +225,97 @@ def test_reader_that_stops(folders):
         assert run.wait(timeout=60) == 141
         assert run.stderr.read() == ""
         run.stdin = None
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_gpu_that_torch_was_built_without(device, folders, capsys, monkeypatch):
+    def empty(*size, device):
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    for command in (["run", "--task", "ner", "--model", str(folders / "ForTokenClassification")], ["check"]):
+        assert main([*command, "--device", device]) == 1
+        message = f"python -m deberta_fast: --device {device}: Torch not compiled with CUDA enabled\n"
+        assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize("other", ["in", "link", "hard", "sub/../in", "relative"])
+def test_output_is_not_the_input(other, folders, tmp_path, capsys, monkeypatch):
+    text = '"a [MASK]"\n'
+    (tmp_path / "in").write_text(text)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    os.link(tmp_path / "in", tmp_path / "hard")
+    monkeypatch.chdir(tmp_path / "sub")
+    name = "../in" if other == "relative" else str(tmp_path / other)
+    files = ["--input", str(tmp_path / "in"), "--output", name]
+    assert main(["run", "--task", "fill-mask", "--model", str(folders / "ForMaskedLM"), *files]) == 2
+    assert "input and output are the same file, which" in capsys.readouterr().err
+    assert (tmp_path / "in").read_text() == text
+    with open(tmp_path / "in") as standard_input:
+        command = [sys.executable, "-m", "deberta_fast", "run", "--task", "fill-mask", "--output", name]
+        command += ["--model", str(folders / "ForMaskedLM")]
+        environment = os.environ | {"PYTHONPATH": str(Path(deberta_fast.__file__).parents[1])}
+        if other == "in":
+            run = subprocess.run(command, stdin=standard_input, env=environment, capture_output=True, text=True)
+            assert run.returncode == 2 and "are the same file" in run.stderr
+    assert (tmp_path / "in").read_text() == text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("torch_parallel_for(begin, end) API call failed at ops.h, line 579"),
+    ],
+    ids=["python", "gpu", "cpu", "loop"],
+)
+def test_no_memory(error, folders, tmp_path, capsys, monkeypatch):
+    def forward(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", forward)
+    (tmp_path / "in").write_text('"a [MASK]"\n')
+    files = ["--model", str(folders / "ForMaskedLM"), "--input", str(tmp_path / "in"), "--device", "cpu"]
+    assert main(["run", "--task", "fill-mask", *files]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("python -m deberta_fast: out of memory; a smaller --batch-size")
+    assert len(printed.splitlines()) == 1
+
+
+@pytest.mark.parametrize("module", ["torch", "deberta_fast/cli.py"])
+def test_interrupted_while_it_imports(module, tmp_path):
+    """The signal arrives while a module is read."""
+    if module == "torch":
+        (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+        command = ["-m", "deberta_fast", "--version"]
+    else:
+        hook = "import importlib.abc, os, signal, sys\n"
+        hook += "class Finder(importlib.abc.MetaPathFinder):\n    def find_spec(self, name, path, target=None):\n"
+        hook += "        if name == 'deberta_fast.cli':\n            os.kill(os.getpid(), signal.SIGINT)\n"
+        hook += "sys.meta_path.insert(0, Finder())\n"
+        (tmp_path / "sitecustomize.py").write_text(hook)
+        command = ["-W", "ignore", "-m", "deberta_fast", "--version"]
+    path = f"{tmp_path}{os.pathsep}{Path(deberta_fast.__file__).parents[1]}"
+    run = subprocess.run(
+        [sys.executable, *command], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (130, "", "")
+
+
+def test_interrupted_while_it_works(folders):
+    with process(folders) as run:
+        run.stdin.write('"one [MASK]"\n')
+        run.stdin.flush()
+        run.stdout.readline()
+        run.send_signal(signal.SIGINT)
+        assert run.wait(timeout=60) == 130
+        assert run.stderr.read() == ""
+
+
+def test_other_programs_keep_their_ctrl_c():
+    code = "import signal, deberta_fast; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    environment = os.environ | {"PYTHONPATH": str(Path(deberta_fast.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "deberta_fast"
 
 # From the bottom up; a module may import those before it. Backends share a rank: none imports another.
 RANKS = [
+    {"_interrupt"},
     # op: the operator knows no model
     {"op.relative_position", "op.dropout"},
     {"op.call"},
@@ -30,7 +31,8 @@ RANKS = [
     {"op.api"},
     {"op"},
     # checkpoint: tensors and names
-    {"checkpoint.error", "checkpoint.hub"},
+    {"checkpoint.error", "checkpoint.hub", "checkpoint.json_object"},
+    {"checkpoint.replace"},
     {"checkpoint.formats", "checkpoint.prefixes", "checkpoint.tf"},
     {"checkpoint.files", "checkpoint.names"},
     {"checkpoint.load"},

@@ -15,6 +15,7 @@ from .formats import read_file
 from .hub import Source
 from .replace import ENTRIES, INDEX, SINGLE, alone, publish, settle, unfinished, write_beside
 
+_LONGEST_NAME = 255  # bytes that file systems take
 _OF_A_SAVE = re.compile(r"model((-[0-9a-f]{8})?-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.unfinished)?")
 
 
@@ -49,8 +50,10 @@ def _read_shards(source: Source, index: Path) -> dict[str, torch.Tensor]:
     suffix = ".safetensors" if ".safetensors" in index.name else ".bin"
     for name, shard in _weight_map(index).items():
         # Of the index's own folder: an index that was downloaded does not choose which files are read.
-        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\:\0]+", shard) or not shard.endswith(suffix):
-            raise CheckpointError(f"{index}: {name} must lie in a {suffix} file beside the index, not in {shard!r}")
+        fits = isinstance(shard, str) and re.fullmatch(r"[^/\\:\0]+", shard) and shard.endswith(suffix)
+        if not fits or len(shard.encode(errors="surrogatepass")) > _LONGEST_NAME:
+            what = f"{shard[:80]}..." if isinstance(shard, str) and len(shard) > 80 else shard
+            raise CheckpointError(f"{index}: {name} must lie in a {suffix} file beside the index, not in {what!r}")
         shards.setdefault(shard, set()).add(name)
     tensors: dict[str, torch.Tensor] = {}
     for shard, promised in shards.items():

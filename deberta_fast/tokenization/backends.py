@@ -1,10 +1,18 @@
 """Builders of ``tokenizers.Tokenizer`` objects: what the fast tokenizers run on."""
 
+import contextlib
+import math
 import os
 import struct
 import warnings
 from collections.abc import Iterable, Iterator
 
+from ..checkpoint.json_object import read_object
+
+# The bytes of a piece; of more, sentencepiece takes no model, and tokenizers runs out of stack.
+_LONGEST_PIECE = 7999
+# What looking for the halves of all pieces of a BPE model may read, in bytes: about a second's work.
+_MOST_HALVES = 10**9
 # Of sentencepiece's ModelProto: kinds of model and of pieces.
 UNIGRAM, BPE = 1, 2
 CONTROL, USER_DEFINED = 3, 4
@@ -16,6 +24,34 @@ def _tokenizers():
     except ImportError:
         raise ImportError("the fast tokenizers need tokenizers: pip install tokenizers") from None
     return tokenizers
+
+
+@contextlib.contextmanager
+def without_panics(what: str) -> Iterator[None]:
+    """Inside, where ``tokenizers`` panics, it is a ValueError that begins with ``what``.
+
+    Its PanicException is no Exception, so that it would pass all that looks for errors.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what}: tokenizers cannot go on: {error}") from None
+
+
+def check_ids(what: str, vocab: dict) -> None:
+    """Whether each token has an id of its own.
+
+    Raises:
+        ValueError: it begins with ``what``, and names the token.
+    """
+    tokens = {}
+    for token, index in vocab.items():
+        if type(index) is not int or index < 0:  # True is an int too
+            raise ValueError(f"{what}: expected the id of every token, got {index!r} for {token!r}")
+        if tokens.setdefault(index, token) != token:
+            raise ValueError(f"{what}: {tokens[index]!r} and {token!r} both have the id {index}")
 
 
 def unigram_backend(
@@ -44,7 +80,8 @@ def unigram_backend(
         added_tokens: more ``tokenizers.AddedToken``; their ids come before those of the special tokens.
 
     Raises:
-        ValueError: the file is no model of sentencepiece's, is cut short, or of a type that is not unigram or BPE.
+        ValueError: the file is no model of sentencepiece's, is cut short, or of a type that is not unigram or BPE; it
+            has pieces that sentencepiece refuses, or a map of characters that tokenizers cannot use.
     """
     tokenizers = _tokenizers()
     normalizers, pre_tokenizers = tokenizers.normalizers, tokenizers.pre_tokenizers
@@ -54,23 +91,19 @@ def unigram_backend(
             f"{spm.path} has pieces for single bytes, which the fast tokenizer does not use: characters that have no "
             f"piece become {unk_token}; the slow tokenizer splits them into bytes"
         )
-    vocab = {piece: i for i, (piece, _) in enumerate(spm.scores)}
-    if spm.model_type == UNIGRAM:
-        model = tokenizers.models.Unigram(spm.scores, unk_id=spm.unk_id, byte_fallback=False)
-    elif spm.model_type == BPE:
-        model = tokenizers.models.BPE(vocab, _merges(vocab, dict(spm.scores)), unk_token=spm.unk_piece, fuse_unk=True)
-    else:
-        raise ValueError(f"{spm.path}: expected a unigram (1) or BPE (2) model, got model_type {spm.model_type}")
-
+    with without_panics(spm.path):
+        model = _model(spm)
     backend = tokenizers.Tokenizer(model)
     steps = [normalizers.Lowercase()] if do_lower_case else []
     steps.append(normalizers.Strip())
-    if spm.charsmap:
-        try:
-            steps.append(normalizers.Precompiled(spm.charsmap))
-        except Exception as error:
-            raise ValueError(f"{spm.path}: precompiled_charsmap cannot be read: {error}") from None
-    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(tokenizers.Regex(" {2,}"), " ")])
+    with without_panics(spm.path):
+        if spm.charsmap:
+            try:
+                steps.append(normalizers.Precompiled(spm.charsmap))
+            except Exception as error:
+                raise ValueError(f"{spm.path}: precompiled_charsmap cannot be read: {error}") from None
+        backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(tokenizers.Regex(" {2,}"), " ")])
+        _try_out(backend)
     # After the normalizer, which decides how tokens that are looked for in the normalized text are spelt there.
     backend.add_tokens(
         [
@@ -139,12 +172,36 @@ def load_backend(path: str | os.PathLike):
         ValueError: the file is not one, or of a newer kind than the installed ``tokenizers`` knows.
     """
     tokenizers = _tokenizers()
+    model = read_object(path).get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, dict):
+        check_ids(os.fspath(path), vocab)
+    elif isinstance(vocab, list):
+        for entry in vocab:
+            if isinstance(entry, list) and entry and isinstance(entry[0], str):
+                _check_length(os.fspath(path), entry[0])
     with open(path, "rb") as file:
         content = file.read()
-    try:
-        return tokenizers.Tokenizer.from_str(content.decode())
-    except Exception as error:  # of no narrower class
-        raise ValueError(f"{path} is not a tokenizer.json that tokenizers can read: {error}") from None
+    with without_panics(os.fspath(path)):
+        try:
+            backend = tokenizers.Tokenizer.from_str(content.decode())
+        except Exception as error:  # of no narrower class
+            raise ValueError(f"{path} is not a tokenizer.json that tokenizers can read: {error}") from None
+        _try_out(backend)
+    return backend
+
+
+def _try_out(backend):
+    """Has the map of characters read a few: a damaged one panics then, and not with the first text."""
+    if backend.normalizer is not None:
+        for text in ("a B\t1.", "é ﬁ ①", "\u3000ｶ 日本", "😀\u200d"):
+            backend.normalizer.normalize_str(text)
+
+
+def _check_length(what: str, piece: str):
+    length = len(piece.encode(errors="surrogatepass"))
+    if length > _LONGEST_PIECE:
+        raise ValueError(f"{what}: a piece must be of at most {_LONGEST_PIECE} bytes, got {length}: {piece[:20]!r}...")
 
 
 def _special(token, **flags):
@@ -161,6 +218,18 @@ def _template(backend, cls: str, sep: str):
         pair=[f"{cls}:0", "$A:0", f"{sep}:0", "$B:1", f"{sep}:1"],
         special_tokens=[(token, backend.token_to_id(token)) for token in (cls, sep)],
     )
+
+
+def _model(spm: "_SentencePieceFile"):
+    models = _tokenizers().models
+    if spm.model_type == UNIGRAM:
+        return models.Unigram(spm.scores, unk_id=spm.unk_id, byte_fallback=False)
+    if spm.model_type != BPE:
+        raise ValueError(f"{spm.path}: expected a unigram (1) or BPE (2) model, got model_type {spm.model_type}")
+    vocab = {piece: i for i, (piece, _) in enumerate(spm.scores)}
+    if sum(len(piece) ** 2 for piece in vocab) > _MOST_HALVES:
+        raise ValueError(f"{spm.path}: its pieces are too long to find how they are merged (the slow one can)")
+    return models.BPE(vocab, _merges(vocab, dict(spm.scores)), unk_token=spm.unk_piece, fuse_unk=True)
 
 
 def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
@@ -205,6 +274,14 @@ class _SentencePieceFile:
                 self.types.append(_expect(int, piece[3]))
             elif number in parts:
                 parts[number].append(_expect(bytes, value))
+        pieces = set()
+        for piece, score in self.scores:
+            _check_length("it cannot be used", piece)
+            if not math.isfinite(score):
+                raise ValueError(f"the score of {piece!r} must be finite, got {score}")
+            if not piece or piece in pieces:
+                raise ValueError(f"the piece {piece!r} is there twice" if piece else "a piece is empty")
+            pieces.add(piece)
         # They follow the pieces: without them the file ends early.
         if not all([self.scores, *parts.values()]):
             raise ValueError("it lacks pieces, trainer_spec or normalizer_spec")

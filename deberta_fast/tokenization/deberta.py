@@ -2,16 +2,19 @@
 
 import json
 import os
+import re
+import warnings
 from itertools import groupby
 from pathlib import Path
 
 from ..checkpoint.hub import Source
 from ..checkpoint.json_object import read_object
 from ..checkpoint.replace import replace_file
+from .backends import byte_level_backend, check_ids, load_backend, without_panics
 from .fast import FastTokenizer, backend_library, backend_tokens, set_template
 from .files import missing, write_json
 from .slow import SlowTokenizer
-from .special_tokens import AddedToken
+from .special_tokens import AddedToken, as_added_token
 
 VOCAB, MERGES, ENCODER = "vocab.json", "merges.txt", "bpe_encoder.bin"
 
@@ -23,7 +26,9 @@ class DebertaTokenizer(SlowTokenizer):
         vocab_file: vocab.json, tokenizer.json, or Microsoft's bpe_encoder.bin.
         merges_file: merges.txt, with vocab.json.
         errors: what to do with bytes that are no UTF-8, as ``bytes.decode`` has it.
-        mask_token: takes the space before it along.
+        mask_token: takes the space before it along, unless it is an ``AddedToken`` or tokenizer.json's that does not.
+        pair_template: what stands in a row of two texts, and its type; None for
+            ["[CLS]:0", "$A:0", "[SEP]:0", "$B:1", "[SEP]:1"]. ``from_pretrained`` takes that of tokenizer.json.
         add_prefix_space: put a space before a text that does not begin with one; also an option of ``__call__``.
         add_bos_token: has no effect, as in transformers.
         options: see ``TokenizerBase``.
@@ -44,32 +49,40 @@ class DebertaTokenizer(SlowTokenizer):
         mask_token: str | AddedToken | None = "[MASK]",
         add_prefix_space: bool = False,
         add_bos_token: bool = False,
+        pair_template: list[str] | None = None,
         **options,
     ):
         self.errors = errors
         self.add_prefix_space = add_prefix_space
         self.add_bos_token = add_bos_token
+        self.pair_template = _checked_template(pair_template)
         self._vocab, self._merges = _read_tables(vocab_file, merges_file)
         self._bytes = _byte_of_letter()
         # Only its model and its way to find words are used; added tokens are found before.
         self._backend = _make_backend(vocab_file, self._vocab, self._merges)
         super().__init__(mask_token=_mask(mask_token), **options)
         self.init_kwargs.update(errors=errors, add_prefix_space=add_prefix_space, add_bos_token=add_bos_token)
+        if self.pair_template is not None:
+            self.init_kwargs["pair_template"] = self.pair_template
 
     @classmethod
     def _find_files(cls, source: Source) -> dict:
-        return _find_tables(source) or _only(source, "vocab_file", "tokenizer.json")
+        path = source.file("tokenizer.json")
+        template = None if path is None else _pair_template(path)
+        found = _find_tables(source) or _only(source, "vocab_file", "tokenizer.json")
+        return found if template is None else {**found, "pair_template": template}
 
     @classmethod
     def _saved_tokens(cls, source: Source, config: dict, overrides: dict) -> dict:
         settings = super()._saved_tokens(source, config, overrides)
         if "added_tokens_decoder" not in config:
-            # They are those of tokenizer.json, where transformers 5 writes a [MASK] that leaves the space to the text.
+            # Those of added_tokens.json have no flags; those of tokenizer.json are found as that file says.
             mask = config.get("mask_token") or "[MASK]"
             mask = mask["content"] if isinstance(mask, dict) else mask
+            own = cls._tokens_of_backend_file(source)
             tokens = settings["added_tokens_decoder"].items()
             settings["added_tokens_decoder"] = {
-                i: _mask(mask) if token.content == mask else token for i, token in tokens
+                i: _mask(mask) if token.content == mask and i not in own else token for i, token in tokens
             }
         return settings
 
@@ -90,10 +103,11 @@ class DebertaTokenizer(SlowTokenizer):
 
     def _tokenize(self, text: str) -> list[str]:
         model, tokens = self._backend.model, []
-        for word, _ in self._backend.pre_tokenizer.pre_tokenize_str(text):
-            # The model drops letters that it does not know, which must become the unknown token.
-            for known, letters in groupby(word, key=self._vocab.__contains__):
-                tokens += [token.value for token in model.tokenize("".join(letters))] if known else letters
+        with without_panics(self.name_or_path or type(self).__name__):
+            for word, _ in self._backend.pre_tokenizer.pre_tokenize_str(text):
+                # The model drops letters that it does not know, which must become the unknown token.
+                for known, letters in groupby(word, key=self._vocab.__contains__):
+                    tokens += [token.value for token in model.tokenize("".join(letters))] if known else letters
         return tokens
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
@@ -120,7 +134,9 @@ class DebertaTokenizerFast(FastTokenizer):
         merges_file: merges.txt, with vocab.json.
         tokenizer_file: tokenizer.json; it takes precedence.
         errors: kept for the slow tokenizer.
-        mask_token: takes the space before it along.
+        mask_token: takes the space before it along, unless it is an ``AddedToken`` or tokenizer.json's that does not.
+        pair_template: what stands in a row of two texts, and its type; None for that of ``tokenizer_file``, or else
+            ["[CLS]:0", "$A:0", "[SEP]:0", "$B:1", "[SEP]:1"].
         add_prefix_space: put a space before a text that does not begin with one; needed for texts that come in words.
         add_bos_token: has no effect, as in transformers.
         tokenizer_object: a ``tokenizers.Tokenizer`` to take instead.
@@ -144,33 +160,36 @@ class DebertaTokenizerFast(FastTokenizer):
         add_prefix_space: bool = False,
         add_bos_token: bool = False,
         tokenizer_object=None,
+        pair_template: list[str] | None = None,
         **options,
     ):
-        from .backends import load_backend
-
         tokenizers = backend_library()
         self.errors = errors
         self.add_prefix_space = add_prefix_space
         self.add_bos_token = add_bos_token
-        mask_token = _mask(mask_token)
         if tokenizer_object is not None:
             backend = tokenizers.Tokenizer.from_str(tokenizer_object.to_str())
         elif tokenizer_file is not None:
             backend = load_backend(_existing(tokenizer_file))
+            pair_template = pair_template or _pair_template(tokenizer_file)
             if not isinstance(backend.model, tokenizers.models.BPE):
                 raise ValueError(f"{tokenizer_file}: expected a BPE model, got {type(backend.model).__name__}")
         elif vocab_file is not None:
+            mask_token = _mask(mask_token)
             tokens = backend_tokens({"mask_token": mask_token, **options})
             backend = _make_backend(vocab_file, *_read_tables(vocab_file, merges_file), **tokens)
         else:
             raise ValueError("expected a vocab_file and merges_file, a tokenizer_file or a tokenizer_object")
-        if mask_token is not None:
-            backend = _with_flags_of(backend, mask_token)
+        if mask_token is not None and not isinstance(mask_token, str):
+            backend = _with_flags_of(backend, as_added_token(mask_token))
         if isinstance(backend.pre_tokenizer, tokenizers.pre_tokenizers.ByteLevel):
             backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
         super().__init__(backend, mask_token=mask_token, **options)
-        set_template(self._tokenizer, self.cls_token, self.sep_token)
+        self.pair_template = _checked_template(pair_template)
+        set_template(self._tokenizer, self)
         self.init_kwargs.update(errors=errors, add_prefix_space=add_prefix_space, add_bos_token=add_bos_token)
+        if self.pair_template is not None:
+            self.init_kwargs["pair_template"] = self.pair_template
 
     @classmethod
     def _find_files(cls, source: Source) -> dict:
@@ -230,10 +249,12 @@ def _read_tables(vocab_file, merges_file) -> tuple[dict[str, int], list[tuple[st
     if isinstance(vocab.get("model"), dict):  # tokenizer.json
         if vocab["model"].get("type") != "BPE":
             raise ValueError(f"{path}: expected a BPE model, got {vocab['model'].get('type')}")
-        return vocab["model"]["vocab"], _pairs(vocab["model"]["merges"])
-    wrong = [token for token, index in vocab.items() if not isinstance(index, int)]
-    if wrong:
-        raise ValueError(f"{path}: expected the id of every token, got {vocab[wrong[0]]!r} for {wrong[0]!r}")
+        model = {"vocab": {}, "merges": [], **vocab["model"]}
+        if not isinstance(model["vocab"], dict) or not isinstance(model["merges"], list):
+            raise ValueError(f"{path}: expected a BPE model with an object vocab and a list merges")
+        check_ids(str(path), model["vocab"])
+        return model["vocab"], _pairs(model["merges"])
+    check_ids(str(path), vocab)
     if merges_file is None:
         raise ValueError(f"{path.name} needs a merges_file ({MERGES}) too")
     merges = []
@@ -252,11 +273,10 @@ def _read_tables(vocab_file, merges_file) -> tuple[dict[str, int], list[tuple[st
 
 
 def _make_backend(vocab_file, vocab: dict[str, int], merges: list[tuple[str, str]], **tokens):
-    from .backends import byte_level_backend
-
     backend_library()
     try:
-        return byte_level_backend(vocab, merges, **tokens)
+        with without_panics("vocab and merges"):
+            return byte_level_backend(vocab, merges, **tokens)
     except ValueError as error:
         raise ValueError(f"{os.fspath(vocab_file)}: {error}") from None
 
@@ -277,14 +297,40 @@ def _save_tables(folder, prefix: str | None, vocab: dict, merges: list) -> tuple
 
 
 def _mask(token: str | AddedToken | None) -> AddedToken | None:
-    if isinstance(token, str):
-        return AddedToken(token, lstrip=True, normalized=True, special=True)
-    return token
+    return None if token is None else as_added_token(token, lstrip=True, normalized=True, special=True)
+
+
+def _pair_template(path: str | os.PathLike) -> list[str] | None:
+    """The rows of two texts by a tokenizer.json, where they are not [CLS] A [SEP] B [SEP], with a warning."""
+    processor = read_object(path).get("post_processor")
+    if not isinstance(processor, dict) or processor.get("type") != "TemplateProcessing":
+        return None
+    parts = [(kind, part) for piece in processor["pair"] for kind, part in piece.items()]
+    template = [f"{'$' if kind == 'Sequence' else ''}{part['id']}:{part['type_id']}" for kind, part in parts]
+    cls, sep = (template[i].rpartition(":")[0] for i in (0, -1))
+    trained = [f"{cls}:0", "$A:0", f"{sep}:0", "$B:1", f"{sep}:1"]
+    if template == trained:
+        return None
+    warnings.warn(
+        f"{os.fspath(path)}: pairs become {' '.join(template)}, as transformers 5 writes it; the published models were "
+        f"trained with {' '.join(trained)}, which pair_template={trained} gives"
+    )
+    return template
+
+
+def _checked_template(template: list[str] | None) -> list[str] | None:
+    if template is None:
+        return None
+    parts = list(template) if isinstance(template, list | tuple) else [None]
+    if not all(isinstance(x, str) and re.fullmatch(r"(?s).+:[01]", x) for x in parts):
+        raise ValueError(f'pair_template must be a list of texts such as "$A:0" and "[SEP]:1", got {template!r}')
+    if [x[:-2] for x in parts if x[:-2] in ("$A", "$B")] != ["$A", "$B"]:
+        raise ValueError(f"pair_template must hold $A and then $B, each once, got {template!r}")
+    return parts
 
 
 def _with_flags_of(backend, token: AddedToken):
-    """``backend`` with ``token``'s flags for the added token of that text. transformers 5 writes tokenizer.json with a
-    [MASK] that leaves the space before it to the text."""
+    """``backend`` with ``token``'s flags for the added token of that text."""
     found = [own for own in backend.get_added_tokens_decoder().values() if own.content == token.content]
     if not found or found[0].lstrip == token.lstrip:
         return backend

@@ -1,5 +1,6 @@
 """Tokenizers of DeBERTa v2 and v3: ``DebertaV2Tokenizer``, ``DebertaV2TokenizerFast``."""
 
+import math
 import os
 import unicodedata
 import warnings
@@ -7,12 +8,26 @@ from pathlib import Path
 
 from ..checkpoint.hub import Source
 from ..checkpoint.replace import replace_file
+from .backends import load_backend, unigram_backend
 from .fast import FastTokenizer, backend_library, backend_tokens, set_template
 from .files import missing
 from .slow import SlowTokenizer
 from .special_tokens import AddedToken
 
 SPM = "spm.model"
+# What sp_model_kwargs may say: how a text is split, and never which other files are opened.
+_SETTINGS = {
+    "enable_sampling": bool,
+    "nbest_size": int,
+    "alpha": int | float,
+    "num_threads": int,
+    "out_type": type | str,
+    "add_bos": bool,
+    "add_eos": bool,
+    "reverse": bool,
+    "emit_unk_piece": bool,
+}
+_MOST_BEST = 512  # segmentations to sample from; sentencepiece refuses more with the first text
 
 
 class DebertaV2Tokenizer(SlowTokenizer):
@@ -47,7 +62,7 @@ class DebertaV2Tokenizer(SlowTokenizer):
         self.vocab_file = os.fspath(vocab_file)
         self.do_lower_case = do_lower_case
         self.split_by_punct = split_by_punct
-        self.sp_model_kwargs = dict(sp_model_kwargs or {})
+        self.sp_model_kwargs = _settings(sp_model_kwargs)
         if not os.path.isfile(vocab_file):
             raise FileNotFoundError(f"there is no file {self.vocab_file}")
         self._load(Path(vocab_file).read_bytes())
@@ -162,17 +177,15 @@ class DebertaV2TokenizerFast(FastTokenizer):
         unk_token: str | AddedToken | None = "[UNK]",
         **options,
     ):
-        from .backends import unigram_backend
-
         tokenizers = backend_library()
-        if sp_model_kwargs and sp_model_kwargs.get("enable_sampling"):
+        if _settings(sp_model_kwargs).get("enable_sampling"):
             warnings.warn("a fast tokenizer does not sample: sp_model_kwargs counts for DebertaV2Tokenizer only")
         unk_token = _unknown(unk_token)
         self.vocab_file = None if vocab_file is None else os.fspath(vocab_file)
         self.do_lower_case = do_lower_case
         self.split_by_punct = split_by_punct
         self.add_prefix_space = add_prefix_space
-        self.sp_model_kwargs = dict(sp_model_kwargs or {})
+        self.sp_model_kwargs = _settings(sp_model_kwargs)
         for path in (vocab_file, tokenizer_file):
             if path is not None and not os.path.isfile(path):
                 raise FileNotFoundError(f"there is no file {os.fspath(path)}")
@@ -189,7 +202,7 @@ class DebertaV2TokenizerFast(FastTokenizer):
                 "expected a vocab_file (spm.model), a tokenizer_file (tokenizer.json) or a tokenizer_object"
             )
         super().__init__(backend, unk_token=unk_token, **options)
-        set_template(self._tokenizer, self.cls_token, self.sep_token)
+        set_template(self._tokenizer, self)
         self.init_kwargs.update(
             do_lower_case=do_lower_case, split_by_punct=split_by_punct, sp_model_kwargs=self.sp_model_kwargs
         )
@@ -226,6 +239,23 @@ class DebertaV2TokenizerFast(FastTokenizer):
         return (str(path),)
 
 
+def _settings(sp_model_kwargs: dict | None) -> dict:
+    """Raises ValueError for what is no setting, such as a file to open."""
+    if not isinstance(sp_model_kwargs, dict | None):
+        raise ValueError(f"sp_model_kwargs must be a dict, got {type(sp_model_kwargs).__name__}")
+    for name, value in (sp_model_kwargs or {}).items():
+        if name not in _SETTINGS:
+            raise ValueError(f"sp_model_kwargs may hold {', '.join(_SETTINGS)}, got {name!r}")
+        if not isinstance(value, _SETTINGS[name]) or (isinstance(value, bool) and _SETTINGS[name] is not bool):
+            kind = getattr(_SETTINGS[name], "__name__", _SETTINGS[name])
+            raise ValueError(f"sp_model_kwargs: {name} must be of type {kind}, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"sp_model_kwargs: {name} must be finite, got {value}")
+        if name == "nbest_size" and value > _MOST_BEST:
+            raise ValueError(f"sp_model_kwargs: nbest_size must be at most {_MOST_BEST}, got {value}")
+    return dict(sp_model_kwargs or {})
+
+
 def _unknown(token: str | AddedToken | None) -> str | AddedToken | None:
     # Looked for in the normalized text, other than the rest: what transformers made of the published checkpoints.
     return AddedToken(token, normalized=True, special=True) if isinstance(token, str) else token
@@ -233,8 +263,6 @@ def _unknown(token: str | AddedToken | None) -> str | AddedToken | None:
 
 def _load(tokenizer_file, vocab_file: str | None, do_lower_case: bool, split_by_punct: bool, add_prefix_space: bool):
     """The backend in tokenizer.json, with the settings that it may lack."""
-    from .backends import load_backend, unigram_backend
-
     tokenizers = backend_library()
     backend = load_backend(tokenizer_file)
     if b"ByteLevel" in _state(backend.pre_tokenizer):

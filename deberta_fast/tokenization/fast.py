@@ -1,12 +1,14 @@
 """Tokenizers on the ``tokenizers`` library: ``FastTokenizer``."""
 
 import json
+import sys
 import threading
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
 from ..checkpoint.replace import replace_file
+from .backends import without_panics
 from .base import TokenizerBase
 from .batch_encoding import BatchEncoding
 from .files import TOKENIZER
@@ -77,16 +79,17 @@ class FastTokenizer(TokenizerBase):
         named = set(self.all_special_tokens)
         tokens = [token for _, token in sorted(decoder.items()) if token.content not in present]
         tokens += [token for token in self.all_special_tokens_extended if token.content not in present]
-        self._tokenizer.add_tokens(
-            [backend_token(token, token.special or token.content in named) for token in dict.fromkeys(tokens)]
-        )
+        with self._without_panics():
+            self._tokenizer.add_tokens(
+                [backend_token(token, token.special or token.content in named) for token in dict.fromkeys(tokens)]
+            )
         for index, token in decoder.items():
             own = self._tokenizer.token_to_id(token.content)
             if own != index:
                 warnings.warn(f"the files disagree on the id of the added token {token.content!r}: {index}, here {own}")
 
     def _add_tokens(self, tokens: list[AddedToken]) -> int:
-        with self._lock:
+        with self._lock, self._without_panics():
             return self._tokenizer.add_tokens([backend_token(token, token.special) for token in tokens])
 
     def _token_to_id(self, token: str) -> int | None:
@@ -104,10 +107,15 @@ class FastTokenizer(TokenizerBase):
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """The text of tokens."""
-        return self._tokenizer.decoder.decode(tokens)
+        with self._without_panics():
+            return self._tokenizer.decoder.decode(tokens)
 
     def _decode(self, ids: list[int], skip_special_tokens: bool, spaces_between_special_tokens: bool) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        with self._without_panics():
+            return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def _without_panics(self):
+        return without_panics(self.name_or_path or type(self).__name__)
 
     def _encode(self, examples: list[tuple], single: bool, options: Options) -> BatchEncoding:
         if options.add_prefix_space is not None:
@@ -143,7 +151,7 @@ class FastTokenizer(TokenizerBase):
         if options.truncation != "do_not_truncate":
             self._check_stride(options, examples)
         split = options.split_special_tokens
-        with self._lock:
+        with self._lock, self._without_panics():
             self._set_backend(options)
             self._tokenizer.encode_special_tokens = self.split_special_tokens if split is None else split
             try:
@@ -173,7 +181,7 @@ class FastTokenizer(TokenizerBase):
         truncation = padding = None
         if options.truncation != "do_not_truncate":
             truncation = dict(
-                max_length=int(options.max_length),
+                max_length=min(int(options.max_length), sys.maxsize),
                 stride=int(options.stride),
                 strategy=options.truncation,
                 direction=self.truncation_side,
@@ -260,7 +268,8 @@ class FastTokenizer(TokenizerBase):
         trainer = kind(
             vocab_size=vocab_size, special_tokens=[backend_token(token, True) for token in special], **options
         )
-        backend.train_from_iterator(text_iterator, trainer=trainer, length=length)
+        with self._without_panics():
+            backend.train_from_iterator(text_iterator, trainer=trainer, length=length)
         more = self._additional_special_tokens + [as_added_token(t, special=True) for t in new_special_tokens or ()]
         settings = {name: value for name, value in self.init_kwargs.items() if name in self._arguments()}
         settings.update(self._special_tokens, model_max_length=self.model_max_length)
@@ -295,14 +304,17 @@ def backend_tokens(options: dict) -> dict:
     }
 
 
-def set_template(backend, cls_token: str, sep_token: str):
-    """Makes ``backend`` build [CLS] A [SEP] and [CLS] A [SEP] B [SEP], of types 0 and 1."""
+def set_template(backend, tokenizer):
+    """Makes ``backend`` build rows as ``tokenizer`` does: [CLS] A [SEP], of type 0, and for two texts as it says."""
     from tokenizers.processors import TemplateProcessing
 
+    pair = tokenizer._pair_parts()
+    single = [(tokenizer.cls_token, 0), ("$A", 0), (tokenizer.sep_token, 0)]
+    tokens = {name for name, _ in [*single, *pair]} - {"$A", "$B"}
     backend.post_processor = TemplateProcessing(
-        single=[f"{cls_token}:0", "$A:0", f"{sep_token}:0"],
-        pair=[f"{cls_token}:0", "$A:0", f"{sep_token}:0", "$B:1", f"{sep_token}:1"],
-        special_tokens=[(token, backend.token_to_id(token)) for token in {cls_token, sep_token}],
+        single=[f"{name}:{kind}" for name, kind in single],
+        pair=[f"{name}:{kind}" for name, kind in pair],
+        special_tokens=[(token, backend.token_to_id(token)) for token in tokens],
     )
 
 

@@ -72,6 +72,19 @@ class Files:
             raise TypeError(f"{cls.__name__} has no argument {', '.join(unknown)}; it has {', '.join(sorted(known))}")
         path = source.file(CONFIG)
         config = {} if path is None else read_object(path)
+        try:
+            return cls._of_files(source, config, overrides, known)
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            # Those that say where they are from, and those of what the caller gave
+            if any(name in str(error) for name in (str(source), *overrides)):
+                raise
+            if overrides and isinstance(error, TypeError):
+                raise
+            reason = f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path or source} cannot be used: {reason}") from error
+
+    @classmethod
+    def _of_files(cls, source: Source, config: dict, overrides: dict, known: set[str]):
         cls._check_config(source, config)
         # Paths that a config may hold are those of the machine that wrote it.
         saved = {
@@ -155,6 +168,8 @@ class Files:
         save_directory: str | os.PathLike,
         legacy_format: bool | None = None,
         filename_prefix: str | None = None,
+        *,
+        push_to_hub: bool = False,
     ) -> tuple[str, ...]:
         """Writes all files of the tokenizer, which ``from_pretrained`` and transformers read.
 
@@ -162,14 +177,17 @@ class Files:
             save_directory: is made where it does not exist.
             legacy_format: for a fast tokenizer, True: without tokenizer.json; False: without the slow one's vocabulary.
             filename_prefix: the files' names begin with it and "-".
+            push_to_hub: only False; huggingface_hub uploads folders.
 
         Returns:
             The paths of the files.
 
         Raises:
             NotADirectoryError: there is a file of that name.
-            ValueError: ``legacy_format`` is impossible for this tokenizer.
+            ValueError: ``legacy_format`` is impossible for this tokenizer, or ``push_to_hub`` is True.
         """
+        if push_to_hub:
+            raise ValueError("push_to_hub is not supported: save, and call huggingface_hub.upload_folder")
         folder = Path(save_directory)
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"expected a folder to save in, and {folder} is a file")

@@ -10,6 +10,8 @@ from .batch_encoding import BatchEncoding
 PADDINGS = ("longest", "max_length", "do_not_pad")
 TRUNCATIONS = ("longest_first", "only_first", "only_second", "do_not_truncate")
 SIDES = ("right", "left")
+# Tokens that a row is padded to at most; libraries take the memory at once, and end the process where there is none.
+LONGEST_ROW = 2**20
 # A model_max_length beyond this means that there is none.
 UNLIMITED = int(1e20)
 
@@ -55,16 +57,30 @@ def check_choice(name: str, value, choices: tuple) -> str:
 class ModelInputs:
     """Builds, truncates and pads rows of ids. Needs ``SpecialTokens`` and the attributes of ``TokenizerBase``."""
 
+    # Instead of [CLS] A [SEP] B [SEP]: such as ["[CLS]:0", "$A:0", "[SEP]:0", "$B:1", "[SEP]:1"], which is the default.
+    pair_template: list[str] | None = None
+
+    def _pair_parts(self) -> list[tuple[str, int]]:
+        """What stands in a row of two texts, one behind the other, and its type: "$A", "$B" and special tokens."""
+        cls, sep = self.cls_token, self.sep_token
+        template = self.pair_template or [f"{cls}:0", "$A:0", f"{sep}:0", "$B:1", f"{sep}:1"]
+        parts = [part.rpartition(":") for part in template]
+        return [(name, int(number)) for name, _, number in parts]
+
     def build_inputs_with_special_tokens(self, token_ids_0: list, token_ids_1: list | None = None) -> list:
-        """[CLS] A [SEP], or [CLS] A [SEP] B [SEP] for two."""
-        cls, sep = [self.cls_token_id], [self.sep_token_id]
-        first = cls + list(token_ids_0) + sep
-        return first if token_ids_1 is None else first + list(token_ids_1) + sep
+        """[CLS] A [SEP], or for two as ``pair_template`` has it: [CLS] A [SEP] B [SEP]."""
+        if token_ids_1 is None:
+            return [self.cls_token_id, *token_ids_0, self.sep_token_id]
+        texts = {"$A": token_ids_0, "$B": token_ids_1}
+        parts = [texts[name] if name in texts else [self._token_to_id(name)] for name, _ in self._pair_parts()]
+        return [index for part in parts for index in part]
 
     def create_token_type_ids_from_sequences(self, token_ids_0: list, token_ids_1: list | None = None) -> list[int]:
-        """0 for [CLS] A [SEP], 1 for B [SEP]."""
-        types = [0] * (len(token_ids_0) + 2)
-        return types if token_ids_1 is None else types + [1] * (len(token_ids_1) + 1)
+        """0 for [CLS] A [SEP]; for two as ``pair_template`` has it: 1 for B [SEP]."""
+        if token_ids_1 is None:
+            return [0] * (len(token_ids_0) + 2)
+        lengths = {"$A": len(token_ids_0), "$B": len(token_ids_1)}
+        return [kind for name, kind in self._pair_parts() for _ in range(lengths.get(name, 1))]
 
     def get_special_tokens_mask(
         self, token_ids_0: list, token_ids_1: list | None = None, already_has_special_tokens: bool = False
@@ -80,12 +96,14 @@ class ModelInputs:
                 raise ValueError("a row that already has its special tokens is given as token_ids_0 alone")
             special = set(self.all_special_ids)
             return [int(int(index) in special) for index in token_ids_0]
-        mask = [1, *[0] * len(token_ids_0), 1]
-        return mask if token_ids_1 is None else [*mask, *[0] * len(token_ids_1), 1]
+        if token_ids_1 is None:
+            return [1, *[0] * len(token_ids_0), 1]
+        lengths = {"$A": len(token_ids_0), "$B": len(token_ids_1)}
+        return [x for name, _ in self._pair_parts() for x in ([0] * lengths[name] if name in lengths else [1])]
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
         """How many special tokens a text (two texts) gets."""
-        return 3 if pair else 2
+        return len(self._pair_parts()) - 2 if pair else 2
 
     def prepare_for_model(
         self,
@@ -182,8 +200,8 @@ class ModelInputs:
 
         Args:
             encoded_inputs: a dict with a list or tensor of rows an item, one with one row, or a list of dicts with one
-                row each. ``input_ids``, ``token_type_ids``, ``attention_mask`` and ``special_tokens_mask`` are padded;
-                other items (labels) stay as they are.
+                row each. ``input_ids``, ``token_type_ids``, ``attention_mask``, ``special_tokens_mask`` and
+                ``offset_mapping`` are padded; other items (labels) stay as they are.
             return_tensors: "pt" or "np"; None for lists, or for tensors where there were tensors.
             padding, max_length, pad_to_multiple_of, padding_side, return_attention_mask: see ``__call__``.
 
@@ -251,6 +269,7 @@ class ModelInputs:
             main: self.pad_token_id,
             "token_type_ids": self.pad_token_type_id,
             "special_tokens_mask": 1,
+            "offset_mapping": (0, 0),
             **({"attention_mask": 0} if wants_mask else {}),
         }
         for name, value in fill.items():
@@ -346,6 +365,11 @@ class ModelInputs:
         multiple = options.pad_to_multiple_of
         if multiple is not None and (not isinstance(multiple, Integral) or multiple < 1):
             raise ValueError(f"expected pad_to_multiple_of to be a positive number or None, got {multiple!r}")
+        if padding == "max_length" and max_length > LONGEST_ROW:
+            source = "max_length" if options.max_length is not None else "model_max_length"
+            raise ValueError(f'{source} must be at most {LONGEST_ROW} with padding="max_length", got {max_length}')
+        if padding != "do_not_pad" and multiple and multiple > LONGEST_ROW:
+            raise ValueError(f"pad_to_multiple_of must be at most {LONGEST_ROW}, got {multiple}")
         if truncates:
             if padding != "do_not_pad" and multiple and max_length % multiple:
                 raise ValueError(f"max_length is {max_length}, no multiple of pad_to_multiple_of={multiple}")

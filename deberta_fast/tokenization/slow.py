@@ -100,7 +100,10 @@ class SlowTokenizer(TokenizerBase):
         tokens = [self._tokens(value, options) for value in texts]
         if not add_special_tokens:
             return [token for part in tokens for token in part]
-        return [self.cls_token, *(token for part in tokens for token in [*part, self.sep_token])]
+        if pair is None:
+            return [self.cls_token, *tokens[0], self.sep_token]
+        texts = dict(zip(("$A", "$B"), tokens))
+        return [token for name, _ in self._pair_parts() for token in texts.get(name, [name])]
 
     def _tokens(self, text: str | list[str], options: Options) -> list[str]:
         if options.is_split_into_words:

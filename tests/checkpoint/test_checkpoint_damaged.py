@@ -149,6 +149,7 @@ INDICES = {
             "../outside.safetensors", "/outside.safetensors", "sub/x.safetensors", "..\\x.safetensors",
             "C:x.safetensors",
             "x\0.safetensors", "", ".", "..", "x.bin", "model.safetensors.index.json", 3, None, ["x.safetensors"],
+            "a" * 300 + ".safetensors", "é" * 130 + ".safetensors",
         )
     },
     "shard missing": (json.dumps({"weight_map": {"a": "gone.safetensors"}}), "lists gone.safetensors, which is"),

@@ -17,7 +17,7 @@ from deberta_fast import (
     DebertaV2ForSequenceClassification,
     DebertaV2Model,
 )
-from deberta_fast.checkpoint import CheckpointError
+from deberta_fast.checkpoint import CheckpointError, check_layers
 
 SLOW = 5  # seconds; what is refused too late takes minutes
 
@@ -102,6 +102,23 @@ def test_asked_for_by_name(saved):
         DebertaV2Model.from_pretrained(folder)
     with pytest.warns(UserWarning, match="not used: .*layer.1"):
         DebertaV2Model.from_pretrained(folder, num_hidden_layers=1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "encoder.layer.{}.output.dense.bias",
+        "module.deberta.encoder.layer.{}.attention.self.q_bias",
+        "generator.deberta.encoder.layer.{}.output.dense.bias",
+        "tf_deberta_model/deberta/encoder/layer_._{}/output/dense/bias:0",
+    ],
+)
+def test_layers_by_any_name(name):
+    tensors = {name.format(number): torch.ones(1) for number in (0, 11, 3)}
+    check_layers(tensors, 12, "file")
+    check_layers({"embeddings.layer.weight": torch.ones(1)}, 13, "file")
+    with pytest.raises(ValueError, match="^file does not fit .* num_hidden_layers must be at most 12, .* got 13"):
+        check_layers(tensors, 13, "file")
 
 
 def test_made_of_a_configuration_alone():
