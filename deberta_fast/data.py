@@ -53,7 +53,7 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
 
     Raises:
         ValueError: a sequence is longer than max_tokens; an argument is out of range; when batches are asked for,
-            drop_last would leave out all of them.
+            drop_last would leave out all of them, or accelerate shares out one process's share.
         TypeError: an argument is not of integers.
     """
 
@@ -109,14 +109,25 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
         return len(self._batches()) // self.num_replicas
 
     def _epoch_of_loader(self) -> int:
-        """That of accelerate's loader which skips batches, as after a resumption: it tells no sampler its epoch."""
+        """That of accelerate's loader which skips batches, as after a resumption: it tells no sampler its epoch.
+
+        Raises:
+            ValueError: accelerate's loader shares out among its processes what is one process's share already.
+        """
         accelerate = sys.modules.get("accelerate.state")
         loader = accelerate and accelerate.GradientState().active_dataloader
-        sampler, skips = getattr(loader, "batch_sampler", None), False
+        sampler, wrappers = getattr(loader, "batch_sampler", None), []
         while sampler is not None and sampler is not self:
-            skips = skips or hasattr(sampler, "skip_batches")
+            wrappers.append(sampler)
             sampler = getattr(sampler, "batch_sampler", None)
-        return loader.iteration if skips and sampler is self else self.epoch
+        if sampler is None:
+            return self.epoch
+        if self.num_replicas > 1 and any(getattr(x, "num_processes", 1) > 1 for x in wrappers):
+            raise ValueError(
+                f"num_replicas must be 1 where accelerate shares the batches out, got {self.num_replicas}: "
+                "a process would get a part of its part"
+            )
+        return loader.iteration if any(hasattr(x, "skip_batches") for x in wrappers) else self.epoch
 
     def _batches(self) -> list[list[int]]:
         """Those of all ranks."""

@@ -440,3 +440,16 @@ def test_loaders_of_accelerate_tell_the_epoch(processes, rank, dispatch):
     # and without them, as its owner says
     sampler.set_epoch(9)
     assert [sorted(batch) for batch in sampler] == of_epoch(9)
+
+
+def test_what_is_shared_out_already_is_not_shared_out_again():
+    pytest.importorskip("accelerate")
+    from accelerate.data_loader import prepare_data_loader
+
+    sampler = TokenBudgetSampler(uniform(60), 1500, num_replicas=2, rank=1)
+    loader = DataLoader(sampler.lengths, batch_sampler=sampler)
+    loader = prepare_data_loader(loader, num_processes=2, process_index=1, put_on_device=False)
+    with pytest.raises(ValueError, match="num_replicas must be 1 where accelerate shares the batches out, got 2"):
+        next(iter(loader))
+    del loader
+    assert list(sampler)
