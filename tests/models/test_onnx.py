@@ -85,9 +85,12 @@ def test_patched(name, head, export):
     assert_same_answers(export(model), model)
 
 
-@pytest.mark.parametrize("name, head", [("v1", "ForSequenceClassification"), ("v2", "Model")])
-def test_native(name, head, export):
-    model = build(name, head, num_hidden_layers=1)
+NATIVE = [("v1", "ForSequenceClassification", {}), ("v1", "Model", {"talking_head": True}), ("v2", "Model", {})]
+
+
+@pytest.mark.parametrize("name, head, changes", NATIVE)
+def test_native(name, head, changes, export):
+    model = build(name, head, num_hidden_layers=1, **changes)
     assert_same_answers(export(model), model)
 
 

@@ -68,7 +68,7 @@ def attention_with_probabilities(
     i = torch.arange(query_length, device=q.device)
     j = torch.arange(key_length, device=q.device)
 
-    # transpose, where mT would do: torch.onnx.export(dynamo=False) does not know that.
+    # Not mT, nor movedim(1, -1) below: torch.onnx.export(dynamo=False) lacks the one and writes the other wrong.
     q = q * call.scale
     scores = q @ k.transpose(-1, -2)
     if call.has_positions:
@@ -81,7 +81,7 @@ def attention_with_probabilities(
         by_key = k @ (call.pos_query.to(q) * call.scale).transpose(-1, -2)
         scores = scores + by_key.gather(-1, slots.transpose(-1, -2)).transpose(-1, -2)
     if head_logits_proj is not None:
-        scores = head_logits_proj(scores.movedim(1, -1)).movedim(-1, 1)
+        scores = head_logits_proj(scores.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     visible = torch.ones(1, 1, 1, key_length, dtype=torch.bool, device=q.device)
     if call.mask is not None:
@@ -100,5 +100,5 @@ def attention_with_probabilities(
         keep = keep_mask(call.seed, batch_head, i[:, None], (0, key_length), call.dropout_p)
         probabilities = probabilities * keep / (1 - call.dropout_p)
     if head_weights_proj is not None:
-        probabilities = head_weights_proj(probabilities.movedim(1, -1)).movedim(-1, 1)
+        probabilities = head_weights_proj(probabilities.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     return (probabilities @ v).to(call.query.dtype), lse, probabilities.to(call.query.dtype)
