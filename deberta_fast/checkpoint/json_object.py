@@ -16,7 +16,7 @@ def read_object(path: str | os.PathLike) -> dict:
             is no JSON.
     """
     try:
-        content = json.loads(Path(path).read_bytes().decode())
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise ValueError(f"{os.fspath(path)} is not valid JSON: {place}: {error.msg}") from None

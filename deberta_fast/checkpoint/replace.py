@@ -94,7 +94,7 @@ def publish(folder: Path, entry: str, config: bytes | None) -> None:
 def config_file(source: Source) -> Path | None:
     """The config.json that belongs to the weights that are there; None if there is none."""
     path = source.file(CONFIG)
-    if path is None or source.folder is None:
+    if path is None or source.folder is None or not _all_kept(source.folder):
         return path
     kept = _kept(source.folder, path.read_bytes())
     return kept if kept.is_file() else path
@@ -105,7 +105,7 @@ def settle(folder: Path) -> None:
     path = config_file(Source(folder))
     if path is not None and path.name != CONFIG:
         os.replace(path, folder / CONFIG)
-    for stale in [*folder.glob(f"{CONFIG}.before-*"), *(unfinished(folder / x) for x in (CONFIG, SINGLE, INDEX))]:
+    for stale in [*_all_kept(folder), *(unfinished(folder / x) for x in (CONFIG, SINGLE, INDEX))]:
         stale.unlink(missing_ok=True)
 
 
@@ -135,6 +135,10 @@ def _kept(folder: Path, config: bytes) -> Path:
     """
     weights = next(filter(None, (_state(folder / name) for name in ENTRIES)), None)
     return folder / f"{CONFIG}.before-{hashlib.sha256(config + repr(weights).encode()).hexdigest()[:16]}"
+
+
+def _all_kept(folder: Path) -> list[Path]:
+    return list(folder.glob(f"{CONFIG}.before-*"))
 
 
 def _identity(source: Source) -> list[tuple | None]:
