@@ -40,6 +40,7 @@ RANKS = [
     {"checkpoint"},
     # models
     {"models"},
+    {"models.ordinary", "models.padding"},
     {f"models.{name}" for name in ("activation", "onednn_linear", "outputs", "packing", "weight_cache")},
     {"models.arguments", "models.trainer", "models.wrappers"},
     {"models.config"},
@@ -60,7 +61,7 @@ RANKS = [
     {"pipelines"},
     # leaves
     {"hf.fallback"},
-    {"hf.forwards"},
+    {"hf.forwards", "hf.packed"},
     {"hf.patch"},
     {"selfcheck"},
     {"cli", "hf"},

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import secrets
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -182,7 +181,7 @@ def _split(tensors: dict[str, torch.Tensor], max_shard_bytes: int) -> dict[str, 
         room -= tensor.nbytes
     if len(contents) == 1:
         return {SINGLE: contents[0]}
-    save = secrets.token_hex(4)
+    save = os.urandom(4).hex()
     return {f"model-{save}-{i:05d}-of-{len(contents):05d}.safetensors": x for i, x in enumerate(contents, 1)}
 
 

@@ -6,7 +6,6 @@ configuration would describe the old weights; hence the old one is kept until th
 """
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -133,6 +132,8 @@ def _kept(folder: Path, config: bytes) -> Path:
 
     The name says which both are, so that it means nothing once others have written to the folder.
     """
+    import hashlib  # which torch does not import, and few need
+
     weights = next(filter(None, (_state(folder / name) for name in ENTRIES)), None)
     return folder / f"{CONFIG}.before-{hashlib.sha256(config + repr(weights).encode()).hexdigest()[:16]}"
 
