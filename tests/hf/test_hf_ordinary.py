@@ -9,6 +9,7 @@ from hf_models import assert_close, build, results, tokens
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+import deberta_fast
 from deberta_fast import patch, unpatch
 
 pytestmark = pytest.mark.usefixtures("exact_hf")
@@ -200,3 +201,37 @@ def test_v1_in_half_precision_with_two_biases_in_float32(dtype):
     assert got[0].dtype == dtype
     assert (got[0].double() - exact).norm() < 0.05 * exact.norm()
     assert gradients["encoder.layer.0.attention.self.q_bias"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", REGISTER)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", ["v1", "v2", "v3"])
+def test_hooks_run_in_native_models(name, place, kind, tmp_path):
+    if (name, place) == ("v1", "projection"):
+        pytest.skip("v1's one projection is three here")
+    theirs, inputs = build(name), tokens("right")
+    theirs.save_pretrained(tmp_path)
+    ours = getattr(deberta_fast, type(theirs).__name__).from_pretrained(tmp_path).double()
+    find, warns = PLACES[place]
+    results_of, told = [], []
+    for model in (theirs.double(), ours):
+        module = find(model) if place != "projection" else model.encoder.layer[0].attention.self.query_proj
+        handle = REGISTER[kind](module)
+        with warnings.catch_warnings(record=True) as messages:
+            warnings.simplefilter("always")
+            output = [model(**inputs)[0] for _ in range(2)][1]
+            output.square().sum().backward()
+        handle.remove()
+        told.append([str(x.message) for x in messages if "computed densely" in str(x.message)])
+        results_of.append((output, model.embeddings.word_embeddings.weight.grad))
+    for expected, got in zip(*results_of, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-9 * max(1.0, float(expected.abs().max())))
+    assert not told[0] and bool(told[1]) == (warns == 1 or kind == "global hook")
+
+
+def test_packed_sequences_need_an_ordinary_dropout(tmp_path):
+    build("v3").save_pretrained(tmp_path)
+    model = deberta_fast.DebertaV2Model.from_pretrained(tmp_path)
+    model.encoder.layer[0].attention.self.dropout.register_forward_hook(zeroes)
+    with pytest.raises(ValueError, match="dropout is a Dropout with hooks: computed densely"):
+        model(torch.ones(8, dtype=torch.long), cu_seqlens=torch.tensor([0, 3, 8], dtype=torch.int32))
