@@ -163,6 +163,17 @@ def test_half_precision():
             assert g.dtype == dtype and (g.double() - e).abs().max() < bound * e.abs().max()
 
 
+def test_autocast_around_backward_rounds_nothing():
+    def penalty(leaves, backend, autocast):
+        value = loss("dense", backend)(*leaves)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            first = torch.autograd.grad(value, leaves[0], create_graph=True)[0]
+        return torch.autograd.grad(first.square().sum(), leaves)
+
+    expected = penalty([x.requires_grad_() for x in tensors(torch.float64)], "reference", False)
+    assert_close(penalty([x.requires_grad_() for x in tensors()], None, True), expected)
+
+
 def test_an_ordinary_backward_runs_the_kernels(monkeypatch, told):
     """And so do the tools of training around it: nothing of the reference is on the way."""
     monkeypatch.setattr(backends.reference, "attention", lambda call: pytest.fail("the reference runs"))
