@@ -191,7 +191,7 @@ def packing_of(token_mask: torch.Tensor, unpad: bool | str, padding_rows: str) -
         source = (ends - 1).repeat_interleave(length, output_size=batch * length)
         source = source.index_copy(0, rows, torch.arange(total, device=rows.device))
         weights = torch.where(outside, by_token(length - spans), 1)
-        padding = PackedPadding(at, sequences[at], ends - kept, weights, length, source)
+        padding = PackedPadding(at, sequences, ends - kept, weights, length, source)
     return Packing(
         cu_seqlens=torch.nn.functional.pad(ends, (1, 0)).int(),
         max_seqlen=max(lengths),

@@ -47,7 +47,7 @@ def with_means(context: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -
     if mask.dim() == 2:
         return torch.where(mask.unsqueeze(-1), context, mean.flatten(2))
     sees = mask.any(-1, keepdim=True).transpose(1, 2)  # (B or 1, Lq or 1, H or 1, 1)
-    return torch.where(sees, context.unflatten(-1, mean.shape[2:]), mean).flatten(2)
+    return torch.where(sees, context.view(*context.shape[:2], *mean.shape[2:]), mean).flatten(2)
 
 
 def is_traced() -> bool:
@@ -71,7 +71,7 @@ class PackedPadding(NamedTuple):
 
     Attributes:
         rows: int64 (K,), the packed rows that are padding.
-        sequences: int64 (K,), the sequences that they belong to.
+        sequences: int64 (T,), the sequence that each packed row belongs to.
         starts: int64 (n,), where each sequence starts.
         weights: int64 (T,), how many rows of the padded batch each packed row stands for.
         length: L of the padded batch.
@@ -89,11 +89,29 @@ class PackedPadding(NamedTuple):
         """``context`` (T, H D), in rows of padding with the mean of V (T, H, D) over the sequence's padded rows."""
         exact = torch.promote_types(value.dtype, torch.float32)
         weights = (self.weights.to(exact) / self.length).to(value.dtype)
-        indices = torch.arange(value.shape[0], device=value.device)
-        means = F.embedding_bag(indices, value.flatten(1), self.starts, mode="sum", per_sample_weights=weights)
-        return context.index_copy(0, self.rows, means.index_select(0, self.sequences).to(context.dtype))
+        means = _SumsOfSequences.apply(value.flatten(1), weights, self.sequences, self.starts)
+        of_padding = means.index_select(0, self.sequences.index_select(0, self.rows))
+        return context.index_copy(0, self.rows, of_padding.to(context.dtype))
 
     def pad(self, states: torch.Tensor, batch: int) -> torch.Tensor:
         """(T, ...) to (B, L, ...)."""
         # Its backward adds in a fixed order, that of index_select does not on a GPU
         return F.embedding(self.source, states.flatten(1)).view(batch, self.length, *states.shape[1:])
+
+
+class _SumsOfSequences(torch.autograd.Function):
+    """s_n = sum of w_t x_t over the rows t of sequence n, and dx_t = w_t ds_n, which has derivatives of any order.
+
+    The derivative of torch's own embedding_bag has none.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weights, sequences, starts):
+        ctx.save_for_backward(weights, sequences)
+        rows = torch.arange(x.shape[0], device=x.device)
+        return F.embedding_bag(rows, x, starts, mode="sum", per_sample_weights=weights)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        weights, sequences = ctx.saved_tensors
+        return F.embedding(sequences, gradient) * weights.unsqueeze(1), None, None, None
