@@ -162,6 +162,7 @@ class BackwardPass {
       copy_rows<E>(rows(b_.output), block.rows, a_.size, 1.0f, grad_query_, size_);  // whose turn comes later
     });
     row_dots(grad_output_, grad_query_, block.rows, size_, delta_);
+    const double log_keys = std::log2(static_cast<double>(sequence.keys));
     for (int64_t r = 0; r < block.rows; ++r) {
       const auto given = [&](const Statistic& x) { return *at(x, sequence.batch, head_, first + r); };
       grad_lse_[r] = b_.grad_lse.data ? given(b_.grad_lse) : 0.0f;
@@ -169,13 +170,16 @@ class BackwardPass {
       // do not make up the log-sum-exp, they are not this row's.
       const float lse = given(b_.lse);
       const bool none = lse == -kInfinity;
-      double peak = lse * kLog2e, total = 1;
-      if (b_.peak.data && (none ? given(b_.peak) == lse : log_sum_exp(given(b_.peak), given(b_.total)) == lse)) {
-        peak = given(b_.peak), total = given(b_.total);
+      double peak = lse * kLog2e, total = 1, log_total = 0;
+      if (b_.peak.data) {
+        const double logarithm = std::log2(static_cast<double>(given(b_.total)));
+        if (none ? given(b_.peak) == lse : log_sum_exp(given(b_.peak), logarithm) == lse) {
+          peak = given(b_.peak), total = given(b_.total), log_total = logarithm;
+        }
       }
       // P = 2^(Z - shift) factor. Nearer to most scores than the log-sum-exp, the shift rounds off less of Z - shift.
       // Of a row that sees nothing, 2^(-inf - 0) times 0; of scores of minus infinity, times what is not a number.
-      shift_[r] = none ? 0.0f : static_cast<float>(peak + std::log2(total / sequence.keys));
+      shift_[r] = none ? 0.0f : static_cast<float>(peak + log_total - log_keys);
       factor_[r] = static_cast<float>(none ? 0 * total : std::exp2(shift_[r] - peak) / total);
     }
   }

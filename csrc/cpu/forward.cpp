@@ -149,7 +149,7 @@ class ForwardPass {
         std::fill_n(output, size_, 0.0f);
         peak_[r] = -kInfinity, total_[r] = 0;
       }
-      const float lse = log_sum_exp(peak_[r], total_[r]);
+      const float lse = log_sum_exp(peak_[r], std::log2(static_cast<double>(total_[r])));
       if (some && total_[r] == 0) total_[r] = kNaN;  // it sees nothing but scores of minus infinity: no softmax
       const float inverse = some ? 1 / total_[r] : 0.0f;
       for (int64_t d = 0; d < size_; d += kLanes) store(output + d, load(output + d) * inverse);

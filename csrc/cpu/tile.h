@@ -51,10 +51,8 @@ inline float* at(const Statistic& statistic, int64_t batch, int64_t head, int64_
   return statistic.data + batch * statistic.batch + head * statistic.head + row * statistic.row;
 }
 
-// The log-sum-exp of a row whose largest score, in base 2, is peak.
-inline float log_sum_exp(float peak, float total) {
-  return static_cast<float>((peak + std::log2(static_cast<double>(total))) / kLog2e);
-}
+// The log-sum-exp of a row, of its largest score and the logarithm of its total, both in base 2.
+inline float log_sum_exp(double peak, double log_total) { return static_cast<float>((peak + log_total) / kLog2e); }
 
 // Queries first to first + rows - 1 of a sequence; the position of the first one, as keys count.
 struct Block {
