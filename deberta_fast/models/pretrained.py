@@ -451,9 +451,11 @@ class PreTrainedModel(nn.Module):
         encoder.checkpointing = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         encoder.checkpoint_every = every_n_layers
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
         """``activation_checkpointing_enable`` by its older name."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, every_n_layers, offload)
 
     def gradient_checkpointing_disable(self) -> None:
         self.base_model.encoder.checkpointing = None

@@ -73,7 +73,7 @@ def weights(model: torch.nn.Module) -> dict:
 def assert_close(got, expected, tolerance: float = TOLERANCE) -> None:
     """Compares tensors and numbers in dicts, lists and tuples; anything else must be equal.
 
-    Errors are relative to a tensor's largest value, or to a hundredth of the largest beside it in its dict or list
+    Errors are relative to a tensor's largest value, or to a twentieth of the largest beside it in its dict or list
     where that is more: some gradients are zero but for rounding.
     """
     _assert_close(got, expected, tolerance, 0.0, "")
@@ -81,7 +81,7 @@ def assert_close(got, expected, tolerance: float = TOLERANCE) -> None:
 
 def _assert_close(got, expected, tolerance, scale, where):
     if isinstance(expected, torch.Tensor | float):
-        atol = tolerance * max(_largest(expected), scale / 100)
+        atol = tolerance * max(_largest(expected), scale / 20)
         message = lambda text: f"{where}: {text}"
         torch.testing.assert_close(torch.as_tensor(got), torch.as_tensor(expected), rtol=0, atol=atol, msg=message)
     elif isinstance(expected, list | tuple) or hasattr(expected, "keys"):
