@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cstring>
 #include <exception>
 #include <mutex>
 #include <string>
@@ -167,7 +169,23 @@ void fused_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, Maybe
   run_backward(*kernels, request, backward, parallel_for);
 }
 
+// Whether two contiguous tensors hold the same bytes. torch.equal compares by one thread.
+bool same_bits(Tensor x, Tensor y) {
+  const int64_t bytes = x.numel() * int64_t(x.element_size());
+  STD_TORCH_CHECK(x.is_contiguous() && y.is_contiguous() && bytes == y.numel() * int64_t(y.element_size()),
+                  "deberta_fast: same_bits takes contiguous tensors of one size");
+  const char *left = static_cast<const char*>(x.data_ptr()), *right = static_cast<const char*>(y.data_ptr());
+  constexpr int64_t kPart = 1 << 18;
+  std::atomic<bool> same{true};
+  parallel_for((bytes + kPart - 1) / kPart, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kPart;
+    if (same && std::memcmp(left + first, right + first, std::min(end * kPart, bytes) - first) != 0) same = false;
+  });
+  return same;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(deberta_fast, CPU, m) {
+  m.impl("same_bits", TORCH_BOX(&same_bits));
   m.impl("fused_forward", TORCH_BOX(&fused_forward));
   m.impl("fused_backward", TORCH_BOX(&fused_backward));
 }

@@ -15,8 +15,9 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ..op.backends.cpu import same_bits
+
 Value = TypeVar("Value")
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the size of an element
 
 
 class WeightCache:
@@ -64,7 +65,7 @@ class WeightCache:
         if self.constant:
             state += [_steps().count, *((x.data_ptr(), x.dtype, x.shape, x.stride(), x._version) for x in weights)]
         if kept is not None and kept[0] == state:
-            if self.constant or all(map(_same_bits, kept[1], weights)):
+            if self.constant or all(map(same_bits, kept[1], weights)):
                 return kept[2]
         if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
             return make()  # into the graph's own memory, which does not outlive it
@@ -90,14 +91,6 @@ def _precision(device: str) -> tuple:
     """In which precision torch multiplies at the moment."""
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return autocast, torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
-
-
-def _same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Whether two tensors on the CPU hold the same bits: -0 is not 0 then, and a NaN is itself."""
-    if x.dtype != y.dtype or x.shape != y.shape:
-        return False
-    bits = _BITS[x.element_size()]
-    return torch.equal(x.detach().view(bits), y.detach().view(bits))
 
 
 class _Steps:

@@ -93,7 +93,10 @@ class Paper:
         scores = scores / math.sqrt(q.shape[-1] * self.n)
         if self.get("talking_head"):
             scores = torch.einsum("bhij,gh->bgij", scores, self.weights[name + "head_logits_proj.weight"])
+        # The paper says nothing of who sees nothing; Hugging Face's models weigh all keys alike then
+        blind = may_attend.sum(-1, keepdim=True)[:, None] == 0
         weight = (scores - scores.amax(-1, keepdim=True).detach()).exp() * may_attend[:, None]
+        weight = weight.masked_fill(blind, 1.0)
         probabilities = weight / weight.sum(-1, keepdim=True).clamp(min=1e-300 if weight.dtype.itemsize > 4 else 1e-30)
         if self.get("talking_head"):
             mixing = self.weights[name + "head_weights_proj.weight"]

@@ -44,6 +44,16 @@ if NOT_LOADED is None and extension.implements("fused_forward", "CPU"):
     torch.ops.deberta_fast.use_instruction_set(instruction_set())
 
 
+def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether two tensors on the CPU hold the same bits: -0 is not 0 then, and a NaN is itself."""
+    if x.dtype != y.dtype or x.shape != y.shape:
+        return False
+    if NOT_LOADED is None and x.is_contiguous() and y.is_contiguous():
+        return torch.ops.deberta_fast.same_bits.default(x.detach(), y.detach())
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return torch.equal(x.detach().view(bits), y.detach().view(bits))
+
+
 def why_not(call: Call) -> list[str]:
     """Reasons not to serve this call."""
     reasons = [] if NOT_LOADED is None else [NOT_LOADED]

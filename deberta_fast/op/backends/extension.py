@@ -19,6 +19,7 @@ SCHEMAS = (
     "fused_backward(Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!)? grad_pos_key, "
     f"Tensor(e!)? grad_pos_query, Tensor output, Tensor lse, Tensor grad_output, Tensor? grad_lse, {_CALL}) -> ()",
     "use_instruction_set(str name) -> ()",
+    "same_bits(Tensor x, Tensor y) -> bool",
     "finds_torch_stream() -> bool",
     "cuda_architectures() -> str",
     "limit_near_bytes(int bytes) -> ()",
