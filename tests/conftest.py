@@ -41,6 +41,7 @@ def exact_hf(monkeypatch):
             return own(module, x)
         return torch.nn.functional.layer_norm(x, x.shape[-1:], module.weight, module.bias, module.variance_epsilon)
 
+    norm.__module__ = V1.__name__  # as if it were Hugging Face's own
     monkeypatch.setattr(V1.DebertaLayerNorm, "forward", norm)
 
     for module in (V1, V2):

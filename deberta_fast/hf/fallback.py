@@ -6,7 +6,7 @@ import warnings
 import torch
 from torch import nn
 
-from ..models.ordinary import constant, overridden, why_not_ordinary
+from ..models.ordinary import constant, is_own_code, overridden, why_not_ordinary
 from ..models.packing import Packing, Unpadding, reason_to_stay
 from ..op.relative_position import slot_table
 
@@ -108,6 +108,8 @@ def module_reason(attention: nn.Module) -> str | None:
     """The reason for which no call of an attention module is fused."""
     if getattr(attention, "talking_head", False):
         return "talking heads are not fused"
+    if not inherits_forward(type(attention)):
+        return "the attention's forward was replaced in its class"
     if method := overridden(attention, hf_class(type(attention))):
         return f"the attention has a {method} of its own"
     if reason := why_not_ordinary(attention.dropout, nn.Dropout, nn.Identity):
@@ -152,12 +154,14 @@ def hf_class(kind: type) -> type | None:
     return next((base for base in kind.__mro__ if base.__module__ in _MODULES), None)
 
 
-@constant
 def inherits_forward(kind: type) -> bool:
     """Whether a class computes what its class of Hugging Face's computes."""
     own = hf_class(kind)
-    if own is None:
-        return False
+    return own is not None and is_own_code(own.forward, own) and _inherits(kind, own)
+
+
+@constant
+def _inherits(kind: type, own: type) -> bool:
     forward = kind.forward
     # transformers wraps the forward of every subclass of a layer anew, with the code that wraps its own
     while forward is not own.forward and getattr(forward, "__code__", None) is own.forward.__code__:

@@ -7,6 +7,7 @@ input, its weights and its settings. Patched and native models ask here before t
 import functools
 from collections.abc import Callable
 
+import torch
 from torch import nn
 from torch.nn.modules import module as modules
 
@@ -31,13 +32,25 @@ def why_not_ordinary(module: nn.Module, *kinds: type) -> str | None:
 
 
 def overridden(module: nn.Module, base: type) -> str | None:
-    """The first method of ``base`` that the class of ``module``, or the module itself, replaces; None if none is.
+    """The first method of ``base`` that somebody has replaced: in the class of ``module``, on the module itself, or in
+    ``base``; None if none is.
 
     ``forward`` is left to the caller: on a patched instance it is replaced. Special methods do not count.
     """
     methods = _methods(base)
     own = methods & vars(module).keys()
-    return min(own) if own else _overridden_by_class(type(module), base)
+    if own:
+        return min(own)
+    if not torch.compiler.is_compiling():
+        for name in methods:
+            if not is_own_code(vars(base).get(name), base):
+                return name
+    return _overridden_by_class(type(module), base)
+
+
+def is_own_code(function: Callable | None, kind: type) -> bool:
+    """Whether a method comes from the module of its class: what others put there does not."""
+    return getattr(function, "__module__", None) == kind.__module__
 
 
 def constant(function: Callable) -> Callable:

@@ -147,6 +147,26 @@ def test_overridden_methods(name, method, on):
     assert method in told and not torch.allclose(model(**tokens("right"))[0], before)
 
 
+@pytest.mark.parametrize("method", ["disentangled_attention_bias", "get_rel_pos"])
+def test_methods_replaced_in_hugging_faces_class(method, monkeypatch):
+    """Also behind a first call."""
+    model = build("v3").double()
+    compared(model, tokens("right"), 0)
+    own = type(model.encoder) if method in ENCODER else type(model.encoder.layer[0].attention.self)
+    monkeypatch.setattr(own, method, halved(getattr(own, method)))
+    (told,) = compared(model, tokens("right"), 1)
+    assert method in told
+
+
+def test_a_forward_replaced_in_hugging_faces_class(monkeypatch):
+    model = build("v3").double()
+    own = type(model.encoder.layer[0].attention.self)
+    before = own.forward
+    monkeypatch.setattr(own, "forward", lambda *arguments, **keywords: (before(*arguments, **keywords)[0] / 2, None))
+    (told,) = compared(model, tokens("right"), 1)
+    assert "not a patched one" in told
+
+
 @pytest.mark.parametrize("name", ["v1", "v3"])
 @pytest.mark.parametrize("part", ["layer", "attention"])
 def test_layers_with_a_forward_of_their_own(name, part):
