@@ -8,7 +8,9 @@ import pytest
 import torch
 from native_models import build
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from deberta_fast.data import PackedCollator
@@ -96,6 +98,17 @@ def of_accelerate(batch):
 WAYS = (of_ddp, of_compiled_ddp, of_alias_within, of_fsdp, of_fsdp_alias, of_accelerate)
 
 
+def of_tensor_parallel():
+    """Both processes see the whole batch, each with half of the heads."""
+    model, mesh = model_of("v2"), init_device_mesh("cpu", (len(RANKS),))
+    columns = ("query_proj", "key_proj", "value_proj", "pos_key_proj", "pos_query_proj")
+    plan = {f"self.{name}": ColwiseParallel() for name in columns} | {"output.dense": RowwiseParallel()}
+    for layer in model.deberta.encoder.layer:
+        parallelize_module(layer.attention, mesh, plan)
+    model(**WHOLE).loss.backward()
+    return gradients_of(model)
+
+
 def refusals(batch):
     """What a call past the wrapper says; and whether it is let through where it trains nothing, or is past nothing."""
     said = []
@@ -130,6 +143,7 @@ def in_process(rank, port):
     )  # fmt: skip
     torch.distributed.init_process_group("gloo")
     found = {way.__name__: way(BATCHES[rank]) for way in WAYS}
+    found["of_tensor_parallel"] = of_tensor_parallel()
     found["refusals"] = refusals(BATCHES[rank])
     torch.distributed.destroy_process_group()
     return found
@@ -150,9 +164,9 @@ def found():
         return [future.result(timeout=300) for future in [pool.submit(in_process, rank, port) for rank in RANKS]]
 
 
-@pytest.mark.parametrize("way", [way.__name__ for way in WAYS])
+@pytest.mark.parametrize("way", [*(way.__name__ for way in WAYS), "of_tensor_parallel"])
 def test_every_process_has_the_whole_batchs_gradients(way, found):
-    model = model_of()
+    model = model_of("v2" if way == "of_tensor_parallel" else "v3")
     model(**WHOLE).loss.backward()
     expected = gradients_of(model)
     for got in (found[rank][way] for rank in RANKS):
