@@ -53,7 +53,6 @@ def main(arguments: list[str] | None = None) -> int:
     _add_check(commands)
     given = parser.parse_args(arguments)
     try:
-        _check_device(given.device)
         return _check(given) if given.command == "check" else _run(given, commands.choices["run"])
     except BrokenPipeError:
         # Whoever read the results has stopped
@@ -70,7 +69,7 @@ def _check_device(device: str | None) -> None:
         try:
             torch.empty(0, device=device)
         except (AssertionError, RuntimeError) as error:  # the former where torch was built without it
-            raise ValueError(f"--device {device}: {_first_line(error)}") from None
+            raise ValueError(f"torch cannot use device {device!r}: {_first_line(error)}") from None
 
 
 def _reason(error: Exception) -> str:
@@ -159,6 +158,7 @@ def _check(given: argparse.Namespace) -> int:
 
 
 def _run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    _check_device(given.device)
     options = dict(vars(given))
     place = {name: options.pop(name) for name in ("revision", "local_files_only") if name in options}
     loading = {name: options.pop(name) for name in ("tokenizer", "device", "batch_size", "backend")}

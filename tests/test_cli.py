@@ -235,7 +235,7 @@ def test_a_gpu_that_torch_was_built_without(device, folders, capsys, monkeypatch
     monkeypatch.setattr(torch, "empty", empty)
     for command in (["run", "--task", "ner", "--model", str(folders / "ForTokenClassification")], ["check"]):
         assert main([*command, "--device", device]) == 1
-        message = f"python -m deberta_fast: --device {device}: Torch not compiled with CUDA enabled\n"
+        message = f"python -m deberta_fast: torch cannot use device '{device}': Torch not compiled with CUDA enabled\n"
         assert capsys.readouterr().err == message
 
 
