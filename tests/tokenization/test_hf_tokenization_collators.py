@@ -49,12 +49,16 @@ def test_labels_of_tokens(kind):
 def test_masked_language_modelling(kind, given):
     own, other = make(kind), wrapped(kind)
     rows = [dict(own(text, return_special_tokens_mask=given)) for text in TEXTS]
-    batches = [transformers.DataCollatorForLanguageModeling(x, seed=3)(rows) for x in (own, other)]
+    batches = []
+    for tokenizer in (own, other):
+        torch.manual_seed(3)
+        batches.append(transformers.DataCollatorForLanguageModeling(tokenizer)(rows))
     same(*batches)
     masked = batches[0]["labels"] != -100
     assert masked.any() and (batches[0]["input_ids"][masked] == own.mask_token_id).any()
 
 
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="transformers 4 has another collator for it")
 @pytest.mark.parametrize("kind", FAST)
 @pytest.mark.parametrize("ragged", [False, True])
 def test_whole_words(kind, ragged):
