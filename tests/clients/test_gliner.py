@@ -50,7 +50,8 @@ def logits_and_entities(model):
 
 
 def loss_and_gradients(model):
-    outputs = model.train()(**training_batch(model))
+    """In float64: in float32, a ReLU of the heads may round to either side of its bend, here and there."""
+    outputs = model.double().train()(**training_batch(model))
     outputs.loss.backward()
     return {"logits": outputs.logits.detach(), "loss": outputs.loss.item(), "gradients": gradients(model)}
 
