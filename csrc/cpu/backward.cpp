@@ -178,7 +178,7 @@ class BackwardPass {
         }
       }
       // P = 2^(Z - shift) factor. Nearer to most scores than the log-sum-exp, the shift rounds off less of Z - shift.
-      // Of a row that sees nothing, 2^(-inf - 0) times 0; of scores of minus infinity, times what is not a number.
+      // A row that sees nothing has 2^(-inf - 0) times 0; scores of minus infinity are multiplied by a NaN.
       shift_[r] = none ? 0.0f : static_cast<float>(peak + log_total - log_keys);
       factor_[r] = static_cast<float>(none ? 0 * total : std::exp2(shift_[r] - peak) / total);
     }

@@ -89,7 +89,7 @@ void place_statistics(const Tensor& x, Pass& pass) {
   }
 }
 
-// Of what a share throws, torch would pass on no more than that it threw.
+// torch would say that a share threw, and not what it threw.
 void parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& share) {
   std::mutex one_at_a_time;
   std::exception_ptr first;

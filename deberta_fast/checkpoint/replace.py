@@ -109,7 +109,7 @@ def settle(folder: Path) -> None:
 
 
 def unmixed(source: Source, read: Callable[[], _Result]) -> _Result:
-    """What ``read`` gives, which is done again where a save has replaced the checkpoint meanwhile.
+    """Returns what ``read`` gives, and reads again where a save has replaced the checkpoint meanwhile.
 
     Raises:
         CheckpointError: it was replaced every time.
@@ -143,7 +143,7 @@ def _all_kept(folder: Path) -> list[Path]:
 
 
 def _identity(source: Source) -> list[tuple | None]:
-    """What a save changes: which files are meant by the names that readers begin with."""
+    """A save changes it: which files are meant by the names that readers begin with."""
     return [] if source.folder is None else [_state(source.folder / name) for name in (CONFIG, *ENTRIES)]
 
 

@@ -67,7 +67,7 @@ def run_model(model: nn.Module, shared: Shared, *arguments, cu_seqlens=None, max
 
 
 def signature_of(model: nn.Module) -> inspect.Signature:
-    """Of ``run_model`` with its model: that of the model's own forward, and what it takes besides."""
+    """Returns the signature of the model's own forward, with what ``run_model`` takes besides."""
     _, *parameters = inspect.signature(type(model).forward).parameters.values()
     own = [x.replace(annotation=inspect.Parameter.empty) for x in parameters]  # which need not pickle
     names = ["cu_seqlens", "max_seqlen"] + ["choices"] * (_head(model) == "ForMultipleChoice")

@@ -100,7 +100,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     """
     patched = [module for module in model.modules() if MARK in vars(module)]
     for module in patched:
-        # What replaced a whole model's forward, as accelerate does, may go on calling it: it runs the original now.
+        # Code that replaced a whole model's forward, as accelerate does, may go on calling it: it runs the original.
         if not (_is_fused(vars(module).get(place_of_forward(module))) or _is_model(module)):
             raise ValueError(
                 f"the patched forward of a {type(module).__name__} was replaced by other code; undo that first"

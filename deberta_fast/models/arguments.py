@@ -1,4 +1,4 @@
-"""Arguments of ``from_pretrained`` under the names that Hugging Face gives them."""
+"""Arguments of ``from_pretrained`` and ``save_pretrained`` under the names that Hugging Face gives them."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,7 @@ from torch import nn
 from ..checkpoint.replace import ENTRIES
 
 Device = torch.device | str | int
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def chosen_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | str:
@@ -93,3 +94,20 @@ def _divided(name: str) -> tuple[str, str]:
     """A file's name before and after the place of a variant."""
     stem, dot, ending = name.removesuffix(".index.json").rpartition(".")
     return (stem, dot + ending) if not name.endswith(".index.json") else (f"{stem}.{ending}", ".index.json")
+
+
+def byte_count(size: int | str) -> int:
+    """A size in bytes, which may be text such as "500MB".
+
+    Raises:
+        ValueError: it is neither, or not positive.
+    """
+    if isinstance(size, str):
+        number, unit = size.rstrip("BbIiKkMmGg "), size.strip().upper()
+        unit = unit[len(number) :].strip()
+        if unit not in _UNITS or not number.replace(".", "", 1).isdigit():
+            raise ValueError(f'max_shard_size must be a number of bytes or text such as "500MB", got {size!r}')
+        size = int(float(number) * _UNITS[unit])
+    if size < 1:
+        raise ValueError(f"max_shard_size must be positive, got {size}")
+    return size

@@ -74,7 +74,7 @@ class _Product(torch.autograd.Function):
 
 
 def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    # What torch would broadcast or refuse is torch's: oneDNN is called below all checks and below autograd.
+    # torch takes what it would broadcast or refuse: oneDNN is called below all checks and below autograd.
     return (
         _mkl_is_slow()
         and not torch._C._are_functorch_transforms_active()

@@ -15,7 +15,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def why_not_ordinary(module: nn.Module, *kinds: type) -> str | None:
-    """What makes a call of ``module`` more than the ``forward`` of one of ``kinds``; None if nothing does.
+    """Says what makes a call of ``module`` more than the ``forward`` of one of ``kinds``; None if nothing does.
 
     A subclass is more, and so are a ``forward`` on the instance and hooks of any kind, global ones included. So is a
     parametrization, as it gives the module a class of its own.

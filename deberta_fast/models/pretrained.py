@@ -13,7 +13,7 @@ from ..checkpoint import LoadingInfo, check_layers, fill, read_tensors, to_hf, t
 from ..checkpoint.hub import Source
 from ..checkpoint.replace import unmixed
 from ..op import backends
-from .arguments import Device, chosen_dtype, placement, spread, weight_files
+from .arguments import Device, byte_count, chosen_dtype, placement, spread, weight_files
 from .attention import AttentionCache
 from .config import DebertaConfig
 from .heads import LMHead
@@ -21,8 +21,6 @@ from .packing import Unpadding
 from .trainer import folder_of_trainer
 from .weight_cache import WeightCache
 from .wrappers import passes_by_wrapper
-
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class PreTrainedModel(nn.Module):
@@ -249,7 +247,7 @@ class PreTrainedModel(nn.Module):
             return
         config = self._config_to_save()
         tensors = self._hf_tensors(self.state_dict() if state_dict is None else state_dict)
-        write_tensors(tensors, folder, max_shard_bytes=_bytes(max_shard_size), config=config.to_json_string())
+        write_tensors(tensors, folder, max_shard_bytes=byte_count(max_shard_size), config=config.to_json_string())
 
     def push_to_hub(self, *arguments, **keywords) -> None:
         """Raises: huggingface_hub does that."""
@@ -487,15 +485,3 @@ def resized(old: nn.Parameter, rows: int, new_row: torch.Tensor | float) -> nn.P
         weight[: old.shape[0]] = old[:rows]
         weight[old.shape[0] :] = new_row
     return nn.Parameter(weight, requires_grad=old.requires_grad)
-
-
-def _bytes(size: int | str) -> int:
-    if isinstance(size, str):
-        number, unit = size.rstrip("BbIiKkMmGg "), size.strip().upper()
-        unit = unit[len(number) :].strip()
-        if unit not in _UNITS or not number.replace(".", "", 1).isdigit():
-            raise ValueError(f'max_shard_size must be a number of bytes or text such as "500MB", got {size!r}')
-        size = int(float(number) * _UNITS[unit])
-    if size < 1:
-        raise ValueError(f"max_shard_size must be positive, got {size}")
-    return size
