@@ -26,7 +26,7 @@ RANKS = [
     {"op.backends"},
     {"op.backends.triton.autotune"},
     {"op.flops"},
-    {"op.schema", "op.testing", "op.problems"},
+    {"op.schema", "op.precision", "op.problems"},
     {"op.proof", "op.speed"},
     {"op.selection"},
     {"op.api"},
@@ -63,7 +63,7 @@ RANKS = [
     {"hf.fallback"},
     {"hf.forwards", "hf.packed"},
     {"hf.patch"},
-    {"selfcheck"},
+    {"selfcheck", "testing"},
     {"cli", "hf"},
     {"__main__", ""},
 ]
@@ -139,7 +139,7 @@ import torch, deberta_fast
 q = torch.randn(1, 2, 5, 16)
 deberta_fast.disentangled_attention(q, q, q)
 deberta_fast.DebertaV2Model(deberta_fast.DebertaV2Config(hidden_size=24, num_hidden_layers=1, vocab_size=9))
-assert not set({absent!r}) & set(sys.modules) and "deberta_fast.op.testing" not in sys.modules
+assert not set({absent!r}) & set(sys.modules) and "deberta_fast.op.precision" not in sys.modules
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
 

@@ -10,8 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import deberta_fast
 from deberta_fast import backends
 from deberta_fast.op.call import Call as AttentionCall
+from deberta_fast.op.precision import hf_style_scores
 from deberta_fast.op.relative_position import device_tables, distance_slots
-from deberta_fast.op.testing import hf_style_scores
 
 from ..device import Call
 from . import PLAIN, Entry, call_of
