@@ -34,7 +34,7 @@ def hf_style_attention(inputs: Call, first_batch: int = 0) -> tuple[torch.Tensor
     """
     scores = hf_style_scores(inputs)
     probabilities = torch.softmax(scores, -1)
-    if inputs.dropout_p > 0:
+    if inputs.seed is not None and inputs.dropout_p > 0:
         batch, heads, rows, keys = scores.shape
         batch_head = torch.arange(batch * heads, device=scores.device).view(batch, heads, 1, 1) + first_batch * heads
         row = torch.arange(rows, device=scores.device)[:, None]

@@ -89,7 +89,7 @@ def call_of(problem: Problem, dtype: torch.dtype, head_size: int, draw: int = 1)
     kind, heads, lengths = problem.kind, problem.heads, problem.lengths
     rows, keys = (sum(lengths),) * 2 if kind.packed else lengths
 
-    def normal(*shape):
+    def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=random, dtype=torch.float32).to(dtype)
 
     table = slot_table(problem.buckets, problem.longest, problem.far_negative)

@@ -4,8 +4,8 @@ It solves ``problems``, forward and all gradients. The rule of ``precision`` jud
 float64 on the CPU, and a second run must give the same bits.
 """
 
-from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -96,8 +96,8 @@ def prove(
                 continue
             judge = judge or Judge(problem, call)
             verdicts[name] = verdict.and_then(judge(backends.BACKENDS[name]))
-            if verdicts[name].failure is not None:
-                _require_usable(device, name, verdicts[name].failure)
+            if failure := verdicts[name].failure:
+                _require_usable(device, name, failure)
     return verdicts
 
 
@@ -128,13 +128,20 @@ class Judge:
         grad_lse = grad_lse.masked_fill(~self.seen, 0.0).to(lse.dtype)
         self.cotangents = grad_output.to(call.query.device), grad_lse.to(call.query.device)
         exact = call.to("cpu")
-        exact = exact._replace(**{name: x.double() for name, x in _floating(exact).items()})
+        doubles: dict[str, Any] = {name: x.double() for name, x in _floating(exact).items()}
+        exact = exact._replace(**doubles)
         self.exact = self._differentiated(backends.reference.attention, exact, grad_output, grad_lse)
         self.eager = self._differentiated(_hf_style, call, *self.cotangents)
         self.eager["lse"] = self.eager["lse"].to(lse.dtype)  # half precision there, and float32 in the backends
 
-    def _differentiated(self, attention, call: Call, grad_output, grad_lse) -> dict[str, torch.Tensor]:
-        leaves = {name: x.requires_grad_() for name, x in _floating(call).items()}
+    def _differentiated(
+        self,
+        attention: Callable[[Call], tuple[torch.Tensor, torch.Tensor]],
+        call: Call,
+        grad_output: torch.Tensor,
+        grad_lse: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        leaves: dict[str, Any] = {name: x.requires_grad_() for name, x in _floating(call).items()}
         output, lse = attention(call._replace(**leaves))
         grads = torch.autograd.grad(
             (output, lse), list(leaves.values()), (grad_output.to(output.dtype), grad_lse.to(lse.dtype))
@@ -171,13 +178,13 @@ class Judge:
         Its outputs begin as NaN, so that an element which it does not write is found. Its inputs are copies, so that a
         backend which writes to one is found and spoils it for no other.
         """
-        given = *self.call[:TENSORS], *self.cotangents
-        copies = [None if x is None else x.clone() for x in given]
-        call, cotangents = Call(*copies[:TENSORS], *self.call[TENSORS:]), copies[TENSORS:]
+        given: list[Any] = [*self.call[:TENSORS], *self.cotangents]
+        copies: list[Any] = [None if x is None else x.clone() for x in given]
+        call, (grad_output, grad_lse) = Call(*copies[:TENSORS], *self.call[TENSORS:]), copies[TENSORS:]
         output, lse = (x.fill_(torch.nan) for x in (call.new_output(), call.new_lse()))
         grads = [None if x is None else x.fill_(torch.nan) for x in call.new_gradients((True,) * 5)]
         backend.forward(call, output, lse)
-        backend.backward(call, output, lse, *cotangents, grads)
+        backend.backward(call, output, lse, grad_output, grad_lse, grads)
         for tensor, x, copy in zip(INPUTS, given, copies, strict=True):
             if x is not None and not torch.equal(x, copy):
                 raise AssertionError(f"{tensor}, an input, was written to")
@@ -200,7 +207,8 @@ def _hf_style(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     if call.cu_seqlens is None:
         return hf_style_attention(call)
     parts = [hf_style_attention(x, batch) for batch, x in enumerate(call.sequences()) if x.query.shape[2]]
-    return tuple(torch.cat(part, 2) for part in zip(*parts, strict=True))
+    output, lse = (torch.cat(part, 2) for part in zip(*parts, strict=True))
+    return output, lse
 
 
 def _sees_something(call: Call) -> torch.Tensor:

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 ALLOCATORS = [(torch, name) for name in ("empty", "empty_like", "empty_strided", "empty_permuted")]
 ALLOCATORS += [(torch.Tensor, name) for name in ("new_empty", "new_empty_strided")]
@@ -22,9 +23,9 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
     @functools.wraps(allocate)
     def poisoned(*arguments, **options):
         x = allocate(*arguments, **options)
-        # Captured programs would record the fill.
-        captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if captured or x.device.type == "meta" or x.nbytes > LARGEST or x.is_sparse:
+        # A program that is being captured would record the fill.
+        captured = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
+        if captured or type(x) is not torch.Tensor or x.is_meta or x.is_sparse or x.nbytes > LARGEST:
             return x
         floating = x.is_floating_point() or x.is_complex()
         with torch.no_grad():
