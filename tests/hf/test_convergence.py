@@ -49,12 +49,12 @@ def losses(seed: int, patched: bool) -> torch.Tensor:
         vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
         max_position_embeddings=64, relative_attention=True, position_buckets=16, max_relative_positions=64,
         pos_att_type=["c2p", "p2c"], share_att_key=True, norm_rel_ebd="layer_norm", position_biased_input=False,
-        type_vocab_size=0, pad_token_id=PAD,
+        type_vocab_size=0, pad_token_id=PAD, initializer_range=0.1,  # with 0.02 they need more steps to look around
     )  # fmt: skip
     model = transformers.DebertaV2ForMaskedLM(config).train()
     if patched:
         deberta_fast.patch(model, unpad=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     found = []
     for batch in batches(seed):
         loss = model(**batch).loss
