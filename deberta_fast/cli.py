@@ -142,15 +142,13 @@ def _check(given: argparse.Namespace) -> int:
 def _run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if given.device is not None:
         usable_device(given.device)
-    options = dict(vars(given))
-    place = {name: options.pop(name) for name in ("revision", "local_files_only") if name in options}
-    loading = {name: options.pop(name) for name in ("tokenizer", "device", "batch_size", "backend")}
-    for name in ("command", "task", "model", "dtype", "input", "output"):
-        options.pop(name)
+    own = ("command", "task", "model", "dtype", "input", "output")
+    options = {name: value for name, value in vars(given).items() if name not in own}
+    general = ("tokenizer", "device", "batch_size", "backend", "revision", "local_files_only")
     kind = TASKS[ALIASES.get(given.task, given.task)]
     try:
         _check_files(given)
-        kind.changed(options)
+        kind.changed({name: value for name, value in options.items() if name not in general})
         if kind.task == "zero-shot-classification" and "candidate_labels" not in options:
             raise ValueError(f"{kind.task} needs --candidate-labels")
     except (TypeError, ValueError) as error:
@@ -159,12 +157,10 @@ def _run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     # sys.stdin is neither used nor closed: a thread may still wait for a line, and closing would wait for the thread.
     source = open(given.input or 0, "rb", closefd=bool(given.input))
     with contextlib.ExitStack() as stack:
-        answer = pipeline(
-            given.task, given.model, **loading, dtype=DTYPES[given.dtype], progress=False, **place, **options
-        )
+        answer = pipeline(given.task, given.model, dtype=DTYPES[given.dtype], progress=False, **options)
         target = stack.enter_context(open(given.output or 1, "wb", closefd=bool(given.output)))
         if source.isatty():
-            print("reading JSON from the terminal, a line an input; Ctrl-D ends", file=sys.stderr)
+            print("reading JSON from the terminal, one input per line; Ctrl-D ends", file=sys.stderr)
         shown = stack.enter_context(_bar(source, target))
         for lines in _batches(source):
             for result in _results(answer, lines):
@@ -202,16 +198,18 @@ def _batches(source: BinaryIO) -> Iterator[list[tuple[int, bytes]]]:
             waiting.put(error)
 
     threading.Thread(target=read, daemon=True).start()
-    items = [()]
-    while isinstance(items[-1], tuple):
+    ended = False
+    while not ended:
         items = [waiting.get()]
         with contextlib.suppress(queue.Empty):
-            while isinstance(items[-1], tuple) and len(items) < WAITING:
+            while len(items) < WAITING:
                 items.append(waiting.get_nowait())
-        if isinstance(items[0], tuple):
-            yield [item for item in items if isinstance(item, tuple)]
-    if items[-1] is not None:
-        raise items[-1]
+        ended = not isinstance(items[-1], tuple)  # None at the end of the input, or an error
+        last = items.pop() if ended else None
+        if items:
+            yield items
+    if last is not None:
+        raise last
 
 
 def _results(answer, lines: list[tuple[int, bytes]]) -> Iterator[bytes]:

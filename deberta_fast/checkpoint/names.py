@@ -57,7 +57,7 @@ def to_native(
     if version == 1:
         ignored += _drop_zero_biases(found)
     _split_projections(found, version, heads)
-    _settle_decoder(found, wanted)
+    _resolve_decoder(found, wanted)
     native = {}
     for name, (origin, tensor) in found.items():
         if name not in wanted and _is_of_other_models(name, wanted):
@@ -192,9 +192,8 @@ def _split_projections(found: _Found, version: int, heads: int) -> None:
             found[name.removesuffix(_IN) + ending] = origin, projection.flatten(0, 1)
 
 
-def _settle_decoder(found: _Found, wanted: set[str]) -> None:
-    """Resolves the decoder of Hugging Face's head: its matrix may be tied to the word embeddings, and its bias is a
-    second name of the head's."""
+def _resolve_decoder(found: _Found, wanted: set[str]) -> None:
+    """Resolves the decoder of Hugging Face's head: a matrix that may be the word embeddings, and a copy of the bias."""
     weight, bias = _HEAD + "decoder.weight", _HEAD + "decoder.bias"
     if bias in found:  # If both exist and differ, Hugging Face's models add this one.
         found[_HEAD + "bias"] = found.pop(bias)

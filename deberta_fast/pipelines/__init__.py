@@ -131,8 +131,9 @@ def pipeline(
     return kind(model, tokenizer, batch_size=batch_size, progress=progress, **options)
 
 
-def _moved(model: PreTrainedModel, device=None, device_map=None, **dtypes) -> PreTrainedModel:
-    dtype = chosen_dtype(**{"dtype": None, "torch_dtype": None, **dtypes}) if dtypes else None
+def _moved(model: PreTrainedModel, device=None, device_map=None, dtype=None, torch_dtype=None) -> PreTrainedModel:
+    if dtype is not None or torch_dtype is not None:
+        dtype = chosen_dtype(dtype, torch_dtype)
     if dtype == "auto":
         dtype = None  # The model already has the checkpoint's dtype.
     device, device_map = placement(device, device_map)
