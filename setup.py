@@ -5,13 +5,10 @@ csrc/cpu are compiled once per instruction set, and the extension selects one at
 without a GPU, csrc/cuda becomes part of the same extension, which loads on machines without CUDA too. If the CUDA
 kernels or the whole extension cannot be built, they are left out and one line says why.
 
-Environment variables:
-    DEBERTA_FAST_CPU: 0 leaves the extension out; 1 makes a failure to build it an error.
-    DEBERTA_FAST_CUDA: the same for the CUDA kernels in the extension.
-    CUDA_HOME: searched for nvcc first, before PATH and /usr/local/cuda.
-    TORCH_CUDA_ARCH_LIST: entries below 8.0 are left out; by default those of "8.0 8.6 8.9 9.0 10.0 12.0+PTX" that nvcc
-        knows.
-    CXX, CXXFLAGS, LDFLAGS, MAX_JOBS: as usual.
+Environment variables: DEBERTA_FAST_CPU=0 leaves the extension out, and 1 makes a failure to build it an error.
+DEBERTA_FAST_CUDA does the same for the CUDA kernels. CUDA_HOME is searched for nvcc before PATH and /usr/local/cuda.
+TORCH_CUDA_ARCH_LIST defaults to those of "8.0 8.6 8.9 9.0 10.0 12.0+PTX" that nvcc knows; entries below 8.0 are left
+out. CXX, CXXFLAGS, LDFLAGS and MAX_JOBS have their usual meaning.
 """
 
 import hashlib
@@ -99,10 +96,9 @@ def find_compiler() -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "trial.cpp")
         source.write_text("#include <string_view>\nstd::string_view trial = __FILE__;\n")
-        output = ["-shared", "-o", f"{folder}/trial.so"]
-        trial = [*compiler, *FLAGS, *words("CXXFLAGS"), *output, source, *words("LDFLAGS")]
+        flags = [*FLAGS, *words("CXXFLAGS"), "-shared", "-o", f"{folder}/trial.so"]
         try:
-            run = subprocess.run(trial, stdout=sys.stderr)
+            run = subprocess.run([*compiler, *flags, source, *words("LDFLAGS")], stdout=sys.stderr)
         except OSError as error:
             raise Unavailable(f"the C++ compiler {shlex.join(compiler)} does not run: {error.strerror}") from None
     if run.returncode:
