@@ -38,17 +38,6 @@ BACKENDS = {"HF eager": deberta_fast.unpatch, "patched": deberta_fast.patch}
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to make the model, also in the processes that measure memory."""
-
-    checkpoint: Path | None
-    layers: int
-    vocabulary: int
-    device: str
-    dtype: str
-
-
-@dataclass(frozen=True)
 class Batch:
     """Documents as token ids, padded to the longest."""
 
@@ -71,24 +60,24 @@ class Batch:
 
 def main(argv: list[str] | None = None) -> None:
     options = _options(argv)
-    encode, vocabulary = local_tokenizer(options.model) if options.model else trained_tokenizer()
-    settings = Settings(options.model, options.layers, vocabulary, options.device, options.dtype)
-    model = make_model(settings)
+    encode, options.vocabulary = local_tokenizer(options.model) if options.model else trained_tokenizer()
+    model = make_model(options)
     _check_lengths(model, options.lengths)
     batches = make_batches(encode, options.lengths)
-    print(f"{_describe(model, settings)}, vocabulary {vocabulary}, {torch.get_num_threads()} threads")
+    description = _describe(model, options)
+    print(f"{description}, vocabulary {options.vocabulary}, {torch.get_num_threads()} threads")
 
     steps = 1 + 2 * len(batches) + len(BACKENDS)
     with tqdm(total=steps, unit="step") as progress:
         rows, errors = compare_answers(model, batches, progress)
         measure_times(model, batches, rows, progress)
-        measure_memory(settings, batches, rows, progress)
+        measure_memory(options, batches, rows, progress)
 
     print(f"\n{timing.markdown(rows)}\n\n{errors}")
     options.out.mkdir(parents=True, exist_ok=True)
-    record = {"provenance": timing.provenance(), "model": _describe(model, settings), "errors": errors, "rows": rows}
+    record = {"provenance": timing.provenance(), "model": description, "errors": errors, "rows": rows}
     (options.out / "demo.json").write_text(json.dumps(record, indent=1) + "\n")
-    plot(rows, _describe(model, settings), options.out / "demo.png")
+    plot(rows, description, options.out / "demo.png")
     print(f"Written: {options.out / 'demo.json'}, {options.out / 'demo.png'}")
 
 
@@ -152,17 +141,17 @@ def make_batches(encode: Callable[[str], list[int]], lengths: list[int]) -> list
     return sorted(batches, key=lambda batch: batch.length * len(batch.documents))
 
 
-def make_model(settings: Settings) -> nn.Module:
-    if settings.checkpoint is None:
-        model = random_v3_base(settings.layers, settings.vocabulary)
+def make_model(options: argparse.Namespace) -> nn.Module:
+    if options.model is None:
+        model = random_v3_base(options.layers, options.vocabulary)
     else:
         transformers.utils.logging.disable_progress_bar()  # one bar is enough
         try:
-            model = AutoModel.from_pretrained(settings.checkpoint, local_files_only=True)
+            model = AutoModel.from_pretrained(options.model, local_files_only=True)
             deberta_fast.unpatch(deberta_fast.patch(model))  # raises here if nothing can be patched
         except Exception as error:
-            sys.exit(f"--model {settings.checkpoint}: no DeBERTa that can be loaded: {error}")
-    return model.eval().to(settings.device, DTYPES[settings.dtype])
+            sys.exit(f"--model {options.model}: no DeBERTa that can be loaded: {error}")
+    return model.eval().to(options.device, DTYPES[options.dtype])
 
 
 def random_v3_base(layers: int, vocabulary: int) -> DebertaV2Model:
@@ -250,19 +239,19 @@ def measure_times(model: nn.Module, batches: list[Batch], rows: list[dict], prog
         progress.update()
 
 
-def measure_memory(settings: Settings, batches: list[Batch], rows: list[dict], progress: tqdm) -> None:
+def measure_memory(options: argparse.Namespace, batches: list[Batch], rows: list[dict], progress: tqdm) -> None:
     """Adds the columns of peak memory, which is measured in one process per model."""
     peaks = {}
     for name in BACKENDS:
         progress.set_description(f"memory, {name}")
-        peaks[name] = timing.peak_memory(memory_runs, settings, batches, name, device=settings.device)
+        peaks[name] = timing.peak_memory(memory_runs, options, batches, name, device=options.device)
         progress.update()
     for row, eager, patched in zip(rows, *peaks.values()):
         row |= {"HF eager MiB": eager / timing.MIB, "patched MiB": patched / timing.MIB, "times less": eager / patched}
 
 
-def memory_runs(settings: Settings, batches: list[Batch], name: str) -> list[Callable[[], torch.Tensor]]:
-    model = BACKENDS[name](make_model(settings))
+def memory_runs(options: argparse.Namespace, batches: list[Batch], name: str) -> list[Callable[[], torch.Tensor]]:
+    model = BACKENDS[name](make_model(options))
     inputs = [batch.tensors(model) for batch in batches]
     answer(model, {key: tensor[:, :8] for key, tensor in inputs[0].items()})
     return [functools.partial(answer, model, tensors) for tensors in inputs]
@@ -293,11 +282,11 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _describe(model: nn.Module, settings: Settings) -> str:
+def _describe(model: nn.Module, options: argparse.Namespace) -> str:
     config = model.config
-    weights = "random weights" if settings.checkpoint is None else settings.checkpoint.name
+    weights = "random weights" if options.model is None else options.model.name
     shape = f"{config.num_hidden_layers} layers, {config.hidden_size} wide, {config.num_attention_heads} heads"
-    return f"{type(model).__name__}: {weights}, {shape}, {settings.dtype} on {settings.device}"
+    return f"{type(model).__name__}: {weights}, {shape}, {options.dtype} on {options.device}"
 
 
 def _check_lengths(model: nn.Module, lengths: list[int]) -> None:
