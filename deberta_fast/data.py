@@ -109,8 +109,7 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
     def _epoch_of_loader(self) -> int:
         """Returns the epoch. accelerate's loader that skips batches after a resumption does not set it, so it is read.
 
-        Raises:
-            ValueError: accelerate's loader would distribute among its processes what is one process's share already.
+        Raises ValueError if accelerate would distribute one process's share among the processes again.
         """
         accelerate = sys.modules.get("accelerate.state")
         loader = accelerate and accelerate.GradientState().active_dataloader

@@ -104,11 +104,7 @@ def check(
 
 
 def usable_device(device: torch.device | str) -> torch.device:
-    """Returns the device with its index.
-
-    Raises:
-        RuntimeError: torch cannot use the device.
-    """
+    """Returns the device with its index. Raises RuntimeError if torch cannot use it."""
     try:
         return torch.empty(0, device=device).device
     except (AssertionError, RuntimeError) as error:  # AssertionError: torch was built without this kind of device

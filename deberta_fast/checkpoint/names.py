@@ -87,10 +87,8 @@ def _found(tensors: dict[str, torch.Tensor], wanted: set[str], part: str) -> tup
 def _without_prefixes(names: list[str], part: str) -> tuple[list[str], list[bool]]:
     """Returns each name without prefixes, the body's under ``deberta.``, and whether it belongs to the other part.
 
-    The names of its embeddings reveal the body's prefix: deberta, bert, model.deberta or none.
-
-    Raises:
-        CheckpointError: the file holds only the other part, or several models that are not a pair.
+    The names of its embeddings reveal the body's prefix: deberta, bert, model.deberta or none. Raises CheckpointError
+    if the file holds only the other part, or several models that are not a pair.
     """
     if part not in _PARTS:
         raise ValueError(f"part must be 'discriminator' or 'generator', got {part!r}")

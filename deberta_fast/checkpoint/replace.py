@@ -43,11 +43,7 @@ def write_beside(path: Path, content: bytes) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Replaces the content of a file. A link is replaced too, and the file that it points to stays as it is.
-
-    Raises:
-        OSError: the file cannot be written; the earlier file is unchanged.
-    """
+    """Replaces a file or a link, not the file that a link points to. If that raises OSError, the file is unchanged."""
     write_beside(path, content)
     os.replace(unfinished(path), path)
 
@@ -111,10 +107,9 @@ def recover(folder: Path) -> None:
 
 
 def unmixed(source: Source, read: Callable[[], _Result]) -> _Result:
-    """Calls ``read`` until no save has replaced the checkpoint meanwhile, and returns its result.
+    """Calls ``read`` until no save replaces the checkpoint meanwhile, and returns its result.
 
-    Raises:
-        CheckpointError: a save replaced the checkpoint every time.
+    Raises CheckpointError if a save replaces the checkpoint every time.
     """
     for _ in range(_MOST_READS):
         before = _identity(source)
