@@ -34,7 +34,7 @@ RANKS = [
     # checkpoint: tensors and names
     {"checkpoint.error", "checkpoint.hub", "checkpoint.json_object"},
     {"checkpoint.replace"},
-    {"checkpoint.formats", "checkpoint.prefixes", "checkpoint.tf"},
+    {"checkpoint.formats"},
     {"checkpoint.files", "checkpoint.names"},
     {"checkpoint.load"},
     {"checkpoint"},
