@@ -226,14 +226,11 @@ class DebertaEncoder(nn.Module):
 
         Keys and values come from hidden_states each time, queries from the output before; from query_states at first.
         """
-        packing, shape, given = self._packing(mask), hidden_states.shape[:2], mask
-        if packing is not None:
-            hidden_states, query_states, mask = packing.pack(hidden_states), packing.pack(query_states), packing
-        table, outputs = self.table(), [query_states]
-        for _ in range(times):
-            output, _ = self._run(len(self.layer) - 1, hidden_states, mask, table, outputs[-1], False)
-            outputs.append(output)
-        return self.unpadding.padded(outputs[1:], packing, given, shape)
+        packing, table, last = self._packing(mask), self.table(), len(self.layer) - 1
+        keys = hidden_states if packing is None else packing.pack(hidden_states)
+        call = lambda _, queries, mask: self._run(last, keys, mask, table, queries, False)
+        states, _ = run_layers(call, times, query_states, mask, packing, self.unpadding, None, None, True)
+        return states[1:]
 
     def _packing(self, mask: torch.Tensor | Packing | None, output_attentions: bool = False) -> Packing | None:
         reasons = ["output_attentions"] if output_attentions else []

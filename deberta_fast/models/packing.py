@@ -70,6 +70,12 @@ class Packing(NamedTuple):
         sequences = torch.arange(self.cu_seqlens.shape[0] - 1, device=self.cu_seqlens.device)
         return self._by_token(sequences, tokens) * self.max_seqlen + self.positions(tokens)
 
+    def check_choices(self, choices: int | None) -> None:
+        """Checks that multiple choice with so many choices per question divides the sequences into questions."""
+        sequences = self.cu_seqlens.shape[0] - 1
+        if not isinstance(choices, int) or choices < 1 or sequences % choices:
+            raise ValueError(f"choices must divide the number of sequences, {sequences}, got {choices}")
+
     def convolve(self, layer: torch.nn.Module, embeddings: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """A convolution layer (``encoder.ConvLayer`` or Hugging Face's) of packed states, each sequence for itself.
 
