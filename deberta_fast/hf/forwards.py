@@ -20,7 +20,7 @@ from ..models.attention import (
     run_attention,
     split_heads,
 )
-from ..models.encoder import add_and_norm, intermediate, normalised_table, run_layers
+from ..models.encoder import AddAndNorm, DebertaIntermediate, normalised_table, run_layers
 from ..models.onednn_linear import project
 from ..models.packing import Packing
 from .fallback import Shared, attention_reason, encoder_reason, hf_class, is_v1, module_reason
@@ -156,14 +156,6 @@ def _position_terms(attention: nn.Module, names: Collection[str]) -> PositionTer
     return PositionTerms(key_proj, query_proj, attention.pos_dropout, table, cut=True)
 
 
-def _add_and_norm(module: nn.Module, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
-    return add_and_norm(module.dense, module.dropout, module.LayerNorm, hidden_states, input_tensor)
-
-
-def _intermediate(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    return intermediate(module.dense, module.intermediate_act_fn, hidden_states)
-
-
 def _layer_norm(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """v1's LayerNorm. Hugging Face's code makes eight passes over memory, in float32 for every dtype."""
     if not hidden_states.dtype == norm.weight.dtype == norm.bias.dtype or hidden_states.dtype == torch.float64:
@@ -171,21 +163,13 @@ def _layer_norm(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     return nn.functional.layer_norm(hidden_states, norm.weight.shape, norm.weight, norm.bias, norm.variance_epsilon)
 
 
-# Keys are module (under transformers.models) and class. These forwards take the module, the settings that all patched
-# modules share, and a cache for this module.
-FUSED = {
-    ("deberta.modeling_deberta", "DebertaEncoder"): _encoder,
-    ("deberta.modeling_deberta", "DisentangledSelfAttention"): _attention,
-    ("deberta_v2.modeling_deberta_v2", "DebertaV2Encoder"): _encoder,
-    ("deberta_v2.modeling_deberta_v2", "DisentangledSelfAttention"): _attention,
-}
-# These forwards take only the module. A module whose forward was replaced by other code keeps that.
+# By class name. These forwards take the module, the settings shared by all patched modules, and the module's cache.
+FUSED = {"DebertaEncoder": _encoder, "DebertaV2Encoder": _encoder, "DisentangledSelfAttention": _attention}
+# These forwards take only the module. The native modules' run on Hugging Face's because these have the same parts. A
+# module whose forward was replaced by other code keeps that.
+_OUTPUTS = ("DebertaSelfOutput", "DebertaV2SelfOutput", "DebertaOutput", "DebertaV2Output")
 POINTWISE = {
-    ("deberta.modeling_deberta", "DebertaSelfOutput"): _add_and_norm,
-    ("deberta.modeling_deberta", "DebertaOutput"): _add_and_norm,
-    ("deberta.modeling_deberta", "DebertaIntermediate"): _intermediate,
-    ("deberta.modeling_deberta", "DebertaLayerNorm"): _layer_norm,
-    ("deberta_v2.modeling_deberta_v2", "DebertaV2SelfOutput"): _add_and_norm,
-    ("deberta_v2.modeling_deberta_v2", "DebertaV2Output"): _add_and_norm,
-    ("deberta_v2.modeling_deberta_v2", "DebertaV2Intermediate"): _intermediate,
+    **dict.fromkeys(_OUTPUTS, AddAndNorm.forward),
+    **dict.fromkeys(("DebertaIntermediate", "DebertaV2Intermediate"), DebertaIntermediate.forward),
+    "DebertaLayerNorm": _layer_norm,
 }

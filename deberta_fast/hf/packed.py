@@ -16,11 +16,7 @@ from .fallback import Shared, hf_class
 # Heads that have one logit vector and one label per token.
 _PER_TOKEN = ("ForMaskedLM", "ForTokenClassification")
 _HEADS = ("Model", *_PER_TOKEN, "ForSequenceClassification", "ForQuestionAnswering", "ForMultipleChoice")
-MODELS = {
-    (f"{module}.modeling_{module}", prefix + head)
-    for module, prefix in (("deberta", "Deberta"), ("deberta_v2", "DebertaV2"))
-    for head in _HEADS
-}
+MODELS = {prefix + head for prefix in ("Deberta", "DebertaV2") for head in _HEADS}
 
 
 def run_model(model: nn.Module, shared: Shared, *arguments, cu_seqlens=None, max_seqlen=None, choices=None, **keywords):

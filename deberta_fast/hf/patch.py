@@ -122,9 +122,9 @@ def _is_patched(module: nn.Module) -> bool:
     return isinstance(forward, functools.partial) and forward.func in (*FUSED.values(), *POINTWISE.values(), run_model)
 
 
-def _own_class(module: nn.Module) -> tuple[str, str] | None:
-    """Module and name of the Hugging Face class, a key of the tables of forwards; None for other modules."""
+def _own_class(module: nn.Module) -> str | None:
+    """The name of the Hugging Face class, a key of the tables of forwards; None for other modules."""
     own = hf_class(type(module))
     if own is None or not inherits_forward(type(module)):
-        return None  # a subclass with a forward of its own computes something else
-    return own.__module__.removeprefix("transformers.models."), own.__name__
+        return None  # a subclass with another forward computes something else
+    return own.__name__

@@ -1,7 +1,7 @@
-"""Batches without their padding: the tokens of all sequences one after the other.
+"""Packed batches: the tokens of all sequences one after the other, without padding.
 
-What works token by token (linear layers, norms, activations) takes packed states (T, hidden_size) as it takes any;
-attention needs to know where sequences end, and a convolution must not reach from one into the next.
+Token-wise operations (linear layers, norms, activations) run on packed states (T, hidden_size) unchanged. Attention
+needs the sequences' boundaries, and a convolution must not reach from one sequence into the next.
 """
 
 import warnings
@@ -11,24 +11,24 @@ import torch
 
 from ..op.call import check_cu_seqlens_form, integer
 from ..op.schema import checked_cu_seqlens
-from .padding import PackedPadding, check_padding_rows, is_traced
+from .padding import PackedPadding, is_traced
 
-UNPAD = (False, "auto", True)
-# "auto" takes padding out from this share of a batch's rows on: less costs as much as it saves (docs/measured.md).
+# "auto" removes padding that is at least this share of a batch's rows: less costs as much as it saves
+# (docs/measured.md).
 WORTH = 1 / 32
 
 
 class Packing(NamedTuple):
-    """Where the sequences of packed states (T, ...) lie. Attention takes it in the place of a mask.
+    """The sequences of packed states (T, ...). Attention takes it in place of a mask.
 
-    Whoever makes one answers for its cu_seqlens: attention does not check their values.
+    Attention does not check the values of cu_seqlens: ``packed_sequences`` and ``packing_of`` make valid ones.
 
     Attributes:
-        cu_seqlens: int32 (n + 1,), sequence s at rows cu_seqlens[s] to cu_seqlens[s + 1].
+        cu_seqlens: int32 (n + 1,); sequence s lies at rows cu_seqlens[s] to cu_seqlens[s + 1].
         max_seqlen: at least the longest sequence's length.
-        mask: bool (T,), False for tokens that nobody attends to; None where there are none.
-        rows: int64 (T,), for each token its row in the padded batch (B L, ...); None where there is no such batch.
-        padding: where rows of padding get Hugging Face's values; then the last row of a sequence may stand for padding.
+        mask: bool (T,), False for tokens that are not attended to; None if there are none.
+        rows: int64 (T,), the row of each token in the padded batch (B L, ...); None without such a batch.
+        padding: for Hugging Face's values in rows of padding; the last row of a sequence may then stand for padding.
     """
 
     cu_seqlens: torch.Tensor
@@ -47,7 +47,7 @@ class Packing(NamedTuple):
         return states.flatten(0, 1).index_select(0, self.rows)
 
     def pad(self, states: torch.Tensor, batch: int, length: int) -> torch.Tensor:
-        """(T, ...) to (B, L, ...); zeros where there is no token, unless ``padding`` knows better."""
+        """(T, ...) to (B, L, ...). Rows of padding come from ``padding``, or are zero without it."""
         if self.padding is not None:
             return self.padding.pad(states, batch)
         return _scattered(states, self.rows, batch * length).unflatten(0, (batch, length))
@@ -77,12 +77,12 @@ class Packing(NamedTuple):
             raise ValueError(f"choices must divide the number of sequences, {sequences}, got {choices}")
 
     def convolve(self, layer: torch.nn.Module, embeddings: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """A convolution layer (``encoder.ConvLayer`` or Hugging Face's) of packed states, each sequence for itself.
+        """Applies a convolution layer (``encoder.ConvLayer`` or Hugging Face's) to each packed sequence separately.
 
-        Sequences are set as far apart as the kernel reaches beyond its middle, with zeros between: one batch row.
+        The sequences form one batch row, with zeros between them as wide as half the kernel.
 
         Args:
-            embeddings, output: what the layer convolves and what it adds that to, (T, hidden_size).
+            embeddings, output: the layer's input and residual, (T, hidden_size).
         """
         tokens, sequences = embeddings.shape[0], self.cu_seqlens.shape[0] - 1
         gap = layer.conv.weight.shape[-1] // 2
@@ -103,22 +103,20 @@ class Packing(NamedTuple):
         return values.repeat_interleave(self.lengths, output_size=tokens)
 
 
-def check_unpad(unpad: bool | str) -> bool | str:
-    if not any(unpad is value or (value == "auto" == unpad) for value in UNPAD):
-        raise ValueError(f'unpad must be False, "auto" or True, got {unpad!r}')
-    return unpad
-
-
 class Unpadding:
-    """Decides for every batch whether its padding is taken out.
+    """Decides for every batch whether its padding is removed.
 
     Attributes:
         mode: False, never; "auto", where it pays; True, wherever there is padding, with one warning where it stays.
-        padding_rows: "hf", rows of padding get Hugging Face's values; "zeros", they come out as zeros.
+        padding_rows: "hf" gives rows of padding Hugging Face's values, "zeros" zeros.
     """
 
     def __init__(self, mode: bool | str, padding_rows: str = "hf"):
-        self.mode, self.padding_rows = check_unpad(mode), check_padding_rows(padding_rows)
+        if not (mode is False or mode is True or mode == "auto"):
+            raise ValueError(f'unpad must be False, "auto" or True, got {mode!r}')
+        if padding_rows not in ("hf", "zeros"):
+            raise ValueError(f'padding_rows must be "hf" or "zeros", got {padding_rows!r}')
+        self.mode, self.padding_rows = mode, padding_rows
         self._warned = False
 
     def packing(
@@ -127,9 +125,9 @@ class Unpadding:
         """The packing to run the layers with, or None to run them on the batch as it is.
 
         Args:
-            mask: bool; a ``Packing`` where states are packed already.
-            encoder: what runs the layers.
-            dense: why attention needs the batch as it is, to make its probabilities; None if it does not.
+            mask: bool; a ``Packing`` if states are packed already.
+            encoder: the module that runs the layers.
+            dense: the reason why attention materialises its probabilities, and needs the batch; or None.
         """
         if not self.mode or mask is None or isinstance(mask, Packing):
             return None
@@ -144,7 +142,7 @@ class Unpadding:
     def padded(
         self, states: list[torch.Tensor], packing: Packing | None, mask: torch.Tensor | Packing | None, shape: tuple
     ) -> list[torch.Tensor]:
-        """What the layers gave, (B, L, hidden_size), where ``shape`` is (B, L) and ``mask`` what they were given."""
+        """Pads the layers' outputs to (B, L, hidden_size); ``shape`` is (B, L), ``mask`` the encoder's argument."""
         if packing is not None:
             states = [packing.pad(x, *shape) for x in states]
         if self.padding_rows == "hf" or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
@@ -153,8 +151,7 @@ class Unpadding:
 
 
 def reason_of_adapters(encoder: torch.nn.Module) -> str | None:
-    """PEFT's ``adapter_names`` give each row of a batch an adapter, by hooks on the layers for one call: then those
-    have to see rows."""
+    """The reason why the layers need the batch's rows, or None: PEFT's ``adapter_names`` choose an adapter per row."""
     for module in encoder.modules():
         for hook in module._forward_pre_hooks.values():
             if "adapter_names" in (getattr(hook, "keywords", None) or ()):
@@ -163,17 +160,15 @@ def reason_of_adapters(encoder: torch.nn.Module) -> str | None:
 
 
 def packing_of(token_mask: torch.Tensor, unpad: bool | str, padding_rows: str) -> Packing | None:
-    """The packing of a padded batch. Each row is kept from its first token to its last; padding between them is masked.
+    """The packing of a padded batch, or None if there is no padding to remove or no token.
 
-    Synchronises with the device once, to learn how many tokens there are.
+    Each row is kept from its first token to its last; padding between them is masked. Synchronises with the device once
+    to read the number of tokens.
 
     Args:
         token_mask: bool (B, L), False for padding.
         unpad: True, or "auto" to leave little padding in.
-        padding_rows: with "hf", a row of padding goes along with every sequence that has some outside of its tokens.
-
-    Returns:
-        None where there is no padding to take out, or no token at all.
+        padding_rows: "hf" adds one row of padding to every sequence that has padding outside of its tokens.
     """
     batch, length = token_mask.shape
     places = torch.arange(length, device=token_mask.device)
@@ -210,15 +205,11 @@ def packing_of(token_mask: torch.Tensor, unpad: bool | str, padding_rows: str) -
 def packed_sequences(
     cu_seqlens: torch.Tensor, max_seqlen: int | None, attention_mask: torch.Tensor | None, states: torch.Tensor
 ) -> Packing:
-    """The packing of sequences that the caller has packed. This is the one place that checks them.
-
-    Args:
-        cu_seqlens, max_seqlen, attention_mask: as of ``DebertaModel.forward_packed``.
-        states: (T, ...).
+    """Checks the caller's packed sequences, states (T, ...), and returns their packing.
 
     Raises:
-        TypeError, ValueError: an argument is not as described. Where cu_seqlens lie on a device and max_seqlen is
-            given, nobody waits for their values: a device-side assertion checks them.
+        TypeError, ValueError: an argument is not as ``DebertaModel.forward`` describes it. For cu_seqlens on a device
+            with max_seqlen given, a device-side assertion checks the values without synchronising.
     """
     tokens = states.shape[0]
     check_cu_seqlens_form(cu_seqlens, states.device)
@@ -243,7 +234,7 @@ def packed_sequences(
 
 
 def reason_to_stay(mask: torch.Tensor) -> str | None:
-    """The reason for which a batch with this mask, bool, keeps its padding; None if there is none."""
+    """The reason why a batch with this mask, bool, keeps its padding, or None."""
     if is_traced():
         return "a traced program cannot depend on how many tokens there are"
     if torch._C._functorch.is_functorch_wrapped_tensor(mask):
