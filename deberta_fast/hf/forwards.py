@@ -20,7 +20,7 @@ from ..models.attention import (
     run_attention,
     split_heads,
 )
-from ..models.encoder import AddAndNorm, DebertaIntermediate, normalised_table, run_layers
+from ..models.encoder import AddAndNorm, DebertaIntermediate, position_table, run_layers
 from ..models.onednn_linear import project
 from ..models.packing import Packing
 from .fallback import Shared, attention_reason, encoder_reason, hf_class, is_v1, module_reason
@@ -50,10 +50,8 @@ def _encoder(
             return_dict,
         )  # fmt: skip
 
-    if encoder.relative_attention and "layer_norm" in getattr(encoder, "norm_rel_ebd", ()):
-        table = normalised_table(encoder.rel_embeddings.weight, encoder.LayerNorm, cache.tables)
-    else:
-        table = encoder.get_rel_embedding()
+    norm = encoder.LayerNorm if "layer_norm" in getattr(encoder, "norm_rel_ebd", ()) else None
+    table = position_table(encoder.rel_embeddings if encoder.relative_attention else None, norm, cache.tables)
 
     def call(index: int, states: torch.Tensor, mask: torch.Tensor | Packing) -> tuple[torch.Tensor, None]:
         run = encoder.layer[index]

@@ -35,18 +35,8 @@ def patch(
             wrappers such as GLiNER or sentence-transformers, models with LoRA adapters. transformers 4.48 or newer.
         backend: a name of ``backends.BACKENDS`` that must then serve every call. None chooses the best for each call;
             on a GPU, backends have to prove themselves for half-precision weights now (``set_backend_check``).
-        unpad: True removes padding between the embeddings and the last layer's output, wherever a (B, L) mask has
-            some: layers see (T, hidden_size). One warning says where padding stays (masks of pairs, captured
-            programs). "auto" removes it where that pays, without a warning. Compiled and exported programs keep
-            padding. On a GPU this costs one synchronisation per call.
-        padding_rows: the encoder's output for rows of padding. "hf" gives Hugging Face's values, which losses, pooling
-            over all positions and heads behind left padding read; with unpad, one row per sequence stands for all its
-            padding, with one draw of dropout. "zeros" gives zeros, for callers that read no such row.
-        constant_weights: the promise that no weight will be written through ``.data``, which torch cannot see. In
-            inference, values that depend only on weights are then cached on every device, no call compares the
-            weights, and the three projections are also cached as one matrix. Writes that torch sees, steps of
-            optimizers, casts, moves and training still count. Without the promise, only projected position tables are
-            cached, on a CPU, and every call compares the weights with a copy.
+        unpad, padding_rows: see ``PreTrainedModel.set_unpad``; here the default keeps padding.
+        constant_weights: promises that weights stay constant, see ``PreTrainedModel.set_constant_weights``.
 
     Returns:
         ``model``. Patching again replaces the earlier settings.

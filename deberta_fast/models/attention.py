@@ -8,11 +8,7 @@ import torch
 from torch import nn
 
 from ..op import selection
-from ..op.api import (
-    disentangled_attention,
-    disentangled_attention_varlen,
-    disentangled_attention_with_probabilities,
-)
+from ..op.api import disentangled_attention, disentangled_attention_varlen, disentangled_attention_with_probabilities
 from ..op.problems import Kind
 from ..op.relative_position import device_tables, slot_table, table_rows
 from .config import DebertaConfig
@@ -236,13 +232,10 @@ def run_attention(
 
     Args:
         heads: queries, keys and values, (B, L, H, D); or packed, (T, H, D).
-        mask: bool, see ``disentangled_attention``; a ``Packing`` for packed states.
-        rel_embeddings: the table of relative positions, (R, hidden_size); unused without terms.
+        mask, rel_embeddings, padding_rows: see ``DisentangledSelfAttention``. A ``Packing`` has its own padding_rows.
         terms: None for attention without position terms.
         cache: caches the projected tables in inference.
         scale, dropout_p, backend: see ``disentangled_attention``.
-        padding_rows: with "hf", queries that are padding or see no key get the mean of V. Ignored for a ``Packing``,
-            which has its own setting.
 
     Returns:
         (B, Lq, H D); or packed, (T, H D).

@@ -101,16 +101,19 @@ class ConvLayer(nn.Module):
         return output if token_mask is None else output * token_mask.unsqueeze(-1)
 
 
-def normalised_table(weight: torch.Tensor, norm: nn.Module, cache: WeightCache) -> torch.Tensor:
+def position_table(embeddings: nn.Embedding | None, norm: nn.Module | None, cache: WeightCache) -> torch.Tensor | None:
     """The table of relative positions, (R, hidden_size), after its norm.
 
-    It takes less time to compute than to compare, so it is cached only where weights are promised to be constant; that
-    lets values made from it be cached too.
+    The norm takes less time than comparing the weights, so its result is cached only where these are promised to be
+    constant; that lets values made from it be cached too.
     """
+    if embeddings is None or norm is None:
+        return None if embeddings is None else embeddings.weight
     if not cache.constant or why_not_ordinary(norm, nn.LayerNorm) is not None:
-        return norm(weight)
-    cached = cache.get([weight, norm.weight, norm.bias], lambda: norm(weight), (norm.normalized_shape, norm.eps))
-    return norm(weight) if cached is None else cached
+        return norm(embeddings.weight)
+    weights = [embeddings.weight, norm.weight, norm.bias]
+    cached = cache.get(weights, lambda: norm(embeddings.weight), (norm.normalized_shape, norm.eps))
+    return norm(embeddings.weight) if cached is None else cached
 
 
 def run_layers(
@@ -129,16 +132,11 @@ def run_layers(
     Args:
         call: ``call(index, states, mask)`` runs one layer; returns its output, and its probabilities or None.
         depth: the number of layers.
-        hidden_states: the embeddings, (B, L, hidden_size); or packed, (T, hidden_size).
-        mask: see ``DisentangledSelfAttention``.
         packing: removes the padding of (B, L, hidden_size) before the first layer; None keeps it.
         unpadding: restores the rows of padding.
         conv: v2's convolution of the embeddings, added to the first layer's output; or None.
         token_mask: the mask for ``conv``, (B, L), 0 for padding; unused for packed states.
-
-    Returns:
-        Every layer's output, starting with the embeddings (only the last without output_hidden_states), and every
-        layer's probabilities or None.
+        The others, and the result: see ``DebertaEncoder``.
     """
     shape, given = hidden_states.shape[:2], mask
     if packing is not None:
@@ -168,11 +166,8 @@ class DebertaEncoder(nn.Module):
         self.unpadding = Unpadding("auto")
         self.cache = WeightCache()
 
-    def table(self) -> torch.Tensor | None:
-        """Relative positions, (R, hidden_size)."""
-        if self.rel_embeddings is None or self.LayerNorm is None:
-            return None if self.rel_embeddings is None else self.rel_embeddings.weight
-        return normalised_table(self.rel_embeddings.weight, self.LayerNorm, self.cache)
+    def _table(self) -> torch.Tensor | None:
+        return position_table(self.rel_embeddings, self.LayerNorm, self.cache)
 
     def forward(
         self,
@@ -192,8 +187,7 @@ class DebertaEncoder(nn.Module):
             Every layer's output, starting with the embeddings (only the last without output_hidden_states), and every
             layer's probabilities (none without output_attentions).
         """
-        packing = self._packing(mask, output_attentions)
-        table = self.table()
+        packing, table = self._packing(mask, output_attentions), self._table()
         call = lambda index, states, mask: self._run(index, states, mask, table, None, output_attentions)
         states, attentions = run_layers(
             call, len(self.layer), hidden_states, mask, packing, self.unpadding, self.conv, token_mask,
@@ -202,26 +196,22 @@ class DebertaEncoder(nn.Module):
         return states, attentions if output_attentions else []
 
     def repeat_last_layer(
-        self,
-        hidden_states: torch.Tensor,
-        query_states: torch.Tensor,
-        mask: torch.Tensor | Packing | None,
-        times: int,
+        self, hidden_states: torch.Tensor, query_states: torch.Tensor, mask: torch.Tensor | Packing | None, times: int
     ) -> list[torch.Tensor]:
         """Runs the last layer ``times`` more, for Microsoft's z_steps and enhanced mask decoder.
 
         Keys and values come from hidden_states each time; queries from query_states, then from the previous output.
         """
-        packing, table, last = self._packing(mask), self.table(), len(self.layer) - 1
+        packing, table, last = self._packing(mask), self._table(), len(self.layer) - 1
         keys = hidden_states if packing is None else packing.pack(hidden_states)
         call = lambda _, queries, mask: self._run(last, keys, mask, table, queries, False)
         states, _ = run_layers(call, times, query_states, mask, packing, self.unpadding, None, None, True)
         return states[1:]
 
     def _packing(self, mask: torch.Tensor | Packing | None, output_attentions: bool = False) -> Packing | None:
-        reasons = ["output_attentions"] if output_attentions else []
-        reasons += filter(None, (layer.attention.self.dense_reason() for layer in self.layer))
-        return self.unpadding.packing(mask, self, reasons[0] if reasons else None)
+        reasons = (layer.attention.self.dense_reason() for layer in self.layer)
+        dense = "output_attentions" if output_attentions else next(filter(None, reasons), None)
+        return self.unpadding.packing(mask, self, dense)
 
     def _run(self, index: int, *inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
         layer = self.layer[index]

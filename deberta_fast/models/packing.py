@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..op.call import check_cu_seqlens_form, integer
+from ..op.call import check_cu_seqlens_form, check_cu_seqlens_values, integer
 from ..op.schema import checked_cu_seqlens
 from .padding import PackedPadding, is_traced
 
@@ -218,17 +218,13 @@ def packed_sequences(
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if max_seqlen is None and traced:
         raise ValueError("max_seqlen must be given where forward_packed is compiled or exported")
-    if not (max_seqlen is None or traced):
-        max_seqlen = integer("max_seqlen", max_seqlen)
-    if not traced and (max_seqlen is None or cu_seqlens.device.type == "cpu"):
-        ends = cu_seqlens.tolist()
-        lengths = [stop - start for start, stop in zip(ends, ends[1:], strict=False)]
-        longest = max(lengths, default=0) if max_seqlen is None else max_seqlen
-        if ends[0] != 0 or ends[-1] != tokens or min(lengths) < 0 or max(lengths) > longest:
-            expected = f"rise from 0 to {tokens} in steps of 0 to max_seqlen={longest}"
-            raise ValueError(f"cu_seqlens must {expected}, got {ends}")
-        max_seqlen, cu_seqlens = longest, cu_seqlens.clone()  # backward reads it again
+    if max_seqlen is None:
+        ends = cu_seqlens.cpu()
+        max_seqlen = max(ends.long().diff().tolist(), default=0)
+        check_cu_seqlens_values(ends, tokens, max_seqlen)
+        cu_seqlens = cu_seqlens.clone()  # backward reads it again
     else:
+        max_seqlen = max_seqlen if traced else integer("max_seqlen", max_seqlen)
         cu_seqlens = checked_cu_seqlens(cu_seqlens, tokens, max_seqlen)
     return Packing(cu_seqlens, max_seqlen, None if attention_mask is None else attention_mask.bool())
 

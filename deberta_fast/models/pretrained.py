@@ -352,12 +352,14 @@ class PreTrainedModel(nn.Module):
         """Sets whether padding is removed between the embeddings and the last layer's output.
 
         Args:
-            unpad: "auto", the default, removes padding where a (B, L) mask holds enough to pay; True, wherever it holds
-                any, with a warning where padding stays (masks of pairs, output_attentions, captured programs); False,
-                never. Compiled and exported programs keep it. On a GPU this costs one synchronisation per call.
-            padding_rows: the output for rows of padding. "hf", the default, gives Hugging Face's values, and heads read
-                them as Hugging Face's do. "zeros" gives zeros: the loss of question answering then leaves padding out,
-                and classifiers read the first token after left padding.
+            unpad: "auto", the default, removes padding where a (B, L) mask holds enough to pay: layers then see
+                (T, hidden_size). True removes it wherever there is any, with one warning where it stays (masks of
+                pairs, output_attentions, captured programs). False never does. Compiled and exported programs keep it.
+                On a GPU this costs one synchronisation per call.
+            padding_rows: the output for rows of padding. "hf", the default, gives Hugging Face's values, which losses,
+                pooling over all positions and heads behind left padding read; one row per sequence then stands for all
+                its padding, with one draw of dropout. "zeros" gives zeros: the loss of question answering then leaves
+                padding out, and classifiers read the first token after left padding.
 
         Raises:
             ValueError: an argument has another value.
@@ -371,8 +373,9 @@ class PreTrainedModel(nn.Module):
         """Promises that no weight will be written through ``.data``, which torch cannot see.
 
         In inference, values that depend only on weights are then cached on every device without comparing the weights,
-        and the projections of queries, keys and values are cached as one matrix. Writes that torch sees, casts, moves
-        and training still count. Without the promise, only projected position tables are cached, on a CPU.
+        and the projections of queries, keys and values are cached as one matrix. Writes that torch sees, steps of
+        optimizers, casts, moves and training still count. Without the promise, only projected position tables are
+        cached, on a CPU, and every call compares the weights with a copy.
         """
         encoder = self.base_model.encoder
         encoder.cache = WeightCache(constant)
@@ -392,10 +395,7 @@ class PreTrainedModel(nn.Module):
         """Does nothing, except for a language model."""
 
     def resize_token_embeddings(
-        self,
-        new_num_tokens: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        mean_resizing: bool = True,
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
         """Resizes the word embeddings and the language model's output.
 
@@ -420,9 +420,13 @@ class PreTrainedModel(nn.Module):
             new = nn.Embedding(rows, old.embedding_dim, old.padding_idx, device="meta")
             new.weight = resized(old.weight, rows, self._new_rows(old.weight, rows, mean_resizing))
             self.set_input_embeddings(new)
+        self._resize_output(rows, mean_resizing)
         for config in {id(m.config): m.config for m in (self, self.base_model)}.values():
             config.vocab_size = rows
         return self.get_input_embeddings()
+
+    def _resize_output(self, rows: int, mean: bool) -> None:
+        """Resizes the output of a language model."""
 
     def _new_rows(self, old: torch.Tensor, rows: int, mean: bool) -> torch.Tensor:
         if mean:

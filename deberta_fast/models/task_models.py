@@ -143,21 +143,14 @@ class DebertaForMaskedLM(_TaskModel):
         if self.config.tie_word_embeddings:
             self.lm_predictions.lm_head.decoder = None
 
-    def resize_token_embeddings(
-        self,
-        new_num_tokens: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        mean_resizing: bool = True,
-    ) -> nn.Embedding:
-        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        head, rows = self.lm_predictions.lm_head, embeddings.num_embeddings
+    def _resize_output(self, rows: int, mean: bool) -> None:
+        head = self.lm_predictions.lm_head
         if rows != head.bias.shape[0]:
             head.bias = resized(head.bias, rows, 0.0)
             if head.decoder is not None:
                 weight = head.decoder.weight
-                head.decoder.weight = resized(weight, rows, self._new_rows(weight, rows, mean_resizing))
+                head.decoder.weight = resized(weight, rows, self._new_rows(weight, rows, mean))
                 head.decoder.out_features = rows
-        return embeddings
 
 
 class DebertaV2ForMaskedLM(DebertaForMaskedLM):

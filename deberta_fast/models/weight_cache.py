@@ -7,6 +7,7 @@ weights stay constant.
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -32,7 +33,7 @@ class WeightCache:
         self.constant = constant
         self._cached: tuple | None = None
         if constant:
-            _steps()
+            _optimizer_steps()
 
     def _accepts(self, weights: list[torch.Tensor]) -> bool:
         """Whether values of these weights may be cached: never for gradients, in a traced program, where a mode of
@@ -62,7 +63,10 @@ class WeightCache:
             return None
         state, cached = [settings, *_precision(weights[0].device.type)], self._cached
         if self.constant:
-            state += [_steps().count, *((x.data_ptr(), x.dtype, x.shape, x.stride(), x._version) for x in weights)]
+            state += [
+                _optimizer_steps().total(),
+                *((x.data_ptr(), x.dtype, x.shape, x.stride(), x._version) for x in weights),
+            ]
         if cached is not None and cached[0] == state and (self.constant or all(map(same_bits, cached[1], weights))):
             return cached[2]
         if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
@@ -91,17 +95,9 @@ def _precision(device: str) -> tuple:
     return autocast, torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
 
 
-class _Steps:
+@functools.cache
+def _optimizer_steps() -> Counter:
     """Counts the steps of all optimizers of the process, because torch does not count writes of fused ones."""
-
-    def __init__(self):
-        self.count = 0
-        register_optimizer_step_post_hook(self._step)
-
-    def _step(self, *_) -> None:
-        self.count += 1
-
-
-@functools.lru_cache(maxsize=1)
-def _steps() -> _Steps:
-    return _Steps()
+    steps = Counter()
+    register_optimizer_step_post_hook(lambda *_: steps.update(all=1))
+    return steps
