@@ -41,8 +41,8 @@ class Shared:
         return self.unpadding.packing(mask, encoder)
 
     @contextlib.contextmanager
-    def taking_out_padding(self):
-        """Takes padding out of the batches inside it, whose padding was added to packed sequences."""
+    def removing_padding(self):
+        """Removes padding from the batches of the with block, which was added to packed sequences."""
         self._packed_calls += 1
         try:
             yield

@@ -57,8 +57,7 @@ def _encoder(
         run = encoder.layer[index]
         if encoder.gradient_checkpointing and encoder.training and not hasattr(run, "gradient_checkpointing"):
             run = functools.partial(encoder._gradient_checkpointing_func, run.__call__)  # transformers < 4.53
-        # By position: reentrant checkpointing detaches only positional tensors. Otherwise every layer's backward would
-        # walk the graph of the normalised table.
+        # By position, see models.encoder.DebertaLayer
         return run(states, mask, None, _TOKEN_DISTANCES, table, False)[0], None
 
     mask, conv = _bool_mask(attention_mask), getattr(encoder, "conv", None)

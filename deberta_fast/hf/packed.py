@@ -50,7 +50,7 @@ def run_model(model: nn.Module, shared: Shared, *arguments, cu_seqlens=None, max
     packing = given_packing(cu_seqlens, max_seqlen, given.get("attention_mask"), ids, embeddings)
     tokens = len(embeddings if ids is None else ids)
     return_dict = given.pop("return_dict", None)
-    with shared.taking_out_padding():
+    with shared.removing_padding():
         output = own(model, **_padded(model, packing, given, tokens, choices), return_dict=True)
     per_token = ("last_hidden_state", "start_logits", "end_logits") + ("logits",) * (_head(model) in _PER_TOKEN)
     for name, value in list(output.items()):

@@ -12,11 +12,7 @@ Device = torch.device | str | int
 
 
 def chosen_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | str:
-    """Returns the one that is given, or float32; "auto" and unknown names stay text.
-
-    Raises:
-        ValueError: both are given and differ.
-    """
+    """Returns the one that is given, or float32; "auto" and unknown names stay text."""
     given = {getattr(torch, x, x) if isinstance(x, str) else x for x in (dtype, torch_dtype) if x is not None}
     if len(given) > 1:
         raise ValueError(f"torch_dtype is dtype by its older name: got dtype={dtype} and torch_dtype={torch_dtype}")
@@ -26,13 +22,8 @@ def chosen_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str
 def placement(device: Device | None, device_map: Device | dict | None) -> tuple[Device | None, dict | None]:
     """Returns the device to load a model to, and the device map for ``spread``, or None.
 
-    Args:
-        device_map: a device; "auto" for the accelerator that torch finds, or the CPU; or a dictionary from parts of the
-            model to devices.
-
-    Raises:
-        ValueError: both are given, or device_map is something else.
-        ImportError: accelerate is needed, and not installed.
+    device_map is a device; "auto" for the accelerator that torch finds, or the CPU; or a dictionary from parts of the
+    model to devices, which needs accelerate.
     """
     if device_map is None:
         return device, None
@@ -65,15 +56,10 @@ def spread(model: nn.Module, device_map: dict) -> nn.Module:
 
 
 def weight_files(weights: str | None, variant: str | None, use_safetensors: bool | None) -> Sequence[str]:
-    """Names of the files to look for, in this order.
+    """Names of the files to look for, in this order: ``weights``, or the usual names.
 
-    Args:
-        weights: the name of a single file.
-        variant: inserted into the usual names: "fp16" for model.fp16.safetensors.
-        use_safetensors: True for only the safetensors among the usual names, False for the others, None for all.
-
-    Raises:
-        ValueError: weights is given together with another argument.
+    ``variant`` is inserted into the usual names: "fp16" for model.fp16.safetensors. ``use_safetensors`` selects the
+    safetensors among them (True) or the others (False).
     """
     if weights is not None:
         if variant is not None or use_safetensors is not None:
@@ -86,11 +72,7 @@ def weight_files(weights: str | None, variant: str | None, use_safetensors: bool
 
 
 def byte_count(size: int | str) -> int:
-    """Converts a size, which may be text such as "500MB", to bytes.
-
-    Raises:
-        ValueError: it is neither, or not positive.
-    """
+    """Converts a size, which may be text such as "500MB", to bytes."""
     if isinstance(size, str):
         parts = re.fullmatch(r"(\d+\.?\d*|\.\d+) *([KMG])(I?)B", size.strip().upper())
         if parts is None:

@@ -171,13 +171,10 @@ def dropout_of(dropout: nn.Module) -> float:
 
 
 def prepare(attention: nn.Module, head_size: int, terms: Collection[str], table: dict, backend: str | None) -> None:
-    """Does ahead what the first call cannot do while a CUDA graph is captured: copies tables to the device, and chooses
-    a backend if half-precision weights determine the dtype.
+    """Copies tables to the device, and chooses a backend if half-precision weights determine the dtype.
 
-    Args:
-        attention: an attention module of this library or of Hugging Face.
-        terms, table: see ``PositionTerms.of``.
-        backend: the backend that the caller named, or None.
+    The first call would do this, but cannot while a CUDA graph is captured. ``attention`` is a module of this library
+    or of Hugging Face; ``backend`` is the one that the caller named, or None.
     """
     weight = next(attention.parameters(), None)  # None where the projections are quantised
     if weight is None:
@@ -192,14 +189,10 @@ def prepare(attention: nn.Module, head_size: int, terms: Collection[str], table:
 def project_heads(
     module: nn.Module, hidden_states: torch.Tensor, query_states: torch.Tensor | None, joint: WeightCache
 ) -> Sequence[torch.Tensor]:
-    """Queries, keys and values, (..., H, D), from states (..., hidden_size).
+    """Queries, keys and values, (..., H, D), from states (..., hidden_size); query_states None means hidden_states.
 
     If ``joint`` may cache the three weights as one matrix, one product makes all three. Concatenating them in every
     call would cost as much as it saves.
-
-    Args:
-        module: an attention module with query_proj, key_proj, value_proj and attention_head_size.
-        query_states: the input of queries; None means hidden_states.
     """
     linears, size = (module.query_proj, module.key_proj, module.value_proj), module.attention_head_size
     if joint.constant and query_states is None and all(map(is_plain, linears)):

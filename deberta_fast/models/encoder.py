@@ -56,7 +56,7 @@ class DebertaIntermediate(nn.Module):
 class DebertaLayer(nn.Module):
     """Attention and feed-forward, each followed by a norm.
 
-    Tensors are positional arguments, because reentrant checkpointing detaches only those. Otherwise every layer's
+    Tensors are passed by position, because reentrant checkpointing detaches only those. Otherwise every layer's
     backward would run through the graph of the normalised table.
     """
 

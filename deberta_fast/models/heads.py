@@ -53,11 +53,7 @@ class LMPredictions(nn.Module):
 
 
 def token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of logits (B, L, N) and labels (B, L) other than -100.
-
-    Raises:
-        ValueError: labels have another shape.
-    """
+    """Mean cross entropy of logits (B, L, N) and labels (B, L) other than -100."""
     if labels.shape != logits.shape[:-1]:
         raise ValueError(f"labels must be of shape {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}")
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
@@ -74,9 +70,6 @@ def span_loss(
 
     Positions below 0 count as 0. Positions outside of the text or in its padding are ignored, and so are the logits of
     padding, where token_mask, bool (B, L), is False.
-
-    Raises:
-        ValueError: positions have another shape.
     """
     batch, outside = start_logits.shape
     losses = []
@@ -110,10 +103,6 @@ def sequence_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type: str 
     entropy ("multi_label_classification"). Without: mean squared error for one label; cross entropy of class numbers,
     (B,) or (B, 1), ignoring negative ones, and zero if all are; otherwise cross entropy of probabilities
     (B, num_labels).
-
-    Raises:
-        ValueError: labels have another shape.
-        TypeError: class numbers are not integers.
     """
     batch, number = logits.shape
     classes = problem_type == "single_label_classification" or (problem_type is None and number > 1)

@@ -186,11 +186,7 @@ def given_packing(
     input_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
 ) -> Packing | None:
-    """The packing of the sequences that ``forward`` is called with; None for a batch.
-
-    Raises:
-        TypeError, ValueError: the arguments are not as ``DebertaModel.forward`` describes them.
-    """
+    """Checks which inputs of ``DebertaModel.forward`` are given; returns the packing of sequences, or None for a batch."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("exactly one of input_ids and inputs_embeds must be given")
     if isinstance(cu_seqlens, Packing):
@@ -213,11 +209,7 @@ def returned(model: PreTrainedModel, return_dict: bool | None, output: ModelOutp
 
 
 def masks(mask: torch.Tensor | None, batch: int, length: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The mask for attention, (B, L) or (B, 1, L, L), and the mask of tokens, (B, L), False for padding; both bool.
-
-    Raises:
-        ValueError: the mask is of another shape.
-    """
+    """The mask for attention, (B, L) or (B, 1, L, L), and the mask of tokens, (B, L), False for padding; both bool."""
     if mask is None:
         return None, None
     mask = mask.bool()

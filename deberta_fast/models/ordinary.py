@@ -1,7 +1,7 @@
 """Checks that a module is exactly its class, without hooks or overrides.
 
-Only then may another computation replace a call of it, and only then does its output depend on nothing but its input,
-weights and settings. Patched and native models check this before they fuse a module or cache a value.
+Only then may another computation replace a call of it, and its output depends only on its input, weights and settings.
+Patched and native models check this before they fuse a module or cache a value.
 """
 
 import functools

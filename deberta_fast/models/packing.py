@@ -122,12 +122,9 @@ class Unpadding:
     def packing(
         self, mask: torch.Tensor | Packing | None, encoder: torch.nn.Module, dense: str | None = None
     ) -> Packing | None:
-        """The packing to run the layers with, or None to run them on the batch as it is.
+        """The packing to run the layers of ``encoder`` with, or None to run them on the batch, or on packed states.
 
-        Args:
-            mask: bool; a ``Packing`` if states are packed already.
-            encoder: the module that runs the layers.
-            dense: the reason why attention materialises its probabilities, and needs the batch; or None.
+        ``dense`` is the reason why attention materialises its probabilities, and needs the batch; or None.
         """
         if not self.mode or mask is None or isinstance(mask, Packing):
             return None
@@ -160,46 +157,37 @@ def reason_of_adapters(encoder: torch.nn.Module) -> str | None:
 
 
 def packing_of(token_mask: torch.Tensor, unpad: bool | str, padding_rows: str) -> Packing | None:
-    """The packing of a padded batch, or None if there is no padding to remove or no token.
+    """The packing of a batch with token_mask, bool (B, L); None if there is no token, or no padding to remove.
 
-    Each row is kept from its first token to its last; padding between them is masked. Synchronises with the device once
-    to read the number of tokens.
-
-    Args:
-        token_mask: bool (B, L), False for padding.
-        unpad: True, or "auto" to leave little padding in.
-        padding_rows: "hf" adds one row of padding to every sequence that has padding outside of its tokens.
+    Each row is kept from its first token to its last; padding between them is masked. padding_rows "hf" adds one row of
+    padding to every sequence that has padding outside of these. Synchronises with the device once.
     """
     batch, length = token_mask.shape
-    places = torch.arange(length, device=token_mask.device)
-    first = torch.where(token_mask, places, length).amin(1)
-    spans = (torch.where(token_mask, places, -1).amax(1) + 1 - first).clamp(min=0)
-    kept = spans + (spans < length) if padding_rows == "hf" else spans
-    lengths, tokens = torch.stack([kept, token_mask.sum(1)]).tolist()
-    total = sum(lengths)
+    positions = torch.arange(length, device=token_mask.device)
+    first = torch.where(token_mask, positions, length).amin(1)
+    spans = (torch.where(token_mask, positions, -1).amax(1) + 1 - first).clamp(min=0)
+    lengths = spans + (spans < length) if padding_rows == "hf" else spans
+    counts, tokens = torch.stack([lengths, token_mask.sum(1)]).tolist()
+    total = sum(counts)
     if not any(tokens) or batch * length - total <= (0 if unpad is True else WORTH * batch * length):
         return None
-    ends = kept.cumsum(0)
-    by_token = lambda values: values.repeat_interleave(kept, output_size=total)
+    ends = lengths.cumsum(0)
+    starts = ends - lengths
+    by_token = lambda values: values.repeat_interleave(lengths, output_size=total)
     sequences = by_token(torch.arange(batch, device=token_mask.device))
-    places = torch.arange(total, device=token_mask.device) - by_token(ends - kept)
-    outside = places == by_token(spans)  # the rows that stand for padding
+    positions = torch.arange(total, device=token_mask.device) - by_token(starts)
+    outside = positions == by_token(spans)  # the rows that stand for padding
     first_outside = torch.where(first > 0, 0, spans)
-    rows = sequences * length + torch.where(outside, by_token(first_outside), places + by_token(first))
+    rows = sequences * length + torch.where(outside, by_token(first_outside), positions + by_token(first))
     mask, padding = token_mask.flatten().index_select(0, rows), None
     if padding_rows == "hf":
-        at = torch.nonzero_static(~mask, size=total - sum(tokens)).squeeze(1)
+        padded = torch.nonzero_static(~mask, size=total - sum(tokens)).squeeze(1)
         source = (ends - 1).repeat_interleave(length, output_size=batch * length)
         source = source.index_copy(0, rows, torch.arange(total, device=rows.device))
         weights = torch.where(outside, by_token(length - spans), 1)
-        padding = PackedPadding(at, sequences, ends - kept, weights, length, source)
-    return Packing(
-        cu_seqlens=torch.nn.functional.pad(ends, (1, 0)).int(),
-        max_seqlen=max(lengths),
-        mask=None if sum(tokens) == total else mask,
-        rows=rows,
-        padding=padding,
-    )
+        padding = PackedPadding(padded, sequences, starts, weights, length, source)
+    cu_seqlens = torch.nn.functional.pad(ends, (1, 0)).int()
+    return Packing(cu_seqlens, max(counts), None if sum(tokens) == total else mask, rows, padding)
 
 
 def packed_sequences(

@@ -18,12 +18,8 @@ from torch.nn import functional as F
 def with_means(context: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Replaces rows of ``context`` whose queries are padding or see no key by the mean of V.
 
-    Attention dropout is not applied to these rows: their mean over many draws is the same.
-
-    Args:
-        context: (B, Lq, H D).
-        value: (B, Lk, H, D).
-        mask: bool, True where a query may attend; (B, L) for queries and keys, or broadcastable to (B, H, Lq, Lk).
+    Attention dropout is not applied to these rows: their mean over many draws is the same. context is (B, Lq, H D),
+    value (B, Lk, H, D), mask as in ``DisentangledSelfAttention``.
     """
     if mask.dim() == 2 and type(mask) is torch.Tensor and mask.is_cpu and not is_traced():
         rows = (~mask).flatten().nonzero().squeeze(1)

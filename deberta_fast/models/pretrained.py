@@ -52,12 +52,7 @@ class PreTrainedModel(nn.Module):
         max_seqlen: int | None = None,
         **inputs,
     ):
-        """Calls the model with packed sequences. Arguments and result are those of ``forward``.
-
-        Args:
-            input_ids: (T,) token ids of all sequences.
-            cu_seqlens, max_seqlen: the sequences' boundaries, see ``forward``.
-            inputs: any other arguments of ``forward``.
+        """Calls the model with packed sequences: input_ids (T,), and any other arguments of ``forward``.
 
         Raises:
             RuntimeError: DistributedDataParallel holds the model, and this call would bypass it.
@@ -228,7 +223,7 @@ class PreTrainedModel(nn.Module):
 
         Args:
             folder: created if necessary. An earlier checkpoint in it is replaced.
-            state_dict: replaces the model's own, under its names (as gathered from a sharded model).
+            state_dict: replaces the model's state_dict, with the same names (as gathered from a sharded model).
             max_shard_size: bytes, or text such as "500MB"; larger models are split into several files.
             is_main_process: False writes nothing.
             safe_serialization: must be True.
@@ -269,8 +264,8 @@ class PreTrainedModel(nn.Module):
         return to_hf(state, version=config.generation, heads=config.num_attention_heads, legacy=config.legacy)
 
     def state_dict(self, *args, **kwargs) -> dict[str, torch.Tensor]:
-        """Returns torch's state_dict. When Hugging Face's Trainer saves, it gets the names that ``save_pretrained``
-        writes, with a config.json beside them, so that both libraries load its checkpoints.
+        """Returns torch's state_dict. A Hugging Face Trainer that saves gets the names of ``save_pretrained``, and a
+        config.json beside them, so that both libraries load its checkpoints.
         """
         state = super().state_dict(*args, **kwargs)
         folder = _trainer_folder(sys._getframe(1))
@@ -492,8 +487,8 @@ def resized(old: nn.Parameter, rows: int, new_row: torch.Tensor | float) -> nn.P
 def _trainer_folder(caller: FrameType) -> str | None:
     """The folder into which a Trainer saves if its ``_save`` is the caller, or None.
 
-    For a model that is no transformers.PreTrainedModel, it writes only what ``state_dict()`` returns, and passes the
-    folder to nobody before.
+    A Trainer stores only ``state_dict()`` of a model that is no transformers.PreTrainedModel, and does not tell it the
+    folder.
     """
     trainer = sys.modules.get("transformers.trainer")
     if trainer is None or caller.f_code.co_name != "_save":
