@@ -186,7 +186,7 @@ def given_packing(
     input_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
 ) -> Packing | None:
-    """Checks which inputs of ``DebertaModel.forward`` are given; returns the packing of sequences, or None for a batch."""
+    """Checks which inputs ``DebertaModel.forward`` is given; returns the packing of sequences, or None for a batch."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("exactly one of input_ids and inputs_embeds must be given")
     if isinstance(cu_seqlens, Packing):
