@@ -48,7 +48,7 @@ def run_model(model: nn.Module, shared: Shared, *arguments, cu_seqlens=None, max
         raise ValueError("output_attentions must be False with cu_seqlens: packed sequences have no probabilities")
     ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
     packing = given_packing(cu_seqlens, max_seqlen, given.get("attention_mask"), ids, embeddings)
-    tokens = len(embeddings if ids is None else ids)
+    tokens = (embeddings if ids is None else ids).shape[0]
     return_dict = given.pop("return_dict", None)
     with shared.removing_padding():
         output = own(model, **_padded(model, packing, given, tokens, choices), return_dict=True)

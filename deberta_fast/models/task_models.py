@@ -281,7 +281,7 @@ class DebertaForQuestionAnswering(_TaskModel):
         if packing is None:
             token_mask = self._token_mask(attention_mask, states)
         else:
-            tokens = states.new_ones(len(states), dtype=torch.bool) if packing.mask is None else packing.mask
+            tokens = torch.ones_like(logits[0], dtype=torch.bool) if packing.mask is None else packing.mask
             token_mask = packing.by_sequence(tokens, False)
             logits = [packing.by_sequence(x, 0.0) for x in logits]
         return {**values, "loss": span_loss(*logits, *positions, token_mask)}
