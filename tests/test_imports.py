@@ -42,7 +42,7 @@ RANKS = [
     {"models"},
     {"models.ordinary", "models.padding"},
     {f"models.{name}" for name in ("activation", "onednn_linear", "outputs", "packing", "weight_cache")},
-    {"models.arguments", "models.trainer", "models.wrappers"},
+    {"models.arguments", "models.wrappers"},
     {"models.config"},
     {"models.attention"},
     {"models.embeddings", "models.encoder", "models.heads"},
