@@ -1,6 +1,6 @@
-"""Keeps what ``python -m deberta_fast check`` says as text and as JSON, dtype after dtype: ``python -m bench.check``.
+"""Writes the report of ``python -m deberta_fast check`` as text and JSON, one dtype after the other.
 
-One run makes both, where the command would have to be given twice. The exit status is that of the command.
+Run ``python -m bench.check``; its exit status is that of the command.
 """
 
 import argparse
@@ -33,7 +33,6 @@ def main(arguments: list[str] | None = None) -> int:
         report = check(options.device, head_size=options.head_size, dtypes=dtype, quick=options.quick)
         print(report, flush=True)
         texts.append(str(report))
-        # Triton's compiler and the times of the table take most of it.
         records[name] = report.as_dict() | {"seconds": time.perf_counter() - start}
         passed = passed and report.passed
         (options.out / f"{options.name}.txt").write_text("\n\n".join(texts) + "\n")
