@@ -19,7 +19,6 @@ from . import timing
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.check", description=__doc__.split("\n\n")[0])
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float16", "float32"), default=["bfloat16"])
-    parser.add_argument("--head-size", type=int, default=64, metavar="N")
     parser.add_argument("--quick", action="store_true", help="few problems, no times")
     parser.add_argument("--name", default="check", help="of the two files")
     parser.add_argument("--device", default="cuda")
@@ -30,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in options.dtypes:
         dtype = (getattr(torch, name),)
         start = time.perf_counter()
-        report = check(options.device, head_size=options.head_size, dtypes=dtype, quick=options.quick)
+        report = check(options.device, dtypes=dtype, quick=options.quick)
         print(report, flush=True)
         texts.append(str(report))
         records[name] = report.as_dict() | {"seconds": time.perf_counter() - start}

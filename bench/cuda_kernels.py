@@ -48,6 +48,7 @@ DEFAULT_PARTS = ("kernels", "variants", "memory")
 WORKSPACE_MIB = (160, 24, 32, 40)  # the first is the default
 PASSES = ("forward", "backward")
 SETTINGS = {"": {}, " padding 0.5": {"padding": 0.5}, " dropout 0.1": {"dropout_p": 0.1}}
+REPEATS = 15  # calls under the profiler
 SECONDS = 0.1  # of calls between events
 COUNTED = "(forward|delta|backward_key|backward_query|by_distance|by_row)_kernel"
 LAUNCHES = 8  # that ncu counts: forward, and backward's for the first heads, by_distance and by_row twice
@@ -81,7 +82,7 @@ def _by_kernel(
     for length in lengths:
         for label, setting in settings.items():
             for row, variant in _ours(options, length, **setting):
-                for columns in _of_call(variant, device, options.repeats):
+                for columns in _of_call(variant, device):
                     table.add(row | {"variant": row["variant"] + label} | columns)
 
 
@@ -181,23 +182,23 @@ def per_kernel(events: list[tuple[str, float]], calls: int) -> dict[str, tuple[f
     return found
 
 
-def _of_call(variant: Variant, device: Device, repeats: int) -> Iterator[dict]:
+def _of_call(variant: Variant, device: Device) -> Iterator[dict]:
     """Yields a row for each kernel, for what is not the backend's, and for the whole call."""
     for passes in PASSES:
         build: Callable[[], Call] = functools.partial(variant.call, passes)
         whole = device.measure({"call": build}, SECONDS)["call"]
         if whole.error is None and device.is_gpu:
             try:
-                yield from ({"pass": passes} | row for row in _profiled(build(), device, repeats))
+                yield from ({"pass": passes} | row for row in _profiled(build(), device))
             except Exception as error:  # profiling may not be allowed
                 yield {"pass": passes, "kernel": "all", "error": device.failure(error).error}
         yield {"pass": passes, "kernel": "call", "launches": None, "share %": None} | whole.columns()
 
 
-def _profiled(call: Call, device: Device, repeats: int) -> Iterator[dict]:
+def _profiled(call: Call, device: Device) -> Iterator[dict]:
     run = functools.partial(device.seconds, call, queued=True)
     _events(device, run, 1)  # the profiler initialises itself
-    found = per_kernel(_events(device, run, repeats), repeats)
+    found = per_kernel(_events(device, run, REPEATS), REPEATS)
     total = sum(microseconds for _, microseconds in found.values())
     for kernel, (launches, microseconds) in sorted(found.items(), key=lambda item: -item[1][1]):
         share = 100 * microseconds / total
@@ -277,7 +278,6 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = devices.parser("cuda_kernels", __doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(LENGTHS)}; by default the first 3")
     parser.add_argument("--heads", type=int, default=12, metavar="H")
-    parser.add_argument("--repeats", type=int, default=15, metavar="N", help="calls under the profiler")
     parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="for once")
     parser.add_argument("--padding", type=float, default=0.0, metavar="F", help="share of the tokens, for once")
     options = parser.parse_args(arguments)
