@@ -24,6 +24,19 @@ def write_json(path: Path, content: dict):
     replace_file(path, text.encode())
 
 
+def path_in(folder: str | os.PathLike, prefix: str | None, name: str) -> Path:
+    """Returns the path of a file to save in ``folder``. Raises NotADirectoryError if there is no such folder."""
+    if not Path(folder).is_dir():
+        raise NotADirectoryError(f"expected a folder to save in, got {os.fspath(folder)}")
+    return Path(folder, f"{prefix}-{name}" if prefix else name)
+
+
+def existing(path: str | os.PathLike) -> str:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no file {os.fspath(path)}")
+    return os.fspath(path)
+
+
 def missing(source: Source, *names: str) -> FileNotFoundError:
     return FileNotFoundError(f"there is no {' and no '.join(names)} in {source}")
 
@@ -192,8 +205,7 @@ class Files:
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"expected a folder to save in, and {folder} is a file")
         folder.mkdir(parents=True, exist_ok=True)
-        prefix = f"{filename_prefix}-" if filename_prefix else ""
-        written = [folder / f"{prefix}{CONFIG}", folder / f"{prefix}{SPECIAL_TOKENS}"]
+        written = [path_in(folder, filename_prefix, name) for name in (CONFIG, SPECIAL_TOKENS)]
         write_json(written[0], self._config())
         tokens = {
             name: [_flags(token) for token in value] if isinstance(value, list) else _flags(value)
@@ -209,7 +221,7 @@ class Files:
         paths = ()
         added = {token: index for token, index in self.added_tokens_encoder.items() if index >= self.vocab_size}
         if added:
-            path = folder / f"{f'{filename_prefix}-' if filename_prefix else ''}{ADDED_TOKENS}"
+            path = path_in(folder, filename_prefix, ADDED_TOKENS)
             write_json(path, added)
             paths = (str(path),)
         return (*self.save_vocabulary(folder, filename_prefix), *paths)
