@@ -1,11 +1,15 @@
 """``TokenizerBase``, the common part of all tokenizers."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from .batch_encoding import BatchEncoding
 from .files import Files
 from .model_inputs import SIDES, ModelInputs, Options, check_choice, make_options
 from .special_tokens import NAMES, AddedToken, SpecialTokens, as_added_token
+
+# Python text may hold them, UTF-8 may not.
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class TokenizerBase(SpecialTokens, ModelInputs, Files):
@@ -103,7 +107,7 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
 
     @property
     def max_len_single_sentence(self) -> int:
-        return self.model_max_length - self.num_special_tokens_to_add(pair=False)
+        return self.model_max_length - self.num_special_tokens_to_add()
 
     @property
     def max_len_sentences_pair(self) -> int:
@@ -172,39 +176,36 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
                 together, ``max_length`` leaves no room, or rows of different lengths do not make a tensor.
             NotImplementedError: a slow tokenizer cannot return offsets.
         """
-        options = dict(
-            options,
-            add_special_tokens=add_special_tokens,
-            padding=padding,
-            truncation=truncation,
-            max_length=max_length,
-            stride=stride,
-            is_split_into_words=is_split_into_words,
-            pad_to_multiple_of=pad_to_multiple_of,
-            padding_side=padding_side,
-            return_tensors=return_tensors,
-        )
-        if text_target is not None:
-            labels = self(text_target, text_pair_target, **options)
-            if text is None:
-                return labels
-            inputs = self(text, text_pair, **options)
-            inputs["labels"] = labels["input_ids"]
-            return inputs
-        if text_pair_target is not None:
+        options = make_options(
+            options, add_special_tokens, padding, truncation, max_length, stride, is_split_into_words,
+            pad_to_multiple_of, padding_side, return_tensors,
+        )  # fmt: skip
+        if text_target is None and text_pair_target is not None:
             raise ValueError("text_pair_target needs a text_target")
+        if text_target is None:
+            return self._encode_any(text, text_pair, options)
+        labels = self._encode_any(text_target, text_pair_target, options)
+        if text is None:
+            return labels
+        inputs = self._encode_any(text, text_pair, options)
+        inputs["labels"] = labels["input_ids"]
+        return inputs
+
+    def _encode_any(self, text, text_pair, options: Options) -> BatchEncoding:
+        """Tells single texts from batches."""
         rows = (list, tuple)
         if not isinstance(text, (str, *rows)):
             raise TypeError(f"expected text to be a str, a list of str or a list of pairs, got {type(text).__name__}")
-        if isinstance(text, rows) and (not is_split_into_words or (len(text) > 0 and isinstance(text[0], rows))):
-            if text_pair is None:
-                return self.batch_encode_plus(text, **options)
-            if not isinstance(text_pair, rows):
-                raise TypeError(f"expected text_pair to be a list, as text is, got {type(text_pair).__name__}")
-            if len(text) != len(text_pair):
-                raise ValueError(f"got {len(text)} texts, but {len(text_pair)} as text_pair")
-            return self._encode_checked(list(zip(text, text_pair)), False, options)
-        return self.encode_plus(text, text_pair, **options)
+        words = options.is_split_into_words
+        if isinstance(text, str) or (words and not (text and isinstance(text[0], rows))):
+            return self._encode_checked([(text, text_pair)], True, options)
+        if text_pair is None:
+            return self._encode_batch(text, options)
+        if not isinstance(text_pair, rows):
+            raise TypeError(f"expected text_pair to be a list, as text is, got {type(text_pair).__name__}")
+        if len(text) != len(text_pair):
+            raise ValueError(f"got {len(text)} texts, but {len(text_pair)} as text_pair")
+        return self._encode_checked(list(zip(text, text_pair)), False, options)
 
     def encode(self, text: str, text_pair: str | None = None, add_special_tokens: bool = True, **options) -> list[int]:
         """Returns the ids of a text or pair of texts; for ``options`` see ``__call__``."""
@@ -212,27 +213,29 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
 
     def encode_plus(self, text: str, text_pair: str | None = None, **options) -> BatchEncoding:
         """Encodes one text or pair of texts. A slow tokenizer takes lists of tokens or ids too."""
-        return self._encode_checked([(text, text_pair)], True, options)
+        return self._encode_checked([(text, text_pair)], True, make_options(options))
 
     def batch_encode_plus(self, batch_text_or_text_pairs: Sequence, **options) -> BatchEncoding:
         """Encodes a list of texts, or of pairs of texts."""
         if not isinstance(batch_text_or_text_pairs, list | tuple):
             raise TypeError(f"expected a list of texts or pairs, got {type(batch_text_or_text_pairs).__name__}")
-        part = (list, tuple) if options.get("is_split_into_words") else str
+        return self._encode_batch(batch_text_or_text_pairs, make_options(options))
+
+    def _encode_batch(self, rows: Sequence, options: Options) -> BatchEncoding:
+        part = (list, tuple) if options.is_split_into_words else str
         examples = []
-        for row in batch_text_or_text_pairs:
+        for row in rows:
             pair = isinstance(row, list | tuple) and len(row) == 2 and all(isinstance(text, part) for text in row)
             examples.append(tuple(row) if pair else (row, None))
         return self._encode_checked(examples, False, options)
 
-    def _encode_checked(self, examples: list[tuple], single: bool, options: dict) -> BatchEncoding:
-        options = self._resolve(make_options(options), any(second is not None for _, second in examples))
+    def _encode_checked(self, examples: list[tuple], single: bool, options: Options) -> BatchEncoding:
+        options = self._resolve(options, any(second is not None for _, second in examples))
         for i, (first, second) in enumerate(examples):
             where = "" if single else f" {i} of the batch"
-            if not (single and self._is_encoded(first, options)):
-                self._check_text(f"text{where}", first, options)
-            if second is not None and not (single and self._is_encoded(second, options)):
-                self._check_text(f"text_pair{where}", second, options)
+            for name, text in (("text", first), ("text_pair", second)):
+                if (text is not None or name == "text") and not (single and self._is_encoded(text, options)):
+                    self._check_text(f"{name}{where}", text, options)
         if not examples:
             names = [name for name in ("token_type_ids", "attention_mask") if name in self.model_input_names]
             empty = {name: [] for name in ("input_ids", *names)}
@@ -252,14 +255,9 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
         if not all(isinstance(part, str) for part in parts):
             raise TypeError(f"expected {what} to be {expected}, got {_describe(text)}")
         for part in parts:
-            if not part.isascii():
-                try:
-                    part.encode()
-                except UnicodeEncodeError as error:
-                    wrong = part[error.start]
-                    raise ValueError(
-                        f"{what} has half a surrogate pair, {wrong!r} at {error.start}: no UTF-8"
-                    ) from None
+            lone = None if part.isascii() else _LONE_SURROGATE.search(part)
+            if lone:
+                raise ValueError(f"{what} has half a surrogate pair, {lone[0]!r} at {lone.start()}: no UTF-8")
 
     def convert_tokens_to_ids(self, tokens: str | Iterable[str] | None) -> int | list[int] | None:
         """Returns the id of a token or of several; unknown tokens have the id of ``unk_token``."""
@@ -320,10 +318,8 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
 
 
 def _describe(value) -> str:
-    if isinstance(value, list | tuple):
-        kinds = sorted({type(item).__name__ for item in value})
-        return f"a {type(value).__name__} of {', '.join(kinds) or 'nothing'}"
-    return type(value).__name__
+    kinds = sorted({type(item).__name__ for item in value}) if isinstance(value, list | tuple) else None
+    return type(value).__name__ if kinds is None else f"a {type(value).__name__} of {', '.join(kinds) or 'nothing'}"
 
 
 def _to_ids(ids) -> int | list[int]:

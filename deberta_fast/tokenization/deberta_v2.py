@@ -18,17 +18,8 @@ from .special_tokens import AddedToken
 
 SPM = "spm.model"
 # The settings that sp_model_kwargs may hold: they say how to split a text, and open no other file.
-_SETTINGS = {
-    "enable_sampling": bool,
-    "nbest_size": int,
-    "alpha": int | float,
-    "num_threads": int,
-    "out_type": type | str,
-    "add_bos": bool,
-    "add_eos": bool,
-    "reverse": bool,
-    "emit_unk_piece": bool,
-}
+_SETTINGS = dict.fromkeys(("enable_sampling", "add_bos", "add_eos", "reverse", "emit_unk_piece"), bool)
+_SETTINGS |= {"nbest_size": int, "num_threads": int, "alpha": int | float, "out_type": type | str}
 _MOST_BEST = 512  # sentencepiece refuses to sample from more segmentations, but only on the first text
 
 

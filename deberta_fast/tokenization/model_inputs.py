@@ -40,11 +40,12 @@ class Options:
     add_prefix_space: bool | None = None
 
 
-def make_options(options: dict) -> Options:
+def make_options(options: dict, *values) -> Options:
+    """Makes ``Options`` of ``values``, in the order of the fields, and of ``options`` by name."""
     unknown = [name for name in options if name not in Options.__dataclass_fields__]
     if unknown:
         raise TypeError(f"there is no option {', '.join(unknown)}, but {', '.join(Options.__dataclass_fields__)}")
-    return Options(**options)
+    return Options(*values, **options)
 
 
 def check_choice(name: str, value, choices: tuple) -> str:
@@ -125,7 +126,7 @@ class ModelInputs:
         options = make_options({"add_special_tokens": add_special_tokens, **options})
         options = self._resolve(options, pair_ids is not None)
         row = self._row(list(ids), None if pair_ids is None else list(pair_ids), options)
-        return self._finish_row(row, options, prepend_batch_axis)
+        return self._finish([row], options, single=True, prepend_batch_axis=prepend_batch_axis)
 
     def truncate_sequences(
         self,
@@ -222,8 +223,8 @@ class ModelInputs:
             max_length=max_length,
             pad_to_multiple_of=pad_to_multiple_of,
             padding_side=padding_side,
-            return_attention_mask=return_attention_mask,
             return_tensors=return_tensors,
+            return_attention_mask=return_attention_mask,
             verbose=verbose,
         )
         options = self._resolve(options, pair=False)
@@ -233,26 +234,22 @@ class ModelInputs:
                 lists.setdefault("attention_mask", [])
             return BatchEncoding(lists, tensor_type=return_tensors)
         if not isinstance(ids[0], list | tuple):
-            return self._finish_row(lists, options, prepend_batch_axis=False)
+            return self._finish([lists], options, single=True)
         wrong = [name for name, value in lists.items() if not isinstance(value, list) or len(value) != len(ids)]
         if wrong:
             raise ValueError(f"expected {len(ids)} rows as in {main}, got others in {', '.join(wrong)}")
-        return self._finish_rows([{name: value[i] for name, value in lists.items()} for i in range(len(ids))], options)
+        return self._finish([dict(zip(lists, values)) for values in zip(*lists.values())], options)
 
-    def _finish_row(self, row: dict, options: Options, prepend_batch_axis: bool) -> BatchEncoding:
-        """Pads one row and makes its tensors."""
-        (row,) = self._pad_rows([row], options)
-        if options.return_length:
-            row["length"] = len(row["input_ids"])
-        return BatchEncoding(row, tensor_type=options.return_tensors, prepend_batch_axis=prepend_batch_axis)
-
-    def _finish_rows(self, rows: list[dict], options: Options) -> BatchEncoding:
-        """Pads rows and makes their tensors. Lengths are those before padding."""
-        if options.return_length:
-            rows = [{**row, "length": len(row["input_ids"])} for row in rows]
+    def _finish(
+        self, rows: list[dict], options: Options, single: bool = False, prepend_batch_axis: bool = False
+    ) -> BatchEncoding:
+        """Pads rows and makes their tensors. As in transformers, the length of a single row includes its padding."""
+        lengths = [len(row["input_ids"]) for row in rows] if options.return_length else None
         rows = self._pad_rows(rows, options)
-        data = {name: [row[name] for row in rows] for name in rows[0]}
-        return BatchEncoding(data, tensor_type=options.return_tensors)
+        data = rows[0] if single else {name: [row[name] for row in rows] for name in rows[0]}
+        if options.return_length:
+            data["length"] = len(data["input_ids"]) if single else lengths
+        return BatchEncoding(data, tensor_type=options.return_tensors, prepend_batch_axis=prepend_batch_axis)
 
     def _pad_rows(self, rows: list[dict], options: Options) -> list[dict]:
         main = self.model_input_names[0]

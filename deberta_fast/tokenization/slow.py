@@ -143,9 +143,7 @@ class SlowTokenizer(TokenizerBase):
         for first, second in examples:
             second = None if second is None else self._ids(second, options)
             rows.append(self._row(self._ids(first, options), second, options))
-        if single:
-            return self._finish_row(rows[0], options, prepend_batch_axis=True)
-        return self._finish_rows(rows, options)
+        return self._finish(rows, options, single, prepend_batch_axis=single)
 
     def _decode(self, ids: list[int], skip_special_tokens: bool, spaces_between_special_tokens: bool) -> str:
         special = set(self.all_special_tokens)
