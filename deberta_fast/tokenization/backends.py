@@ -1,11 +1,10 @@
 """Builds ``tokenizers.Tokenizer`` objects, the backends of the fast tokenizers."""
 
 import contextlib
-import math
 import os
-import struct
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 from ..checkpoint.json_object import read_object
 
@@ -73,28 +72,44 @@ def unigram_backend(
     """
     tokenizers = tokenizers_library()
     normalizers = tokenizers.normalizers
-    spm = _SentencePieceFile(spm_path)
-    if spm.byte_fallback:
-        warnings.warn(
-            f"{spm.path} has pieces for single bytes, which the fast tokenizer does not use: characters that have no "
-            f"piece become {spm.scores[spm.unk_id][0]}; the slow tokenizer splits them into bytes"
-        )
+    path, content = os.fspath(spm_path), Path(spm_path).read_bytes()
+    kinds, trainer, charsmap = _read_model(path, content)
     steps = [normalizers.Lowercase()] if do_lower_case else []
     steps.append(normalizers.Strip())
-    with without_panics(spm.path):
-        backend = tokenizers.Tokenizer(_model(spm))
-        if spm.charsmap:
+    with without_panics(path):
+        if charsmap:
             try:
-                steps.append(normalizers.Precompiled(spm.charsmap))
+                steps.append(normalizers.Precompiled(charsmap))
             except Exception as error:
-                raise ValueError(f"{spm.path}: precompiled_charsmap cannot be read: {error}") from None
-        backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(tokenizers.Regex(" {2,}"), " ")])
-        _try_normalizer(backend)
-    # The normalizer must be set before: tokens that are matched in normalized text are normalized when added.
+                raise ValueError(f"{path}: precompiled_charsmap cannot be read: {error}") from None
+        normalizer = normalizers.Sequence([*steps, normalizers.Replace(tokenizers.Regex(" {2,}"), " ")])
+        _try_normalizer(normalizer)
+        # sentencepiece itself must not meet a character map that tokenizers refuses: it might read beyond its end.
+        spm = sentencepiece_processor(path, content)
+        scores = [(spm.id_to_piece(index), spm.get_score(index)) for index in range(len(spm))]
+        unknown = scores[spm.unk_id()][0]
+        if trainer.get(35):  # byte_fallback
+            warnings.warn(
+                f"{path} has pieces for single bytes, which the fast tokenizer does not use: characters that have no "
+                f"piece become {unknown}; the slow tokenizer splits them into bytes"
+            )
+        model_type = trainer.get(3, UNIGRAM)
+        if model_type == UNIGRAM:
+            model = tokenizers.models.Unigram(scores, unk_id=spm.unk_id(), byte_fallback=False)
+        elif model_type == BPE:
+            vocab = {piece: index for index, (piece, _) in enumerate(scores)}
+            if sum(len(piece) ** 2 for piece in vocab) > _MOST_HALVES:
+                raise ValueError(f"{path}: its pieces are too long to find how they are merged (the slow one can)")
+            model = tokenizers.models.BPE(vocab, _merges(vocab, dict(scores)), unk_token=unknown, fuse_unk=True)
+        else:
+            raise ValueError(f"{path}: expected a unigram (1) or BPE (2) model, got model_type {model_type}")
+        backend = tokenizers.Tokenizer(model)
+    # The normalizer must be set first: tokens that are matched in normalized text are normalized when added.
+    backend.normalizer = normalizer
     backend.add_tokens(
         [
             tokenizers.AddedToken(piece, normalized=False, special=kind == CONTROL)
-            for (piece, _), kind in zip(spm.scores, spm.types)
+            for (piece, _), kind in zip(scores, kinds)
             if kind in (CONTROL, USER_DEFINED)
         ]
     )
@@ -148,39 +163,24 @@ def load_backend(path: str | os.PathLike):
     elif isinstance(vocab, list):
         for entry in vocab:
             if isinstance(entry, list) and entry and isinstance(entry[0], str):
-                _check_length(os.fspath(path), entry[0])
+                piece, length = entry[0], len(entry[0].encode(errors="surrogatepass"))
+                if length > _LONGEST_PIECE:
+                    limit = f"a piece must be of at most {_LONGEST_PIECE} bytes"
+                    raise ValueError(f"{os.fspath(path)}: {limit}, got {length}: {piece[:20]!r}...")
     with without_panics(os.fspath(path)):
         try:
             backend = tokenizers.Tokenizer.from_file(os.fspath(path))
         except Exception as error:  # tokenizers raises no narrower class
             raise ValueError(f"{path} is not a tokenizer.json that tokenizers can read: {error}") from None
-        _try_normalizer(backend)
+        _try_normalizer(backend.normalizer)
     return backend
 
 
-def _try_normalizer(backend):
+def _try_normalizer(normalizer):
     """Normalizes a few texts, so that a damaged character map panics now and not on the first text."""
-    if backend.normalizer is not None:
+    if normalizer is not None:
         for text in ("a B\t1.", "é ﬁ ①", "\u3000ｶ 日本", "😀\u200d"):
-            backend.normalizer.normalize_str(text)
-
-
-def _check_length(what: str, piece: str):
-    length = len(piece.encode(errors="surrogatepass"))
-    if length > _LONGEST_PIECE:
-        raise ValueError(f"{what}: a piece must be of at most {_LONGEST_PIECE} bytes, got {length}: {piece[:20]!r}...")
-
-
-def _model(spm: "_SentencePieceFile"):
-    models = tokenizers_library().models
-    if spm.model_type == UNIGRAM:
-        return models.Unigram(spm.scores, unk_id=spm.unk_id, byte_fallback=False)
-    if spm.model_type != BPE:
-        raise ValueError(f"{spm.path}: expected a unigram (1) or BPE (2) model, got model_type {spm.model_type}")
-    vocab = {piece: i for i, (piece, _) in enumerate(spm.scores)}
-    if sum(len(piece) ** 2 for piece in vocab) > _MOST_HALVES:
-        raise ValueError(f"{spm.path}: its pieces are too long to find how they are merged (the slow one can)")
-    return models.BPE(vocab, _merges(vocab, dict(spm.scores)), unk_token=spm.unk_piece, fuse_unk=True)
+            normalizer.normalize_str(text)
 
 
 def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
@@ -194,58 +194,39 @@ def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, 
     return [(a, b) for _, a, b in merges]
 
 
-class _SentencePieceFile:
-    """Reads spm.model, a protobuf message (ModelProto), without the protobuf package.
+def sentencepiece_processor(path: str, content: bytes, settings: dict | None = None):
+    """Loads the model in ``content`` with sentencepiece.
 
-    A missing field has its default. If a field occurs twice, the last one counts; messages are merged.
+    Raises:
+        ValueError: it is damaged, or cut short; names ``path``.
     """
+    import sentencepiece
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = os.fspath(path)
-        with open(path, "rb") as file:
-            content = file.read()
-        try:
-            self._read(content)
-        except ValueError as error:  # UnicodeDecodeError is one too
-            raise ValueError(f"{self.path} is not a model of sentencepiece's, or is damaged: {error}") from None
-
-    def _read(self, content: bytes):
-        self.scores: list[tuple[str, float]] = []
-        self.types: list[int] = []
-        parts: dict[int, list[bytes]] = {2: [], 3: []}  # TrainerSpec, NormalizerSpec
-        for number, value in message_fields(content):
-            if number == 1:  # SentencePiece: piece, score, type (1 is normal)
-                piece = {1: b"", 2: b"\0\0\0\0", 3: 1} | dict(message_fields(_expect(bytes, value)))
-                (score,) = struct.unpack("<f", _expect(bytes, piece[2], 4))
-                self.scores.append((_expect(bytes, piece[1]).decode(), score))
-                self.types.append(_expect(int, piece[3]))
-            elif number in parts:
-                parts[number].append(_expect(bytes, value))
-        pieces = set()
-        for piece, score in self.scores:
-            _check_length("it cannot be used", piece)
-            if not math.isfinite(score):
-                raise ValueError(f"the score of {piece!r} must be finite, got {score}")
-            if not piece or piece in pieces:
-                raise ValueError(f"the piece {piece!r} is there twice" if piece else "a piece is empty")
-            pieces.add(piece)
-        # The two specs follow the pieces: a file without them is cut short.
-        if not all([self.scores, *parts.values()]):
+    processor = sentencepiece.SentencePieceProcessor(**(settings or {}))
+    try:
+        # sentencepiece accepts a file that is cut short after any piece.
+        if not {1, 2, 3} <= {number for number, _ in message_fields(content)}:
             raise ValueError("it lacks pieces, trainer_spec or normalizer_spec")
-        trainer = {3: UNIGRAM, 35: 0, 40: 0, 45: b"<unk>"} | dict(message_fields(b"".join(parts[2])))
-        self.model_type = _expect(int, trainer[3])
-        self.byte_fallback = bool(trainer[35])
-        self.unk_id = _expect(int, trainer[40])
-        self.unk_piece = _expect(bytes, trainer[45]).decode()
-        self.charsmap = _expect(bytes, dict(message_fields(b"".join(parts[3]))).get(2, b""))
-        if self.unk_id >= len(self.scores):
-            raise ValueError(f"unk_id is {self.unk_id}, of {len(self.scores)} pieces")
+        processor.LoadFromSerializedProto(content)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a model of sentencepiece's, or is damaged: {error}") from None
+    return processor
 
 
-def _expect(kind: type, value, length: int | None = None):
-    if not isinstance(value, kind) or (length is not None and len(value) != length):
-        raise ValueError("a field is of another type than expected")
-    return value
+def _read_model(path: str, content: bytes) -> tuple[list[int], dict, bytes]:
+    """Reads what sentencepiece does not tell: the types of the pieces, trainer_spec, and precompiled_charsmap.
+
+    The file is a protobuf message (ModelProto). If a field occurs twice, the last one counts; messages are merged.
+    """
+    try:
+        fields = list(message_fields(content))
+        kinds = [dict(message_fields(value)).get(3, 1) for number, value in fields if number == 1]
+        trainer, normalizer = (
+            dict(message_fields(b"".join(value for number, value in fields if number == part))) for part in (2, 3)
+        )
+        return kinds, trainer, bytes(memoryview(normalizer.get(2, b"")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a model of sentencepiece's, or is damaged: {error}") from None
 
 
 def message_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..checkpoint.hub import Source
 from ..checkpoint.replace import replace_file
-from .backends import load_backend, message_fields, set_metaspace, tokenizers_library, unigram_backend
+from .backends import load_backend, sentencepiece_processor, set_metaspace, tokenizers_library, unigram_backend
 from .fast import FastTokenizer
 from .files import TOKENIZER, existing, missing, path_in
 from .slow import SlowTokenizer
@@ -61,18 +61,7 @@ class DebertaV2Tokenizer(SlowTokenizer):
         super().__init__(settings, unk_token=_unknown(unk_token), **options)
 
     def _load(self, model: bytes, settings: dict):
-        try:
-            import sentencepiece
-        except ImportError:
-            raise ImportError("DebertaV2Tokenizer needs sentencepiece: pip install sentencepiece") from None
-        self.spm = sentencepiece.SentencePieceProcessor(**settings)
-        try:
-            # sentencepiece accepts a file that is cut short after any piece.
-            if not {1, 2, 3} <= {number for number, _ in message_fields(model)}:
-                raise ValueError("it lacks pieces, trainer_spec or normalizer_spec")
-            self.spm.LoadFromSerializedProto(model)
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(f"{self.vocab_file} is no model of sentencepiece's, or is cut short: {error}") from None
+        self.spm = sentencepiece_processor(self.vocab_file, model, settings)
         self._vocab = {self.spm.IdToPiece(index): index for index in range(self.spm.GetPieceSize())}
 
     def __getstate__(self) -> dict:
