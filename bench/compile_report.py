@@ -123,7 +123,7 @@ def plan_launches(
         meta(9, dtype=torch.int32) if packed else None, meta(1, dtype=torch.int64) if dropout_p else None,
         256, 512, "hf", 0, 0, length, (3 * size) ** -0.5, dropout_p,
     )  # fmt: skip
-    target = configuration.Target(capability, plan.block_size_of(inputs), dtype.itemsize)
+    target = configuration.Target(capability, plan.block_d_of(inputs), dtype.itemsize)
     chosen = configuration.default(target)
     output, lse = inputs.new_output(), inputs.new_lse()
     grads = [None if x is None else torch.empty_like(x) for x in inputs[:5]]
@@ -134,7 +134,8 @@ def plan_launches(
         name = launch.kernel.__name__
         if name not in seen:
             seen.add(name)
-            tile = (launch.arguments.get("ROWS", 1), launch.arguments.get("COLUMNS", launch.arguments.get("WINDOW", 1)))
+            sizes = (launch.arguments.get(name, 1) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_E"))
+            tile = [*(size for size in sizes if size > 1), 1, 1][:2]
             yield Planned(f"{label} {name}", launch, tile)
 
 

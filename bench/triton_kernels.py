@@ -19,7 +19,7 @@ import torch
 from deberta_fast.op import backends
 from deberta_fast.op.backends import triton as backend
 from deberta_fast.op.backends.triton import configuration, plan
-from deberta_fast.op.backends.triton.configuration import Configuration, Tiles
+from deberta_fast.op.backends.triton.configuration import Tiles
 
 from . import timing
 from .device import Call, Device, Table
@@ -82,10 +82,14 @@ class Work:
     def backward(self) -> object:
         return backends.backward(self.inputs, "triton", self.output, self.lse, self.gradient, None)
 
+    def target(self) -> configuration.Target:
+        query = self.inputs.query
+        return configuration.target_of(query.device, plan.block_d_of(self.inputs), query.element_size())
+
     def launches(self) -> dict[str, list[plan.Launch]]:
         """By kernel and pass; run in order they make a call."""
         inputs, found = self.inputs, {}
-        _, chosen = configuration.choose(inputs.query.device, plan.block_size_of(inputs), inputs.query.element_size())
+        chosen = configuration.choose(self.target())
         precision = backend._precision(inputs)
         grads = [torch.empty_like(x) for x in inputs[:5]]
         passes = {
@@ -129,19 +133,20 @@ def _whole_calls(work: Work, device: Device, trials: list[tuple[str, object, str
 
 
 def tiles(work: Work, device: Device, options: argparse.Namespace) -> Iterator[dict]:
-    inputs = work.inputs
-    key, usual = configuration.choose(inputs.query.device, plan.block_size_of(inputs), inputs.query.element_size())
+    target = work.target()
+    usual = configuration.choose(target)
     shapes = {kernel: TILES[kernel][: options.most] for kernel in options.kernels}
     for rank in range(max(map(len, shapes.values()))):
         for kernel, shape in ((kernel, mine[rank]) for kernel, mine in shapes.items() if rank < len(mine)):
             trial = usual._replace(**{kernel: Tiles(*shape)})
-            trial = trial._replace(grain=max(64, *(max(t.rows, t.columns) for t in trial[1:])))
-            with _set(configuration, "_chosen", {key: trial}):
-                for row in _one_kernel(work, device, trial, kernel):
-                    yield {"kernel": kernel, "tiles": "x".join(map(str, shape)), "grain": trial.grain, **row}
+            trial = trial._replace(alignment=max(64, *(max(t.rows, t.columns) for t in trial[1:])))
+            configuration.set_configuration(target, trial)
+            for row in _one_kernel(work, device, kernel):
+                yield {"kernel": kernel, "tiles": "x".join(map(str, shape)), "alignment": trial.alignment, **row}
+    configuration.set_configuration(target, None)
 
 
-def _one_kernel(work: Work, device: Device, trial: Configuration, kernel: str) -> Iterator[dict]:
+def _one_kernel(work: Work, device: Device, kernel: str) -> Iterator[dict]:
     try:
         found = work.launches()
     except Exception as error:

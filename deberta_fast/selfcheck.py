@@ -174,8 +174,7 @@ def _on_a_cpu(place: selection.Place, kinds: tuple[Kind, ...]) -> dict:
 
 
 def _times(place: selection.Place, names: dict[str, str], speed) -> dict[str, dict[str, float]]:
-    """Milliseconds of the backends that passed and of SDPA; Triton's interpreter is not timed."""
-    names = {label: name for label, name in names.items() if name != "triton" or not triton.INTERPRETED}
+    """Milliseconds of the backends that passed and of SDPA."""
     found = {label: {} for label in (*names, SDPA)}
     for shape in speed.SHAPES:
         call = speed.timed_call(shape, Kind(), place.dtype, place.head_size, place.device)

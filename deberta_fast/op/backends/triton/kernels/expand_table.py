@@ -1,23 +1,23 @@
-"""A position table with one row a distance: out[t] = table[sigma(first_distance + t)], for near tiles."""
+"""A position table with one row per distance: out[t] = table[sigma(first_distance + t)], for near tiles."""
 
-import triton
 import triton.language as tl
 
-INTEGERS = ("table_h", "table_l", "first_distance", "distances", "reach", "first_slot", "rows")
+from .tile import kernel
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(first_integer="table_h")
 def expand_table(
     table, slots, out, table_h, table_l, first_distance, distances, reach, first_slot, rows,
-    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
-    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    t = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     distance = tl.minimum(tl.maximum(t + first_distance, -reach), reach)
-    # The clamp serves rows alone that no pair of the sequences reads: those that pairs read were given.
+    # The clamp affects only distances that no pair of tokens has: the table holds every row that a pair reads.
     slot = tl.load(slots + distance + reach) - first_slot
     slot = tl.minimum(tl.maximum(slot, 0), rows - 1)
-    d = tl.arange(0, BLOCK_SIZE)
-    inside = (t < distances)[:, None] & (d < SIZE)[None, :]
-    values = tl.load(table + head * table_h + slot.to(tl.int64)[:, None] * table_l + d[None, :], mask=inside)
-    tl.store(out + (head * distances + t)[:, None] * SIZE + d[None, :], values, mask=inside)
+    d = tl.arange(0, BLOCK_D)
+    inside = (t < distances)[:, None] & (d < HEAD_DIM)[None, :]
+    source = table + head * table_h + slot.to(tl.int64)[:, None] * table_l + d[None, :]
+    values = tl.load(source, mask=inside)  # (BLOCK_E, BLOCK_D)
+    tl.store(out + (head * distances + t)[:, None] * HEAD_DIM + d[None, :], values, mask=inside)

@@ -1,22 +1,21 @@
-"""What a padding mask leaves of each batch row's keys, so that what lies outside is never read.
+"""The range of keys that a padding mask leaves per batch row: kernels read nothing outside it.
 
-spans[b] = first key, one past the last; and the same again if there are no holes between them, else an empty range
+spans[b] = first key, one past the last key, and the same range again if it has no holes, else an empty range
 """
 
-import triton
 import triton.language as tl
 
-INTEGERS = ("mask_b", "mask_j", "length")
+from .tile import kernel
 
 
-@triton.jit(do_not_specialize=INTEGERS)
-def key_spans(mask, spans, mask_b, mask_j, length, COLUMNS: tl.constexpr):
+@kernel(first_integer="mask_b")
+def key_spans(mask, spans, mask_b, mask_j, length, BLOCK_N: tl.constexpr):
     batch = tl.program_id(0)
     mask += batch.to(tl.int64) * mask_b
     low, high, count = length, length * 0, length * 0
-    for start in range(0, length, COLUMNS):
-        j = start + tl.arange(0, COLUMNS)
-        seen = tl.load(mask + j.to(tl.int64) * mask_j, mask=j < length, other=0) != 0
+    for start in range(0, length, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        seen = tl.load(mask + j.to(tl.int64) * mask_j, mask=j < length, other=0) != 0  # (BLOCK_N,)
         low = tl.minimum(low, tl.min(tl.where(seen, j, length)))
         high = tl.maximum(high, tl.max(tl.where(seen, j + 1, 0)))
         count += tl.sum(seen.to(tl.int32))
