@@ -57,7 +57,10 @@ def attention_with_probabilities(
     Args:
         call: a call without cu_seqlens.
         first_batch: number of the first batch row, for dropout.
-        The others: as in ``api.disentangled_attention_with_probabilities``.
+        head_logits_proj, head_weights_proj: v1's talking heads, linear maps over the heads of the scores before the
+            softmax and of the probabilities after dropout (Shazeer et al., arXiv 2003.02436).
+        dropout: a module that runs on the probabilities, (B, H, Lq, Lk), instead of the mask of equation 12.
+        uniform: a query that sees no key gives all keys equal weight, as in Hugging Face's models, instead of zero.
     """
     q, k, v = (heads.to(call.work_dtype) for heads in (call.query, call.key, call.value))
     batch, heads, query_length, _ = q.shape
