@@ -11,15 +11,11 @@ import torch
 
 from ...call import Call
 from .configuration import Configuration, Tiles
-from .kernels.backward_delta import backward_delta
 from .kernels.backward_key import backward_key
 from .kernels.backward_query import backward_query
-from .kernels.backward_rows import backward_rows
-from .kernels.backward_tables import backward_by_distance, backward_by_row
-from .kernels.band_scores import band_scores
-from .kernels.expand_table import expand_table
+from .kernels.bands import backward_by_distance, backward_by_row, backward_rows, band_scores
 from .kernels.forward import forward
-from .kernels.key_spans import key_spans
+from .kernels.prepare import backward_delta, expand_table, key_spans
 
 LOG2E = 1 / math.log(2)
 # docs/measured.md says what is known about these.

@@ -7,8 +7,8 @@ keys where forward shifts the query, which leaves one constant per key:
                                                 dK^r_r += sum_j (dA^T q)_j,  dQ^r_r += sum_j t_j k_j
     near   Z = C (q.k + c2p + p2c)              dK += dA^T q + sum_e dA^e Q^e
 
-dA of a near tile overwrites its p2c scores, which no program reads later. ``backward_query`` and ``backward_tables``
-read it there, and so does ``backward_rows``, which adds the last sum.
+dA of a near tile overwrites its p2c scores, which no program reads later. ``backward_query`` and the kernels of
+``bands`` read it there; of these, ``backward_rows`` adds the last sum.
 """
 
 import triton

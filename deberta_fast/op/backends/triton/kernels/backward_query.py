@@ -3,8 +3,8 @@
     near   dQ += dA K + sum_e dA^e K^e         dA as ``backward_key`` left it: it is not computed again
     far    dQ += dA K + t K^r_r                t_i = sum_j dA_ij, dA from Q, K, V and lse as in forward
 
-dA of a near tile is copied over its c2p scores, with queries along rows. ``backward_tables`` reads it there, and so
-does ``backward_rows``, which adds the sum over distances.
+dA of a near tile is copied over its c2p scores, with queries along rows. The kernels of ``bands`` read it there; of
+these, ``backward_rows`` adds the sum over distances.
 """
 
 import triton
