@@ -266,7 +266,7 @@ def _real(name: str, value) -> float:
 
 def _check_heads(query, key, value, ndim: int) -> None:
     """Checks types, shapes, dtypes and devices of query, key and value."""
-    device, layout = None, "(B, H, L, D)" if ndim == 4 else "(T, H, D)"
+    layout = "(B, H, L, D)" if ndim == 4 else "(T, H, D)"
     for index, x in enumerate((query, key, value)):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{Call._fields[index]} must be a tensor, got {type(x).__name__}")
@@ -274,10 +274,8 @@ def _check_heads(query, key, value, ndim: int) -> None:
             raise ValueError(f"{Call._fields[index]} must be of shape {layout}, got {tuple(x.shape)}")
         if x.dtype not in DTYPES:
             raise TypeError(f"{Call._fields[index]} must be one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
-        if device is None:
-            device = x.device
-        elif x.device != device:
-            raise ValueError(f"{Call._fields[index]} must be on query's device, {device}, got {x.device}")
+        if x.device != query.device:
+            raise ValueError(f"{Call._fields[index]} must be on query's device, {query.device}, got {x.device}")
     asked, given = query.shape, key.shape
     if given != value.shape:
         raise ValueError(f"value must have key's shape, {tuple(given)}, got {tuple(value.shape)}")

@@ -1,7 +1,7 @@
 """Floating-point operations per call, for torch.utils.flop_counter: two for each term of a matrix product.
 
     forward    2 D H (2 pairs + n near)                Q K^T and P V; n is the number of position terms
-    backward   2 D H (5 pairs + (2 n + t) near)        the scores anew, dP, dV, dQ, dK; t tables want a gradient
+    backward   2 D H (5 pairs + (2 n + t) near)        scores again, dP, dV, dQ, dK; t tables need a gradient
 
 ``pairs`` counts pairs of a query and a key, masked ones included, as for torch's own attention. ``near`` counts pairs
 whose distance has a table row of its own (equations 6 and 9 of csrc/README.md): each takes D multiplications per term.

@@ -168,10 +168,6 @@ def _fake_backward(grad_output, grad_lse, output, lse, *arguments):
     return tuple(call.query.new_empty(0) if grad is None else grad for grad in call.new_gradients(tuple(wanted)))
 
 
-def _fake_checked(cu_seqlens, total, max_seqlen):
-    return torch.empty_like(cu_seqlens)
-
-
 def _differentiable_forward(*arguments):
     """Serves the operator under autograd: in torch.compile, and in programs that torch.export made."""
     flops.register()
@@ -200,7 +196,7 @@ def _backward_once(*arguments):
 for _name, _kernel, _fake in (
     ("attention_forward", _forward, _fake_forward),
     ("attention_backward", _backward, _fake_backward),
-    ("checked_cu_seqlens", _checked, _fake_checked),
+    ("checked_cu_seqlens", _checked, lambda cu_seqlens, total, max_seqlen: torch.empty_like(cu_seqlens)),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"deberta_fast::{_name}", _fake, lib=_library)

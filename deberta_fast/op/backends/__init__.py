@@ -98,10 +98,10 @@ def has_tangents(tensors: Iterable[torch.Tensor | None]) -> bool:
 
 
 def tell(reason: str) -> None:
-    """Warns, once per reason and process, that the reference runs although nobody named it."""
+    """Warns, once per reason and process, that the reference runs although no caller named it."""
     if reason not in _told:
         _told.add(reason)
-        text = f"deberta_fast: running the reference, which holds Lq x Lk scores a head in memory: {reason}"
+        text = f"deberta_fast: running the reference, which holds Lq x Lk scores per head in memory: {reason}"
         warnings.warn(text, stacklevel=3)
 
 

@@ -1,4 +1,4 @@
-"""What torch knows about a GPU."""
+"""Properties of a GPU, as torch reports them."""
 
 import torch
 
