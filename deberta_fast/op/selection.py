@@ -47,13 +47,11 @@ class Decision(NamedTuple):
     Attributes:
         order: the fused backends that passed, the fastest first.
         verdicts: one per fused backend.
-        milliseconds: times by backend, if several passed.
         trouble: the error of torch itself that prevented the check.
     """
 
     order: tuple[str, ...]
     verdicts: dict[str, "Verdict"]
-    milliseconds: dict[str, dict[str, float]]
     trouble: str = ""
 
 
@@ -197,19 +195,19 @@ def _checked(place: Place, kind: Kind) -> Decision:
     except proof.DeviceLostError:
         raise
     except Exception as error:  # torch itself failed, probably for lack of memory: no verdict on a backend
-        return Decision((), {}, {}, f"{type(error).__name__}: {error}")
+        return Decision((), {}, f"{type(error).__name__}: {error}")
     verdicts |= {name: proof.Verdict(failure=failure) for name, failure in known.items()}
     passed = [name for name in FUSED if verdicts[name].passed]
-    if len(passed) < 2:
-        return Decision(tuple(passed), verdicts, {})
-    try:
-        times = speed.of_backends(passed, kind, dtype, head_size, device)
-    except Exception:  # too little memory to time longer calls: both backends are correct, and either will do
-        return Decision(tuple(passed), verdicts, {})
-    # By the geometric mean, short calls count as much as long ones.
-    cost = {name: statistics.geometric_mean(times[name].values()) for name in passed}
-    cost[passed[0]] *= CLEARLY_FASTER
-    return Decision(tuple(sorted(passed, key=cost.get)), verdicts, times)
+    if len(passed) > 1:
+        try:
+            times = speed.of_backends(passed, kind, dtype, head_size, device)
+        except Exception:  # too little memory to time longer calls: both backends are correct, and either will do
+            return Decision(tuple(passed), verdicts)
+        # By the geometric mean, short calls count as much as long ones.
+        cost = {name: statistics.geometric_mean(times[name].values()) for name in passed}
+        cost[passed[0]] *= CLEARLY_FASTER
+        passed.sort(key=cost.get)
+    return Decision(tuple(passed), verdicts)
 
 
 def _warn(place: Place, kind: Kind, decision: Decision, failures: dict[str, str]) -> None:
