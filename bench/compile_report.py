@@ -110,7 +110,7 @@ def plan_launches(
         meta(9, dtype=torch.int32) if packed else None, meta(1, dtype=torch.int64) if dropout_p else None,
         256, 512, "hf", 0, 0, length, (3 * size) ** -0.5, dropout_p,
     )  # fmt: skip
-    target = configuration.Target(capability, plan.block_size_of(inputs), dtype.itemsize)
+    target = configuration.Target(capability, plan.block_d_of(inputs), dtype.itemsize)
     chosen = configuration.default(target)
     output, lse = inputs.new_output(), inputs.new_lse()
     grads = [None if x is None else torch.empty_like(x) for x in inputs[:5]]

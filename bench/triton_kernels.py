@@ -79,15 +79,16 @@ class Work:
     def backward(self) -> object:
         return backends.backward(self.inputs, "triton", self.output, self.lse, self.gradient, None)
 
-    def chosen(self) -> tuple:
-        """Returns the key and the configuration that the backend uses."""
+    def target(self) -> configuration.Target:
+        """Returns what the backend chooses its configuration by."""
         query = self.inputs.query
-        return configuration.choose(query.device, plan.block_size_of(self.inputs), query.element_size())
+        return configuration.target_of(query.device, plan.block_d_of(self.inputs), query.element_size())
 
     def launches(self) -> dict[str, list[plan.Launch]]:
         """Returns the launches by pass and kernel; in order they make a call."""
         grads = [torch.empty_like(x) for x in self.inputs[:5]]
-        new_plan = lambda: plan.Plan(self.inputs, self.chosen()[1], backend._precision(self.inputs))
+        chosen, precision = configuration.choose(self.target()), backend._precision(self.inputs)
+        new_plan = lambda: plan.Plan(self.inputs, chosen, precision)
         grad_lse = torch.zeros_like(self.lse)
         passes = {
             "forward": new_plan().forward(self.output, self.lse),
@@ -127,15 +128,17 @@ def _whole_calls(work: Work, device: Device, trials: list[tuple[str, object, str
 
 
 def tiles(work: Work, device: Device, options: argparse.Namespace) -> Iterator[dict]:
-    key, usual = work.chosen()
+    target = work.target()
+    usual = configuration.choose(target)
     shapes = {kernel: TILES[kernel][: options.most] for kernel in options.kernels}
     for rank in range(max(map(len, shapes.values()))):
         for kernel, shape in ((kernel, mine[rank]) for kernel, mine in shapes.items() if rank < len(mine)):
             trial = usual._replace(**{kernel: Tiles(*shape)})
-            trial = trial._replace(grain=max(64, *(max(t.rows, t.columns) for t in trial[1:])))
-            with _set(configuration, "_chosen", {key: trial}):
-                for row in _one_kernel(work, device, OF_TILES.get(kernel, (kernel,))):
-                    yield {"kernel": kernel, "tiles": "x".join(map(str, shape)), "grain": trial.grain} | row
+            trial = trial._replace(alignment=max(64, *(max(t.rows, t.columns) for t in trial[1:])))
+            configuration.set_configuration(target, trial)
+            for row in _one_kernel(work, device, OF_TILES.get(kernel, (kernel,))):
+                yield {"kernel": kernel, "tiles": "x".join(map(str, shape)), "alignment": trial.alignment} | row
+    configuration.set_configuration(target, None)
 
 
 def _one_kernel(work: Work, device: Device, names: tuple[str, ...]) -> Iterator[dict]:

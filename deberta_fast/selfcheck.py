@@ -156,14 +156,13 @@ def _verdicts(place: selection.Place, kinds: tuple[Kind, ...]) -> dict:
 
 
 def _times(place: selection.Place, passed: list[str]) -> dict[str, dict[str, float]]:
-    """Returns milliseconds of SDPA and of the backends that passed, except Triton's interpreter.
+    """Returns milliseconds of SDPA and of the backends that passed.
 
     On a CPU only the instruction set in use is timed.
     """
     from .op import speed
 
-    timed = {name: name for name in backends.BACKENDS if name != "triton" or not triton.INTERPRETED}
-    timed[f"cpu ({cpu.instruction_set()})"] = "cpu"
+    timed = {name: name for name in backends.BACKENDS} | {f"cpu ({cpu.instruction_set()})": "cpu"}
     names = {label: timed[label] for label in passed if label in timed}
     found = {label: {} for label in (*names, SDPA)}
     for shape in speed.SHAPES:

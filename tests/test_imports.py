@@ -24,7 +24,6 @@ RANKS = [
     {"op.backends.triton.plan"},
     {f"op.backends.{name}" for name in ("reference", "eager", "cpu", "cuda", "triton")},
     {"op.backends"},
-    {"op.backends.triton.autotune"},
     {"op.flops"},
     {"op.schema", "op.precision", "op.problems"},
     {"op.proof", "op.speed"},

@@ -1,4 +1,4 @@
-"""One call of disentangled attention: its tensors and settings, checked, and the geometry that follows from them."""
+"""One call of disentangled attention: its checked tensors and settings, and the geometry that follows from them."""
 
 import contextlib
 import functools
@@ -20,23 +20,21 @@ from .relative_position import (
     table_rows,
 )
 
-LONGEST = 2**31 - 1  # rows of packed sequences: cu_seqlens is int32
+LONGEST = 2**31 - 1  # the most rows of packed sequences: cu_seqlens is int32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TENSORS = 8  # the first fields of a Call
-# Of a row of scores, as backward wants them: the log-sum-exp, the largest score, the sum of exponentials less that.
-STATISTICS = 3
+STATISTICS = 3  # per row of scores: log-sum-exp, largest score, sum of exponentials relative to the largest
 
 
 class Call(NamedTuple):
-    """The arguments of one call, in the order of the operator's schema: ``checked_call`` makes it, every backend is
-    handed it.
+    """The arguments of one call, in the order of the operator's schema. ``checked_call`` makes it for the backends.
 
     Dense: query (B, H, Lq, D), key and value (B, H, Lk, D). Packed: B = 1 and all sequences along the length, sequence
-    s at rows cu_seqlens[s] to cu_seqlens[s + 1]; no query sees a key of another sequence.
+    s in rows cu_seqlens[s] to cu_seqlens[s + 1]; no query sees a key of another sequence.
 
     pos_key and pos_query are (H, R', D), rows first_slot to first_slot + R' of the relative-position table, or None.
-    mask is bool, four-dimensional, broadcastable to (B, H, Lq, Lk), True where a query may attend. The rest as in
-    ``disentangled_attention``; seed is set where dropout_p > 0.
+    mask is bool, four-dimensional, broadcastable to (B, H, Lq, Lk), True where a query may attend. seed is set if
+    dropout_p > 0. ``disentangled_attention`` describes the others.
     """
 
     query: torch.Tensor
@@ -57,10 +55,8 @@ class Call(NamedTuple):
     dropout_p: float
 
     def to(self, device: torch.device | str) -> "Call":
-        """The same call with its tensors on a device."""
+        """Returns the same call with its tensors on a device."""
         return Call(*(None if x is None else x.to(device) for x in self[:TENSORS]), *self[TENSORS:])
-
-    # Geometry: which distances read which rows of the tables
 
     @property
     def has_positions(self) -> bool:
@@ -76,55 +72,47 @@ class Call(NamedTuple):
 
     @property
     def past_row(self) -> int:
-        """The row of pos_key and pos_query that keys far before their query read."""
+        """Row of pos_key and pos_query for keys far before their query."""
         return self.table.slots[-1] - self.first_slot
 
     @property
     def future_row(self) -> int:
-        """The row of keys far behind their query."""
+        """Row of pos_key and pos_query for keys far behind their query."""
         return self.table.slots[0] - self.first_slot
-
-    # Precision
 
     @property
     def work_dtype(self) -> torch.dtype:
-        """The dtype that scores and statistics are held in: half precision is accumulated in float32."""
+        """Dtype of scores and statistics: half precision accumulates in float32."""
         return torch.float64 if self.query.dtype == torch.float64 else torch.float32
 
     @property
     def band_scale(self) -> float:
-        """Kernels that store position scores in float16 store this times them: it leaves room, and as a power of two
-        rounds nothing."""
+        """Factor of position scores that kernels store in float16: it prevents overflow. A power of two, it rounds
+        nothing."""
         if self.query.dtype != torch.float16:
             return 1.0
         return 2.0 ** max(-14, min(14, math.frexp(self.scale / math.log(2))[1] - 1))
 
     def outside_autocast(self) -> contextlib.AbstractContextManager:
-        """Autocast would round what is computed in ``work_dtype`` on purpose. It knows no meta tensors."""
-        kind = self.query.device.type
+        """Disables autocast, which would round what is computed in ``work_dtype`` on purpose."""
+        kind = self.query.device.type  # torch.autocast does not take "meta"
         return contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
-    # Results
-
     def new_output(self) -> torch.Tensor:
-        """Uninitialised output (B, H, Lq, D)."""
+        """Allocates the output (B, H, Lq, D)."""
         return _new_heads(self.query)
 
     def new_lse(self) -> torch.Tensor:
-        """Uninitialised log-sum-exp (B, H, Lq); on the CPU in a storage for STATISTICS of this shape, the first one."""
-        query = self.query
-        batch, heads, length, _ = query.shape
-        shape, strides = (batch, heads, length), (heads * length, length, 1)
-        if query.is_cpu:
-            shape, strides = (STATISTICS, *shape), (batch * heads * length, *strides)
-        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        made = query.new_empty_strided(shape, strides, dtype=dtype)
-        return made[0] if query.is_cpu else made
+        """Allocates the log-sum-exp (B, H, Lq); on the CPU, as the first of STATISTICS tensors in one storage."""
+        shape = self.query.shape[:3]
+        if not self.query.is_cpu:
+            return self.query.new_empty(shape, dtype=self.work_dtype)
+        return self.query.new_empty((STATISTICS, *shape), dtype=self.work_dtype)[0]
 
     def new_gradients(self, wanted: tuple[bool, ...]) -> list[torch.Tensor | None]:
-        """Uninitialised gradients of query, key, value, pos_key and pos_query.
+        """Allocates gradients of query, key, value, pos_key and pos_query.
 
-        None for an absent table and for one that nobody wants; those of the heads are made together, always.
+        A table's is None if it is absent or not wanted. Those of query, key and value are always computed.
         """
         grads: list[torch.Tensor | None] = [_new_heads(x) for x in self[:3]]
         for table, want in zip(self[3:5], wanted[3:5], strict=True):
@@ -132,9 +120,9 @@ class Call(NamedTuple):
         return grads
 
     def sequences(self) -> list["Call"]:
-        """The packed sequences as dense calls of one batch row each: views, nothing is copied.
+        """Returns the packed sequences as dense calls of one batch row each; their tensors are views.
 
-        Reads cu_seqlens on the host: waits for the device where it lies on one.
+        Reads cu_seqlens on the host, which synchronises with its device.
         """
         ends = self.cu_seqlens.tolist()
         return [self._slice(start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
@@ -145,20 +133,18 @@ class Call(NamedTuple):
             mask = mask[..., start:stop]
         if mask is not None and mask.shape[-2] > 1:
             mask = mask[..., start:stop, :]
-        cut = (heads[:, :, start:stop] for heads in (self.query, self.key, self.value))
-        query, key, value = cut
+        query, key, value = (heads[:, :, start:stop] for heads in self[:3])
         return self._replace(query=query, key=key, value=value, mask=mask, cu_seqlens=None)
 
 
 def _new_heads(heads: torch.Tensor) -> torch.Tensor:
-    """(B, H, L, D) laid out as (B, L, H, D), so that joining the heads afterwards copies nothing."""
+    """Allocates (B, H, L, D) laid out as (B, L, H, D): joining the heads later copies nothing."""
     shape = batch, count, length, size = heads.shape
     return heads.new_empty_strided(shape, (length * count * size, size, count * size, 1))
 
 
 def _quiet_in_traces(check):
-    """torch.jit.trace warns of every size that is compared, since the outcome is a constant of the trace. Here the
-    outcome is an error or none."""
+    """Silences the warnings of torch.jit.trace about compared sizes: the outcome is an error or none, not a value."""
 
     @functools.wraps(check)
     def checked(*arguments):
@@ -176,8 +162,9 @@ def checked_call(
     query, key, value, pos_key, pos_query, attention_mask, cu_seqlens, position_buckets, max_relative_positions,
     far_negative, first_slot, query_offset, max_seqlen, scale, dropout_p,
 ) -> Call:  # fmt: skip
-    """The call that these arguments of the public functions describe; packed where there are cu_seqlens, whose values
-    are not looked at here.
+    """Checks the arguments of the public functions and returns their call; draws a dropout seed if dropout_p > 0.
+
+    The values of cu_seqlens are not checked.
 
     Raises:
         TypeError, ValueError: an argument is not as the public functions describe it.
@@ -186,7 +173,7 @@ def checked_call(
     _check_heads(query, key, value, 3 if packed else 4)
     if far_negative not in FAR_NEGATIVE_RULES:
         raise ValueError(f"far_negative must be one of {FAR_NEGATIVE_RULES}, got {far_negative!r}")
-    # Almost always they are plain already: no call then.
+    # Most arguments have the right type, which saves the function call.
     if type(position_buckets) is not int:
         position_buckets = integer("position_buckets", position_buckets)
     if type(max_relative_positions) is not int:
@@ -213,7 +200,7 @@ def checked_call(
     heads, size = shape[1], shape[-1]
     lengths = (shape[2], key.shape[2]) if not packed else (max_seqlen, max_seqlen)
     numbering = position_buckets, max_relative_positions, far_negative
-    # Almost always the tables are whole; then these comparisons are all that is to be done.
+    # Most tables are whole and need no more than these comparisons.
     whole = heads, table_rows(position_buckets, max_relative_positions), size
     if (
         (pos_key is not None and (pos_key.shape != whole or pos_key.device != device))
@@ -222,14 +209,16 @@ def checked_call(
     ):
         _check_tables(pos_key, pos_query, device, whole, numbering, first_slot, lengths, query_offset)
     if not -FARTHEST <= query_offset <= FARTHEST:
-        query_offset = _near_offset(query_offset, pos_key, pos_query, numbering, lengths)
+        # Every pair reads the same rows from here on, and no sum of positions exceeds 32 bits.
+        most = 0 if pos_key is None and pos_query is None else slot_table(*numbering).reach + max(lengths)
+        query_offset = max(-most, min(most, query_offset))
     if scale is None:
         scale = (size * (1 + (pos_key is not None) + (pos_query is not None))) ** -0.5
     elif type(scale) is not float:
         scale = _real("scale", scale)
     kind = device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
-        # As torch's own attention does; float64 is left alone.
+        # As torch's own attention: float64 keeps its dtype.
         dtype = torch.get_autocast_dtype(kind)
         query, key, value, pos_key, pos_query = (
             x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value, pos_key, pos_query)
@@ -242,7 +231,7 @@ def checked_call(
             raise TypeError(f"{Call._fields[index]} must have query's dtype, {dtype}, got {x.dtype}")
         if not x.is_contiguous() and x.stride(-1) != 1:
             tensors[index] = x.contiguous()
-    if packed:  # to a backend, a dense call with one batch row: cu_seqlens says where in it the sequences lie
+    if packed:  # backends get one batch row
         tensors[:3] = [x.transpose(0, 1).unsqueeze(0) for x in tensors[:3]]
     if attention_mask is not None:
         whole = (1 if packed else shape[0], heads, shape[0] if packed else shape[2], tensors[1].shape[2])
@@ -254,12 +243,12 @@ def checked_call(
 
 
 def integer(name: str, value) -> int:
-    """An argument that has to be an integer.
+    """Returns an argument as an integer.
 
     Raises:
-        TypeError: it is something else: a float, text, None, a tensor of another dtype.
+        TypeError: it is a float, text, None, or a tensor of another dtype.
     """
-    if isinstance(value, torch.SymInt):  # of a traced program, which asks for its value where it has to
+    if isinstance(value, torch.SymInt):
         return value
     try:
         return operator.index(value)
@@ -270,22 +259,14 @@ def integer(name: str, value) -> int:
 def _real(name: str, value) -> float:
     if isinstance(value, torch.SymFloat):
         return value
-    if not hasattr(value, "__float__"):  # text has none, though float reads it
+    if not hasattr(value, "__float__"):  # rejects text, which float() accepts
         raise TypeError(f"{name} must be a number, got {value!r}")
     return float(value)
 
 
-def _near_offset(query_offset: int, pos_key, pos_query, numbering, lengths) -> int:
-    """An offset that makes every pair read the same rows, and no sum of positions pass 32 bits."""
-    if pos_key is None and pos_query is None:
-        return 0
-    most = slot_table(*numbering).reach + max(lengths)
-    return max(-most, min(most, query_offset))
-
-
 def _check_heads(query, key, value, ndim: int) -> None:
-    """Types, shapes, dtypes and devices of query, key and value."""
-    device, layout = None, "(B, H, L, D)" if ndim == 4 else "(T, H, D)"
+    """Checks types, shapes, dtypes and devices of query, key and value."""
+    layout = "(B, H, L, D)" if ndim == 4 else "(T, H, D)"
     for index, x in enumerate((query, key, value)):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{Call._fields[index]} must be a tensor, got {type(x).__name__}")
@@ -293,14 +274,12 @@ def _check_heads(query, key, value, ndim: int) -> None:
             raise ValueError(f"{Call._fields[index]} must be of shape {layout}, got {tuple(x.shape)}")
         if x.dtype not in DTYPES:
             raise TypeError(f"{Call._fields[index]} must be one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
-        if device is None:
-            device = x.device
-        elif x.device != device:
-            raise ValueError(f"{Call._fields[index]} must be on query's device, {device}, got {x.device}")
+        if x.device != query.device:
+            raise ValueError(f"{Call._fields[index]} must be on query's device, {query.device}, got {x.device}")
     asked, given = query.shape, key.shape
     if given != value.shape:
         raise ValueError(f"value must have key's shape, {tuple(given)}, got {tuple(value.shape)}")
-    # The length is the third dimension of the dense layout and the first of the packed one.
+    # The length is the third dimension if dense, the first if packed.
     if asked[-1] != given[-1] or asked[1] != given[1] or (ndim == 4 and asked[0] != given[0]):
         raise ValueError(f"key must match query, {tuple(asked)}, in all but the length of {layout}, got {tuple(given)}")
     if asked[-1] < 1:
@@ -310,7 +289,7 @@ def _check_heads(query, key, value, ndim: int) -> None:
 
 
 def _check_tables(pos_key, pos_query, device, whole, numbering, first_slot, lengths, query_offset) -> None:
-    """That pos_key and pos_query are (H, R, D), and have the rows that these lengths read."""
+    """Checks that pos_key and pos_query are (H, R, D) and have the rows that these lengths read."""
     heads, rows, size = whole
     start, stop = slot_table(*numbering).window(*lengths, query_offset)
     given = None
@@ -334,7 +313,7 @@ def _check_tables(pos_key, pos_query, device, whole, numbering, first_slot, leng
 
 
 def _check_mask(mask, device: torch.device, whole: tuple[int, int, int, int]) -> torch.Tensor:
-    """Four-dimensional, its last dimension Lk, the others 1 or whole; ``whole`` is (B, H, Lq, Lk)."""
+    """Checks the mask and returns it in four dimensions, the last one Lk; ``whole`` is (B, H, Lq, Lk)."""
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"attention_mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
     if mask.device != device:
@@ -348,7 +327,7 @@ def _check_mask(mask, device: torch.device, whole: tuple[int, int, int, int]) ->
 
 
 def check_cu_seqlens_form(cu_seqlens, device: torch.device) -> None:
-    """Type, shape and device of cu_seqlens, not its values.
+    """Checks type, shape and device of cu_seqlens, not its values.
 
     Raises:
         TypeError, ValueError: it is not int32 (n + 1,) on that device.
@@ -363,22 +342,18 @@ def check_cu_seqlens_form(cu_seqlens, device: torch.device) -> None:
 
 
 def check_cu_seqlens_values(cu_seqlens: torch.Tensor, total: int, max_seqlen: int) -> None:
-    """That cu_seqlens rises from 0 to total in steps of at most max_seqlen.
+    """Checks that cu_seqlens rises from 0 to total in steps of at most max_seqlen.
 
-    On the host a mistake raises ValueError. On a device nobody waits for them: a mistake trips a device-side assertion.
+    On the CPU a mistake raises ValueError. On a device it trips a device-side assertion, without synchronising.
     """
     expected = f"cu_seqlens must rise from 0 to {total} in steps of 0 to max_seqlen={max_seqlen}"
     if cu_seqlens.device.type != "cpu":
-        torch._assert_async(_rises(cu_seqlens, total, max_seqlen), expected)
+        ends = cu_seqlens.long()  # differences of int32 wrap
+        lengths = ends.diff()
+        rises = (ends[0] == 0) & (ends[-1] == total) & ((lengths >= 0) & (lengths <= max_seqlen)).all()
+        torch._assert_async(rises, expected)
         return
     ends = cu_seqlens.tolist()
     steps = zip(ends, ends[1:], strict=False)
     if ends[0] != 0 or ends[-1] != total or not all(0 <= stop - start <= max_seqlen for start, stop in steps):
         raise ValueError(f"{expected}, got {ends}")
-
-
-def _rises(cu_seqlens: torch.Tensor, total: int, max_seqlen: int) -> torch.Tensor:
-    """The same as a bool on the device."""
-    ends = cu_seqlens.long()  # differences of int32 wrap
-    lengths = ends.diff()
-    return (ends[0] == 0) & (ends[-1] == total) & ((lengths >= 0) & (lengths <= max_seqlen)).all()

@@ -1,8 +1,8 @@
-"""Attention dropout that forward and backward make anew instead of keeping: a counter-based mask.
+"""Attention dropout by a counter-based mask, which backward recomputes.
 
-Whether a probability is kept depends on (seed, batch * heads + head, i, j) alone, so that every backend and every tile
-shape makes the same mask. The generator is Philox-4x32 with 7 rounds, the fewest that pass BigCrush (Salmon et al.,
-Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011). One call serves four neighbouring keys:
+The mask depends only on (seed, batch * heads + head, i, j), so that every backend and every tile shape makes the same
+one. The generator is Philox-4x32 with 7 rounds, the fewest that pass BigCrush (Salmon et al., Parallel Random Numbers:
+As Easy as 1, 2, 3, SC 2011). One call of it serves four consecutive keys:
 
     words = philox(key = seed, counter = (j // 4, i, batch * heads + head, 0));   u = words[j % 4]
     keep  = u >= round(p 2^32);   kept probabilities are divided by 1 - p                                    (12)
@@ -17,14 +17,14 @@ _WORD = 0xFFFFFFFF
 
 
 def new_seed(device: torch.device) -> torch.Tensor:
-    """A fresh seed, int64 of shape (1,), drawn from torch's generator: reproducible under ``torch.manual_seed``."""
+    """Draws a seed, int64 (1,), from torch's generator: reproducible under ``torch.manual_seed``."""
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
 def keep_mask(
     seed: torch.Tensor, batch_head: torch.Tensor, rows: torch.Tensor, keys: tuple[int, int], dropout_p: float
 ) -> torch.Tensor:
-    """The probabilities to keep (equation 12).
+    """Returns which probabilities to keep (equation 12).
 
     Args:
         seed: (1,) int64.
@@ -43,8 +43,8 @@ def keep_mask(
 
 
 def _philox(seed: torch.Tensor, counter: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    # 32-bit words live in int64. A product of two may pass 2^63 and wrap: its 64 bits are right all the same, but the
-    # shift that takes the upper word must then not drag the sign along, hence the mask.
+    # int64 holds 32-bit words. A product of two may wrap past 2^63, but its 64 bits are right. The shift to the upper
+    # word then extends the sign, which the mask removes.
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(ROUNDS):

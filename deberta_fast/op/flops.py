@@ -1,12 +1,12 @@
-"""How many floating-point operations a call takes, for torch.utils.flop_counter: the products, with two for each term.
+"""Floating-point operations per call, for torch.utils.flop_counter: two for each term of a matrix product.
 
     forward    2 D H (2 pairs + n near)                Q K^T and P V; n is the number of position terms
-    backward   2 D H (5 pairs + (2 n + t) near)        the scores anew, dP, dV, dQ, dK; t tables want a gradient
+    backward   2 D H (5 pairs + (2 n + t) near)        scores again, dP, dV, dQ, dK; t tables need a gradient
 
-``pairs`` are those of a query with a key, the masked ones too, as for torch's own attention. ``near`` are those whose
-distance has a row of its own (equations 6 and 9 of csrc/README.md): each takes D multiplications a term. Far tiles are
-plain attention with other queries (7). What is left out grows with the length alone, such as a query times a far row.
-Softmax is left out too, and what a backend computes in vain in tiles that are cut.
+``pairs`` counts pairs of a query and a key, masked ones included, as for torch's own attention. ``near`` counts pairs
+whose distance has a table row of its own (equations 6 and 9 of csrc/README.md): each takes D multiplications per term.
+Far tiles are plain attention with other queries (7). The count omits what grows only with the length (a query times a
+far row), softmax, and what a backend computes needlessly in incomplete tiles.
 """
 
 import sys
@@ -18,14 +18,14 @@ from .call import Call
 
 
 def forward_flops(*arguments, out_val=None) -> int:
-    """Of ``deberta_fast::attention_forward``, whose arguments these are."""
+    """Counts ``deberta_fast::attention_forward`` with these arguments."""
     call = Call(*arguments[: len(Call._fields)])
     pairs, near = _pairs(call)
     return 2 * call.query.shape[1] * call.query.shape[3] * (2 * pairs + _terms(call) * near)
 
 
 def backward_flops(grad_output, grad_lse, output, lse, *arguments, out_val=None) -> int:
-    """Of ``deberta_fast::attention_backward``, whose arguments these are."""
+    """Counts ``deberta_fast::attention_backward`` with these arguments."""
     call, wanted = Call(*arguments[: len(Call._fields)]), arguments[-1]
     pairs, near = _pairs(call)
     tables = sum(x is not None and want for x, want in zip(call[3:5], wanted[3:], strict=True))
@@ -37,7 +37,7 @@ def _terms(call: Call) -> int:
 
 
 def _pairs(call: Call) -> tuple[int, int]:
-    """The pairs of queries and keys of one head, and the near ones among them."""
+    """Returns the pairs of queries and keys of one head, and the near ones among them."""
     pairs = near = 0
     for count, queries, keys in _lengths(call):
         pairs += count * queries * keys
@@ -49,20 +49,20 @@ def _pairs(call: Call) -> tuple[int, int]:
 
 
 def _lengths(call: Call) -> Iterator[tuple[int, int, int]]:
-    """(how many, queries, keys) of dense calls that this one is made of."""
+    """Yields (count, queries, keys) of the dense calls that make up this one."""
     ends, total = call.cu_seqlens, call.query.shape[2]
     if ends is None:
         yield call.query.shape[0], total, call.key.shape[2]
     elif type(ends) is torch.Tensor and not ends.is_meta:
         for length in ends.diff().tolist():
             yield 1, length, length
-    elif call.max_seqlen:  # no values: as if the sequences were as long as they may be
+    elif call.max_seqlen:  # without values, sequences count as max_seqlen long
         yield total // call.max_seqlen, call.max_seqlen, call.max_seqlen
         yield 1, total % call.max_seqlen, total % call.max_seqlen
 
 
 def _steps(start: int, queries: int, keys: int) -> int:
-    """sum of clamp(start + i, 0, keys) over i < queries: the pairs with j < start + i."""
+    """Returns the sum of clamp(start + i, 0, keys) over i < queries: the pairs with j < start + i."""
 
     def triangle(n):
         return max(n, 0) * (max(n, 0) + 1) // 2
@@ -72,9 +72,9 @@ def _steps(start: int, queries: int, keys: int) -> int:
 
 
 def register() -> None:
-    """Tells torch's counter of these formulas, where a program has imported it.
+    """Registers the formulas with torch's counter, if the program has imported it.
 
-    Not on import: it brings Triton. A counter that is at work has copied the formulas it knew.
+    It is not imported here because it imports Triton. An active counter has copied the registry; its copy is extended.
     """
     counter = sys.modules.get("torch.utils.flop_counter")
     if counter is None:

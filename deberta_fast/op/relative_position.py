@@ -1,4 +1,4 @@
-"""From the distance of two tokens to a row of the relative-position table.
+"""Maps the distance of two tokens to a row of the relative-position table.
 
 For a query at position i and a key at position j, DeBERTa reads row sigma(i - j) of a table of R = 2S rows:
 
@@ -10,9 +10,9 @@ v1). With B buckets, m = B // 2 and M = ``max_relative_positions`` (v2 and v3), 
     bucket(delta) = delta                                                       where |delta| <= m
                   = sign(delta) (ceil(log(|delta|/m) / log((M-1)/m) (m-1)) + m)  elsewhere     (5)
 
-sigma depends on i - j alone, never decreases, and is constant beyond some distance on either side, so a short table
-over distances holds all of it, whatever the sequence length. It is made once, in Python's float64: the same formula in
-a half-precision default dtype puts one distance in five into the wrong bucket.
+sigma depends only on i - j, never decreases, and is constant beyond some distance on either side. A short table over
+distances therefore describes it for every sequence length. The table is computed once, in Python's float64: the same
+formula in half precision puts one distance in five into the wrong bucket.
 
 Hugging Face and Microsoft differ for delta <= -M with buckets: Hugging Face's formula goes on to row 0, Microsoft
 clamps the distance to M - 1 first and stays on row 1. ``far_negative`` ("hf" or "ms") chooses.
@@ -31,7 +31,7 @@ import torch
 FAR_NEGATIVE_RULES = ("hf", "ms")
 _LONGEST_TABLE = 1 << 20
 _ENDLESS = 1 << 29  # beyond any distance; twice this still fits 32 bits
-FARTHEST = 1 << 27  # query offsets up to here, added to a length, fit the 32-bit numbers of kernels
+FARTHEST = 1 << 27  # the largest query offset: its sum with a length fits the 32-bit numbers of kernels
 
 
 class SlotTable(NamedTuple):
@@ -59,26 +59,26 @@ class SlotTable(NamedTuple):
         return self.slots[max(-self.reach, min(self.reach, distance)) + self.reach]
 
     def window(self, query_length: int, key_length: int, query_offset: int = 0) -> tuple[int, int]:
-        """Half-open range of the rows that sequences of these lengths can reach.
+        """Returns the half-open range of rows that sequences of these lengths can reach.
 
-        A caller may project just these rows and pass their start as ``first_slot``.
+        A caller may project only these rows and pass their start as ``first_slot``.
         """
         return self.slot(query_offset - key_length + 1), self.slot(query_offset + query_length - 1) + 1
 
 
 def table_rows(position_buckets: int, max_relative_positions: int) -> int:
-    """R = 2S, the rows of a whole relative-position table."""
+    """Returns R = 2S, the rows of a whole relative-position table."""
     return 2 * (position_buckets if position_buckets > 0 else max_relative_positions)
 
 
 @functools.lru_cache(maxsize=64)
 def slot_table(position_buckets: int, max_relative_positions: int, far_negative: str = "hf") -> SlotTable:
-    """sigma of equation 4 as a table.
+    """Returns sigma of equation 4 as a table.
 
     Args:
         position_buckets: B; 0 or less means no buckets.
         max_relative_positions: M, at least 1, and with buckets at least B // 2 + 2.
-        far_negative: "hf" or "ms", see the module's text.
+        far_negative: "hf" or "ms", as the module describes.
 
     Raises:
         ValueError: the numbers describe no table.
@@ -116,7 +116,7 @@ def _bucket(distance: int, middle: int, longest: int) -> int:
 
 
 def _saturation(sigma, sign: int) -> int:
-    """Smallest n >= 0 such that sigma(sign * d) is the same for all d >= n."""
+    """Returns the smallest n >= 0 such that sigma(sign * d) is the same for all d >= n."""
     limit = sigma(sign << 50)
     if sigma(sign * _LONGEST_TABLE) != limit:
         raise ValueError(f"this relative-position table still changes at distance {_LONGEST_TABLE}: no slot table made")
@@ -133,8 +133,8 @@ class DeviceTables(NamedTuple):
     Attributes:
         slots: (2N + 1,), sigma over the distances [-N, N].
         first_of_slot: (R + 1,), the first distance of each row, and of the row after the last. The rows at both ends
-            serve endless distances.
-        far_past, far_future: as of ``SlotTable``, on the host.
+            serve unlimited distances.
+        far_past, far_future: as in ``SlotTable``, on the host.
         past_slot, future_slot: the rows of distances beyond them.
     """
 
@@ -153,12 +153,12 @@ _MOST_ON_DEVICES = 64
 def device_tables(
     position_buckets: int, max_relative_positions: int, far_negative: str, device: torch.device
 ) -> DeviceTables:
-    """``slot_table`` on a device. It is copied there once: the first call waits for the device, later ones do not.
+    """Returns ``slot_table`` on a device. The first call copies it there and synchronises.
 
-    ``patch`` and the native models call this for the device that they lie on.
+    ``patch`` and the native models make that call for their device.
 
     Raises:
-        RuntimeError: a CUDA graph is being captured, which cannot hold the copy, and there was no call before.
+        RuntimeError: this is the first call, and a CUDA graph is being captured, which cannot hold the copy.
     """
     key = (position_buckets, max_relative_positions, far_negative, device)
     tables = _on_devices.get(key)
@@ -170,7 +170,7 @@ def device_tables(
 def _copied_to_device(key: tuple) -> DeviceTables:
     tracing = torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active()
     if tracing and not torch._C._len_torch_dispatch_stack():
-        # Kept, it must belong to no trace and to no transform. Both are a thread's own.
+        # The cached tensors must not belong to a trace or a transform. Both are thread-local.
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(_copied_to_device, key).result()
     *numbering, device = key
@@ -185,10 +185,10 @@ def _copied_to_device(key: tuple) -> DeviceTables:
         -_ENDLESS if row <= table.slots[0] else _ENDLESS if row > table.slots[-1] else distance
         for row, distance in enumerate(first)
     ]
-    with torch.inference_mode(False):  # kept, it also meets tensors that ask for gradients
+    with torch.inference_mode(False):  # later calls use the cached tensors under autograd
         tensors = (torch.tensor(x, dtype=torch.int32, device=device) for x in (table.slots, first))
         tables = DeviceTables(*tensors, table.far_past, table.far_future, table.slots[-1], table.slots[0])
-    # Tensors of a traced program are not real ones.
+    # Tensors of a traced program have no data to cache.
     if not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()):
         while len(_on_devices) >= _MOST_ON_DEVICES:
             _on_devices.pop(next(iter(_on_devices)), None)
@@ -197,6 +197,6 @@ def _copied_to_device(key: tuple) -> DeviceTables:
 
 
 def distance_slots(slots: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
-    """sigma of an integer tensor of distances, int64, its shape; ``slots`` as in ``DeviceTables``, on its device."""
+    """Returns sigma of an integer tensor of distances, int64, in its shape; ``slots`` as in ``DeviceTables``."""
     reach = slots.shape[0] // 2
     return slots[distances.clamp(-reach, reach) + reach].long()

@@ -1,12 +1,12 @@
-"""How a call reaches its backend: directly, or through operators that torch knows where a program is traced.
+"""The way from a call to its backend: direct, or through torch operators in traced programs.
 
-In eager mode the autograd function hands the ``Call`` to the backend, and no dispatcher is on the way. Where torch has
-to see an operator (torch.compile, torch.export, FakeTensor, tensor subclasses, meta tensors) the same backend runs
-behind the operators defined here, which have fake kernels: shapes without data. What the kernels do not have, a second
-derivative or one that torch.func or forward mode asks for, is the reference's.
+In eager mode the autograd function passes the ``Call`` to the backend without a dispatcher. Where torch has to see an
+operator (torch.compile, torch.export, FakeTensor, tensor subclasses, meta tensors), the same backend runs behind the
+operators defined here, which have fake kernels. The backends have no second derivatives, torch.func transforms or
+forward mode: the reference serves these.
 
-To these operators, packed sequences are a dense batch of one with cu_seqlens, and a gradient that is not there is an
-empty tensor, since a schema cannot return an optional one. ``Call`` says what the tensors mean.
+The operators take packed sequences as a dense batch of one with cu_seqlens. They return an empty tensor for an absent
+gradient, because a schema cannot return an optional tensor. ``Call`` describes the tensors.
 """
 
 import torch
@@ -33,9 +33,9 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)}
 
 
 def attend(call: Call, backend: str, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Output (B, H, Lq, D) and log-sum-exp (B, H, Lq) of a checked call.
+    """Returns output (B, H, Lq, D) and log-sum-exp (B, H, Lq) of a checked call.
 
-    Without with_lse, the second is there only where it was needed anyway.
+    Without with_lse, the log-sum-exp may be None.
     """
     if _is_traced(call[:TENSORS]):
         if not torch.compiler.is_compiling():
@@ -47,13 +47,13 @@ def attend(call: Call, backend: str, with_lse: bool) -> tuple[torch.Tensor, torc
 
 
 def checked_cu_seqlens(cu_seqlens: torch.Tensor, total: int, max_seqlen: int) -> torch.Tensor:
-    """A copy of cu_seqlens, int32 (n + 1,), whose values were checked: at once, or when a traced program runs.
+    """Returns a checked copy of cu_seqlens, int32 (n + 1,). A traced program checks it when it runs.
 
-    A copy, since backward reads it again, and whoever handed it in may have written to it by then.
+    It is a copy because backward reads it again, and the caller may have written to it by then.
 
     Raises:
         ValueError: it does not rise from 0 to total in steps of at most max_seqlen. On a device, a device-side
-            assertion instead: nobody waits for the values.
+            assertion fails instead, without synchronising.
     """
     if _is_traced((cu_seqlens,)):
         return torch.ops.deberta_fast.checked_cu_seqlens(cu_seqlens, total, max_seqlen)
@@ -61,7 +61,7 @@ def checked_cu_seqlens(cu_seqlens: torch.Tensor, total: int, max_seqlen: int) ->
 
 
 def _is_traced(tensors: tuple[torch.Tensor | None, ...]) -> bool:
-    """Whether torch has to see an operator, rather than what a backend does with the tensors."""
+    """Tells whether torch has to see an operator instead of what a backend does with the tensors."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -73,14 +73,14 @@ def _is_traced(tensors: tuple[torch.Tensor | None, ...]) -> bool:
 
 
 def _is_batched(grad: torch.Tensor | None) -> bool:
-    """Whether this stands for several: is_grads_batched, and jacobian(vectorize=True)."""
+    """Tells whether this is a batch of cotangents: is_grads_batched, or jacobian(vectorize=True)."""
     return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 class _Attention(torch.autograd.Function):
-    """The derivative of ``backends.forward`` is ``backends.backward``, in eager mode and behind the operators.
+    """``backends.forward`` with ``backends.backward`` as its derivative, in eager mode and behind the operators.
 
-    That has no derivative of its own. Where one may be asked for, the reference is differentiated instead.
+    ``backends.backward`` has no derivative. If one may be needed, the reference is differentiated instead.
     """
 
     @staticmethod
@@ -117,11 +117,11 @@ class _Attention(torch.autograd.Function):
 def _differentiable_gradients(
     call: Call, grad_output: torch.Tensor | None, grad_lse: torch.Tensor | None, wanted: tuple[bool, ...]
 ) -> list[torch.Tensor | None]:
-    """What ``backends.backward`` computes, as torch's autograd derives it from the reference: to any order."""
+    """Returns the gradients of ``backends.backward`` by autograd through the reference, differentiable to any order."""
     backends.tell("only 'reference' has second derivatives")
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad(), call.outside_autocast():
-        # Views: one tensor may be given twice or be made from another, and these are partial derivatives.
+        # Views make the derivatives partial, even if one tensor is passed twice or is made from another.
         inputs = [x.view_as(x) if want else x for x, want in zip(call[:5], wanted, strict=True)]
         output, lse = backends.reference.attention(Call(*inputs, *call[5:]))
         if not output.requires_grad:
@@ -130,15 +130,12 @@ def _differentiable_gradients(
                 "with backend='reference' it can"
             )
         results, cotangents = [output], [torch.zeros_like(output) if grad_output is None else grad_output]
-        if grad_lse is not None and lse.requires_grad:  # it does not depend on the values
+        if grad_lse is not None and lse.requires_grad:  # not if only value needs a gradient
             results.append(lse)
             cotangents.append(grad_lse)
         asked = [x for x, want in zip(inputs, wanted, strict=True) if want]
         made = iter(torch.autograd.grad(results, asked, cotangents, create_graph=create_graph, materialize_grads=True))
     return [next(made) if want else None for want in wanted]
-
-
-# The operators
 
 
 def _forward(*arguments):
@@ -158,7 +155,7 @@ def _checked(cu_seqlens, total, max_seqlen):
 
 
 def _fake_forward(*arguments):
-    # Asked again: the exporter's second try hides from Python that it is one
+    # The exporter's second try does not come through ``backends.only_reference``.
     if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
         raise RuntimeError(f"backend {arguments[-1]!r} cannot serve this call: {backends.ONNX}")
     call = Call(*arguments[:-1])
@@ -171,16 +168,12 @@ def _fake_backward(grad_output, grad_lse, output, lse, *arguments):
     return tuple(call.query.new_empty(0) if grad is None else grad for grad in call.new_gradients(tuple(wanted)))
 
 
-def _fake_checked(cu_seqlens, total, max_seqlen):
-    return torch.empty_like(cu_seqlens)
-
-
 def _differentiable_forward(*arguments):
-    """The operator under autograd: in torch.compile, and in a program made by torch.export."""
+    """Serves the operator under autograd: in torch.compile, and in programs that torch.export made."""
     flops.register()
     call, tensors = Call(*arguments[:-1]), arguments[:5]
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    # A transform of what was traced before: the autograd function knows neither kind.
+    # Transforms of a traced program: ``_Attention`` supports neither kind.
     if backends.has_tangents(tensors) or (differentiable and torch._C._are_functorch_transforms_active()):
         backends.tell("only 'reference' has derivatives by forward mode and torch.func")
         with call.outside_autocast():
@@ -192,7 +185,7 @@ def _differentiable_forward(*arguments):
 
 
 def _backward_once(*arguments):
-    """The operator under autograd: ``_Attention`` calls it only where no derivative of it is asked for."""
+    """Serves the operator under autograd, where ``_Attention`` calls it only if no derivative of it is needed."""
     tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
     if (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)) or backends.has_tangents(tensors):
         raise RuntimeError("deberta_fast::attention_backward has no derivative; backend='reference' has all")
@@ -203,7 +196,7 @@ def _backward_once(*arguments):
 for _name, _kernel, _fake in (
     ("attention_forward", _forward, _fake_forward),
     ("attention_backward", _backward, _fake_backward),
-    ("checked_cu_seqlens", _checked, _fake_checked),
+    ("checked_cu_seqlens", _checked, lambda cu_seqlens, total, max_seqlen: torch.empty_like(cu_seqlens)),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"deberta_fast::{_name}", _fake, lib=_library)

@@ -1,15 +1,15 @@
-"""Which backend runs a call that names none.
+"""Chooses the backend of a call that names none.
 
-On a CPU it is the first without an objection. On any other device a fused backend has to prove itself, in this process
-and on this device, before it is taken: ``proof`` compares it with the reference for the dtype, the head size and the
-kind of call at hand. Of several that pass, the fastest is taken; where none does, ``eager`` is, with one warning.
+On a CPU the first backend that can serve the call runs. On any other device a fused backend first has to pass a check,
+in this process and on this device: ``proof`` compares it with the reference for the call's dtype, head size and kind.
+The fastest backend that passes is chosen. If none passes, ``eager`` runs, with one warning.
 
-What was decided is kept for the process. Nothing is decided while a CUDA graph is captured. A program that is traced
-gets its decision when it is traced: the check runs in a thread of its own, which no mode of the tracer reaches.
+Decisions hold for the process. No decision is made while a CUDA graph is captured. A traced program gets its decision
+when it is traced: the check runs in its own thread, out of reach of the tracer's modes.
 """
 
-import math
 import operator
+import statistics
 import threading
 import warnings
 from collections.abc import Callable
@@ -25,15 +25,13 @@ from .problems import Kind, problems
 if TYPE_CHECKING:
     from .proof import Verdict
 
-# Those of devices other than a CPU. What comes first is taken, unless another is faster by more than noise: which one
-# runs, and how it rounds, should not change from one process to the next.
-FUSED = ("cuda", "triton")
-CLEARLY_FASTER = 0.9
+FUSED = ("cuda", "triton")  # on devices other than a CPU; the first wins unless the second is clearly faster
+CLEARLY_FASTER = 0.9  # share of the time; noise must not change the choice, and the rounding, between processes
 UNCHECKED = ("eager", "reference")
 
 
 class Place(NamedTuple):
-    """A decision holds for one of these and one kind of call."""
+    """Device, dtype and head size. A decision holds for one place and one kind of call."""
 
     device: torch.device
     dtype: torch.dtype
@@ -48,35 +46,33 @@ class Decision(NamedTuple):
 
     Attributes:
         order: the fused backends that passed, the fastest first.
-        verdicts: on every fused backend.
-        milliseconds: of those that were timed, because there were several.
-        trouble: why there was no check, where torch itself failed in it.
+        verdicts: one per fused backend.
+        trouble: the error of torch itself that prevented the check.
     """
 
     order: tuple[str, ...]
     verdicts: dict[str, "Verdict"]
-    milliseconds: dict[str, dict[str, float]]
     trouble: str = ""
 
 
 _decisions: dict[tuple[Place, Kind], Decision] = {}
-_orders: dict[tuple, tuple[str, ...]] = {}  # of these decisions, by what is at hand in a call
+_orders: dict[tuple, tuple[str, ...]] = {}  # the orders of these decisions, by the arguments of ``_order``
 _failures: dict[Place, dict[str, str]] = {}
-_told: set[tuple[Place, str]] = set()  # why no fused backend serves a place: once is enough
+_told: set[tuple[Place, str]] = set()  # places without a fused backend, and the reasons, that were warned about
 _lock = threading.RLock()
 _check: bool | str = True
 
 
 def set_backend_check(check: bool | str) -> None:
-    """How ``backend=None`` chooses on devices other than a CPU, from now on and in this process.
+    """Sets how ``backend=None`` chooses on devices other than a CPU, for the rest of the process.
 
     Args:
-        check: True, the default: the fastest fused backend that passed the check on the device; what was decided
-            before is forgotten, and decided anew. False: no check, and no fused backend. The name of a backend: no
-            check, that backend wherever it has no objection. Where there is no such backend, it is ``eager``.
+        check: True, the default, chooses the fastest fused backend that passes the check on the device, and forgets
+            earlier decisions. False chooses no fused backend and checks none. A backend's name chooses that backend,
+            without a check, for every call that it can serve. ``eager`` runs if no such backend exists.
 
     Raises:
-        TypeError, ValueError: neither, or there is no backend of that name.
+        TypeError, ValueError: check is neither, or no backend has that name.
     """
     global _check
     if not isinstance(check, bool | str):
@@ -87,17 +83,17 @@ def set_backend_check(check: bool | str) -> None:
         _check = check
         _orders.clear()
         if check is True:
-            for kept in (_decisions, _failures, _told):
-                kept.clear()
+            for known in (_decisions, _failures, _told):
+                known.clear()
 
 
 def policy() -> bool | str:
-    """The setting that ``set_backend_check`` was given last."""
+    """Returns the last argument of ``set_backend_check``."""
     return _check
 
 
 def forget(device: torch.device) -> None:
-    """Forgets what was decided for a device."""
+    """Forgets the decisions for a device."""
     with _lock:
         _orders.clear()
         for key in [key for key in _decisions if key[0].device == device]:
@@ -107,26 +103,26 @@ def forget(device: torch.device) -> None:
 
 
 def choose(name: str | None, call: Call) -> str:
-    """The backend to run: the one named, or the best one for the call.
+    """Returns the backend to run: the one named, or the best one for the call.
 
     Raises:
-        ValueError: no backend of that name.
-        RuntimeError: the backend named has reasons not to serve this call; a CUDA graph is being captured and nothing
-            was decided before; or a backend left the device in a state that only a new process ends.
+        ValueError: no backend has that name.
+        RuntimeError: the named backend cannot serve this call; a CUDA graph is being captured before any decision; or a
+            backend left the device unusable for this process.
     """
     query = call.query
     if name is not None or not is_checked(query.device) or backends.only_reference(call) is not None:
         return backends.choose(name, call)
-    size = operator.index(query.shape[-1])  # a number, also where shapes are symbols
+    size = operator.index(query.shape[-1])  # a number even if shapes are symbolic
     order = _order(query.device.type, query.device.index, query.dtype, size, *Kind.of(call))
     return backends.choose(None, call, (*order, *UNCHECKED))
 
 
 def prepare(device: torch.device, dtype: torch.dtype, head_size: int, kind: Kind) -> None:
-    """Decides beforehand, for a model that is patched, made or moved.
+    """Decides in advance, for a model that is patched, made or moved.
 
-    Not for float32: its calls may come under autocast, and kernels would be compiled for a dtype that nobody uses. Not
-    in a traced program, nor in the capture of a CUDA graph.
+    Skips float32, because its calls may run under autocast, and the check would compile kernels for an unused dtype.
+    Skips traced programs and the capture of CUDA graphs.
     """
     if is_checked(device) and dtype in (torch.bfloat16, torch.float16):
         if not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _is_captured(device)):
@@ -134,18 +130,18 @@ def prepare(device: torch.device, dtype: torch.dtype, head_size: int, kind: Kind
 
 
 def is_checked(device: torch.device) -> bool:
-    """Whether a fused backend has to prove itself there."""
+    """Tells whether fused backends have to pass the check on this device."""
     return device.type not in ("cpu", "meta")
 
 
 def _order(*key) -> tuple[str, ...]:
-    """The fused backends to take, best first, for (type and index of a device, dtype, head size, fields of a Kind)."""
+    """Returns the fused backends to take, best first. key: device type and index, dtype, head size, Kind fields."""
     known = _orders.get(key)
     return _look_up(*key) if known is None else known
 
 
-# torch.compiler.assume_constant_result does this too, but takes a second to import Dynamo. The result is a constant of
-# a compiled program. Arguments can be constants only.
+# The result is a constant of a compiled program, and the arguments have to be constants.
+# torch.compiler.assume_constant_result does the same, but imports Dynamo, which takes a second.
 _order._dynamo_marked_constant = True
 
 
@@ -166,13 +162,13 @@ def _look_up(device_type: str, index: int | None, dtype: torch.dtype, head_size:
             "make one such call before the capture, or name a backend"
         )
     if torch._C._current_graph_task_id() >= 0:
-        # The check asks autograd, whose thread for this device is the one that waits here. The forward pass decides.
+        # The check needs autograd, whose thread for this device would wait here. The forward pass decides instead.
         return ()
     return decide(place, kind).order
 
 
 def decide(place: Place, kind: Kind) -> Decision:
-    """Returns the decision, after a check if there is none yet. It takes a second, besides what a backend compiles."""
+    """Returns the decision. The first call runs the check: about a second, and the time to compile kernels."""
     with _lock:
         if (place, kind) not in _decisions:
             decision = in_a_thread(lambda: _checked(place, kind))
@@ -180,7 +176,7 @@ def decide(place: Place, kind: Kind) -> Decision:
             failed = _failures.setdefault(place, {})
             news = {name: v.failure for name, v in decision.verdicts.items() if v.failure and name not in failed}
             failed |= news
-            # One wrong result is enough: calls of another kind do without it too
+            # After one wrong result, a backend serves no other kind of call either.
             _orders.clear()
             for key, earlier in _decisions.items():
                 if key[0] == place:
@@ -198,24 +194,20 @@ def _checked(place: Place, kind: Kind) -> Decision:
         verdicts = proof.prove([name for name in FUSED if name not in known], problems(kind), dtype, head_size, device)
     except proof.DeviceLostError:
         raise
-    except Exception as error:  # of torch itself, most likely too little memory: no verdict on a backend
-        return Decision((), {}, {}, f"{type(error).__name__}: {error}")
+    except Exception as error:  # torch itself failed, probably for lack of memory: no verdict on a backend
+        return Decision((), {}, f"{type(error).__name__}: {error}")
     verdicts |= {name: proof.Verdict(failure=failure) for name, failure in known.items()}
     passed = [name for name in FUSED if verdicts[name].passed]
-    if len(passed) < 2:
-        return Decision(tuple(passed), verdicts, {})
-    try:
-        times = speed.of_backends(passed, kind, dtype, head_size, device)
-    except Exception:  # too little memory for longer calls: both are right, and either will do
-        return Decision(tuple(passed), verdicts, {})
-    cost = {name: _mean(times[name]) for name in passed}
-    cost[passed[0]] *= CLEARLY_FASTER
-    return Decision(tuple(sorted(passed, key=cost.get)), verdicts, times)
-
-
-def _mean(times: dict[str, float]) -> float:
-    """Geometric, so that short calls count as much as long ones."""
-    return math.exp(sum(map(math.log, times.values())) / len(times))
+    if len(passed) > 1:
+        try:
+            times = speed.of_backends(passed, kind, dtype, head_size, device)
+        except Exception:  # too little memory to time longer calls: both backends are correct, and either will do
+            return Decision(tuple(passed), verdicts)
+        # By the geometric mean, short calls count as much as long ones.
+        cost = {name: statistics.geometric_mean(times[name].values()) for name in passed}
+        cost[passed[0]] *= CLEARLY_FASTER
+        passed.sort(key=cost.get)
+    return Decision(tuple(passed), verdicts)
 
 
 def _warn(place: Place, kind: Kind, decision: Decision, failures: dict[str, str]) -> None:
@@ -235,7 +227,10 @@ def _warn(place: Place, kind: Kind, decision: Decision, failures: dict[str, str]
 
 
 def in_a_thread(function: Callable[[], Decision]) -> Decision:
-    """Autocast, inference mode, fake tensors, functorch, hooks on saved tensors: all of these are a thread's own."""
+    """Runs a function outside the caller's autocast, inference mode, fake tensors, functorch and saved-tensor hooks.
+
+    All of these are thread-local.
+    """
     with ThreadPoolExecutor(1, "deberta_fast-check") as pool:
         return pool.submit(function).result()
 
@@ -247,13 +242,13 @@ def _is_captured(device: torch.device) -> bool:
 
 
 def _exists(device: torch.device) -> bool:
-    """Fake tensors may claim to lie on a device that this machine does not have."""
+    """Tells whether this machine has the device; the device of a fake tensor need not exist."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return found is not None and found.type == device.type and (device.index or 0) < torch.accelerator.device_count()
 
 
 def name_of(device: torch.device) -> str:
-    """A device with the name of its product, where torch knows it."""
+    """Returns a device and, if torch knows it, its product name."""
     module = getattr(torch, device.type, None)
     name = getattr(module, "get_device_name", None)
     return f"{device} ({name(device)})" if name else str(device)

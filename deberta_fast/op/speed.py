@@ -1,4 +1,4 @@
-"""How long calls take: a short and a long one, forward and with backward, interleaved, as medians."""
+"""Measures how long backends take for a short and a long call, forward and backward: interleaved, as medians."""
 
 import statistics
 import time
@@ -11,12 +11,12 @@ from .call import Call
 from .problems import Kind, Problem, call_of
 
 SHAPES = {"short": (8, 128), "long": (1, 2048)}  # batch, length
-WIDTH = 768  # of all heads together
+WIDTH = 768  # sum of all head sizes
 ROUNDS, ROUND_SECONDS = 5, 4e-3
 
 
 def timed_call(shape: str, kind: Kind, dtype: torch.dtype, head_size: int, device: torch.device) -> Call:
-    """v3's table, as many heads as in its base model, every text as long as the batch allows."""
+    """Returns a call as in DeBERTa-v3-base: its table, its width, and no padding."""
     batch, length = SHAPES[shape]
     heads = max(1, WIDTH // head_size)
     lengths, batch = ((length,) * batch, 1) if kind.packed else ((length, length), batch)
@@ -27,7 +27,7 @@ def timed_call(shape: str, kind: Kind, dtype: torch.dtype, head_size: int, devic
 def of_backends(
     names: Iterable[str], kind: Kind, dtype: torch.dtype, head_size: int, device: torch.device
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds by backend, and by shape and pass: "short forward", "short backward", ..."""
+    """Returns milliseconds by backend, then by shape and pass: "short forward", "short backward", ..."""
     found = {name: {} for name in names}
     for shape in SHAPES:
         call = timed_call(shape, kind, dtype, head_size, device)
@@ -38,7 +38,7 @@ def of_backends(
 
 
 def passes(names: Iterable[str], call: Call) -> dict[str, dict[str, Callable[[], object]]]:
-    """Forward and backward of a call, by each backend."""
+    """Returns functions that run forward and backward of a call, by pass and backend."""
     forward, backward = {}, {}
     for name in names:
         output, lse = backends.forward(call, name)
@@ -48,7 +48,7 @@ def passes(names: Iterable[str], call: Call) -> dict[str, dict[str, Callable[[],
 
 
 def milliseconds(runs: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
-    """The median of each, in turns. What a call costs the host counts where the device waits for it."""
+    """Returns the median of each, measured in turns. Host time counts if the device waits for it."""
     for run in runs.values():
         run()
     repeats = {name: max(1, min(50, int(ROUND_SECONDS / _seconds(run, 1, device)))) for name, run in runs.items()}

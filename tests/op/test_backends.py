@@ -1,7 +1,5 @@
 """Every backend against the reference: output, log-sum-exp and all gradients, in the situations of ``cases``."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 from cases import BY_NAME, CASES, ON_CPU, Case, as_dtype, forward_and_gradients, make_inputs
@@ -16,7 +14,6 @@ from comparison import (
 )
 from tolerance import hf_style_attention
 
-from deberta_fast.op import backends
 from deberta_fast.op.backends import eager, reference
 
 BACKENDS = [name for name in ON_CPU if name != "reference"]
@@ -65,34 +62,6 @@ def test_runs_are_bit_equal(backend):
     inputs = make_inputs(BY_NAME["holes-L200"], torch.float32)
     first, second = (forward_and_gradients(public(backend), as_dtype(inputs, torch.float32)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.parametrize("limit", [0, eager.scratch.KEPT_BYTES], ids=["dropped", "kept"])
-def test_scratch_memory_carries_nothing_over(limit, monkeypatch):
-    """From one backward pass to the next of a thread: other shapes and dtypes, inference mode, a pass that failed."""
-    monkeypatch.setattr(eager.scratch, "KEPT_BYTES", limit)
-    names = ["holes-L200", "far-L700", "long-query-Lq300-Lk70", "mask-per-head-L70", "holes-L200"]
-    calls = [make_inputs(BY_NAME[name], dtype) for name in names for dtype in (torch.float32, torch.float64)]
-
-    def gradients(inputs):
-        output, lse = backends.forward(inputs, "eager")
-        grads = backends.backward(inputs, "eager", output, lse, torch.cos(output), torch.sin(lse))
-        return [grad.clone() for grad in grads]
-
-    def alone(function, *arguments):
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(function, *arguments).result()
-
-    def one_after_the_other():
-        output, lse = backends.forward(calls[1], "eager")
-        with pytest.raises(RuntimeError):
-            backends.backward(calls[1], "eager", output, lse, output[..., :-1], lse)
-        with torch.inference_mode():
-            gradients(calls[0])
-        return [gradients(inputs) for inputs in calls]
-
-    for inputs, got in zip(calls, alone(one_after_the_other), strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(got, alone(gradients, inputs), strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

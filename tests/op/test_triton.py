@@ -11,7 +11,7 @@ from bench.compile_report import CAPABILITIES, SHARED_LIMIT, compile_all, launch
 from deberta_fast import disentangled_attention  # noqa: E402
 from deberta_fast.op import speed  # noqa: E402
 from deberta_fast.op.backends.triton import configuration  # noqa: E402
-from deberta_fast.op.backends.triton.configuration import Configuration, Target, Tiles  # noqa: E402
+from deberta_fast.op.backends.triton.configuration import Target, Tiles  # noqa: E402
 from deberta_fast.op.backends.triton.plan import Launch, Part, Plan  # noqa: E402
 from deberta_fast.op.call import Call  # noqa: E402
 from deberta_fast.op.problems import COMMON  # noqa: E402
@@ -228,48 +228,20 @@ def test_smaller_until_nothing_is_left():
     while chosen is not None:
         tiles = chosen.backward_key
         sizes.append((tiles.rows + tiles.columns) * tiles.stages)
-        assert min(tiles.rows, tiles.columns) >= 16 and chosen.grain % tiles.rows == chosen.grain % tiles.columns == 0
+        assert min(tiles.rows, tiles.columns) >= 16
+        assert chosen.alignment % tiles.rows == chosen.alignment % tiles.columns == 0
         chosen = chosen.smaller("backward_key")
     assert len(sizes) > 3 and sizes == sorted(sizes, reverse=True)
 
 
-def test_tuned_configurations_are_kept(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(configuration, "_chosen", {})
-    device = torch.device("cpu")
-    key, chosen = configuration.choose(device, 64, 2)
-    tuned = chosen._replace(forward=Tiles(128, 64, 8, 3), grain=128)
-    path = configuration.save(key, tuned)
-    other, _ = configuration.choose(device, 32, 4)
-    configuration.save(other, chosen)
-    configuration._chosen.clear()
-    assert configuration.choose(device, 64, 2) == (key, tuned)
-    assert isinstance(configuration.choose(device, 64, 2)[1], Configuration)
-    path.write_text("[]")
-    configuration._chosen.clear()
-    with pytest.raises(ValueError, match="delete it or tune again"):
-        configuration.choose(device, 64, 2)
-
-
-def test_autotune_takes_the_fastest(monkeypatch, tmp_path):
-    """With a clock that likes one candidate best."""
-    from deberta_fast.op.backends.triton import autotune
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(configuration, "_chosen", {})
-    favourite = Tiles(32, 64, 8, 2)
-
-    def measure(call):
-        chosen = configuration.choose(torch.device("cpu"), 64, 2)[1]
-        return 10.0 - sum(tiles == favourite for tiles in chosen[1:])
-
-    tuned = autotune.tune(
-        candidates=[Tiles(64, 32, 4, 2), favourite], measure=measure, device="cpu", tokens=16, lengths=[16],
-        make_calls=functools.partial(lambda *_: (lambda: None, lambda: None)),
-    )  # fmt: skip
-    assert set(tuned[1:]) == {favourite}
-    configuration._chosen.clear()
-    assert configuration.choose(torch.device("cpu"), 64, 2)[1] == tuned
+def test_a_configuration_that_was_set_is_chosen():
+    target = Target(90, 64, 2)
+    usual = configuration.choose(target)
+    other = usual._replace(forward=Tiles(128, 64, 8, 3), alignment=128)
+    configuration.set_configuration(target, other)
+    assert configuration.choose(target) == other and configuration.choose(Target(90, 128, 2)) != other
+    configuration.set_configuration(target, None)
+    assert configuration.choose(target) == usual == configuration.default(target)
 
 
 def test_named_without_a_gpu_it_says_why():

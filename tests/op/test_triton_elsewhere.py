@@ -59,10 +59,10 @@ def device(monkeypatch):
         monkeypatch.setattr(torch.version, "hip", hip)
         for library in (torch.cuda, torch.xpu):
             monkeypatch.setattr(library, "get_device_properties", lambda device: SimpleNamespace(**properties))
-        configuration._identity.cache_clear()
+        configuration.target_of.cache_clear()
 
     yield found
-    configuration._identity.cache_clear()
+    configuration.target_of.cache_clear()
 
 
 def test_served_devices(device):
@@ -101,14 +101,14 @@ def test_a_fake_tensor_is_refused_with_reasons():
 
 
 def test_targets(device):
-    """Configurations are kept and made for these."""
-    chosen = lambda name: configuration.choose(torch.device(name), 64, 2)[0]
+    """Configurations are chosen by these."""
+    target = lambda name: configuration.target_of(torch.device(name), 64, 2)
     device(hip="7.0", name="AMD Instinct MI300X", gcnArchName="gfx942:sramecc+:xnack-", major=9, minor=4)
-    assert chosen("cuda:0") == ("AMD Instinct MI300X", configuration.Target("gfx942", 64, 2))
+    assert target("cuda:0") == configuration.Target("gfx942", 64, 2)
     device(name="Intel(R) Data Center GPU Max 1550")
-    assert chosen("xpu:0") == ("Intel(R) Data Center GPU Max 1550", configuration.Target("xpu", 64, 2))
+    assert target("xpu:0") == configuration.Target("xpu", 64, 2)
     device(name="NVIDIA H200", major=9, minor=0)
-    assert chosen("cuda:0") == ("NVIDIA H200", configuration.Target(90, 64, 2))
+    assert target("cuda:0") == configuration.Target(90, 64, 2)
 
 
 @pytest.mark.parametrize("hip, precision", [(None, "tf32"), ("7.0", "ieee")])

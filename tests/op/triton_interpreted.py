@@ -20,7 +20,7 @@ from comparison import (
     shifted_slot,
     swapped_tables,
 )
-from interpreted import without_vain_work
+from interpreted import serve_cpu, without_vain_work
 from triton import OutOfResources
 from triton.runtime import interpreter
 
@@ -30,6 +30,7 @@ from deberta_fast.op.backends import reference, triton
 from deberta_fast.op.backends.triton import configuration, plan
 from deberta_fast.op.dropout import keep_mask
 
+serve_cpu()
 TABLE = dict(position_buckets=16, max_relative_positions=32)
 FAR_L300 = replace(BY_NAME["far-L700"], name="far-L300", query_length=300, key_length=300)
 
@@ -133,21 +134,21 @@ def test_half_is_as_precise_as_eager(name, dtype):
     compare(public("triton"), quick(name), dtype, draws(BY_NAME[name]))
 
 
-def configured(monkeypatch, grain, rows, columns, step=None):
+def configured(monkeypatch, alignment, rows, columns, step=None):
     tiles = configuration.Tiles(rows, columns, 4, 1)
-    chosen = configuration.Configuration(grain, *[tiles] * 5)
-    monkeypatch.setattr(configuration, "choose", lambda *_: (None, chosen))
+    chosen = configuration.Configuration(alignment, *[tiles] * 5)
+    monkeypatch.setattr(configuration, "choose", lambda target: chosen)
     if step:
         monkeypatch.setattr(plan, "step_of", lambda length: step)
 
 
-@pytest.mark.parametrize("grain, rows, columns, step", [(32, 16, 32, 1), (64, 64, 32, 8), (128, 64, 128, 2)])
+@pytest.mark.parametrize("alignment, rows, columns, step", [(32, 16, 32, 1), (64, 64, 32, 8), (128, 64, 128, 2)])
 @pytest.mark.parametrize("name", ["far-L300", "dropout-L140", "left-padding-L200"])
-def test_any_tiles_give_the_same(name, grain, rows, columns, step, monkeypatch):
+def test_any_tiles_give_the_same(name, alignment, rows, columns, step, monkeypatch):
     """The dropout mask among it."""
     case = FAR_L300 if name == "far-L300" else name
     usual = run(case)
-    configured(monkeypatch, grain, rows, columns, step)
+    configured(monkeypatch, alignment, rows, columns, step)
     assert_equal_but_for_rounding(run(case), usual)
 
 
@@ -286,9 +287,10 @@ def test_what_does_not_fit_shrinks(monkeypatch):
     run_launch = plan.Launch.run
 
     def run_if_it_fits(launch):
-        rows, columns = launch.arguments.get("ROWS"), launch.arguments.get("COLUMNS")
-        if launch.configured in ("forward", "backward_key") and rows * columns > 32 * 64:
-            raise OutOfResources(rows * columns, 32 * 64, "shared memory")
+        if launch.configured in ("forward", "backward_key"):
+            size = launch.arguments["BLOCK_M"] * launch.arguments["BLOCK_N"]
+            if size > 32 * 64:
+                raise OutOfResources(size, 32 * 64, "shared memory")
         run_launch(launch)
 
     usual = run("L7-D8")
@@ -317,7 +319,7 @@ def test_a_wrong_table_is_caught(mutate):
 
 
 @pytest.mark.parametrize("mistake", [{"far_past": -16}, {"far_future": 16}], ids=["past", "future"])
-def test_a_far_segment_one_grain_too_long_is_caught(mistake, monkeypatch):
+def test_a_far_segment_one_block_too_long_is_caught(mistake, monkeypatch):
     mistake_far_distances(monkeypatch, **mistake)
     configured(monkeypatch, 16, 16, 16)
     with pytest.raises(AssertionError, match="error"):

@@ -1,8 +1,13 @@
-"""The implementations of disentangled attention: the choice among them, and the call of the chosen one.
+"""The implementations of disentangled attention: chooses one and calls it.
 
-A backend is a module that names its reasons not to serve a call (``why_not``) and computes it: ``forward`` and
-``backward`` fill the tensors that are allocated here, the reference's ``attention`` is differentiated by torch's
-autograd. Backends know neither each other nor anything above them.
+A backend is a module with three functions. Backends import neither each other nor anything above them.
+
+- ``why_not(call)`` returns reasons not to serve a call.
+- ``forward(call, output, lse)`` fills output (B, H, Lq, D) and, unless it is None, the log-sum-exp (B, H, Lq).
+- ``backward(call, output, lse, grad_output, grad_lse, grads)`` fills grads, the gradients of query, key, value, pos_key
+  and pos_query. Those of the tables may be None.
+
+The reference has ``attention`` instead of the last two, which torch's autograd differentiates.
 """
 
 import warnings
@@ -15,32 +20,33 @@ from torch.autograd import forward_ad
 from ..call import Call
 from . import cpu, cuda, eager, reference, triton
 
-# In order of preference on a CPU; ``selection`` has that of other devices.
+# In order of preference on a CPU; ``selection`` has the order on other devices.
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "eager": eager, "triton": triton, "cuda": cuda, "reference": reference}
 
 ONNX = "only 'reference' can be exported to ONNX"
-_told: set[str] = set()  # why the reference ran: once is enough
+_told: set[str] = set()  # reasons for the reference that were warned about
 
 
 def check_name(backend: str | None) -> None:
-    """
+    """Checks the name of a backend, or None for a choice per call.
+
     Raises:
-        ValueError: there is no backend of that name; None is the choice call by call.
+        ValueError: no backend has that name.
     """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
 
 
 def why_not(call: Call) -> dict[str, list[str]]:
-    """For every backend, the reasons for which it cannot serve this call; an empty list where it can."""
+    """Returns, by backend, the reasons why it cannot serve this call; empty if it can."""
     return {name: reasons_against(name, call) for name in BACKENDS}
 
 
 def choose(name: str | None, call: Call, order: Iterable[str] = BACKENDS) -> str:
-    """The backend to run: the one named, or the first of ``order`` without objection.
+    """Returns the backend to run: the one named, or the first of ``order`` that can serve the call.
 
     Raises:
-        ValueError: no backend of that name.
+        ValueError: no backend has that name.
         RuntimeError: the backend named, or every backend, has reasons not to serve this call; they are listed.
     """
     if name is None:
@@ -61,15 +67,15 @@ def choose(name: str | None, call: Call, order: Iterable[str] = BACKENDS) -> str
 
 
 def reasons_against(name: str, call: Call) -> list[str]:
-    """The reasons for which one backend cannot serve this call."""
+    """Returns the reasons why one backend cannot serve this call."""
     reason = None if name == "reference" else only_reference(call)
     return BACKENDS[name].why_not(call) if reason is None else [reason]
 
 
 def only_reference(call: Call) -> str | None:
-    """Why torch, in its present state, can do with no other backend than the reference; None where it can.
+    """Returns why only the reference can run in torch's present state, or None.
 
-    What is transformed, traced or differentiated forward has to be made of torch's own operators.
+    torch.func, torch.jit.trace, ONNX export and forward-mode derivatives need code that is made of torch's operators.
     """
     if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
         return ONNX
@@ -85,22 +91,22 @@ def only_reference(call: Call) -> str | None:
 
 
 def has_tangents(tensors: Iterable[torch.Tensor | None]) -> bool:
-    """Whether one of these carries a forward-mode derivative."""
+    """Tells whether one of these carries a forward-mode derivative."""
     if forward_ad._current_level < 0:
         return False
     return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def tell(reason: str) -> None:
-    """Warns, once in a process, that the reference runs where nobody named it."""
+    """Warns, once per reason and process, that the reference runs although no caller named it."""
     if reason not in _told:
         _told.add(reason)
-        text = f"deberta_fast: running the reference, which holds Lq x Lk scores a head in memory: {reason}"
+        text = f"deberta_fast: running the reference, which holds Lq x Lk scores per head in memory: {reason}"
         warnings.warn(text, stacklevel=3)
 
 
 def forward(call: Call, backend: str, with_lse: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Output (B, H, Lq, D) and log-sum-exp (B, H, Lq), outside autograd; None where nobody wants the second."""
+    """Returns output (B, H, Lq, D) and log-sum-exp (B, H, Lq) or None, outside autograd."""
     output, lse = call.new_output(), call.new_lse() if with_lse else None
     BACKENDS[backend].forward(call, output, cpu.with_statistics(lse) if backend == "cpu" and with_lse else lse)
     return output, lse
@@ -115,17 +121,17 @@ def backward(
     grad_lse: torch.Tensor | None,
     wanted: tuple[bool, ...] = (True,) * 5,
 ) -> list[torch.Tensor | None]:
-    """Gradients of query, key, value, pos_key and pos_query, shaped and typed as these.
+    """Returns gradients of query, key, value, pos_key and pos_query, with their shapes and dtypes.
 
     Args:
         grad_output, grad_lse: None counts as zeros.
-        wanted: of the five, those that somebody asks for. A table's is None where nobody does; those of query, key and
-            value are made together.
+        wanted: which of the five are needed. A table's gradient is None if it is not; the other three are always
+            computed.
     """
     grads = call.new_gradients(wanted)
     if grad_output is None:
         grad_output = _zeros_like(output)
-    # The CPU's kernels take None; what the others are handed takes one element.
+    # The CPU's kernels take None. The others get an expanded zero, which takes one element of memory.
     if grad_lse is None and backend != "cpu":
         grad_lse = _zeros_like(lse)
     BACKENDS[backend].backward(call, output, lse, grad_output, grad_lse, grads)

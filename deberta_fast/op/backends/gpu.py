@@ -1,12 +1,12 @@
-"""Torch is asked about a GPU."""
+"""Properties of a GPU, as torch reports them."""
 
 import torch
 
 
 def properties_of(device: torch.device):
-    """Torch's properties of a CUDA, ROCm or XPU device; None where it is not there, as a FakeTensor's need not be."""
+    """Returns torch's properties of a CUDA, ROCm or XPU device, or None if the device does not exist (FakeTensor)."""
     library = torch.xpu if device.type == "xpu" else torch.cuda
-    # torch.compile knows both answers for constants, but cannot trace what the second one raises.
+    # torch.compile treats both results as constants, but cannot trace an exception of get_device_properties.
     if torch.compiler.is_compiling() and not library.is_available():
         return None
     try:

@@ -4,8 +4,8 @@
     P_ij = softmax_j(A_ij)                                                                      (2)
     O_i  = sum_j P_ij v_j                                                                       (3)
 
-Source: He et al., DeBERTa (arXiv 2006.03654), equations 2 to 4. Everything is of size Lq x Lk a head: this is what
-other backends are judged by, what serves whoever wants the probabilities or talking heads, and nothing to train with.
+Source: He et al., DeBERTa (arXiv 2006.03654), equations 2 to 4. Everything is of size Lq x Lk per head. Other backends
+are tested against this one. It also returns probabilities and computes talking heads, but is too large to train with.
 """
 
 import torch
@@ -16,7 +16,7 @@ from ..relative_position import distance_slots
 
 
 def why_not(call: Call) -> list[str]:
-    """Reasons not to serve this call: lengths of packed sequences are read, and that cannot be recorded."""
+    """Returns reasons not to serve this call: a trace cannot record that the lengths of packed sequences are read."""
     ends = call.cu_seqlens
     if ends is None or torch.compiler.is_compiling():
         return []
@@ -28,7 +28,7 @@ def why_not(call: Call) -> list[str]:
 
 
 def _is_mapped(x: torch.Tensor) -> bool:
-    """Whether torch.vmap maps over a tensor, under whatever other transforms."""
+    """Tells whether torch.vmap maps over a tensor, under any other transforms."""
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         if torch._C._functorch.is_batchedtensor(x):
             return True
@@ -37,7 +37,7 @@ def _is_mapped(x: torch.Tensor) -> bool:
 
 
 def attention(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (B, H, Lq, D) and log-sum-exp (B, H, Lq); derivatives of any order by torch's autograd."""
+    """Returns output (B, H, Lq, D) and log-sum-exp (B, H, Lq), differentiable by autograd to any order."""
     calls = [call] if call.cu_seqlens is None else call.sequences() or [call]
     parts = [attention_with_probabilities(x, batch) for batch, x in enumerate(calls)]
     output, lse = (torch.cat([part[index] for part in parts], 2) for index in range(2))
@@ -52,15 +52,15 @@ def attention_with_probabilities(
     dropout: torch.nn.Module | None = None,
     uniform: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output (B, H, Lq, D), log-sum-exp (B, H, Lq) and probabilities after dropout (B, H, Lq, Lk) of a dense call.
+    """Returns output (B, H, Lq, D), log-sum-exp (B, H, Lq) and probabilities after dropout (B, H, Lq, Lk).
 
     Args:
         call: a call without cu_seqlens.
         first_batch: number of the first batch row, for dropout.
         head_logits_proj, head_weights_proj: v1's talking heads, linear maps over the heads of the scores before the
             softmax and of the probabilities after dropout (Shazeer et al., arXiv 2003.02436).
-        dropout: runs on the probabilities (B, H, Lq, Lk), instead of the mask of equation 12.
-        uniform: a query that sees no key weighs all alike, and not none.
+        dropout: a module that runs on the probabilities, (B, H, Lq, Lk), instead of the mask of equation 12.
+        uniform: a query that sees no key gives all keys equal weight, as in Hugging Face's models, instead of zero.
     """
     q, k, v = (heads.to(call.work_dtype) for heads in (call.query, call.key, call.value))
     batch, heads, query_length, _ = q.shape
@@ -68,7 +68,7 @@ def attention_with_probabilities(
     i = torch.arange(query_length, device=q.device)
     j = torch.arange(key_length, device=q.device)
 
-    # Not mT, nor movedim(1, -1) below: torch.onnx.export(dynamo=False) lacks the one and writes the other wrong.
+    # torch.onnx.export(dynamo=False) lacks mT, and exports movedim(1, -1) below wrongly.
     q = q * call.scale
     scores = q @ k.transpose(-1, -2)
     if call.has_positions:
@@ -86,7 +86,7 @@ def attention_with_probabilities(
     visible = torch.ones(1, 1, 1, key_length, dtype=torch.bool, device=q.device)
     if call.mask is not None:
         visible = visible & call.mask
-    # A row that sees nothing has no softmax: give it any, and then take it away.
+    # A query that sees no key has no softmax: it gets any scores here and zeros afterwards.
     some = visible.any(-1, keepdim=True)
     scores = scores.masked_fill(~visible, -torch.inf).masked_fill(~some, 0.0)
     probabilities = torch.softmax(scores, -1).masked_fill(~visible & some if uniform else ~visible, 0.0)

@@ -1,8 +1,8 @@
 """One position term of a near segment, and its gradients (equations 6 and 9).
 
-With the queries last to first, the distance of pair (r, c) grows with r + c. So c2p and p2c are one thing, said of the
-scores and of their transpose: row r meets the rows r, r + 1, ... of a table by distance. A strip of rows is multiplied
-with the window of the table that it shares, and row r of the product starts at column r: a strided view.
+With the queries last to first, the distance of pair (r, c) grows with r + c. c2p and p2c are then the same computation,
+on the scores and on their transpose: row r reads the rows r, r + 1, ... of a table by distance. A strip of rows is
+multiplied by its window of the table, and row r of the product starts at column r: a strided view.
 """
 
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ import torch
 
 from .scratch import Scratch
 
-STRIP_ROWS = 64, 128  # of small and of large segments: less work in vain against larger products
-SMALL = 512  # rows and columns together
+STRIP_ROWS = 64, 128  # of small and of large segments: short strips waste less work, long ones make larger products
+SMALL = 512  # rows and columns together, at most
 
 
 def add_term(scores: torch.Tensor, x: torch.Tensor, by_distance: torch.Tensor, scratch: Scratch) -> None:
-    """scores[h, b, r, c] += x[h, b, r] . by_distance[h, r + c]
+    """Adds x[h, b, r] . by_distance[h, r + c] to scores[h, b, r, c].
 
-    Shapes (h, b, n, m), (h, b, n, D) and (h, n + m or more, D).
+    Shapes: scores (h, b, n, m), x (h, b, n, D), by_distance (h, n + m or more, D).
     """
     columns = scores.shape[3]
     for rows, window in _strips(scores):
@@ -35,7 +35,9 @@ def add_gradients(
     grad_by_distance: torch.Tensor,
     scratch: Scratch,
 ) -> None:
-    """grad_x[h, b, r] += sum_c g[h, b, r, c] by_distance[h, r + c], and grad_by_distance[h, r + c] likewise of x."""
+    """Adds sum_c g[h, b, r, c] by_distance[h, r + c] to grad_x[h, b, r], and g[h, b, r, c] x[h, b, r] to
+    grad_by_distance[h, r + c]; g are grad_scores.
+    """
     columns = grad_scores.shape[3]
     for rows, window in _strips(grad_scores):
         strip = x[:, :, rows]
@@ -47,7 +49,7 @@ def add_gradients(
 
 
 def _strips(scores: torch.Tensor) -> Iterator[tuple[slice, slice]]:
-    """The rows of each strip, and those of the table by distance that they meet."""
+    """Yields the rows of each strip, and the rows of the table by distance that they read."""
     *_, rows, columns = scores.shape
     step = STRIP_ROWS[rows + columns > SMALL]
     for start in range(0, rows, step):
@@ -56,11 +58,11 @@ def _strips(scores: torch.Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _by_head(strip: torch.Tensor) -> torch.Tensor:
-    """(h, b, n, D) to (h, b n, D): all batch rows of a head meet its table in one product."""
+    """Reshapes (h, b, n, D) to (h, b n, D): one product per head and table."""
     return strip.reshape(len(strip), -1, strip.shape[-1])
 
 
 def _skew(product: torch.Tensor, columns: int) -> torch.Tensor:
-    """The view v[..., r, c] = product[..., r, r + c]."""
+    """Returns the view v[..., r, c] = product[..., r, r + c]."""
     *outer, row, one = product.stride()
     return product.as_strided((*product.shape[:-1], columns), (*outer, row + one, one))

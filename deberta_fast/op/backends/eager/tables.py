@@ -1,6 +1,6 @@
-"""The position tables of some heads with one row a distance, and their gradients (equations 6, 7, 9 to 11).
+"""The position tables of some heads with one row per distance, and their gradients (equations 6, 7, 9 to 11).
 
-Row t of a table by distance belongs to e = j - p = first_distance + t: to keys before the query first.
+Row t of a table by distance belongs to e = j - p = first_distance + t: keys before the query come first.
 """
 
 import functools
@@ -13,7 +13,7 @@ from ...relative_position import distance_slots
 from .scratch import Scratch
 
 LOG2E = 1 / math.log(2)
-PART_ROWS = 16  # of a gradient by distance, summed one after the other
+PART_ROWS = 16  # rows of a gradient by distance that are summed one after the other
 
 
 class Tables:
@@ -35,7 +35,7 @@ class Tables:
         self.first_distance, count = self._distances(x)
         rows = (self.pos_key if self.pos_key is not None else self.pos_query).shape[1]
         distances = -torch.arange(self.first_distance, self.first_distance + count, device=x.query.device)
-        # The clamp serves the last row alone: what the lengths can reach lies within the rows that were given.
+        # The clamp affects only the last row: the tables hold every row that these lengths can reach.
         self.slots = (distance_slots(x.device_tables.slots, distances) - x.first_slot).clamp_(0, rows - 1)
         if self.pos_key is not None:
             self.key_by_distance = self._by_distance(self.pos_key, scratch, "K by distance")
@@ -44,8 +44,8 @@ class Tables:
             self.query_by_distance = self._by_distance(self.pos_query, scratch, "Q by distance")
 
     def _distances(self, x: Call) -> tuple[int, int]:
-        """The first distance of the tables and how many: as far as the near segment of any block reaches, and one."""
-        nearest = 1 - self.block_rows  # of a key that the first or the last query of a block sees as near
+        """Returns the first distance and their number: those of any block's near segment, and one more."""
+        nearest = 1 - self.block_rows  # distance between the first and the last query of a block
         first = max(1 - x.query.shape[2] - x.query_offset, nearest - self.far_past)
         stop = min(x.key.shape[2] - x.query_offset, -nearest - self.far_future)
         return first, max(stop - first, 0) + 1
@@ -55,11 +55,11 @@ class Tables:
         return torch.index_select(table, 1, self.slots, out=out)
 
     def from_distance(self, distance: int) -> slice:
-        """Rows of the tables by distance, from this one on."""
+        """Returns the rows of the tables by distance, from this distance on."""
         return slice(distance - self.first_distance, None)
 
     def start_gradients(self, scratch: Scratch) -> None:
-        """Zeroes what a backward pass adds to, by distance and for the far segments by row."""
+        """Zeroes the sums of a backward pass: by distance, and by row for the far segments."""
         if self.pos_key is not None:
             self.grad_key_by_distance = scratch("grad K by distance", *self.key_by_distance.shape).zero_()
             self.grad_pos_key = scratch("grad pos_key", *self.pos_key.shape).zero_()
@@ -68,18 +68,18 @@ class Tables:
             self.grad_pos_query = scratch("grad pos_query", *self.pos_query.shape).zero_()
 
     def add_gradients(self, grad_pos_key: torch.Tensor | None, grad_pos_query: torch.Tensor | None) -> None:
-        """Equation 11, added to the gradients (H, R', D) of the whole tables."""
+        """Adds equation 11 to the gradients (H, R', D) of the whole tables."""
         if grad_pos_key is not None:
             by_slot = self._sum_by_slot(self.grad_key_by_distance).add_(self.grad_pos_key)
-            grad_pos_key[self.heads] += by_slot.div_(LOG2E)  # made with C q, wants s q
+            grad_pos_key[self.heads] += by_slot.div_(LOG2E)  # the sums hold C q instead of s q
         if grad_pos_query is not None:
             by_slot = self._sum_by_slot(self.grad_query_by_distance).add_(self.grad_pos_query)
             grad_pos_query[self.heads] += by_slot.mul_(self.scale)
 
     def _sum_by_slot(self, by_distance: torch.Tensor) -> torch.Tensor:
-        """(h, E, D) to (h, R', D). Distances of a slot are neighbours: bags, summed in order, without atomics.
+        """Sums (h, E, D) to (h, R', D), in order and without atomics: the distances of a slot are consecutive.
 
-        In parts first: the far slots take hundreds of rows, whose rounding adds up when they are summed one by one.
+        Rows are summed in parts first, because rounding would add up over the hundreds of rows of a far slot.
         """
         heads, count, size = by_distance.shape
         table = self.pos_key if self.pos_key is not None else self.pos_query

@@ -1,14 +1,12 @@
 """Fused disentangled attention in Triton, forward and backward, for GPUs of NVIDIA, AMD (ROCm) and Intel (XPU).
 
 Keys are far-left, near or far-right of a block of queries. Far tiles are plain flash attention (equation 7). Near tiles
-take their position scores from bands of dense scores, written beforehand for as many heads as ``plan.BAND_BYTES`` holds
-(equation 6), and add them with products by the identity. In backward the gradients of the scores replace them in the
-same bands. Nothing of size Lq x Lk is kept, nothing is added atomically, and nothing waits for the device.
+read their position scores from bands of dense scores, written beforehand for as many heads as ``plan.BAND_BYTES`` holds
+(equation 6), and add them by a product with the identity. In backward the gradients of the scores replace the scores in
+the same bands. Nothing of size Lq x Lk is kept, no kernel adds atomically, and nothing synchronises with the device.
 """
 
-import contextlib
 import importlib.metadata
-import os
 
 import torch
 
@@ -25,29 +23,26 @@ def _installed() -> tuple[int, int] | None:
 
 OLDEST = (3, 6)
 INSTALLED = _installed()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton runs its kernels on the CPU
-CAPABILITY = (8, 0)  # of NVIDIA's
+CAPABILITY = (8, 0)  # the oldest NVIDIA GPUs served
 LARGEST_HEAD = 256
 
 
-def why_not(inputs: Call) -> list[str]:
-    """Reasons not to serve these inputs."""
-    query, reasons = inputs.query, []
+def why_not(call: Call) -> list[str]:
+    """Returns reasons not to serve this call."""
+    query, reasons = call.query, []
     if INSTALLED is None or INSTALLED < OLDEST:
         reasons.append(f"Triton >= {OLDEST[0]}.{OLDEST[1]} is not installed")
     if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         reasons.append(f"dtype must be float32, bfloat16 or float16, got {query.dtype}")
     if query.shape[-1] % 8 or query.shape[-1] > LARGEST_HEAD:
         reasons.append(f"head size must be a multiple of 8 up to {LARGEST_HEAD}, got {query.shape[-1]}")
-    if not inputs.scale > 0:
-        reasons.append(f"scale must be positive, got {inputs.scale}")
+    if not call.scale > 0:
+        reasons.append(f"scale must be positive, got {call.scale}")
     return reasons + device_reasons(query.device)
 
 
 def device_reasons(device: torch.device) -> list[str]:
-    """Reasons not to serve any call on a device."""
-    if device.type == "cpu" and INTERPRETED:
-        return []
+    """Returns reasons not to serve any call on a device."""
     if device.type not in ("cuda", "xpu"):
         return [f"tensors must be on an NVIDIA, AMD or Intel GPU, got {device}"]
     gpu = properties_of(device)
@@ -58,52 +53,49 @@ def device_reasons(device: torch.device) -> list[str]:
     return []
 
 
-def forward(inputs: Call, output: torch.Tensor, lse: torch.Tensor | None) -> None:
-    """Fills output (B, H, Lq, D) and, unless it is None, log-sum-exp (B, H, Lq)."""
-    lse = inputs.new_lse() if lse is None else lse
-    _run(inputs, lambda plan: plan.forward(output, lse))
+def forward(call: Call, output: torch.Tensor, lse: torch.Tensor | None) -> None:
+    lse = call.new_lse() if lse is None else lse
+    _run(call, lambda plan: plan.forward(output, lse))
 
 
 def backward(
-    inputs: Call,
+    call: Call,
     output: torch.Tensor,
     lse: torch.Tensor,
     grad_output: torch.Tensor,
     grad_lse: torch.Tensor,
     grads: list[torch.Tensor | None],
 ) -> None:
-    """Fills the gradients of query, key, value, pos_key and pos_query; None where a table's is not wanted."""
     if grad_output.stride(-1) != 1 or any(n * grad_output.element_size() % 16 for n in grad_output.stride()[:3]):
         grad_output = grad_output.contiguous()
-    _run(inputs, lambda plan: plan.backward(output, lse, grad_output, grad_lse, grads))
+    _run(call, lambda plan: plan.backward(output, lse, grad_output, grad_lse, grads))
 
 
-def _run(inputs: Call, launches) -> None:
-    """Runs the launches of a plan; what does not fit into the GPU's shared memory shrinks, and is remembered so."""
+def _run(call: Call, launches) -> None:
+    """Runs the launches of a plan. A kernel that needs too much shared memory gets smaller tiles from then on."""
     import triton
 
     from . import configuration
-    from .plan import Plan, block_size_of
+    from .plan import Plan, block_d_of
 
-    device = inputs.query.device
-    with contextlib.nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index):
+    device = call.query.device
+    target = configuration.target_of(device, block_d_of(call), call.query.element_size())
+    with torch.accelerator.device_index(device.index):
         while True:
-            key, chosen = configuration.choose(device, block_size_of(inputs), inputs.query.element_size())
+            chosen = configuration.choose(target)
             try:
-                for launch in launches(Plan(inputs, chosen, _precision(inputs))):
+                for launch in launches(Plan(call, chosen, _precision(call))):
                     launch.run()
                 return
             except triton.OutOfResources:
                 smaller = chosen.smaller(launch.configured) if launch.configured else None
                 if smaller is None:
                     raise
-                configuration.remember(key, smaller)
+                configuration.set_configuration(target, smaller)
 
 
-def _precision(inputs: Call) -> str:
-    if INTERPRETED:
-        return "upcast"
-    nvidia = inputs.query.device.type == "cuda" and torch.version.hip is None
-    if nvidia and inputs.query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+def _precision(call: Call) -> str:
+    nvidia = call.query.device.type == "cuda" and torch.version.hip is None
+    if nvidia and call.query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"

@@ -1,13 +1,10 @@
-"""Launch configurations: tile shapes, warps and pipeline stages of each kernel, by GPU, head size and dtype.
+"""Launch configurations: tile shape, warps and pipeline stages per kernel, by architecture, head size and dtype.
 
-The defaults were chosen by what the compiler makes of them (``bench/compile_report.py``): no spills inside a loop, few
-instructions a score. ``autotune`` measures instead, and its choice goes before them.
+The defaults follow from the compiled code (``bench/compile_report.py``): no spills inside a loop, few instructions per
+score. ``bench/triton_kernels.py`` measures others on a GPU.
 """
 
 import functools
-import json
-import os
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,7 +13,7 @@ from ..gpu import properties_of
 
 
 class Tiles(NamedTuple):
-    """rows are a program's own, columns what it meets in one step of its loop; both divide the grain."""
+    """Tile shape: a program owns ``rows`` and takes ``columns`` per loop step. Both divide the alignment."""
 
     rows: int
     columns: int
@@ -24,7 +21,7 @@ class Tiles(NamedTuple):
     stages: int
 
     def smaller(self) -> "Tiles | None":
-        """What needs less shared memory: fewer stages first, then fewer columns, then fewer rows."""
+        """Returns tiles that need less shared memory: fewer stages first, then fewer columns, then fewer rows."""
         if self.stages > 1:
             return self._replace(stages=self.stages - 1)
         if self.columns > 16 and self.columns >= self.rows:
@@ -35,9 +32,13 @@ class Tiles(NamedTuple):
 
 
 class Configuration(NamedTuple):
-    """``grain``: what near and far are told apart by, the same for all kernels that share a band; 128 at most."""
+    """The tiles of every kernel.
 
-    grain: int
+    ``alignment``: near and far segments begin and end at multiples of it, at most 128. All kernels that share a band
+    share it.
+    """
+
+    alignment: int
     bands: Tiles
     forward: Tiles
     backward_key: Tiles
@@ -45,33 +46,33 @@ class Configuration(NamedTuple):
     backward_tables: Tiles
 
     def smaller(self, kernel: str) -> "Configuration | None":
-        """With less shared memory for one kernel; None if there is no less."""
+        """Returns a configuration with less shared memory for one kernel, or None if it has the least."""
         tiles = getattr(self, kernel).smaller()
         return None if tiles is None else self._replace(**{kernel: tiles})
 
 
 class Target(NamedTuple):
-    """A configuration is made for one of these.
+    """The key of a configuration.
 
     ``architecture``: an NVIDIA GPU's compute capability, 90; an AMD GPU's processor, "gfx942"; "xpu" for Intel's.
-    ``block_size``: the head size, padded to a power of two.
+    ``block_d``: the head size, padded to a power of two.
     """
 
     architecture: int | str
-    block_size: int
+    block_d: int
     itemsize: int
 
 
 def default(target: Target) -> Configuration:
-    """The configuration that nobody has measured."""
+    """Returns the untuned default configuration."""
     capability, size, itemsize = target
     if isinstance(capability, str):
         return _default_elsewhere(size)
     if itemsize == 4:
-        return _default_32_bit(size)
+        return Configuration(64, *[Tiles(32, 32, 4, 2) if size <= 128 else Tiles(16, 16, 4, 1)] * 5)
     plain = Tiles(64, 64, 4, 2)
     if size <= 64:
-        # Without the exceptions they would spill.
+        # Other tiles spill on these architectures.
         key = Tiles(32, 64, 4, 2) if capability == 100 else Tiles(64, 32, 4, 2)
         query = {90: plain, 100: Tiles(64, 64, 4, 3), 120: Tiles(64, 64, 4, 3)}.get(capability, Tiles(64, 32, 4, 2))
         return Configuration(64, plain, plain, key, query, plain)
@@ -86,12 +87,8 @@ def default(target: Target) -> Configuration:
     return Configuration(64, Tiles(64, 32, 8, 2), forward, small, small, small)
 
 
-def _default_32_bit(size: int) -> Configuration:
-    return Configuration(64, *[Tiles(32, 32, 4, 2) if size <= 128 else Tiles(16, 16, 4, 1)] * 5)
-
-
 def _default_elsewhere(size: int) -> Configuration:
-    """For AMD and Intel, any dtype: small tiles, and one stage, since a second one takes registers and shared memory.
+    """Returns the default for AMD and Intel, any dtype: small tiles, and one stage to save registers and shared memory.
 
     AMD's wavefronts are 64 wide: four of them are 256 threads, which have 512 registers each, two such workgroups 256.
     A workgroup may ask for 64 KiB.
@@ -102,41 +99,24 @@ def _default_elsewhere(size: int) -> Configuration:
     return Configuration(64, plain, wide, wide if size <= 64 else Tiles(32, 32, 4, 1), wide, plain)
 
 
-_chosen: dict[tuple[str, Target], Configuration] = {}
+_chosen: dict[Target, Configuration] = {}  # by shared memory or by a benchmark, for the rest of the process
 
 
-def choose(device: torch.device, block_size: int, itemsize: int) -> tuple[tuple[str, Target], Configuration]:
-    """The configuration for a device, by what it is remembered: shrunk, tuned or default."""
-    key = _identity(device, block_size, itemsize)
-    if key not in _chosen:
-        # The interpreter takes as long for a small tile as for a large one.
-        usual = Configuration(64, *[Tiles(64, 64, 4, 1)] * 5) if device.type == "cpu" else default(key[1])
-        _chosen[key] = _saved(key) or usual
-    return key, _chosen[key]
+def choose(target: Target) -> Configuration:
+    """Returns the configuration set for a target, else the default."""
+    return _chosen.get(target) or default(target)
 
 
-def remember(key: tuple[str, Target], configuration: Configuration) -> None:
-    """For the rest of the process."""
-    _chosen[key] = configuration
-
-
-def save(key: tuple[str, Target], configuration: Configuration) -> Path:
-    """For all processes to come on this GPU; returns the file."""
-    path = _file(key[0])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    saved = json.loads(path.read_text()) if path.exists() else {}
-    saved[_entry(key[1])] = configuration._asdict()
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(saved, indent=1) + "\n")
-    partial.replace(path)
-    remember(key, configuration)
-    return path
+def set_configuration(target: Target, configuration: Configuration | None) -> None:
+    """Sets a target's configuration for the rest of the process; None restores the default."""
+    if configuration is None:
+        _chosen.pop(target, None)
+    else:
+        _chosen[target] = configuration
 
 
 @functools.lru_cache(maxsize=64)
-def _identity(device: torch.device, block_size: int, itemsize: int) -> tuple[str, Target]:
-    if device.type == "cpu":
-        return "cpu", Target(90, block_size, itemsize)
+def target_of(device: torch.device, block_d: int, itemsize: int) -> Target:
     gpu = properties_of(device)
     if device.type == "xpu":
         architecture = "xpu"
@@ -144,27 +124,4 @@ def _identity(device: torch.device, block_size: int, itemsize: int) -> tuple[str
         architecture = gpu.gcnArchName.partition(":")[0]  # gfx942:sramecc+:xnack-
     else:
         architecture = 10 * gpu.major + gpu.minor
-    return gpu.name, Target(architecture, block_size, itemsize)
-
-
-def _saved(key: tuple[str, Target]) -> Configuration | None:
-    path = _file(key[0])
-    if not path.exists():
-        return None
-    try:
-        entry = json.loads(path.read_text()).get(_entry(key[1]))
-        if entry is None:
-            return None
-        grain = entry.pop("grain")
-        return Configuration(grain, **{name: Tiles(*tiles) for name, tiles in entry.items()})
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{path} is no file of tuned configurations: delete it or tune again") from error
-
-
-def _file(gpu: str) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "deberta_fast" / f"triton-{gpu.replace(' ', '-')}.json"
-
-
-def _entry(target: Target) -> str:
-    return f"head size to {target.block_size}, {8 * target.itemsize} bit"
+    return Target(architecture, block_d, itemsize)

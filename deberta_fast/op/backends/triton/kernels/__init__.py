@@ -1,1 +1,1 @@
-"""The kernels, one a file; ``tile`` is what they share."""
+"""Triton kernels, one per file; ``tile`` holds what they share."""

@@ -1,201 +1,194 @@
-"""dK, dV of one key block, and what its near tiles give to the other gradients (equations 8 to 10).
+"""dK and dV of one key block, and its share of the other gradients from near tiles (equations 8 to 10).
 
-Everything is held transposed, keys along rows. Queries come in three segments as in forward; a far segment shifts the
-keys where forward shifts the query, which leaves one constant a key:
+Scores are held transposed, with keys along rows. Queries come in three segments as in forward. A far segment shifts the
+keys where forward shifts the query, which leaves one constant per key:
 
     far    Z = C q.(k + K^r_r) + C k.Q^r_r      dK += dA^T q + t Q^r_r,  t_j = sum_i dA_ij
                                                 dK^r_r += sum_j (dA^T q)_j,  dQ^r_r += sum_j t_j k_j
     near   Z = C (q.k + c2p + p2c)              dK += dA^T q + sum_e dA^e Q^e
 
-dA of a near tile takes the place of its p2c scores, which nobody reads after this program: ``backward_query`` and
-``backward_tables`` find it there, and ``backward_rows``, which makes the last sum.
+dA of a near tile overwrites its p2c scores, which no program reads later. ``backward_query`` and the kernels of
+``bands`` read it there; of these, ``backward_rows`` adds the last sum.
 """
 
 import triton
 import triton.language as tl
 
 from .tile import (
-    add_tile,
-    band_of,
-    find_keys,
-    find_rows,
-    identity,
-    kept,
+    add_band_tile,
+    advance_rows,
+    band_pointer,
+    keep_mask,
+    kernel,
     load_rows,
     load_table_row,
-    matmul,
-    matmul_add,
     near_span,
-    place_of,
-    room_of,
-    skip_rows,
-    start_of,
+    row_pointer,
+    scaled_identity,
+    sequence_bounds,
     store_rows,
+    vector_offset,
+    visible_span,
+    workspace_row,
 )
 
-INTEGERS = (
-    "q_b", "q_h", "q_l", "k_b", "k_h", "k_l", "v_b", "v_h", "v_l", "do_b", "do_h", "do_l", "delta_b", "delta_h",
-    "dk_b", "dk_h", "dk_l", "dv_b", "dv_h", "dv_l",
-    "pos_key_h", "pos_key_l", "pos_query_h", "pos_query_l", "mask_b", "mask_h", "mask_i", "mask_j",
-    "c2p_b", "c2p_h", "c2p_pitch", "p2c_b", "p2c_h", "p2c_pitch",
-    "far_count",
-    "query_length", "key_length", "offset", "far_past", "far_future", "past_slot", "future_slot",
-    "blocks", "first_batch", "first_head", "heads", "threshold",
-)  # fmt: skip
 
-
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(first_integer="q_b")
 def backward_key(
     query, key, value, pos_key, pos_query, c2p, p2c, mask, cu_seqlens, key_spans, seed,
-    grad_output, shift, delta, partial, grad_key, grad_value, far_pos_key, far_pos_query,
+    grad_output, lse_log2, delta, partial, grad_key, grad_value, far_pos_key, far_pos_query,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, do_b, do_h, do_l, delta_b, delta_h, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
     pos_key_h, pos_key_l, pos_query_h, pos_query_l, mask_b, mask_h, mask_i, mask_j,
     c2p_b, c2p_h, c2p_pitch, p2c_b, p2c_h, p2c_pitch, far_count,
     query_length, key_length, offset, far_past, far_future, past_slot, future_slot,
     blocks, first_batch, first_head, heads, scale, softmax_scale, inverse_band_scale, threshold, inverse_keep,
-    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     PACKED: tl.constexpr, SPANS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    C2P: tl.constexpr, P2C: tl.constexpr, GRAIN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    C2P: tl.constexpr, P2C: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     part_batch, part_head = tl.program_id(0) // blocks, tl.program_id(1)
     batch, head = part_batch + first_batch, part_head + first_head
-    n0 = tl.program_id(0) % blocks * ROWS
-    first, query_length, key_length = find_rows(batch, cu_seqlens, query_length, key_length, PACKED)
+    n0 = tl.program_id(0) % blocks * BLOCK_N
+    first, query_length, key_length = sequence_bounds(batch, cu_seqlens, query_length, key_length, PACKED)
     if n0 >= key_length:
         return
-    low, high = find_keys(batch, key_spans, key_length, GRAIN, SPANS)
-    query_grains = tl.cdiv(query_length, GRAIN) * GRAIN
-    # A block that the padding mask hides whole meets no query.
+    low, high = visible_span(batch, key_spans, key_length, ALIGN, SPANS)
+    queries = tl.cdiv(query_length, ALIGN) * ALIGN
+    # A block that the padding mask hides entirely meets no query.
     query_stop = tl.where((n0 >= low) & (n0 < high), query_length, 0)
     near_start, near_stop = query_stop * 0, query_stop * 0
     if C2P or P2C:
-        near_start, near_stop = near_span(n0 // GRAIN * GRAIN, -offset, -far_future, -far_past, 0, query_grains, GRAIN)
-    near_stop = tl.multiple_of(tl.where(query_stop > 0, near_stop, 0), GRAIN)
-    near_start = tl.multiple_of(tl.minimum(near_start, near_stop), GRAIN)
+        near_start, near_stop = near_span(n0 // ALIGN * ALIGN, -offset, -far_future, -far_past, 0, queries, ALIGN)
+    near_stop = tl.multiple_of(tl.where(query_stop > 0, near_stop, 0), ALIGN)
+    near_start = tl.multiple_of(tl.minimum(near_start, near_stop), ALIGN)
 
-    local = tl.arange(0, ROWS)
-    present = tl.minimum(local, key_length - 1 - n0)
-    key = start_of(key, batch, head, first + n0, k_b, k_h, k_l, UNIT)
-    value = start_of(value, batch, head, first + n0, v_b, v_h, v_l, UNIT)
-    query = start_of(query, batch, head, first, q_b, q_h, q_l, UNIT)
-    grad_output = start_of(grad_output, batch, head, first, do_b, do_h, do_l, UNIT)
-    room = room_of(first, batch, PACKED)
-    place = place_of(batch, head, room, delta_b, delta_h)
-    visible = local < key_length - n0
+    offs_n = tl.arange(0, BLOCK_N)
+    clamped_n = tl.minimum(offs_n, key_length - 1 - n0)
+    key = row_pointer(key, batch, head, first + n0, k_b, k_h, k_l, UNIT)
+    value = row_pointer(value, batch, head, first + n0, v_b, v_h, v_l, UNIT)
+    query = row_pointer(query, batch, head, first, q_b, q_h, q_l, UNIT)
+    grad_output = row_pointer(grad_output, batch, head, first, do_b, do_h, do_l, UNIT)
+    workspace = workspace_row(first, batch, PACKED)
+    vectors = vector_offset(batch, head, workspace, delta_b, delta_h)
+    visible = offs_n < key_length - n0
     if MASK != "none":
-        mask = start_of(mask, batch, head, first + n0, mask_b, mask_h, mask_j, 1)
+        mask = row_pointer(mask, batch, head, first + n0, mask_b, mask_h, mask_j, 1)
     if MASK == "keys":
-        visible = tl.load(mask + local * mask_j, mask=visible, other=0) != 0
-    hidden = tl.where(visible, 0.0, float("-inf"))
+        visible = tl.load(mask + offs_n * mask_j, mask=visible, other=0) != 0
+    mask_bias = tl.where(visible, 0.0, float("-inf"))  # (BLOCK_N,)
     if C2P:
-        c2p = band_of(c2p, part_batch, part_head, room, c2p_b, c2p_h, c2p_pitch) + n0
+        c2p = band_pointer(c2p, part_batch, part_head, workspace, c2p_b, c2p_h, c2p_pitch) + n0
     if C2P or P2C:
-        p2c = band_of(p2c, part_batch, part_head, room + n0, p2c_b, p2c_h, p2c_pitch) - near_start
-    queries = query, grad_output, shift + place, delta + place, q_l * UNIT, do_l * UNIT, query_length
+        p2c = band_pointer(p2c, part_batch, part_head, workspace + n0, p2c_b, p2c_h, p2c_pitch) - near_start
+    query_args = query, grad_output, lse_log2 + vectors, delta + vectors, q_l * UNIT, do_l * UNIT, query_length
     bands = c2p, p2c, c2p_pitch * 16, p2c_pitch * 16, inverse_band_scale
-    table = offset, far_past, far_future, low, high
-    hiding = mask, present, mask_i, mask_j
-    dropping = seed, batch * heads + head, n0, threshold, inverse_keep
+    geometry = offset, far_past, far_future, low, high
+    mask_args = mask, clamped_n, mask_i, mask_j
+    dropout_args = seed, batch * heads + head, n0, threshold, inverse_keep
 
-    dk = tl.zeros((ROWS, BLOCK_SIZE), tl.float32)
-    dv = tl.zeros((ROWS, BLOCK_SIZE), tl.float32)
-    before = tl.zeros((BLOCK_SIZE,), tl.float32)
-    d = tl.arange(0, BLOCK_SIZE)
-    # One record a key block: of packed sequences, as many as their blocks fit into at most.
-    record = batch * blocks + n0 // ROWS
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dk_before = tl.zeros((BLOCK_D,), tl.float32)
+    d = tl.arange(0, BLOCK_D)
+    # One record of far sums per key block. A packed sequence gets as many as its blocks can need.
+    record = batch * blocks + n0 // BLOCK_N
     if PACKED:
-        record = (first + n0) // ROWS + batch
+        record = (first + n0) // BLOCK_N + batch
     for side in range(2):
-        # Queries before the near ones lie so far before these keys that they read the row of the far future.
+        # Queries before the near ones see these keys in the far future.
         slot = tl.where(side == 0, future_slot, past_slot)
         start = tl.where(side == 0, 0, near_stop)
         stop = tl.where(side == 0, tl.minimum(near_start, query_stop), query_stop)
-        # Loaded anew for each segment: kept, they would not leave enough registers to the loops.
-        k = load_rows(key, present, k_l * UNIT, SIZE, BLOCK_SIZE)
-        v = load_rows(value, present, v_l * UNIT, SIZE, BLOCK_SIZE)
-        shifted, constant = k, hidden
+        # Each segment loads k and v again: held throughout, they would leave too few registers to the loops.
+        k = load_rows(key, clamped_n, k_l * UNIT, HEAD_DIM, BLOCK_D)  # (BLOCK_N, BLOCK_D)
+        v = load_rows(value, clamped_n, v_l * UNIT, HEAD_DIM, BLOCK_D)  # (BLOCK_N, BLOCK_D)
+        k_far, bias = k, mask_bias
         if C2P:
-            row = load_table_row(pos_key, head, slot, pos_key_h, pos_key_l, SIZE, BLOCK_SIZE)
-            shifted = (k.to(tl.float32) + row[None, :]).to(k.dtype)
+            row = load_table_row(pos_key, head, slot, pos_key_h, pos_key_l, HEAD_DIM, BLOCK_D)  # (BLOCK_D,)
+            k_far = (k.to(tl.float32) + row[None, :]).to(k.dtype)
         if P2C:
-            row = load_table_row(pos_query, head, slot, pos_query_h, pos_query_l, SIZE, BLOCK_SIZE)
-            constant += tl.sum(k.to(tl.float32) * row[None, :], 1) * scale
-        dk, dv, row_sum = _differentiate(
-            dk, dv, shifted, v, constant, scale, queries, bands, table, hiding, dropping, start, stop,
-            SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, False, False, P2C, GRAIN, COLUMNS,
+            row = load_table_row(pos_query, head, slot, pos_query_h, pos_query_l, HEAD_DIM, BLOCK_D)  # (BLOCK_D,)
+            bias += tl.sum(k.to(tl.float32) * row[None, :], 1) * scale
+        dk, dv, da_sum = _process_tiles(
+            dk, dv, k_far, v, bias, scale, query_args, bands, geometry, mask_args, dropout_args, start, stop,
+            HEAD_DIM, BLOCK_D, PRECISION, MASK, DROPOUT, False, False, P2C, ALIGN, BLOCK_M,
         )  # fmt: skip
-        sums = ((head.to(tl.int64) * 2 + side) * far_count + record) * SIZE + d
+        sums = ((head.to(tl.int64) * 2 + side) * far_count + record) * HEAD_DIM + d
         if C2P:
-            tl.store(far_pos_key + sums, tl.sum(dk, 0) - before, mask=d < SIZE)
+            tl.store(far_pos_key + sums, tl.sum(dk, 0) - dk_before, mask=d < HEAD_DIM)
         if P2C:
-            k = load_rows(key, present, k_l * UNIT, SIZE, BLOCK_SIZE)
-            row = load_table_row(pos_query, head, slot, pos_query_h, pos_query_l, SIZE, BLOCK_SIZE)
-            tl.store(far_pos_query + sums, tl.sum(k.to(tl.float32) * row_sum[:, None], 0), mask=d < SIZE)
-            dk += row_sum[:, None] * row[None, :]
-        before = tl.sum(dk, 0)
+            k = load_rows(key, clamped_n, k_l * UNIT, HEAD_DIM, BLOCK_D)
+            row = load_table_row(pos_query, head, slot, pos_query_h, pos_query_l, HEAD_DIM, BLOCK_D)
+            tl.store(far_pos_query + sums, tl.sum(k.to(tl.float32) * da_sum[:, None], 0), mask=d < HEAD_DIM)
+            dk += da_sum[:, None] * row[None, :]
+        dk_before = tl.sum(dk, 0)
 
     if C2P or P2C:
-        k = load_rows(key, present, k_l * UNIT, SIZE, BLOCK_SIZE)
-        v = load_rows(value, present, v_l * UNIT, SIZE, BLOCK_SIZE)
-        dk, dv, row_sum = _differentiate(
-            dk, dv, k, v, hidden, scale, queries, bands, table, hiding, dropping, near_start, near_stop,
-            SIZE, BLOCK_SIZE, PRECISION, MASK, DROPOUT, C2P, P2C, False, GRAIN, COLUMNS,
+        k = load_rows(key, clamped_n, k_l * UNIT, HEAD_DIM, BLOCK_D)  # (BLOCK_N, BLOCK_D)
+        v = load_rows(value, clamped_n, v_l * UNIT, HEAD_DIM, BLOCK_D)  # (BLOCK_N, BLOCK_D)
+        dk, dv, da_sum = _process_tiles(
+            dk, dv, k, v, mask_bias, scale, query_args, bands, geometry, mask_args, dropout_args, near_start, near_stop,
+            HEAD_DIM, BLOCK_D, PRECISION, MASK, DROPOUT, C2P, P2C, False, ALIGN, BLOCK_M,
         )  # fmt: skip
     if P2C:
-        partial = start_of(partial, part_batch, part_head, room + n0, p2c_b * SIZE, p2c_h * SIZE, SIZE, 1)
-        store_rows(partial, local, ROWS, SIZE, dk, SIZE, BLOCK_SIZE)
+        partial = row_pointer(partial, part_batch, part_head, workspace + n0, p2c_b, p2c_h, 1, HEAD_DIM)
+        store_rows(partial, offs_n, BLOCK_N, HEAD_DIM, dk, HEAD_DIM, BLOCK_D)
     else:
-        grad_key = start_of(grad_key, batch, head, first + n0, dk_b, dk_h, dk_l, UNIT)
-        store_rows(grad_key, local, key_length - n0, dk_l * UNIT, dk * softmax_scale, SIZE, BLOCK_SIZE)
-    grad_value = start_of(grad_value, batch, head, first + n0, dv_b, dv_h, dv_l, UNIT)
-    store_rows(grad_value, local, key_length - n0, dv_l * UNIT, dv, SIZE, BLOCK_SIZE)
+        grad_key = row_pointer(grad_key, batch, head, first + n0, dk_b, dk_h, dk_l, UNIT)
+        store_rows(grad_key, offs_n, key_length - n0, dk_l * UNIT, dk * softmax_scale, HEAD_DIM, BLOCK_D)
+    grad_value = row_pointer(grad_value, batch, head, first + n0, dv_b, dv_h, dv_l, UNIT)
+    store_rows(grad_value, offs_n, key_length - n0, dv_l * UNIT, dv, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
-def _differentiate(
-    dk, dv, k, v, constant, scale, queries, bands, table, hiding, dropping, start, stop,
-    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    C2P: tl.constexpr, P2C: tl.constexpr, SUM: tl.constexpr, GRAIN: tl.constexpr, COLUMNS: tl.constexpr,
+def _process_tiles(
+    dk, dv, k, v, bias, scale, query_args, bands, geometry, mask_args, dropout_args, start, stop,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    C2P: tl.constexpr, P2C: tl.constexpr, SUM: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Equation 8 over the queries start to stop, near ones with C2P or P2C; the sums of dA over them with SUM."""
-    query, grad_output, shift, delta, q_l, do_l, query_length = queries
+    """Adds the queries start to stop to dk and dv (BLOCK_N, BLOCK_D), by equation 8.
+
+    C2P and P2C say which position terms are read from bands; far queries have neither. With SUM also returns the sums
+    of dA per key, (BLOCK_N,).
+    """
+    query, grad_output, lse_log2, delta, q_l, do_l, query_length = query_args
     c2p, p2c, c2p_pitch, p2c_pitch, inverse_band_scale = bands
-    offset, far_past, far_future, low, high = table
-    seed, batch_head, n0, threshold, inverse_keep = dropping
-    local, local_rows = tl.arange(0, COLUMNS), tl.arange(0, k.shape[0])
-    row_sum = tl.zeros_like(constant)
-    eye = identity(k.shape[0], inverse_band_scale, k.dtype)
-    for m0 in range(start, stop, COLUMNS):
-        here = tl.minimum(local, query_length - 1 - m0)
-        q = load_rows(skip_rows(query, m0, q_l), here, q_l, SIZE, BLOCK_SIZE)
-        z = matmul(k, tl.trans(q), PRECISION)
+    offset, far_past, far_future, low, high = geometry
+    seed, batch_head, n0, threshold, inverse_keep = dropout_args
+    offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, k.shape[0])
+    da_sum = tl.zeros_like(bias)
+    eye = scaled_identity(k.shape[0], inverse_band_scale, k.dtype)
+    for m0 in range(start, stop, BLOCK_M):
+        clamped_m = tl.minimum(offs_m, query_length - 1 - m0)
+        q = load_rows(advance_rows(query, m0, q_l), clamped_m, q_l, HEAD_DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+        z = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
         if C2P:
-            key_start, _ = near_span(m0 // GRAIN * GRAIN, offset, far_past, far_future, low, high, GRAIN)
-            place = skip_rows(c2p, m0, c2p_pitch) - key_start
-            tile = tl.load(place + (local[:, None] * c2p_pitch + local_rows[None, :]))
-            z = add_tile(z, tl.trans(tile), eye, inverse_band_scale, PRECISION)
+            key_start, _ = near_span(m0 // ALIGN * ALIGN, offset, far_past, far_future, low, high, ALIGN)
+            band = advance_rows(c2p, m0, c2p_pitch) - key_start
+            tile = tl.load(band + (offs_m[:, None] * c2p_pitch + offs_n[None, :]))  # (BLOCK_M, BLOCK_N)
+            z = add_band_tile(z, tl.trans(tile), eye, inverse_band_scale, PRECISION)
         if P2C:
-            tile = tl.load(p2c + m0 + (local_rows[:, None] * p2c_pitch + local[None, :]))
-            z = add_tile(z, tile, eye, inverse_band_scale, PRECISION)
-        z = z * scale + constant[:, None] - tl.load(shift + m0 + local)[None, :]
+            tile = tl.load(p2c + m0 + (offs_n[:, None] * p2c_pitch + offs_m[None, :]))  # (BLOCK_N, BLOCK_M)
+            z = add_band_tile(z, tile, eye, inverse_band_scale, PRECISION)
+        z = z * scale + bias[:, None] - tl.load(lse_log2 + m0 + offs_m)[None, :]
         if MASK == "pairs":
-            mask, rows, mask_i, mask_j = hiding
-            pairs = skip_rows(mask, m0, mask_i) + (here[None, :] * mask_i + rows[:, None] * mask_j)
+            mask, rows, mask_i, mask_j = mask_args
+            pairs = advance_rows(mask, m0, mask_i) + (clamped_m[None, :] * mask_i + rows[:, None] * mask_j)
             z = tl.where(tl.load(pairs) != 0, z, float("-inf"))
-        p = tl.exp2(z)
-        do = load_rows(skip_rows(grad_output, m0, do_l), here, do_l, SIZE, BLOCK_SIZE)
-        dp = matmul(v, tl.trans(do), PRECISION)
+        p = tl.exp2(z)  # (BLOCK_N, BLOCK_M)
+        do = load_rows(advance_rows(grad_output, m0, do_l), clamped_m, do_l, HEAD_DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
         dropped = p
         if DROPOUT:
-            keep = tl.trans(kept((seed, batch_head, m0 + local, threshold), n0, k.shape[0]))
+            keep = tl.trans(keep_mask((seed, batch_head, m0 + offs_m, threshold), n0, k.shape[0]))
             dropped = tl.where(keep, p * inverse_keep, 0.0)
             dp = tl.where(keep, dp * inverse_keep, 0.0)
-        dv = matmul_add(dropped.to(do.dtype), do, dv, PRECISION)
-        da = p * (dp - tl.load(delta + m0 + local)[None, :])
+        dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)  # (BLOCK_N, BLOCK_D)
+        da = p * (dp - tl.load(delta + m0 + offs_m)[None, :])  # (BLOCK_N, BLOCK_M)
         if SUM:
-            row_sum += tl.sum(da, 1)
+            da_sum += tl.sum(da, 1)
         rounded = da.to(q.dtype)
-        dk = matmul_add(rounded, q, dk, PRECISION)
+        dk = tl.dot(rounded, q, dk, input_precision=PRECISION)  # (BLOCK_N, BLOCK_D)
         if C2P or P2C:
-            tl.store(p2c + m0 + (local_rows[:, None] * p2c_pitch + local[None, :]), rounded)
-    return dk, dv, row_sum
+            tl.store(p2c + m0 + (offs_n[:, None] * p2c_pitch + offs_m[None, :]), rounded)
+    return dk, dv, da_sum

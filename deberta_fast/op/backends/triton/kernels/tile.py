@@ -1,17 +1,35 @@
-"""What the kernels share: which rows and columns a program works on, how tiles are loaded, multiplied, dropped out.
+"""Device functions that the kernels share: which rows and columns a program works on, tiles, masks, dropout.
 
-Rows are a program's own (queries in a query kernel, keys in a key kernel), columns are the others. For rows that are
-queries e = column - row - offset is j - i, for rows that are keys it is i - j: c2p and p2c are one thing, said of the
-scores and of their transpose.
+Rows are the program's own (queries in a query kernel, keys in a key kernel), columns the others. e is column - row -
+offset: j - i where rows are queries, i - j where rows are keys. c2p and p2c are the same computation, on the scores and
+on their transpose. Near and far segments, and what the workspace holds of a sequence, are aligned to ALIGN rows.
 """
+
+import inspect
+from collections.abc import Callable
 
 import triton
 import triton.language as tl
 
 
+def kernel(first_integer: str) -> Callable:
+    """``triton.jit`` for a kernel that serves all lengths and strides: no integer becomes a constant of it.
+
+    Args:
+        first_integer: the first parameter after the pointers.
+    """
+
+    def decorate(function):
+        parameters = inspect.signature(function).parameters
+        numbers = [name for name, x in parameters.items() if x.annotation is not tl.constexpr]
+        return triton.jit(function, do_not_specialize=numbers[numbers.index(first_integer) :])
+
+    return decorate
+
+
 @triton.jit
-def find_rows(batch, cu_seqlens, query_length, key_length, PACKED: tl.constexpr):
-    """Where a batch row, or packed sequence, begins in the tensors, and its numbers of queries and keys."""
+def sequence_bounds(batch, cu_seqlens, query_length, key_length, PACKED: tl.constexpr):
+    """Returns the first row of a batch row or packed sequence, and its numbers of queries and keys."""
     if PACKED:
         first = tl.load(cu_seqlens + batch)
         query_length = tl.load(cu_seqlens + batch + 1) - first
@@ -22,38 +40,38 @@ def find_rows(batch, cu_seqlens, query_length, key_length, PACKED: tl.constexpr)
 
 
 @triton.jit
-def room_of(first, batch, PACKED: tl.constexpr):
-    """Where a batch row's rows begin in the workspace, which has room for whole grains of each: of 128 rows at most."""
+def workspace_row(first, batch, PACKED: tl.constexpr):
+    """Returns the first row of a sequence in the workspace, where each sequence takes a multiple of 128 rows."""
     if PACKED:
-        first = (first // 128 + batch) * 128  # sequences after one another never overlap
+        first = (first // 128 + batch) * 128  # successive sequences never overlap
     return tl.multiple_of(first, 128)
 
 
 @triton.jit
-def place_of(batch, head, room, stride_b, stride_h):
-    """Where a batch row's entries begin in a vector of the workspace; strides count 16 rows."""
-    return (batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h) * 16 + room
+def vector_offset(batch, head, workspace, stride_b, stride_h):
+    """Returns the offset of a row in a vector of the workspace; strides count 16 rows."""
+    return (batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h) * 16 + workspace
 
 
 @triton.jit
-def band_of(band, batch, head, room, stride_b, stride_h, pitch):
-    """Pointer to a row of a band; strides count rows, the pitch of a row 16 scores."""
-    return band + (batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + room) * pitch * 16
+def band_pointer(band, batch, head, workspace, stride_b, stride_h, pitch):
+    """Returns a pointer to a row of a band; strides count rows, the pitch of a row counts 16 scores."""
+    return band + (batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + workspace) * pitch * 16
 
 
 @triton.jit
-def find_keys(batch, key_spans, key_length, GRAIN: tl.constexpr, SPANS: tl.constexpr):
-    """The keys that a padding mask leaves to a batch row, in whole grains: low <= j < high."""
+def visible_span(batch, key_spans, key_length, ALIGN: tl.constexpr, SPANS: tl.constexpr):
+    """Returns the aligned range of keys that a padding mask leaves to a batch row: low <= j < high."""
     low, high = key_length * 0, key_length
     if SPANS:
-        low = tl.load(key_spans + 4 * batch) // GRAIN * GRAIN
+        low = tl.load(key_spans + 4 * batch) // ALIGN * ALIGN
         high = tl.load(key_spans + 4 * batch + 1)
-    return tl.multiple_of(low, GRAIN), tl.multiple_of(tl.cdiv(high, GRAIN) * GRAIN, GRAIN)
+    return tl.multiple_of(low, ALIGN), tl.multiple_of(tl.cdiv(high, ALIGN) * ALIGN, ALIGN)
 
 
 @triton.jit
-def find_solid_keys(batch, key_spans, key_length, SPANS: tl.constexpr, MASK: tl.constexpr):
-    """Keys that every query may attend to, half-open: between them nothing has to be looked up."""
+def unmasked_span(batch, key_spans, key_length, SPANS: tl.constexpr, MASK: tl.constexpr):
+    """Returns a range of keys, low <= j < high, that every query may attend to: no mask has to be read there."""
     low, high = key_length * 0, key_length
     if SPANS:
         low = tl.load(key_spans + 4 * batch + 2)
@@ -64,149 +82,139 @@ def find_solid_keys(batch, key_spans, key_length, SPANS: tl.constexpr, MASK: tl.
 
 
 @triton.jit
-def solid_tiles(start, stop, low, high, COLUMNS: tl.constexpr):
-    """The tiles from start to stop that lie in low to high; start is a multiple of COLUMNS."""
-    first = tl.maximum(tl.cdiv(low, COLUMNS) * COLUMNS, start)
-    last = tl.maximum(tl.minimum(high, stop) // COLUMNS * COLUMNS, first)
-    return tl.multiple_of(first, COLUMNS), tl.multiple_of(last, COLUMNS)
+def full_tiles(start, stop, low, high, BLOCK_N: tl.constexpr):
+    """Returns the range of whole tiles from start to stop that lie in [low, high); start is a multiple of BLOCK_N."""
+    first = tl.maximum(tl.cdiv(low, BLOCK_N) * BLOCK_N, start)
+    last = tl.maximum(tl.minimum(high, stop) // BLOCK_N * BLOCK_N, first)
+    return tl.multiple_of(first, BLOCK_N), tl.multiple_of(last, BLOCK_N)
 
 
 @triton.jit
-def start_of(base, batch, head, row, stride_b, stride_h, stride_l, UNIT: tl.constexpr):
-    """Pointer to a row, in 64 bits; strides count UNITs, so that the compiler knows what they divide by."""
+def row_pointer(base, batch, head, row, stride_b, stride_h, stride_l, UNIT: tl.constexpr):
+    """Returns a pointer to a row, in 64 bits. Strides count UNITs, which tells the compiler their divisibility."""
     return base + (batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + row.to(tl.int64) * stride_l) * UNIT
 
 
 @triton.jit
-def near_span(first, offset, past, future, low, high, GRAIN: tl.constexpr):
-    """The near columns of rows first to first + GRAIN, half-open, in whole grains of [low, high).
+def near_span(first, offset, past, future, low, high, ALIGN: tl.constexpr):
+    """Returns the aligned range of near columns of rows first to first + ALIGN, within [low, high).
 
-    Columns before them lie ``past`` or more behind all of these rows, columns after them ``-future`` or more ahead.
+    Columns before it lie ``past`` or more behind all of these rows, columns after it ``-future`` or more ahead.
     """
-    start = tl.maximum(first + offset - past + 1, 0) // GRAIN * GRAIN
-    stop = tl.cdiv(tl.maximum(first + GRAIN - 1 + offset - future, 0), GRAIN) * GRAIN
+    start = tl.maximum(first + offset - past + 1, 0) // ALIGN * ALIGN
+    stop = tl.cdiv(tl.maximum(first + ALIGN - 1 + offset - future, 0), ALIGN) * ALIGN
     start, stop = tl.maximum(start, low), tl.minimum(stop, high)
-    return tl.multiple_of(tl.minimum(start, stop), GRAIN), tl.multiple_of(stop, GRAIN)
+    return tl.multiple_of(tl.minimum(start, stop), ALIGN), tl.multiple_of(stop, ALIGN)
 
 
 @triton.jit
-def spread_rows(
+def strided_rows(
     r0, offset, past, future, low, high, row_low, row_high, residue,
-    GRAIN: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Rows that are STEP apart, r0 + local, and the near columns of each: none of rows outside row_low to row_high."""
-    local = STEP * tl.arange(0, ROWS) + residue
-    rows = r0 + local
-    start, stop = near_span(rows // GRAIN * GRAIN, offset, past, future, low, high, GRAIN)
-    there = (rows >= row_low) & (rows < row_high)
-    return local, tl.where(there, start, 0), tl.where(there, stop, 0)
+    """Returns BLOCK_M rows that are STEP apart, relative to r0, and the range of near columns of each.
+
+    The range is empty for rows outside [row_low, row_high).
+    """
+    offs_m = STEP * tl.arange(0, BLOCK_M) + residue
+    rows = r0 + offs_m
+    start, stop = near_span(rows // ALIGN * ALIGN, offset, past, future, low, high, ALIGN)
+    inside = (rows >= row_low) & (rows < row_high)
+    return offs_m, tl.where(inside, start, 0), tl.where(inside, stop, 0)
 
 
 @triton.jit
-def window_of(start, stop, ROWS: tl.constexpr, STEP: tl.constexpr):
-    """What the columns of spread rows begin and end with, where each row's are counted from STEP times its number."""
-    shift = STEP * tl.arange(0, ROWS)
+def column_window(start, stop, BLOCK_M: tl.constexpr, STEP: tl.constexpr):
+    """Returns the range of columns of strided rows, where row r counts its columns from STEP r."""
+    shift = STEP * tl.arange(0, BLOCK_M)
     lowest = tl.min(tl.where(start < stop, start - shift, 1 << 30))
     highest = tl.max(tl.where(start < stop, stop - shift, -(1 << 30)))
     return tl.multiple_of(lowest, STEP), highest
 
 
 @triton.jit
-def find_band(
+def band_bounds(
     batch, cu_seqlens, key_spans, rows_length, columns_length,
-    PACKED: tl.constexpr, SPANS: tl.constexpr, ROWS_ARE_KEYS: tl.constexpr, GRAIN: tl.constexpr,
+    PACKED: tl.constexpr, SPANS: tl.constexpr, ROWS_ARE_KEYS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """First row, number of rows, rows and columns that a band holds, these in whole grains."""
-    first, rows_length, columns_length = find_rows(batch, cu_seqlens, rows_length, columns_length, PACKED)
+    """Returns a sequence's first row and number of rows, and the aligned ranges of rows and columns in its band."""
+    first, rows_length, columns_length = sequence_bounds(batch, cu_seqlens, rows_length, columns_length, PACKED)
     if ROWS_ARE_KEYS:
-        row_low, row_high = find_keys(batch, key_spans, rows_length, GRAIN, SPANS)
-        low, high = columns_length * 0, tl.cdiv(columns_length, GRAIN) * GRAIN
+        row_low, row_high = visible_span(batch, key_spans, rows_length, ALIGN, SPANS)
+        low, high = columns_length * 0, tl.cdiv(columns_length, ALIGN) * ALIGN
     else:
-        row_low, row_high = rows_length * 0, tl.cdiv(rows_length, GRAIN) * GRAIN
-        low, high = find_keys(batch, key_spans, columns_length, GRAIN, SPANS)
+        row_low, row_high = rows_length * 0, tl.cdiv(rows_length, ALIGN) * ALIGN
+        low, high = visible_span(batch, key_spans, columns_length, ALIGN, SPANS)
     return first, rows_length, row_low, row_high, low, high
 
 
 @triton.jit
-def skip_rows(base, rows, stride):
-    """Pointer ``rows`` rows on, in 64 bits: within a tile 32 are enough."""
+def advance_rows(base, rows, stride):
+    """Returns a pointer ``rows`` further, in 64 bits; offsets within a tile fit 32."""
     return base + tl.cast(rows, tl.int64) * stride
 
 
 @triton.jit
-def load_rows(base, local, stride, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """(rows, BLOCK_SIZE), zero from SIZE on. The rows must exist."""
-    d = tl.arange(0, BLOCK_SIZE)
-    pointers = base + (local[:, None] * stride + d[None, :])
-    if SIZE == BLOCK_SIZE:
+def load_rows(base, offs, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Loads (rows, BLOCK_D), zero from HEAD_DIM on. The rows must exist."""
+    d = tl.arange(0, BLOCK_D)
+    pointers = base + (offs[:, None] * stride + d[None, :])
+    if HEAD_DIM == BLOCK_D:
         return tl.load(pointers)
-    return tl.load(pointers, mask=(d < SIZE)[None, :], other=0.0)
+    return tl.load(pointers, mask=(d < HEAD_DIM)[None, :], other=0.0)
 
 
 @triton.jit
-def load_rows_below(limit, base, local, stride, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """Those rows below ``limit``, for the others zero."""
-    d = tl.arange(0, BLOCK_SIZE)
-    pointers = base + (local[:, None] * stride + d[None, :])
-    return tl.load(pointers, mask=(local < limit)[:, None] & (d < SIZE)[None, :], other=0.0)
+def load_rows_below(limit, base, offs, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Loads (rows, BLOCK_D), zero from HEAD_DIM on and for rows from ``limit`` on."""
+    d = tl.arange(0, BLOCK_D)
+    pointers = base + (offs[:, None] * stride + d[None, :])
+    return tl.load(pointers, mask=(offs < limit)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
 
 
 @triton.jit
-def store_rows(base, local, limit, stride, tile, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """Those rows below ``limit``."""
-    d = tl.arange(0, BLOCK_SIZE)
-    pointers = base + (local[:, None] * stride + d[None, :])
-    tl.store(pointers, tile.to(base.dtype.element_ty), mask=(local < limit)[:, None] & (d < SIZE)[None, :])
+def store_rows(base, offs, limit, stride, tile, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Stores the rows of a tile (rows, BLOCK_D) below ``limit``."""
+    d = tl.arange(0, BLOCK_D)
+    pointers = base + (offs[:, None] * stride + d[None, :])
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=(offs < limit)[:, None] & (d < HEAD_DIM)[None, :])
 
 
 @triton.jit
-def load_table_row(table, head, row, stride_h, stride_l, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """One row of a position table as float32: what a far segment reads."""
-    d = tl.arange(0, BLOCK_SIZE)
+def load_table_row(table, head, row, stride_h, stride_l, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Loads the row of a position table that a far segment reads, (BLOCK_D,) in float32."""
+    d = tl.arange(0, BLOCK_D)
     table += head.to(tl.int64) * stride_h + row * stride_l
-    return tl.load(table + d, mask=d < SIZE, other=0.0).to(tl.float32)
+    return tl.load(table + d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def matmul(a, b, PRECISION: tl.constexpr):
-    """a b in float32. "upcast" is for Triton's interpreter, whose bfloat16 products are wrong."""
-    if PRECISION == "upcast":
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    return tl.dot(a, b, input_precision=PRECISION)
-
-
-@triton.jit
-def matmul_add(a, b, c, PRECISION: tl.constexpr):
-    """c + a b in float32."""
-    if PRECISION == "upcast":
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), c, input_precision="ieee")
-    return tl.dot(a, b, c, input_precision=PRECISION)
-
-
-@triton.jit
-def identity(SIZE: tl.constexpr, inverse_band_scale, DTYPE: tl.constexpr):
-    """What ``add_tile`` multiplies tiles of a band with: undoes their power of two."""
+def scaled_identity(SIZE: tl.constexpr, inverse_band_scale, DTYPE: tl.constexpr):
+    """Returns the matrix (SIZE, SIZE) by which ``add_band_tile`` multiplies: it undoes the scale of the band."""
     n = tl.arange(0, SIZE)
     return tl.where(n[:, None] == n[None, :], inverse_band_scale, 0.0).to(DTYPE)
 
 
 @triton.jit
-def add_tile(z, tile, eye, inverse_band_scale, PRECISION: tl.constexpr):
-    """z plus a tile of a band.
+def add_band_tile(z, tile, eye, inverse_band_scale, PRECISION: tl.constexpr):
+    """Returns z plus a tile of a band.
 
-    In half precision as a product with the identity: exact, and the tile goes from device memory to the tensor cores
-    by way of shared memory alone, a step ahead of its use. As an addition it would pass through registers, in another
-    order than that of the product's, and with nothing to hide its latency.
+    Half precision adds by a product with the identity. The product is exact, and the tile goes from device memory
+    through shared memory to the tensor cores, one step ahead of its use. An addition would load it into registers, in a
+    layout other than the product's, and nothing would hide the latency.
     """
     if tile.dtype == tl.float32:
         return z + tile * inverse_band_scale
-    return matmul_add(eye, tile, z, PRECISION)
+    return tl.dot(eye, tile, z, input_precision=PRECISION)
 
 
 @triton.jit
-def hide(z, hiding, columns, key_length, MASK: tl.constexpr):
-    """Minus infinity where a query may not attend. ``hiding``: mask, rows, stride of rows and of columns."""
-    mask, rows, mask_i, mask_j = hiding
+def apply_mask(z, mask_args, columns, key_length, MASK: tl.constexpr):
+    """Returns z (rows, columns) with minus infinity where a query may not attend.
+
+    ``mask_args``: mask, rows, stride of rows, stride of columns.
+    """
+    mask, rows, mask_i, mask_j = mask_args
     visible = (columns < key_length)[None, :]
     if MASK == "keys":
         visible = tl.load(mask + columns.to(tl.int64) * mask_j, mask=columns < key_length, other=0)[None, :] != 0
@@ -217,12 +225,12 @@ def hide(z, hiding, columns, key_length, MASK: tl.constexpr):
 
 
 @triton.jit
-def kept(dropping, first_key, KEYS: tl.constexpr):
-    """Equation 12: True where dropout keeps the probability of (row, key). Four keys a call of the generator.
+def keep_mask(dropout_args, first_key, KEYS: tl.constexpr):
+    """Returns the dropout mask (rows, KEYS) of equation 12. The generator makes four keys per call.
 
-    ``dropping``: seed, b H + h, rows, and round(p 2^32) - 2^31, which compares as a signed number.
+    ``dropout_args``: seed, b H + h, rows, and round(p 2^32) - 2^31, which compares as a signed number.
     """
-    seed, batch_head, rows, threshold = dropping
+    seed, batch_head, rows, threshold = dropout_args
     groups = first_key // 4 + tl.arange(0, KEYS // 4)
     w0, w1, w2, w3 = tl.philox(tl.load(seed), groups[None, :], rows[:, None], batch_head, 0, 7)
     even = tl.join(_above(w0, threshold), _above(w2, threshold))
