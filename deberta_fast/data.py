@@ -15,6 +15,7 @@ import operator
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -112,7 +113,7 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
         Raises ValueError if accelerate would distribute one process's share among the processes again.
         """
         accelerate = sys.modules.get("accelerate.state")
-        loader = accelerate and accelerate.GradientState().active_dataloader
+        loader: Any = accelerate and accelerate.GradientState().active_dataloader
         sampler, wrappers = getattr(loader, "batch_sampler", None), []
         while sampler is not None and sampler is not self:
             wrappers.append(sampler)
@@ -163,7 +164,9 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
 
     def _cut(self, order: Sequence[int]) -> list[list[int]]:
         """Cuts the order into batches, each as long as fits."""
-        batches, batch, total, longest = [], [], 0, 0
+        batches: list[list[int]] = []
+        batch: list[int] = []
+        total = longest = 0
         for index in order:
             length = self.lengths[index]
             total, longest = total + length, max(longest, length)
@@ -190,9 +193,11 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
         """
         lengths = [self.lengths[index] for index in order]
         waiting = sorted((length, place) for place, length in enumerate(lengths[:WINDOW]))
-        seen, first, taken, batches = len(waiting), 0, bytearray(len(order)), []
+        seen, first, taken = len(waiting), 0, bytearray(len(order))
+        batches: list[list[int]] = []
         while waiting:
-            batch, free = [], self.max_tokens
+            batch: list[int] = []
+            free = self.max_tokens
             while waiting and len(batch) != self.max_sequences:
                 while taken[first]:
                     first += 1
@@ -258,7 +263,7 @@ class PackedCollator:
         joined = lambda name: torch.cat([row[name][span] for row, span in zip(rows, spans)])
 
         # Labels come first: accelerate and Trainer take the first tensor's size for the number of sequences.
-        batch = {}
+        batch: dict[str, torch.Tensor | int] = {}
         for name in ("start_positions", "end_positions"):
             if name in rows[0]:
                 positions = [_shifted(f"features[{i}][{name!r}]", rows[i], name, spans[i]) for i in range(len(rows))]
@@ -367,7 +372,7 @@ def _holds_integers(x: torch.Tensor) -> bool:
 
 def _integer(name: str, value, least: int | None = None) -> int:
     try:
-        number = operator.index(None if isinstance(value, bool) else value)
+        number = operator.index(None if isinstance(value, bool) else value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {value!r}") from None
     if least is not None and number < least:

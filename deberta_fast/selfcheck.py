@@ -8,7 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -98,9 +98,10 @@ def check(
     if wrong := [dtype for dtype in dtypes if dtype not in DTYPES]:
         raise ValueError(f"dtypes must be among {', '.join(map(str, DTYPES))}, got {wrong[0]}")
     if device is None:
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    device = usable_device(device)
-    return selection.in_a_thread(lambda: _check(device, head_size, dtypes, COMMON[1:2] if quick else COMMON, not quick))
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = accelerator or "cpu"
+    place = usable_device(device)
+    return selection.in_a_thread(lambda: _check(place, head_size, dtypes, COMMON[1:2] if quick else COMMON, not quick))
 
 
 def usable_device(device: torch.device | str) -> torch.device:
@@ -123,7 +124,8 @@ def _check(device, head_size: int, dtypes, kinds: tuple[Kind, ...], timed: bool)
         for label, verdict in verdicts.items():
             own = times.get(label, {})
             multiples = {key: own[key] / times[SDPA][key] for key in own}
-            rows.append(Row(_name(dtype), label, label != "eager", verdict.passed, *verdict, own, multiples))
+            judged: Any = (label != "eager", verdict.passed, *verdict, own, multiples)
+            rows.append(Row(_name(dtype), label, *judged))
         if times:
             rows.append(Row(_name(dtype), SDPA, False, milliseconds=times[SDPA]))
         taken[_name(dtype)] = _taken(place, kinds)
@@ -164,7 +166,7 @@ def _times(place: selection.Place, passed: list[str]) -> dict[str, dict[str, flo
 
     timed = {name: name for name in backends.BACKENDS} | {f"cpu ({cpu.instruction_set()})": "cpu"}
     names = {label: timed[label] for label in passed if label in timed}
-    found = {label: {} for label in (*names, SDPA)}
+    found: dict[str, dict[str, float]] = {label: {} for label in (*names, SDPA)}
     for shape in speed.SHAPES:
         call = speed.timed_call(shape, Kind(), place.dtype, place.head_size, place.device)
         runs, sdpa = speed.passes(names.values(), call), _sdpa(call)

@@ -1,7 +1,5 @@
 """A user's program. ``make lint`` checks its types with ``mypy --strict``; nothing runs it."""
 
-from typing import assert_type
-
 import torch
 
 import deberta_fast

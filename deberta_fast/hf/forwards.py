@@ -6,7 +6,7 @@ The module itself is every forward's first argument, so that copies and pickles 
 
 import functools
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import nn
@@ -161,11 +161,15 @@ def _layer_norm(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 # By class name. These forwards take the module, the settings shared by all patched modules, and the module's cache.
-FUSED = {"DebertaEncoder": _encoder, "DebertaV2Encoder": _encoder, "DisentangledSelfAttention": _attention}
+FUSED: dict[str, Callable] = {
+    "DebertaEncoder": _encoder,
+    "DebertaV2Encoder": _encoder,
+    "DisentangledSelfAttention": _attention,
+}
 # These forwards take only the module. The native modules' run on Hugging Face's because these have the same parts. A
 # module whose forward was replaced by other code keeps that.
 _OUTPUTS = ("DebertaSelfOutput", "DebertaV2SelfOutput", "DebertaOutput", "DebertaV2Output")
-POINTWISE = {
+POINTWISE: dict[str, Callable] = {
     **dict.fromkeys(_OUTPUTS, AddAndNorm.forward),
     **dict.fromkeys(("DebertaIntermediate", "DebertaV2Intermediate"), DebertaIntermediate.forward),
     "DebertaLayerNorm": _layer_norm,

@@ -71,7 +71,8 @@ def patch(
             _replace(module, functools.partial(POINTWISE[key], module))
         if key in MODELS and has_own_forward(module):
             run = functools.partial(run_model, module, shared)
-            run.__signature__ = signature_of(module)  # the Trainer, PEFT and exporters read it
+            # The Trainer, PEFT and exporters read it.
+            run.__signature__ = signature_of(module)  # type: ignore[attr-defined]
             _replace(module, run)
     return model
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.hub import Source
 from ..checkpoint.json_object import read_object
@@ -101,7 +102,7 @@ class DebertaConfig:
     output_hidden_states: bool = False
     return_dict: bool = True
 
-    def __init__(self, **values):
+    def __init__(self, **values: Any) -> None:
         num_labels = values.pop("num_labels", None)
         origins = [values.pop(name, None) for name in ("name_or_path", "_name_or_path")]
         self.name_or_path = next(filter(None, origins), "")
@@ -133,7 +134,9 @@ class DebertaConfig:
     def _check_types(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, field.type) or (isinstance(value, bool) and field.type is not bool):
+            if not isinstance(value, field.type) or (  # type: ignore[arg-type]
+                isinstance(value, bool) and field.type is not bool
+            ):
                 expected = getattr(field.type, "__name__", field.type)
                 raise TypeError(f"{field.name} must be of type {expected}, got {value!r}")
             _check_number(field.name, value)
@@ -181,7 +184,7 @@ class DebertaConfig:
 
     @property
     def num_labels(self) -> int:
-        return len(self.id2label)
+        return len(self.id2label)  # type: ignore[arg-type]  # __post_init__ fills it
 
     @num_labels.setter
     def num_labels(self, number: int) -> None:
@@ -292,7 +295,7 @@ class DebertaConfig:
     def __eq__(self, other) -> bool:
         return type(self) is type(other) and self.to_dict() == other.to_dict()
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {self.to_json_string()}".rstrip()

@@ -32,7 +32,7 @@ class ModelOutput(OrderedDict):
         )
 
     def __post_init__(self) -> None:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
         first = next(iter(fields))
         values = _named_values(fields[first])
         if values is not None:

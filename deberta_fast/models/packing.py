@@ -5,7 +5,7 @@ needs the sequences' boundaries, and a convolution must not reach from one seque
 """
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -44,13 +44,14 @@ class Packing(NamedTuple):
 
     def pack(self, states: torch.Tensor) -> torch.Tensor:
         """(B, L, ...) to (T, ...)."""
-        return states.flatten(0, 1).index_select(0, self.rows)
+        return states.flatten(0, 1).index_select(0, self.rows)  # type: ignore[arg-type]
 
     def pad(self, states: torch.Tensor, batch: int, length: int) -> torch.Tensor:
         """(T, ...) to (B, L, ...). Rows of padding come from ``padding``, or are zero without it."""
         if self.padding is not None:
             return self.padding.pad(states, batch)
-        return _scattered(states, self.rows, batch * length).unflatten(0, (batch, length))
+        rows: Any = self.rows  # None only for sequences that were packed elsewhere
+        return _scattered(states, rows, batch * length).unflatten(0, (batch, length))
 
     def positions(self, tokens: int) -> torch.Tensor:
         """Each token's place in its own sequence, int64 (T,)."""
@@ -85,7 +86,8 @@ class Packing(NamedTuple):
             embeddings, output: the layer's input and residual, (T, hidden_size).
         """
         tokens, sequences = embeddings.shape[0], self.cu_seqlens.shape[0] - 1
-        gap = layer.conv.weight.shape[-1] // 2
+        weight: Any = layer.conv.weight  # type: ignore[union-attr]
+        gap = weight.shape[-1] // 2
         shifts = gap * torch.arange(sequences, device=embeddings.device)
         rows = torch.arange(tokens, device=embeddings.device) + self._by_token(shifts, tokens)
         seen = rows.new_ones(tokens) if self.mask is None else self.mask.long()

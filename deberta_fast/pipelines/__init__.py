@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import os
 import sys
+from typing import Any
 
 import torch
 
@@ -99,36 +100,36 @@ def pipeline(
         names = [x.name for x in parameters if x.kind is not x.VAR_KEYWORD] + list(Source.OPTIONS)
         raise TypeError(f"{error}; pipeline takes {', '.join(names)}") from None
     device = "cpu" if device == -1 else device
-    given = dict(device=device, device_map=device_map, dtype=dtype, torch_dtype=torch_dtype)
+    given: dict[str, Any] = dict(device=device, device_map=device_map, dtype=dtype, torch_dtype=torch_dtype)
     given = {name: value for name, value in given.items() if value is not None}
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise ValueError("with a model that is loaded already, tokenizer must be given")
         if model_kwargs:
             raise ValueError(f"model_kwargs load a model, and it is loaded already: got {', '.join(model_kwargs)}")
-        model = _moved(model, **given)
+        loaded = _moved(model, **given)
     elif isinstance(model, str | os.PathLike):
         tokenizer = model if tokenizer is None else tokenizer
         if twice := given.keys() & (model_kwargs or {}).keys():
             raise ValueError(f"{', '.join(sorted(twice))} must be given once, got it in model_kwargs too")
         given |= model_kwargs or {}
         place |= {name: given.pop(name) for name in Source.OPTIONS if name in given}
-        config = given.pop("config", None) or read_config(Source(model, **place))
+        config: Any = given.pop("config", None) or read_config(Source(model, **place))
         name = kind.head.__name__.replace("Deberta", _prefix(config))
         if "device" not in given and "device_map" not in given:
             given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
         head = getattr(sys.modules[kind.head.__module__], name)
-        model = head.from_pretrained(model, config=config, **given, **place)
+        loaded = head.from_pretrained(model, config=config, **given, **place)
     else:
         raise TypeError(f"model must be a folder, a name on the hub or a model, got {type(model).__name__}")
     if isinstance(tokenizer, str | os.PathLike):
         if use_fast is None:
             use_fast = importlib.util.find_spec("tokenizers") is not None
-        kind_of_tokenizer = getattr(tokenization, f"{_prefix(model.config)}Tokenizer{'Fast' if use_fast else ''}")
+        kind_of_tokenizer = getattr(tokenization, f"{_prefix(loaded.config)}Tokenizer{'Fast' if use_fast else ''}")
         tokenizer = kind_of_tokenizer.from_pretrained(tokenizer, **place)
     if backend is not None:
-        model.set_backend(backend)
-    return kind(model, tokenizer, batch_size=batch_size, progress=progress, **options)
+        loaded.set_backend(backend)
+    return kind(loaded, tokenizer, batch_size=batch_size, progress=progress, **options)
 
 
 def _moved(model: PreTrainedModel, device=None, device_map=None, dtype=None, torch_dtype=None) -> PreTrainedModel:
@@ -139,7 +140,7 @@ def _moved(model: PreTrainedModel, device=None, device_map=None, dtype=None, tor
     device, device_map = placement(device, device_map)
     if device is not None or dtype is not None:
         model = model.to(device=device, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    return model if device_map is None else spread(model, device_map)
+    return model if device_map is None else spread(model, device_map)  # type: ignore[return-value]
 
 
 def _prefix(config: DebertaConfig) -> str:
