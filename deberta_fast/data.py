@@ -96,7 +96,7 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
 
     @property
     def sampler(self) -> "TokenBudgetSampler":
-        """Itself: accelerate calls ``set_epoch`` on the attribute of this name."""
+        """Returns itself, because accelerate calls ``set_epoch`` on the attribute of this name."""
         return self
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -74,15 +74,15 @@ def publish(folder: Path, entry: str, config: bytes | None) -> None:
     If this raises or is killed, ``recover`` must follow.
     """
     path = folder / CONFIG
-    hides = entry == INDEX and (folder / SINGLE).is_file()
-    if hides:
+    single_hides_index = entry == INDEX and (folder / SINGLE).is_file()
+    if single_hides_index:
         os.replace(unfinished(folder / INDEX), folder / INDEX)
     if config is not None:
         write_beside(path, config)
         if path.is_file() and path.read_bytes() != config:
             replace_file(_old_config(folder, config), path.read_bytes())
         os.replace(unfinished(path), path)
-    if hides:
+    if single_hides_index:
         (folder / SINGLE).unlink()
     else:
         os.replace(unfinished(folder / entry), folder / entry)

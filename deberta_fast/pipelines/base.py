@@ -73,7 +73,8 @@ class Pipeline:
         self.options = self.changed(options)
 
     def __call__(self, inputs, *, batch_size: int | None = None, **options):
-        """
+        """Answers one or several inputs.
+
         Args:
             inputs: one input; a list or tuple of inputs; or any other iterable, which is read as results are asked for.
             batch_size, options: override those of the pipeline for this call.
