@@ -30,9 +30,6 @@ def run_model(model: nn.Module, shared: Shared, *arguments, cu_seqlens=None, max
 
     Returns:
         What the model's own forward returns; with cu_seqlens, (T, ...) instead of (B, L, ...).
-
-    Raises:
-        TypeError, ValueError: an argument is not as described.
     """
     own, config = type(model).forward, model.config
     if cu_seqlens is None:

@@ -360,15 +360,9 @@ def _check_number(name: str, value) -> None:
 
 
 def read_config(source: Source, kind: type[DebertaConfig] | None = None, **changes) -> DebertaConfig:
-    """Reads the config.json of a folder or of a model on the hub.
+    """Reads the config.json of a folder or of a model on the hub; errors about its values name the file.
 
-    Args:
-        kind: the class of the configuration; None chooses it by the file's model_type.
-        changes: replace values of the file.
-
-    Raises:
-        FileNotFoundError: there is no config.json.
-        TypeError, ValueError: the file, or a value, is not as ``from_dict`` needs it; the message names the file.
+    ``kind`` is the class of the configuration, by default chosen by the file's model_type. ``changes`` replace values.
     """
     path = config_file(source)
     if path is None:

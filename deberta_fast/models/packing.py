@@ -80,10 +80,8 @@ class Packing(NamedTuple):
     def convolve(self, layer: torch.nn.Module, embeddings: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Applies a convolution layer (``encoder.ConvLayer`` or Hugging Face's) to each packed sequence separately.
 
-        The sequences form one batch row, with zeros between them as wide as half the kernel.
-
-        Args:
-            embeddings, output: the layer's input and residual, (T, hidden_size).
+        The sequences form one batch row, with zeros between them as wide as half the kernel. ``embeddings`` and
+        ``output`` are the layer's input and residual, (T, hidden_size).
         """
         tokens, sequences = embeddings.shape[0], self.cu_seqlens.shape[0] - 1
         weight: Any = layer.conv.weight  # type: ignore[union-attr]
