@@ -23,7 +23,6 @@ PTX = {80: 80, 86: 80, 89: 80, 90: 80, 100: 100, 120: 100}  # the PTX that setup
 CAPABILITIES = (80, 90, 100)
 
 _OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
-_INSTRUCTION_BYTES = 16
 
 
 class Kernel(NamedTuple):
@@ -59,10 +58,15 @@ def run(*command: object, stderr: int | None = subprocess.PIPE) -> str:
     return done.stdout
 
 
-def count_opcodes(cuobjdump: str, cubin: Path) -> dict[str, Counter[str]]:
+def disassemble(cuobjdump: str, cubin: Path) -> str:
+    """Returns the machine code of all functions, and the resources that each uses."""
+    return run(cuobjdump, "-sass", "-res-usage", cubin)
+
+
+def count_opcodes(text: str) -> dict[str, Counter[str]]:
     """Counts the opcodes of each function, with their modifiers (``LDG.E.U16``) and without padding."""
-    functions = run(cuobjdump, "-sass", cubin).split("Function : ")[1:]
-    counts = {text.partition("\n")[0].strip(): Counter(_OPCODE.findall(text)) for text in functions}
+    functions = text.split("Function : ")[1:]
+    counts = {code.partition("\n")[0].strip(): Counter(_OPCODE.findall(code)) for code in functions}
     for opcodes in counts.values():
         del opcodes["NOP"]
     return counts
@@ -122,7 +126,7 @@ def _compile_unit(nvcc: str, unit: Path, capability: int) -> Path:
 
 def _read_unit(cuobjdump: str, cubin: Path, capability: int, launched: dict[str, tuple[int, int]]) -> list[Kernel]:
     log, kernels = cubin.with_suffix(".log").read_text(), []
-    for mangled, opcodes in count_opcodes(cuobjdump, cubin).items():
+    for mangled, opcodes in count_opcodes(disassemble(cuobjdump, cubin)).items():
         name = _short_name(run("c++filt", mangled))
         part = log.partition(f"Compiling entry function '{mangled}'")[2].partition("Compiling entry function")[0]
         # ptxas leaves out what is zero.

@@ -142,13 +142,12 @@ def compile_launch(launch: Launch, architecture: int | str) -> Compiled:
         used = {name: int(number) for name, number in re.findall(r"^ *\.(\w+): +(\d+)$", text, re.MULTILINE)}
         spilled, stack = used["vgpr_spill_count"], used["private_segment_fixed_size"]
         return Compiled(used["vgpr_count"], spilled, spilled, stack, shared, launch.warps)
-    cuobjdump = knobs.nvidia.cuobjdump.path
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(kernel.asm["cubin"])
-        usage = compile_cuda.run(cuobjdump, "-res-usage", cubin)
-        [opcodes] = compile_cuda.count_opcodes(cuobjdump, cubin).values()
-    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+        text = compile_cuda.disassemble(knobs.nvidia.cuobjdump.path, cubin)
+    [opcodes] = compile_cuda.count_opcodes(text).values()
+    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK):(\d+)", text)}
     count = lambda pattern: sum(n for opcode, n in opcodes.items() if re.match(pattern, opcode))
     return Compiled(
         registers=used["REG"],
@@ -207,13 +206,18 @@ def _without(variable: str) -> Iterator[None]:
             os.environ[variable] = value
 
 
+@functools.cache
+def _planned(build: Callable[[int], Iterable[Planned]], capability: int) -> dict[str, Launch]:
+    return dict(build(capability))
+
+
 def _labels(build: Callable[[int], Iterable[Planned]], capability: int) -> list[str]:
-    return [label for label, _ in build(capability)]
+    return list(_planned(build, capability))
 
 
 def _compile_one(build: Callable[[int], Iterable[Planned]], label: str, capability: int) -> Compiled:
     try:
-        return compile_launch(dict(build(capability))[label], capability)
+        return compile_launch(_planned(build, capability)[label], capability)
     except Exception as error:
         raise RuntimeError(f"{label}, sm_{capability}: {error}") from error
 
