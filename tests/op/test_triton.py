@@ -75,9 +75,8 @@ COUNTS = {
 def test_instructions(compiled, capability):
     """Bounds the machine code of each kernel to 3 % above the measured counts.
 
-    Counts are of whole kernels, each instruction once, in a loop or not. Far tiles make the two products of plain
-    attention and half of the products of near tiles, so a position term that reaches their loops raises the number of
-    products.
+    Counts are of whole kernels, each instruction once, in a loop or not. Far tiles of forward make only the two
+    products of plain attention, half as many as near ones, so a position term that reaches their loops shows in mma.
     """
     for name, (instructions, mma) in COUNTS[capability].items():
         kernel = compiled[f"64 bfloat16 {name}", capability]
