@@ -4,6 +4,7 @@ Needs nvcc, and cuobjdump from the toolkit or the triton package. Compiled units
 """
 
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -107,17 +108,22 @@ def _find_cuobjdump() -> str:
     return knobs.nvidia.cuobjdump.path
 
 
+def _cache_path(unit: Path, suffix: str, *settings: object) -> Path:
+    """Names the cached result of a unit by the contents of everything that it depends on."""
+    key = hashlib.sha256(repr(settings).encode())
+    for source in (unit, *sorted((REPOSITORY / "csrc").rglob("*.h")), *sorted(EMULATOR.glob("*.h"))):
+        key.update(source.read_bytes())
+    folder = REPOSITORY / "build/compile-cuda"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{unit.stem}-{key.hexdigest()[:16]}.{suffix}"
+
+
 def _compile_unit(nvcc: str, unit: Path, capability: int) -> Path:
     """Returns the cubin; its ptxas log lies beside it."""
-    sources = [unit, *sorted((REPOSITORY / "csrc").rglob("*.h"))]
-    key = hashlib.sha256(repr([capability, FLAGS, run(nvcc, "--version")]).encode())
-    for source in sources:
-        key.update(source.read_bytes())
-    cubin = REPOSITORY / "build/compile-cuda" / f"{unit.stem}-{key.hexdigest()[:16]}.cubin"
+    target = f"-gencode=arch=compute_{PTX[capability]},code=sm_{capability}"
+    cubin = _cache_path(unit, "cubin", FLAGS, target, run(nvcc, "--version"))
     if not cubin.exists():
-        cubin.parent.mkdir(parents=True, exist_ok=True)
         partial = cubin.with_suffix(f".{os.getpid()}")
-        target = f"-gencode=arch=compute_{PTX[capability]},code=sm_{capability}"
         log = run(nvcc, *FLAGS, target, "-cubin", "-o", partial, unit, stderr=subprocess.STDOUT)
         cubin.with_suffix(".log").write_text(log)
         partial.replace(cubin)
@@ -126,8 +132,9 @@ def _compile_unit(nvcc: str, unit: Path, capability: int) -> Path:
 
 def _read_unit(cuobjdump: str, cubin: Path, capability: int, launched: dict[str, tuple[int, int]]) -> list[Kernel]:
     log, kernels = cubin.with_suffix(".log").read_text(), []
-    for mangled, opcodes in count_opcodes(disassemble(cuobjdump, cubin)).items():
-        name = _short_name(run("c++filt", mangled))
+    functions = count_opcodes(disassemble(cuobjdump, cubin))
+    names = map(_short_name, run("c++filt", *functions).splitlines())
+    for name, (mangled, opcodes) in zip(names, functions.items(), strict=True):
         part = log.partition(f"Compiling entry function '{mangled}'")[2].partition("Compiling entry function")[0]
         # ptxas leaves out what is zero.
         used = Counter({what: int(n) for n, what in re.findall(r"(\d+) (?:bytes )?(registers|smem|spill \w+)", part)})
@@ -150,7 +157,7 @@ def _read_unit(cuobjdump: str, cubin: Path, capability: int, launched: dict[str,
 
 def _short_name(name: str) -> str:
     """Shortens a demangled name to ``forward_kernel<Bfloat16, 64, false>``."""
-    return re.sub(r"deberta_fast::|cuda::|\(anonymous namespace\)::|^void ", "", name.strip()).partition("(")[0]
+    return re.sub(r"deberta_fast::|cuda::|\(anonymous namespace\)::|^void ", "", name).partition("(")[0]
 
 
 # Replaces the emulator's launch by one that prints what the host code asks for.
@@ -195,14 +202,20 @@ def find_launches(unit: Path) -> tuple[Path, dict[str, tuple[int, int]]]:
     passes = re.findall(r"const char\* (\w+)\(const \w+&", (unit.parent / "kernels.h").read_text())
     own = [name for name in passes if re.search(rf"^const char\* {name}\(", unit.read_text(), re.MULTILINE)]
     calls = " ".join(f"call_pass(&cuda::{name});" for name in own)
-    with tempfile.TemporaryDirectory() as folder:
-        source, program = Path(folder, "probe.cpp"), Path(folder, "probe")
-        Path(folder, "emulator.h").write_text(_PROBE_EMULATOR.replace("EMULATOR", str(EMULATOR)))
-        source.write_text(_PROBE.replace("UNIT", str(unit)).replace("CALLS", calls))
-        compiler = shlex.split(os.environ.get("CXX", "c++"))
-        # -no-pie: addresses must be those of the symbol table.
-        run(*compiler, "-std=c++20", "-w", "-no-pie", f"-I{folder}", f"-I{unit.parent}", "-o", program, source)
-        symbols = dict(line.split(" ", 1) for line in run("nm", "-C", program).splitlines() if "_kernel" in line)
-        names = {int(address, 16): _short_name(name[2:]) for address, name in symbols.items()}
-        launches = [line.split() for line in run(program).splitlines()]
-    return unit, {names[int(address, 16)]: (int(threads), int(shared)) for address, threads, shared in launches}
+    compiler = [*shlex.split(os.environ.get("CXX", "c++")), "-std=c++20", "-w"]
+    cached = _cache_path(unit, "json", _PROBE_EMULATOR, _PROBE, calls, compiler)
+    if not cached.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            source, program = Path(folder, "probe.cpp"), Path(folder, "probe")
+            Path(folder, "emulator.h").write_text(_PROBE_EMULATOR.replace("EMULATOR", str(EMULATOR)))
+            source.write_text(_PROBE.replace("UNIT", str(unit)).replace("CALLS", calls))
+            # -no-pie: addresses must be those of the symbol table.
+            run(*compiler, "-no-pie", f"-I{folder}", f"-I{unit.parent}", "-o", program, source)
+            symbols = dict(line.split(" ", 1) for line in run("nm", "-C", program).splitlines() if "_kernel" in line)
+            names = {int(address, 16): _short_name(name[2:]) for address, name in symbols.items()}
+            launches = [line.split() for line in run(program).splitlines()]
+        found = {names[int(address, 16)]: (int(threads), int(shared)) for address, threads, shared in launches}
+        partial = cached.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(found))
+        partial.replace(cached)
+    return unit, {name: tuple(launch) for name, launch in json.loads(cached.read_text()).items()}
