@@ -59,6 +59,18 @@ def run(*command: object, stderr: int | None = subprocess.PIPE) -> str:
     return done.stdout
 
 
+def nvcc_version() -> str:
+    """Returns the version, as 13.0.88.
+
+    Raises:
+        FileNotFoundError: nvcc is missing.
+    """
+    nvcc = find_tool("nvcc")
+    if nvcc is None:
+        raise FileNotFoundError("there is no nvcc (CUDA_HOME, PATH)")
+    return re.search(r"V([\d.]+)", run(nvcc, "--version"))[1]
+
+
 def disassemble(cuobjdump: str, cubin: Path) -> str:
     """Returns the machine code of all functions, and the resources that each uses."""
     return run(cuobjdump, "-sass", "-res-usage", cubin)
@@ -83,13 +95,11 @@ def compile_all(capabilities: Iterable[int], threads: int = 2) -> list[Kernel]:
     Raises:
         FileNotFoundError: nvcc or cuobjdump is missing.
     """
-    nvcc, cuobjdump = find_tool("nvcc"), _find_cuobjdump()
-    if nvcc is None:
-        raise FileNotFoundError("there is no nvcc (CUDA_HOME, PATH)")
+    version, cuobjdump = nvcc_version(), _find_cuobjdump()
     units = sorted((REPOSITORY / "csrc/cuda").glob("*.cu"), key=lambda path: -path.stat().st_size)
     with ThreadPoolExecutor(threads) as pool:
         launched = dict(pool.map(find_launches, units))
-        jobs = [(nvcc, unit, capability) for capability in capabilities for unit in units]
+        jobs = [(version, unit, capability) for capability in capabilities for unit in units]
         compiled = pool.map(lambda job: _compile_unit(*job), jobs)
         return [
             kernel
@@ -118,13 +128,13 @@ def _cache_path(unit: Path, suffix: str, *settings: object) -> Path:
     return folder / f"{unit.stem}-{key.hexdigest()[:16]}.{suffix}"
 
 
-def _compile_unit(nvcc: str, unit: Path, capability: int) -> Path:
+def _compile_unit(version: str, unit: Path, capability: int) -> Path:
     """Returns the cubin; its ptxas log lies beside it."""
     target = f"-gencode=arch=compute_{PTX[capability]},code=sm_{capability}"
-    cubin = _cache_path(unit, "cubin", FLAGS, target, run(nvcc, "--version"))
+    cubin = _cache_path(unit, "cubin", FLAGS, target, version)
     if not cubin.exists():
         partial = cubin.with_suffix(f".{os.getpid()}")
-        log = run(nvcc, *FLAGS, target, "-cubin", "-o", partial, unit, stderr=subprocess.STDOUT)
+        log = run(find_tool("nvcc"), *FLAGS, target, "-cubin", "-o", partial, unit, stderr=subprocess.STDOUT)
         cubin.with_suffix(".log").write_text(log)
         partial.replace(cubin)
     return cubin
