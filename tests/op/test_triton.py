@@ -31,23 +31,47 @@ def test_every_configuration_fits_its_gpu(compiled):
     assert {key: size for key, size in shared.items() if size > SHARED_LIMIT[key[1]]} == {}
 
 
-# Instructions that spill, of each kernel that does, all outside its loops, and global loads of one or two bytes, by
-# kernel. A gather of single elements in a loop adds at least 32 per thread.
-SPILLS: dict = {}
-NARROW_LOADS: dict = {}
+# Loads and stores of spilled registers in each kernel that has some, by capability, with Triton 3.6; all are outside of
+# loops.
+SPILLS = {
+    "128 bfloat16 expand_table": {80: 8, 86: 8, 90: 9, 100: 9, 120: 9},
+    "128 bfloat16 forward": {80: 114, 86: 114, 90: 112, 100: 26, 120: 106},
+    "128 bfloat16 backward_delta": {100: 6},
+    "128 bfloat16 backward_key": {80: 18, 90: 188},
+    "128 bfloat16 backward_query": {90: 62, 100: 6},
+    "256 bfloat16 forward": {80: 57, 90: 243},
+    "64 float32 tf32 backward_key": {80: 6, 86: 6, 120: 4},
+    "64 float32 ieee backward_key": {86: 15},
+    "64 float32 ieee backward_query": {90: 4, 100: 2},
+    "128 float32 tf32 backward_key": {120: 3},
+    "256 float32 tf32 forward": {80: 41},
+}
 
 
 def test_no_spills(compiled):
-    """Nothing spills with the head size and dtype of DeBERTa-v3; elsewhere what is known to, outside of loops."""
+    """Nothing spills with the head size and dtype of DeBERTa-v3; other kernels spill no more than was measured."""
     spills = {key: x.spill_stores + x.spill_loads for key, x in compiled.items()}
-    assert {key: n for key, n in spills.items() if n > SPILLS.get(key, 0)} == {}
-    assert not any(label.startswith("64 bfloat16 ") for label, _ in SPILLS)
+    allowed = {(label, capability): n for label, counts in SPILLS.items() for capability, n in counts.items()}
+    assert {key: n for key, n in spills.items() if n > allowed.get(key, 0)} == {}
+    assert not any(label.startswith("64 bfloat16 ") for label in SPILLS)
+
+
+# Global loads of one or two bytes in bfloat16 by kernel and head size, on sm_100 and on others; all outside of loops.
+# A gather of single elements adds one for each score of a thread, 16 or more.
+NARROW_LOADS = {
+    "forward": {32: (40, 16), 64: (40, 24), 128: (72, 40), 256: (2, 2)},
+    "backward_key": {32: (24, 24), 64: (20, 32), 128: (3, 20), 256: (3, 3)},
+    "backward_query": {32: (32, 24), 64: (48, 32), 128: (2, 48), 256: (2, 2)},
+}
 
 
 def test_no_gather_in_a_loop(compiled):
     """Loops read vectors: no look-up table, no single elements."""
-    narrow = {key: x.narrow_loads for key, x in compiled.items() if key[0].endswith(MAIN)}
-    assert {key: n for key, n in narrow.items() if n > NARROW_LOADS.get(key[0].split()[-1], 0)} == {}
+    for (label, capability), kernel in compiled.items():
+        size, dtype, *_, name = label.split()
+        if name in MAIN:
+            allowed = NARROW_LOADS.get(name, {}).get(int(size), (0, 0)) if dtype == "bfloat16" else (0, 0)
+            assert kernel.narrow_loads <= allowed[capability != 100], (label, capability)
 
 
 # Instructions and products on tensor cores of each kernel, head size 64 in bfloat16, with Triton 3.6.
