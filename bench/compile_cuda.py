@@ -4,6 +4,7 @@ Needs nvcc, and cuobjdump from the toolkit or the triton package. Compiled units
 """
 
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -23,7 +24,6 @@ PTX = {80: 80, 86: 80, 89: 80, 90: 80, 100: 100, 120: 100}  # the PTX that setup
 CAPABILITIES = (80, 90, 100)
 
 _OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
-_INSTRUCTION_BYTES = 16
 
 
 class Kernel(NamedTuple):
@@ -59,10 +59,27 @@ def run(*command: object, stderr: int | None = subprocess.PIPE) -> str:
     return done.stdout
 
 
-def count_opcodes(cuobjdump: str, cubin: Path) -> dict[str, Counter[str]]:
+def nvcc_version() -> str:
+    """Returns the version, as 13.0.88.
+
+    Raises:
+        FileNotFoundError: nvcc is missing.
+    """
+    nvcc = find_tool("nvcc")
+    if nvcc is None:
+        raise FileNotFoundError("there is no nvcc (CUDA_HOME, PATH)")
+    return re.search(r"V([\d.]+)", run(nvcc, "--version"))[1]
+
+
+def disassemble(cuobjdump: str, cubin: Path) -> str:
+    """Returns the machine code of all functions, and the resources that each uses."""
+    return run(cuobjdump, "-sass", "-res-usage", cubin)
+
+
+def count_opcodes(text: str) -> dict[str, Counter[str]]:
     """Counts the opcodes of each function, with their modifiers (``LDG.E.U16``) and without padding."""
-    functions = run(cuobjdump, "-sass", cubin).split("Function : ")[1:]
-    counts = {text.partition("\n")[0].strip(): Counter(_OPCODE.findall(text)) for text in functions}
+    functions = text.split("Function : ")[1:]
+    counts = {code.partition("\n")[0].strip(): Counter(_OPCODE.findall(code)) for code in functions}
     for opcodes in counts.values():
         del opcodes["NOP"]
     return counts
@@ -78,13 +95,11 @@ def compile_all(capabilities: Iterable[int], threads: int = 2) -> list[Kernel]:
     Raises:
         FileNotFoundError: nvcc or cuobjdump is missing.
     """
-    nvcc, cuobjdump = find_tool("nvcc"), _find_cuobjdump()
-    if nvcc is None:
-        raise FileNotFoundError("there is no nvcc (CUDA_HOME, PATH)")
+    version, cuobjdump = nvcc_version(), _find_cuobjdump()
     units = sorted((REPOSITORY / "csrc/cuda").glob("*.cu"), key=lambda path: -path.stat().st_size)
     with ThreadPoolExecutor(threads) as pool:
         launched = dict(pool.map(find_launches, units))
-        jobs = [(nvcc, unit, capability) for capability in capabilities for unit in units]
+        jobs = [(version, unit, capability) for capability in capabilities for unit in units]
         compiled = pool.map(lambda job: _compile_unit(*job), jobs)
         return [
             kernel
@@ -103,18 +118,23 @@ def _find_cuobjdump() -> str:
     return knobs.nvidia.cuobjdump.path
 
 
-def _compile_unit(nvcc: str, unit: Path, capability: int) -> Path:
-    """Returns the cubin; its ptxas log lies beside it."""
-    sources = [unit, *sorted((REPOSITORY / "csrc").rglob("*.h"))]
-    key = hashlib.sha256(repr([capability, FLAGS, run(nvcc, "--version")]).encode())
-    for source in sources:
+def _cache_path(unit: Path, suffix: str, *settings: object) -> Path:
+    """Names the cached result of a unit by the contents of everything that it depends on."""
+    key = hashlib.sha256(repr(settings).encode())
+    for source in (unit, *sorted((REPOSITORY / "csrc").rglob("*.h")), *sorted(EMULATOR.glob("*.h"))):
         key.update(source.read_bytes())
-    cubin = REPOSITORY / "build/compile-cuda" / f"{unit.stem}-{key.hexdigest()[:16]}.cubin"
+    folder = REPOSITORY / "build/compile-cuda"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{unit.stem}-{key.hexdigest()[:16]}.{suffix}"
+
+
+def _compile_unit(version: str, unit: Path, capability: int) -> Path:
+    """Returns the cubin; its ptxas log lies beside it."""
+    target = f"-gencode=arch=compute_{PTX[capability]},code=sm_{capability}"
+    cubin = _cache_path(unit, "cubin", FLAGS, target, version)
     if not cubin.exists():
-        cubin.parent.mkdir(parents=True, exist_ok=True)
         partial = cubin.with_suffix(f".{os.getpid()}")
-        target = f"-gencode=arch=compute_{PTX[capability]},code=sm_{capability}"
-        log = run(nvcc, *FLAGS, target, "-cubin", "-o", partial, unit, stderr=subprocess.STDOUT)
+        log = run(find_tool("nvcc"), *FLAGS, target, "-cubin", "-o", partial, unit, stderr=subprocess.STDOUT)
         cubin.with_suffix(".log").write_text(log)
         partial.replace(cubin)
     return cubin
@@ -122,8 +142,9 @@ def _compile_unit(nvcc: str, unit: Path, capability: int) -> Path:
 
 def _read_unit(cuobjdump: str, cubin: Path, capability: int, launched: dict[str, tuple[int, int]]) -> list[Kernel]:
     log, kernels = cubin.with_suffix(".log").read_text(), []
-    for mangled, opcodes in count_opcodes(cuobjdump, cubin).items():
-        name = _short_name(run("c++filt", mangled))
+    functions = count_opcodes(disassemble(cuobjdump, cubin))
+    names = map(_short_name, run("c++filt", *functions).splitlines())
+    for name, (mangled, opcodes) in zip(names, functions.items(), strict=True):
         part = log.partition(f"Compiling entry function '{mangled}'")[2].partition("Compiling entry function")[0]
         # ptxas leaves out what is zero.
         used = Counter({what: int(n) for n, what in re.findall(r"(\d+) (?:bytes )?(registers|smem|spill \w+)", part)})
@@ -146,7 +167,7 @@ def _read_unit(cuobjdump: str, cubin: Path, capability: int, launched: dict[str,
 
 def _short_name(name: str) -> str:
     """Shortens a demangled name to ``forward_kernel<Bfloat16, 64, false>``."""
-    return re.sub(r"deberta_fast::|cuda::|\(anonymous namespace\)::|^void ", "", name.strip()).partition("(")[0]
+    return re.sub(r"deberta_fast::|cuda::|\(anonymous namespace\)::|^void ", "", name).partition("(")[0]
 
 
 # Replaces the emulator's launch by one that prints what the host code asks for.
@@ -191,14 +212,20 @@ def find_launches(unit: Path) -> tuple[Path, dict[str, tuple[int, int]]]:
     passes = re.findall(r"const char\* (\w+)\(const \w+&", (unit.parent / "kernels.h").read_text())
     own = [name for name in passes if re.search(rf"^const char\* {name}\(", unit.read_text(), re.MULTILINE)]
     calls = " ".join(f"call_pass(&cuda::{name});" for name in own)
-    with tempfile.TemporaryDirectory() as folder:
-        source, program = Path(folder, "probe.cpp"), Path(folder, "probe")
-        Path(folder, "emulator.h").write_text(_PROBE_EMULATOR.replace("EMULATOR", str(EMULATOR)))
-        source.write_text(_PROBE.replace("UNIT", str(unit)).replace("CALLS", calls))
-        compiler = shlex.split(os.environ.get("CXX", "c++"))
-        # -no-pie: addresses must be those of the symbol table.
-        run(*compiler, "-std=c++20", "-w", "-no-pie", f"-I{folder}", f"-I{unit.parent}", "-o", program, source)
-        symbols = dict(line.split(" ", 1) for line in run("nm", "-C", program).splitlines() if "_kernel" in line)
-        names = {int(address, 16): _short_name(name[2:]) for address, name in symbols.items()}
-        launches = [line.split() for line in run(program).splitlines()]
-    return unit, {names[int(address, 16)]: (int(threads), int(shared)) for address, threads, shared in launches}
+    compiler = [*shlex.split(os.environ.get("CXX", "c++")), "-std=c++20", "-w"]
+    cached = _cache_path(unit, "json", _PROBE_EMULATOR, _PROBE, calls, compiler)
+    if not cached.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            source, program = Path(folder, "probe.cpp"), Path(folder, "probe")
+            Path(folder, "emulator.h").write_text(_PROBE_EMULATOR.replace("EMULATOR", str(EMULATOR)))
+            source.write_text(_PROBE.replace("UNIT", str(unit)).replace("CALLS", calls))
+            # -no-pie: addresses must be those of the symbol table.
+            run(*compiler, "-no-pie", f"-I{folder}", f"-I{unit.parent}", "-o", program, source)
+            symbols = dict(line.split(" ", 1) for line in run("nm", "-C", program).splitlines() if "_kernel" in line)
+            names = {int(address, 16): _short_name(name[2:]) for address, name in symbols.items()}
+            launches = [line.split() for line in run(program).splitlines()]
+        found = {names[int(address, 16)]: (int(threads), int(shared)) for address, threads, shared in launches}
+        partial = cached.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(found))
+        partial.replace(cached)
+    return unit, {name: tuple(launch) for name, launch in json.loads(cached.read_text()).items()}

@@ -6,7 +6,6 @@ runs. compile_cuda.py compiles the CUDA kernels.
 
 import argparse
 import functools
-import json
 import os
 import re
 import sys
@@ -35,9 +34,9 @@ from . import compile_cuda, timing
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 CAPABILITIES = (80, 86, 90, 100, 120)
 LEGEND = (
-    "registers: per thread. spills: bytes per thread that are stored and loaded, for Triton's kernels the instructions "
-    "that do so. shared KiB: per block, static and dynamic. instructions: of the machine code, each counted once, in a "
-    "loop or not. mma: instructions on tensor cores among them."
+    "registers: per thread. spill stores, spill loads: bytes per thread, for Triton's kernels instructions. shared "
+    "KiB: per block, static and dynamic. instructions: of the machine code, 16 bytes each, counted once in a loop or "
+    "not. mma: instructions on tensor cores among them."
 )
 
 
@@ -142,13 +141,12 @@ def compile_launch(launch: Launch, architecture: int | str) -> Compiled:
         used = {name: int(number) for name, number in re.findall(r"^ *\.(\w+): +(\d+)$", text, re.MULTILINE)}
         spilled, stack = used["vgpr_spill_count"], used["private_segment_fixed_size"]
         return Compiled(used["vgpr_count"], spilled, spilled, stack, shared, launch.warps)
-    cuobjdump = knobs.nvidia.cuobjdump.path
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(kernel.asm["cubin"])
-        usage = compile_cuda.run(cuobjdump, "-res-usage", cubin)
-        [opcodes] = compile_cuda.count_opcodes(cuobjdump, cubin).values()
-    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+        text = compile_cuda.disassemble(knobs.nvidia.cuobjdump.path, cubin)
+    [opcodes] = compile_cuda.count_opcodes(text).values()
+    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK):(\d+)", text)}
     count = lambda pattern: sum(n for opcode, n in opcodes.items() if re.match(pattern, opcode))
     return Compiled(
         registers=used["REG"],
@@ -207,13 +205,18 @@ def _without(variable: str) -> Iterator[None]:
             os.environ[variable] = value
 
 
+@functools.cache
+def _planned(build: Callable[[int], Iterable[Planned]], capability: int) -> dict[str, Launch]:
+    return dict(build(capability))
+
+
 def _labels(build: Callable[[int], Iterable[Planned]], capability: int) -> list[str]:
-    return [label for label, _ in build(capability)]
+    return list(_planned(build, capability))
 
 
 def _compile_one(build: Callable[[int], Iterable[Planned]], label: str, capability: int) -> Compiled:
     try:
-        return compile_launch(dict(build(capability))[label], capability)
+        return compile_launch(_planned(build, capability)[label], capability)
     except Exception as error:
         raise RuntimeError(f"{label}, sm_{capability}: {error}") from error
 
@@ -243,11 +246,10 @@ def main() -> None:
     )
     parser.add_argument("--kernels", choices=("triton", "cuda"), help="only these")
     parser.add_argument("--only", default="", metavar="PATTERN", help="how kernels begin: '64 bfloat16|forward_'")
-    parser.add_argument("--json", action="store_true", help="print the same as JSON")
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write the table and its provenance to DIR")
     arguments = parser.parse_args()
     timing.provenance()
-    table = []
+    table, notes = [], LEGEND
     if arguments.kernels != "cuda":
         compiled = compile_all(functools.partial(_selected, arguments.only), arguments.archs or CAPABILITIES)
         table += [row(label, sm, 32 * kernel.warps, kernel) for (label, sm), kernel in compiled.items()]
@@ -255,13 +257,14 @@ def main() -> None:
         try:
             kernels = compile_cuda.compile_all(arguments.archs or compile_cuda.CAPABILITIES)
             table += [row(x.name, x.capability, x.threads, x) for x in kernels if re.match(arguments.only, x.name)]
+            notes += f" nvcc: {compile_cuda.nvcc_version()}."
         except FileNotFoundError as error:
             if arguments.kernels:
                 parser.error(str(error))
             print(f"without the CUDA kernels: {error}", file=sys.stderr)
     if arguments.out:
-        timing.save("compile-report", table, arguments.out, LEGEND)
-    print(json.dumps(table, indent=1) if arguments.json else f"{timing.markdown(table)}\n\n{LEGEND}")
+        timing.save("compile-report", table, arguments.out, notes)
+    print(f"{timing.markdown(table)}\n\n{notes}")
 
 
 def _capabilities(text: str) -> list[int]:

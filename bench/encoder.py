@@ -21,7 +21,7 @@ import torch
 
 from . import timing
 from .device import Call, Device, Table
-from .variants import described
+from .variants import described, relative_difference
 from .variants import model as variants
 from .variants.model import VARIANTS, Batch, Case, Encoders
 
@@ -64,9 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = Device(options.device)
     torch.set_num_threads(max(options.threads))
     timing.provenance()
-    versions = {name: timing.version(name) for name in ("onnxruntime", "flash-attn")}
-    peers = "".join(f" {name}: {version or 'not installed'}." for name, version in versions.items())
-    notes = LEGEND + described(VARIANTS, options.variants) + peers
+    notes = LEGEND + described(VARIANTS, options.variants) + timing.installed("onnxruntime", "flash-attn")
     table = Table(options.name, options.out, notes, summarise)
     start, encoders = time.perf_counter(), None
     for case in _cases(options):
@@ -147,13 +145,13 @@ def difference(case: Case, name: str, encoders: Encoders, states: torch.Tensor, 
     if name == "int8":
         return None
     kind = "modernbert" if name.startswith("modernbert") else "deberta"
-    results = [states.float()]
+    results = [states]
     if case.passes == "forward+backward" and kind == "deberta":
-        results += [gradient.float() for gradient in encoders.gradients()]
+        results += encoders.gradients()
     if kind not in references:
         references[kind] = results
         return 0.0
-    found = [float((got - want).norm() / want.norm()) for got, want in zip(results, references[kind], strict=True)]
+    found = [relative_difference(got, want) for got, want in zip(results, references[kind], strict=True)]
     allowed = [TOLERANCE[case.dtype], *(GRADIENTS_TOLERANCE * TOLERANCE[case.dtype] for _ in results[1:])]
     if not all(x < most for x, most in zip(found, allowed)):
         raise ArithmeticError(f"differs by {', '.join(f'{x:.2g}' for x in found)} from what it should be")

@@ -19,6 +19,7 @@ from deberta_fast.op.relative_position import slot_table
 from . import device as devices
 from . import timing
 from .device import Call, Device, Table, by_length
+from .variants import relative_difference
 from .variants.operator import BUCKETS, LONGEST, VARIANTS, Workload, asked
 
 BLOCKS = (2048, 1024, 4096)  # queries
@@ -137,8 +138,7 @@ def _variants(workload: Workload, options: argparse.Namespace) -> tuple[dict[str
 
     def whole(name: str, block: int) -> Call:
         run = functools.partial(attention, x, block, name)
-        error = (run().float() - workload.expected.float()).norm() / workload.expected.float().norm()
-        differences[f"{name} merged {block}"] = float(error)
+        differences[f"{name} merged {block}"] = relative_difference(run(), workload.expected)
         return Call(run)
 
     def of_variant(name: str) -> Call:

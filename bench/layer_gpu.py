@@ -17,7 +17,7 @@ from deberta_fast.op.relative_position import slot_table
 from . import device as devices
 from . import models, timing
 from .device import Call, Device, Table, times_by_length
-from .variants import Entry, described
+from .variants import Entry, described, relative_difference
 from .variants.layer import ATTENTION, Layer
 
 PASSES = ("forward", "backward", "forward+backward")
@@ -43,7 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
     timing.provenance()
     start = time.perf_counter()
     chosen = {name: entry for name, entry in VARIANTS.items() if name.startswith(tuple(options.variants))}
-    notes = f"{options.tokens} tokens, {options.dtype}. {LEGEND}{described(chosen)}{_peers()}"
+    notes = f"{options.tokens} tokens, {options.dtype}. {LEGEND}{described(chosen)}"
+    notes += timing.installed("disentangled-flash", "flashdeberta")
     name = "layer" + ("" if options.dtype == "bfloat16" else f"-{options.dtype}")
     table = Table(name, options.out, notes, times_by_length("x eager"))
     encoder = models.encoder_v3_base(1).to(options.device, getattr(torch, options.dtype))
@@ -86,11 +87,11 @@ def _differences(layer: Layer, found: dict[str, Entry]) -> dict[str, float]:
             continue
         try:
             with torch.no_grad():
-                outputs[name] = entry.build(layer, "forward")[1]().float()
+                outputs[name] = entry.build(layer, "forward")[1]()
         except Exception:
             continue  # the timing reports it
     want = outputs.get("hf-eager")
-    return {} if want is None else {n: float((x - want).norm() / want.norm()) for n, x in outputs.items()}
+    return {} if want is None else {name: relative_difference(x, want) for name, x in outputs.items()}
 
 
 def _flops(layer: Layer, passes: str) -> float:
@@ -98,11 +99,6 @@ def _flops(layer: Layer, passes: str) -> float:
     of_square, of_rows = FLOPS[passes]
     size = layer.config.hidden_size
     return layer.batch * size * (of_square * layer.length**2 + of_rows * layer.length * (stop - start))
-
-
-def _peers() -> str:
-    versions = {name: timing.version(name) for name in ("disentangled-flash", "flashdeberta")}
-    return "".join(f" {name}: {version or 'not installed'}." for name, version in versions.items())
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:

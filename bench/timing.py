@@ -166,6 +166,11 @@ def version(package: str) -> str | None:
         return None
 
 
+def installed(*packages: str) -> str:
+    """Names the versions of packages for the notes of a table."""
+    return "".join(f" {name}: {version(name) or 'not installed'}." for name in packages)
+
+
 def _commit() -> str | None:
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(REPOSITORY), *arguments]

@@ -39,6 +39,12 @@ def described(entries: dict[str, Entry], names: Iterable[str] | None = None) -> 
     return "".join(f" {', '.join(group)}: {about}." for about, group in groups.items())
 
 
+def relative_difference(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Returns the norm of the difference over the norm of ``want``, in float32."""
+    got, want = got.float(), want.float()
+    return float((got - want).norm() / want.norm())
+
+
 def call_of(forward: Forward, passes: str, gradient: torch.Tensor, leaves: Iterable[torch.Tensor] = ()) -> Call:
     """Makes the call of a pass; before it the gradients of ``leaves`` are dropped, untimed.
 

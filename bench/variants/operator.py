@@ -14,7 +14,7 @@ from deberta_fast.op.precision import hf_style_scores
 from deberta_fast.op.relative_position import device_tables, distance_slots
 
 from ..device import Call
-from . import PLAIN, Entry, call_of
+from . import PLAIN, Entry, call_of, relative_difference
 
 SIZE, BUCKETS, LONGEST = 64, 256, 512  # DeBERTa-v3's heads and table
 # Matrices of the size of the scores that eager code holds at once, an estimate that refuses what cannot fit.
@@ -120,8 +120,7 @@ class Workload:
             return None  # the timing reports it
         if self.mask is not None:
             got, want = (x if x.dim() == 3 else self.pack(x) for x in (got, want))
-        got, want = got.float(), want.float()
-        return float((got - want).norm() / want.norm())
+        return relative_difference(got, want)
 
 
 def asked(w: Workload) -> AttentionCall:

@@ -1,4 +1,4 @@
-"""The benchmarks for the CPU, run small: what they write."""
+"""Runs the benchmarks for the CPU at small sizes, and checks what they write."""
 
 import importlib
 import json
@@ -24,7 +24,7 @@ def bench(monkeypatch):
 
 
 def written(folder, name):
-    """Rows and provenance of the JSON file; the Markdown file must have them too."""
+    """Returns rows and provenance of the JSON file, and checks that the Markdown file has them too."""
     record = json.loads((folder / f"{name}.json").read_text())
     text = (folder / f"{name}.md").read_text()
     assert text.startswith(f"# {name}") and f"- torch: {torch.__version__}" in text

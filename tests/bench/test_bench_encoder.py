@@ -1,4 +1,4 @@
-"""The benchmark of whole encoders, run small: what it writes, and what it refuses to time."""
+"""Runs the benchmark of whole encoders at small sizes: checks what it writes, and what it refuses to time."""
 
 import importlib
 import json
@@ -21,7 +21,7 @@ def bench(monkeypatch):
 
 @pytest.fixture
 def measured(bench, tmp_path):
-    """Rows of a run, by variant; forward alone and variable lengths alone."""
+    """Returns the rows of a run by variant, only those of variable lengths."""
 
     def run(*variants, passes="forward"):
         bench("encoder").main([*TINY, str(tmp_path), "--variants", *variants, "--passes", passes])
@@ -56,7 +56,7 @@ def test_rows(bench, tmp_path, capsys):
 
 
 def test_wrong_answers_are_not_timed(bench, measured, monkeypatch):
-    """Wrong states, and right ones with wrong gradients."""
+    """Neither wrong states, nor right ones with wrong gradients."""
     variants = bench("variants.model")
 
     def without_a_term(encoders, batch):
@@ -101,7 +101,7 @@ def test_what_does_not_fit_or_fails_is_left_out(bench, measured, monkeypatch):
 
 
 def test_order(bench):
-    """The most wanted comes first; a quick look is short; nothing is added to what is asked for."""
+    """The most wanted cases come first; a quick look is short; nothing is added to what is asked for."""
     encoder = bench("encoder")
 
     def cases(options):
@@ -128,7 +128,7 @@ def test_onnxruntime_at_other_lengths_than_exported(bench, measured):
 
 @pytest.mark.parametrize("passes", ["forward", "forward+backward"])
 def test_packed_modernbert(bench, monkeypatch, passes):
-    """Against the padded one, at a length beyond its window, with dense attention in the place of the GPU's."""
+    """It agrees with the padded one, at a length beyond its window, with dense attention in place of the GPU's."""
 
     def dense(query, key, value, ends, _, longest, __, *, scale, window_size):
         sequence = torch.bucketize(torch.arange(len(query)), ends, right=True)

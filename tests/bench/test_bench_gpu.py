@@ -1,4 +1,4 @@
-"""The benchmarks for GPUs, tried out on the CPU: what they write, and what is left of a run that is stopped."""
+"""Runs the benchmarks for GPUs on the CPU: checks what they write, and what a stopped run keeps."""
 
 import importlib
 import json
@@ -19,7 +19,7 @@ def bench(monkeypatch):
 
 
 def written(folder, name):
-    """Rows and provenance of the JSON file; the Markdown file must have them too."""
+    """Returns the rows of the JSON file, and checks that the Markdown file has them and the provenance too."""
     record = json.loads((folder / f"{name}.json").read_text())
     text = (folder / f"{name}.md").read_text()
     assert text.startswith(f"# {name}") and f"- torch: {torch.__version__}" in text
@@ -99,7 +99,7 @@ def test_charts(bench, tmp_path):
 
 
 def test_kernels_are_told_apart(bench):
-    """A profile of two calls, the second of them slower."""
+    """In a profile of two calls, of which the second is slower."""
     name = "void deberta_fast::cuda::(anonymous namespace)::{}<64, false>(deberta_fast::cuda::Call)".format
     call = [("spin_kernel(long)", 1e3), (name("expand_kernel"), 2.0), (name("expand_kernel"), 3.0)]
     call.append(("_ZN12deberta_fast4cuda12_GLOBAL__N_114forward_kernelILi64EEEvNS0_11ForwardCallE", 100.0))

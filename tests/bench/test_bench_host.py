@@ -1,4 +1,4 @@
-"""The benchmark of one small call's host time, run short: what it writes, and what its variants compute."""
+"""Runs the benchmark of one small call's host time: checks what it writes, and what its variants compute."""
 
 import importlib
 import json
@@ -38,7 +38,7 @@ def test_rows(host, tmp_path, monkeypatch, capsys):
 
 
 def test_variants_compute_the_same(host):
-    """Plain attention without position tables; with them, dense and packed calls agree, and all gradients are there."""
+    """Without position tables all compute plain attention; with them dense and packed calls and gradients agree."""
     heads_first = lambda packed: packed.transpose(0, 1).unsqueeze(0)
     plain = {name: call() for name, call in host.variants("cpu", "forward", tables=False).items()}
     torch.testing.assert_close(plain["dense"], plain["sdpa"])

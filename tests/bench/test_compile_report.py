@@ -74,7 +74,8 @@ def test_counts(compiled, capability):
     assert gathers.mma == plain.mma > 0
     assert plain.narrow_loads == 0
     scores = M * N // (32 * gathers.warps)
-    assert gathers.narrow_loads == scores  # of a thread, each gathered on its own
+    # A thread gathers each score on its own, in every copy that the compiler makes of the loop.
+    assert gathers.narrow_loads >= scores and gathers.narrow_loads % scores == 0
     assert gathers.instructions > plain.instructions + 5 * scores
     assert plain.instructions > 8 * scores
     assert plain.shared < SHARED_LIMIT[capability]
@@ -122,10 +123,9 @@ CODE = """
 """
 
 
-def test_opcodes(monkeypatch):
+def test_opcodes():
     """They are counted with their modifiers, whatever predicate stands before; padding is not."""
-    monkeypatch.setattr(compile_cuda, "run", lambda *command: CODE)
-    first, second = compile_cuda.count_opcodes("cuobjdump", "kernel.cubin").values()
+    first, second = compile_cuda.count_opcodes(CODE).values()
     expected = {"S2R": 1, "LDG.E.U16.CONSTANT": 1, "UMOV": 1, "HMMA.16816.F32.BF16": 2}
     assert first == Counter(expected) and second == Counter(EXIT=1)
     assert compile_cuda.count_mma(first) == 2 and compile_cuda.count_mma(second) == 0

@@ -1,4 +1,4 @@
-"""Far keys by plain flash attention, merged with near ones: right, whatever the blocks."""
+"""Far keys by plain flash attention, merged with near ones, give the right output for all sizes of blocks."""
 
 import importlib
 import json
@@ -34,14 +34,14 @@ def expected(x):
 @pytest.mark.parametrize("queries, keys", [(300, 300), (40, 170), (170, 40)])
 def test_is_disentangled_attention(block, queries, keys, align, far_flash, monkeypatch):
     if block == 1 and queries != 40:
-        pytest.skip("slow, and shows nothing more")
+        pytest.skip("slow, and covered by the other shape")
     monkeypatch.setattr(far_flash, "ALIGN", align)
     x = tensors(far_flash, queries, keys)
     torch.testing.assert_close(far_flash.attention(x, block, "eager"), expected(x), rtol=1e-5, atol=2e-6)
 
 
 def test_most_keys_are_far(far_flash, monkeypatch):
-    """Both sides, and blocks with one side alone, or the test above would show little."""
+    """On both sides, and in blocks with only one side: otherwise the test above would show little."""
     x = tensors(far_flash)
     monkeypatch.setattr(far_flash, "ALIGN", 1)
     sides = [(past, 300 - future) for _, _, past, future in far_flash._blocks(x, 50)]
@@ -50,7 +50,7 @@ def test_most_keys_are_far(far_flash, monkeypatch):
 
 @pytest.mark.parametrize("mistake", ["past", "future", "constant"])
 def test_a_mistake_is_caught(mistake, far_flash, monkeypatch):
-    """A far segment one key too long, and the constant of the other row."""
+    """Far segments that are one key too long, and the constant of the other table row."""
     x, blocks, far = tensors(far_flash), far_flash._blocks, far_flash.far
     shift = {"past": (1, 0), "future": (0, -1)}.get(mistake, (0, 0))
     longer = lambda x, block: [(a, b, past + shift[0], future + shift[1]) for a, b, past, future in blocks(x, block)]

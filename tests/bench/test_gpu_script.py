@@ -1,4 +1,4 @@
-"""bench/gpu.sh without a GPU: its help, and its dry run, so that a typing error costs no time on a GPU."""
+"""Checks the help and the dry run of bench/gpu.sh without a GPU, so that a typing error costs no time on one."""
 
 import json
 import os
@@ -29,14 +29,14 @@ def run(*arguments, script=SCRIPT):
 
 
 def stages_of(name):
-    """The stages of first or second, with seconds."""
+    """Returns the stages of first or second, with their seconds."""
     listed = re.search(f"^{name}='(.*)'$", SCRIPT.read_text(), re.MULTILINE)[1]
     return {stage: int(seconds) for stage, seconds in (entry.split(":") for entry in listed.split())}
 
 
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory):
-    """The folder that a dry run of all stages of both has filled, and what it printed."""
+    """Runs all stages of first and second dry. Returns the folder that they fill, and what they print."""
     for package in ("triton", "transformers"):
         pytest.importorskip(package)
     folder = tmp_path_factory.mktemp("dry")
@@ -50,7 +50,7 @@ def rows_of(dry, name):
 
 
 def test_help_names_every_stage():
-    """And it says what stages there are, all of it without a GPU."""
+    """An unknown stage lists them too; both work without a GPU."""
     unknown = run("nonsense")
     stages = set(unknown.stderr.split("there are: ")[1].split())
     assert unknown.returncode == 2 and stages > {"first", "second", "build", "tests", "kernels", "plots"}
@@ -75,7 +75,7 @@ def test_every_stage_runs(dry):
     assert (folder / "all.tar.gz").stat().st_size > 1000
 
 
-NO_KERNEL = {"plain-cudnn", "plain-efficient"}  # torch has none for a CPU
+NO_KERNEL = {"plain-cudnn", "plain-efficient"}  # torch has no such kernels for a CPU
 PEERS = {"disentangled-flash", "flashdeberta"}  # where they are not installed
 TABLES = {
     "g1": {"cuda", "triton", "plain-flash", *NO_KERNEL},

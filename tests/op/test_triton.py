@@ -21,64 +21,90 @@ MAIN = ("band_scores", "forward", "backward_key", "backward_rows", "backward_que
 
 @pytest.fixture(scope="module")
 def compiled():
-    """By label and capability."""
+    """The compiled kernels by label and capability."""
     return compile_all(launches, CAPABILITIES)
 
 
-@pytest.fixture(scope="module")
-def v3(compiled):
-    """The head size and dtype of DeBERTa-v3 in half precision."""
-    return {key: result for key, result in compiled.items() if key[0].startswith("64 bfloat16 ")}
-
-
 def test_every_configuration_fits_its_gpu(compiled):
-    shared = {key: result.shared for key, (result, _) in compiled.items()}
+    shared = {key: result.shared for key, result in compiled.items()}
     assert len({capability for _, capability in shared}) == len(CAPABILITIES)
     assert {key: size for key, size in shared.items() if size > SHARED_LIMIT[key[1]]} == {}
 
 
-def test_no_spills(compiled, v3):
-    """None at all where it matters most, elsewhere none inside a loop."""
-    assert {key: n for key, (x, _) in v3.items() if (n := x.spill_stores + x.spill_loads)} == {}
-    assert {key: n for key, (x, _) in compiled.items() if (n := sum(loop.spills for loop in x.loops))} == {}
+# Loads and stores of spilled registers in each kernel that has some, by capability, with Triton 3.6; all are outside of
+# loops.
+SPILLS = {
+    "128 bfloat16 expand_table": {80: 8, 86: 8, 90: 9, 100: 9, 120: 9},
+    "128 bfloat16 forward": {80: 114, 86: 114, 90: 112, 100: 26, 120: 106},
+    "128 bfloat16 backward_delta": {100: 6},
+    "128 bfloat16 backward_key": {80: 18, 90: 188},
+    "128 bfloat16 backward_query": {90: 62, 100: 6},
+    "256 bfloat16 forward": {80: 57, 90: 243},
+    "64 float32 tf32 backward_key": {80: 6, 86: 6, 120: 4},
+    "64 float32 ieee backward_key": {86: 15},
+    "64 float32 ieee backward_query": {90: 4, 100: 2},
+    "128 float32 tf32 backward_key": {120: 3},
+    "256 float32 tf32 forward": {80: 41},
+}
+
+
+def test_no_spills(compiled):
+    """Nothing spills with the head size and dtype of DeBERTa-v3; other kernels spill no more than was measured."""
+    spills = {key: x.spill_stores + x.spill_loads for key, x in compiled.items()}
+    allowed = {(label, capability): n for label, counts in SPILLS.items() for capability, n in counts.items()}
+    assert {key: n for key, n in spills.items() if n > allowed.get(key, 0)} == {}
+    assert not any(label.startswith("64 bfloat16 ") for label in SPILLS)
+
+
+# Global loads of one or two bytes in bfloat16 by kernel and head size, on sm_100 and on others; all outside of loops.
+# A gather of single elements adds one for each score of a thread, 16 or more.
+NARROW_LOADS = {
+    "forward": {32: (40, 16), 64: (40, 24), 128: (72, 40), 256: (2, 2)},
+    "backward_key": {32: (24, 24), 64: (20, 32), 128: (3, 20), 256: (3, 3)},
+    "backward_query": {32: (32, 24), 64: (48, 32), 128: (2, 48), 256: (2, 2)},
+}
 
 
 def test_no_gather_in_a_loop(compiled):
-    """No look-up table, no element alone: what loops read comes in vectors."""
-    narrow = {
-        (key, loop.function): loop.narrow_loads
-        for key, (result, _) in compiled.items()
-        if key[0].endswith(MAIN)
-        for loop in result.loops
-        if loop.narrow_loads
-    }
-    assert narrow == {}
+    """Loops read vectors: no look-up table, no single elements."""
+    for (label, capability), kernel in compiled.items():
+        size, dtype, *_, name = label.split()
+        if name in MAIN:
+            allowed = NARROW_LOADS.get(name, {}).get(int(size), (0, 0)) if dtype == "bfloat16" else (0, 0)
+            assert kernel.narrow_loads <= allowed[capability != 100], (label, capability)
 
 
-def loops_per_score(v3, kernel, capability):
-    result, tile = v3[f"64 bfloat16 {kernel}", capability]
-    return [loop.per_score(*tile, result.warps) for loop in result.loops]
+# Instructions and products on tensor cores of each kernel, head size 64 in bfloat16, with Triton 3.6.
+COUNTS = {
+    80: {
+        "band_scores": (794, 32),
+        "forward": (3464, 384),
+        "backward_key": (2550, 160),
+        "backward_rows": (860, 32),
+        "backward_query": (1555, 112),
+        "backward_by_distance": (1103, 32),
+    },
+    90: {
+        "band_scores": (706, 4),
+        "forward": (2995, 48),
+        "backward_key": (2330, 32),
+        "backward_rows": (855, 4),
+        "backward_query": (1911, 28),
+        "backward_by_distance": (1002, 4),
+    },
+}
 
 
-def test_instructions_a_score(v3):
-    """On sm_90. Both peers take 44 for every score, and their products with the tables besides."""
-    near, near_end, far, far_end = loops_per_score(v3, "forward", 90)
-    assert far <= 12 and near <= 14 and far_end <= 14 and near_end <= 16
-    [band] = loops_per_score(v3, "band_scores", 90)
-    assert near + 2 * band <= 26  # with the two position scores that it reads
-    far, near = loops_per_score(v3, "backward_key", 90)
-    assert far <= 16 and near <= 19
-    far, far_end, near = loops_per_score(v3, "backward_query", 90)
-    assert far <= 10 and near <= 7
-    assert loops_per_score(v3, "backward_rows", 90)[0] <= 7
-    assert loops_per_score(v3, "backward_by_distance", 90)[0] <= 9
+@pytest.mark.parametrize("capability", COUNTS)
+def test_instructions(compiled, capability):
+    """Bounds the machine code of each kernel to 3 % above the measured counts.
 
-
-def test_far_tiles_use_no_band(v3):
-    """They cost what plain attention costs: two products, K and V, nothing else."""
-    for capability in (80, 90):
-        near, _, far, _ = v3["64 bfloat16 forward", capability][0].loops
-        assert 2 * far.mma == near.mma and 2 * far.async_copies == near.async_copies
+    Counts are of whole kernels, each instruction once, in a loop or not. Far tiles of forward make only the two
+    products of plain attention, half as many as near ones, so a position term that reaches their loops shows in mma.
+    """
+    for name, (instructions, mma) in COUNTS[capability].items():
+        kernel = compiled[f"64 bfloat16 {name}", capability]
+        assert kernel.instructions <= 1.03 * instructions and kernel.mma == mma, (name, kernel)
 
 
 OPTIONS = {
@@ -108,14 +134,14 @@ def test_every_option_compiles():
     """Masks, packing, dropout, absent tables: on sm_90, and what takes room on a GPU with little shared memory."""
     compiled = compile_all(variants, (86, 90))
     assert {label.split()[0] for label, capability in compiled if capability == 90} == set(OPTIONS)
-    assert {key: x.shared for key, (x, _) in compiled.items() if x.shared > SHARED_LIMIT[key[1]]} == {}
+    assert {key: x.shared for key, x in compiled.items() if x.shared > SHARED_LIMIT[key[1]]} == {}
 
 
 def test_lengths_and_strides_compile_nothing_anew():
     """No integer of a launch is made a constant of the compiled kernel, nor is its divisibility."""
     planned = [p for options in ({}, {"mask": "keys"}, {"packed": True}) for p in plan_launches(
         "x", 90, 64, torch.bfloat16, **options)]  # fmt: skip
-    for _, launch, _ in planned:
+    for _, launch in planned:
         for parameter in launch.kernel.params:
             value = launch.arguments[parameter.name]
             if isinstance(value, int) and not parameter.is_constexpr:
@@ -128,7 +154,7 @@ def test_constants_do_not_depend_on_the_length():
     def constants(length):
         return {
             (launch.kernel.__name__, name, launch.arguments[name])
-            for _, launch, _ in plan_launches("x", 90, 64, torch.bfloat16, length=length)
+            for _, launch in plan_launches("x", 90, 64, torch.bfloat16, length=length)
             for name in (p.name for p in launch.kernel.params if p.is_constexpr)
         }
 

@@ -40,14 +40,14 @@ def launches(architecture):
 
 @pytest.mark.skipif("amd" not in compilers, reason="this Triton does not compile for AMD")
 def test_compiles_for_amd():
-    """All kernels: they fit, and what the loops hold is in registers."""
-    compiled = {key: result for key, (result, _) in compile_all(launches, CALLS).items()}
+    """All kernels fit, and nothing is spilled."""
+    compiled = compile_all(launches, CALLS)
     made = {architecture: {label.split()[1] for label, a in compiled if a == architecture} for architecture in CALLS}
     assert made == {"gfx942": KERNELS, "gfx90a": KERNELS | {"key_spans"}}
     assert len(compiled) == len(KERNELS) * sum(map(len, CALLS.values())) + 1
     assert {key: x.shared for key, x in compiled.items() if x.shared > LOCAL_MEMORY} == {}
     assert {key: x for key, x in compiled.items() if x.stack or x.spill_stores} == {}
-    # A SIMD has 512 registers a lane: two wavefronts at once, where it matters most.
+    # A SIMD has 512 registers per lane, so two wavefronts of forward run at once.
     assert compiled["dense forward", "gfx942"].registers <= 256
 
 
