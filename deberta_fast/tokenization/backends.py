@@ -41,11 +41,7 @@ def without_panics(what: str) -> Iterator[None]:
 
 
 def check_ids(what: str, vocab: dict) -> None:
-    """Checks that each token has an id of its own.
-
-    Raises:
-        ValueError: two tokens share an id, or an id is no integer; the message begins with ``what``.
-    """
+    """Raises ValueError, beginning with ``what``, if two tokens share an id or an id is no natural number."""
     tokens = {}
     for token, index in vocab.items():
         if type(index) is not int or index < 0:  # isinstance(True, int) holds
@@ -65,10 +61,7 @@ def unigram_backend(
 
     The backend has the model's control and user-defined symbols as added tokens, and no post-processor yet. It does not
     use pieces of bytes (byte_fallback): characters without a piece become the unknown token. A warning says so.
-
-    Raises:
-        ValueError: the file is no sentencepiece model, is cut short, or holds another type than unigram or BPE; it
-            has pieces that sentencepiece refuses, or a character map that tokenizers cannot use.
+    A damaged file, a model of another type, and a character map that tokenizers cannot use raise ValueError.
     """
     tokenizers = tokenizers_library()
     normalizers = tokenizers.normalizers
@@ -132,10 +125,7 @@ def byte_level_backend(vocab: dict[str, int], merges: list[tuple[str, str]], nam
     Args:
         vocab: id of every piece, in the letters that stand for bytes.
         merges: pairs of pieces in the order in which they are merged.
-        name: what messages name.
-
-    Raises:
-        ValueError: a merge needs or makes a piece that is not in ``vocab``.
+        name: the name of the model in messages, such as ValueError for a merge whose pieces are not in ``vocab``.
     """
     tokenizers = tokenizers_library()
     with without_panics(f"{name}: vocab and merges"):
@@ -150,11 +140,7 @@ def byte_level_backend(vocab: dict[str, int], merges: list[tuple[str, str]], nam
 
 
 def load_backend(path: str | os.PathLike):
-    """Reads a tokenizer.json.
-
-    Raises:
-        ValueError: the installed ``tokenizers`` cannot read the file.
-    """
+    """Reads a tokenizer.json. Raises ValueError if the installed ``tokenizers`` cannot."""
     tokenizers = tokenizers_library()
     model = read_object(path).get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
@@ -195,11 +181,7 @@ def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, 
 
 
 def sentencepiece_processor(path: str, content: bytes, settings: dict | None = None):
-    """Loads the model in ``content`` with sentencepiece.
-
-    Raises:
-        ValueError: it is damaged, or cut short; names ``path``.
-    """
+    """Loads the model in ``content`` with sentencepiece. Raises ValueError if it is damaged or cut short."""
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(**(settings or {}))
@@ -221,10 +203,9 @@ def _read_model(path: str, content: bytes) -> tuple[list[int], dict, bytes]:
     try:
         fields = list(message_fields(content))
         kinds = [dict(message_fields(value)).get(3, 1) for number, value in fields if number == 1]
-        trainer, normalizer = (
-            dict(message_fields(b"".join(value for number, value in fields if number == part))) for part in (2, 3)
-        )
-        return kinds, trainer, bytes(memoryview(normalizer.get(2, b"")))
+        specs = [b"".join(value for number, value in fields if number == part) for part in (2, 3)]
+        trainer, normalizer = (dict(message_fields(spec)) for spec in specs)
+        return kinds, trainer, b"".join([normalizer.get(2, b"")])  # TypeError if it is no text
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a model of sentencepiece's, or is damaged: {error}") from None
 

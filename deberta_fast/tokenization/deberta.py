@@ -44,15 +44,11 @@ class _ByteLevel:
         return files if template is None else {**files, "pair_template": template}
 
     def save_vocabulary(self, save_directory: str | os.PathLike, filename_prefix: str | None = None) -> tuple[str, ...]:
-        """Writes vocab.json and merges.txt into a folder that exists.
-
-        Returns:
-            Their paths.
-        """
+        """Writes vocab.json and merges.txt into a folder that exists; returns their paths."""
         paths = [path_in(save_directory, filename_prefix, name) for name in (VOCAB, MERGES)]
-        model = json.loads(self._tokenizer.to_str())["model"]
-        write_json(paths[0], model["vocab"])
-        lines = ["#version: 0.2", *(" ".join(pair) for pair in _pairs(model["merges"])), ""]
+        vocab, merges = _tables(self._tokenizer)
+        write_json(paths[0], vocab)
+        lines = ["#version: 0.2", *map(" ".join, merges), ""]
         replace_file(paths[1], "\n".join(lines).encode())
         return tuple(map(str, paths))
 
@@ -71,9 +67,7 @@ class DebertaTokenizer(_ByteLevel, SlowTokenizer):
         add_bos_token: has no effect, as in transformers.
         options: see ``TokenizerBase``.
 
-    Raises:
-        FileNotFoundError: a file does not exist.
-        ValueError: a file is damaged.
+    Raises FileNotFoundError if a file does not exist, ValueError if it is damaged.
     """
 
     vocab_files_names = {"vocab_file": VOCAB, "merges_file": MERGES}
@@ -151,9 +145,7 @@ class DebertaTokenizerFast(_ByteLevel, FastTokenizer):
         pair_template: see ``DebertaTokenizer``; None for that of ``tokenizer_file``.
         options: see ``TokenizerBase``.
 
-    Raises:
-        FileNotFoundError: a file does not exist.
-        ValueError: a file is damaged, or there is none.
+    Raises FileNotFoundError if a file does not exist, ValueError if it is damaged or none is given.
     """
 
     vocab_files_names = {"vocab_file": VOCAB, "merges_file": MERGES, "tokenizer_file": TOKENIZER}
@@ -176,10 +168,8 @@ class DebertaTokenizerFast(_ByteLevel, FastTokenizer):
         if tokenizer_object is not None:
             backend = tokenizers.Tokenizer.from_str(tokenizer_object.to_str())
         elif tokenizer_file is not None:
-            backend = load_backend(existing(tokenizer_file))
+            backend = _load(existing(tokenizer_file))
             pair_template = pair_template or _pair_template(tokenizer_file)
-            if not isinstance(backend.model, tokenizers.models.BPE):
-                raise ValueError(f"{tokenizer_file}: expected a BPE model, got {type(backend.model).__name__}")
         elif vocab_file is not None:
             mask_token = _mask(mask_token)
             backend = byte_level_backend(*_read_tables(vocab_file, merges_file), vocab_file)
@@ -214,6 +204,21 @@ def _settings(errors: str, add_prefix_space: bool, add_bos_token: bool, pair_tem
     return {**settings, "pair_template": parts}
 
 
+def _load(path: str | os.PathLike):
+    """Reads the backend of a tokenizer.json."""
+    backend = load_backend(path)
+    if not isinstance(backend.model, tokenizers_library().models.BPE):
+        raise ValueError(f"{os.fspath(path)}: expected a BPE model, got {type(backend.model).__name__}")
+    return backend
+
+
+def _tables(backend) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Returns the ids of the pieces and the merges in their order."""
+    model = json.loads(backend.to_str())["model"]
+    # tokenizers before 0.20 writes both pieces of a merge as one text.
+    return model["vocab"], [tuple(x.split(" ")) if isinstance(x, str) else tuple(x) for x in model["merges"]]
+
+
 def _read_tables(vocab_file, merges_file) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Reads the ids of the pieces and the merges in their order."""
     path = Path(existing(vocab_file))
@@ -221,13 +226,7 @@ def _read_tables(vocab_file, merges_file) -> tuple[dict[str, int], list[tuple[st
         return read_bpe_encoder(path)
     vocab = read_object(path)
     if isinstance(vocab.get("model"), dict):  # tokenizer.json
-        if vocab["model"].get("type") != "BPE":
-            raise ValueError(f"{path}: expected a BPE model, got {vocab['model'].get('type')}")
-        model = {"vocab": {}, "merges": [], **vocab["model"]}
-        if not isinstance(model["vocab"], dict) or not isinstance(model["merges"], list):
-            raise ValueError(f"{path}: expected a BPE model with an object vocab and a list merges")
-        check_ids(str(path), model["vocab"])
-        return model["vocab"], _pairs(model["merges"])
+        return _tables(_load(path))
     check_ids(str(path), vocab)
     if merges_file is None:
         raise ValueError(f"{path.name} needs a merges_file ({MERGES}) too")
@@ -243,11 +242,6 @@ def _read_tables(vocab_file, merges_file) -> tuple[dict[str, int], list[tuple[st
             if len(merges[-1]) != 2:
                 raise ValueError(f"{merges_file}, line {number}: expected two pieces, got {line!r}")
     return vocab, merges
-
-
-def _pairs(merges: list) -> list[tuple[str, str]]:
-    # tokenizers before 0.20 writes both pieces as one text.
-    return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
 
 
 def _mask(token: str | AddedToken | None) -> AddedToken | None:

@@ -34,9 +34,7 @@ class DebertaV2Tokenizer(SlowTokenizer):
             ``nbest_size`` and ``alpha``.
         unk_token, options: see ``TokenizerBase``.
 
-    Raises:
-        FileNotFoundError: there is no ``vocab_file``.
-        ValueError: it is damaged.
+    Raises FileNotFoundError if there is no ``vocab_file``, ValueError if it is damaged.
     """
 
     vocab_files_names = {"vocab_file": SPM}
@@ -111,11 +109,7 @@ class DebertaV2Tokenizer(SlowTokenizer):
         return (text + self.spm.decode_pieces(current)).strip()
 
     def save_vocabulary(self, save_directory: str | os.PathLike, filename_prefix: str | None = None) -> tuple[str, ...]:
-        """Writes spm.model into a folder that exists.
-
-        Returns:
-            Its path.
-        """
+        """Writes spm.model into a folder that exists; returns its path."""
         path = path_in(save_directory, filename_prefix, SPM)
         replace_file(path, self.spm.serialized_model_proto())
         return (str(path),)
@@ -135,9 +129,7 @@ class DebertaV2TokenizerFast(FastTokenizer):
         sp_model_kwargs: kept for the slow tokenizer.
         unk_token, options: see ``TokenizerBase``.
 
-    Raises:
-        FileNotFoundError: a file does not exist.
-        ValueError: a file is damaged, or there is none.
+    Raises FileNotFoundError if a file does not exist, ValueError if it is damaged or none is given.
     """
 
     vocab_files_names = {"vocab_file": SPM, "tokenizer_file": TOKENIZER}
@@ -192,14 +184,7 @@ class DebertaV2TokenizerFast(FastTokenizer):
         return self.vocab_file is not None and os.path.isfile(self.vocab_file)
 
     def save_vocabulary(self, save_directory: str | os.PathLike, filename_prefix: str | None = None) -> tuple[str, ...]:
-        """Copies spm.model into a folder that exists.
-
-        Returns:
-            Its path.
-
-        Raises:
-            ValueError: the tokenizer was made from tokenizer.json only, or the file is gone.
-        """
+        """Copies spm.model into a folder that exists; returns its path. Raises ValueError if there is no spm.model."""
         if not self.can_save_slow_tokenizer:
             raise ValueError(
                 f"there is no {SPM} to copy: the tokenizer was made from {self.vocab_file or 'other files'}"

@@ -157,8 +157,8 @@ class Files:
 
     @classmethod
     def _tokens_of_backend_file(cls, source: Source) -> dict[int, AddedToken]:
-        """Reads the added tokens of tokenizer.json, for tokenizers that do not load that file as a whole."""
-        path = source.file(TOKENIZER)
+        """Reads the added tokens of tokenizer.json, for slow tokenizers; fast ones load that file as a whole."""
+        path = None if cls.is_fast else source.file(TOKENIZER)
         if path is None:
             return {}
         return {token["id"]: as_added_token(token) for token in read_object(path).get("added_tokens", ())}
@@ -174,17 +174,14 @@ class Files:
         """Writes all files of the tokenizer; ``from_pretrained`` and transformers read them.
 
         Args:
-            save_directory: is made if it does not exist.
+            save_directory: is made if it does not exist. NotADirectoryError if it is a file.
             legacy_format: for a fast tokenizer, True: without tokenizer.json; False: without the slow one's vocabulary.
+                ValueError if the tokenizer cannot.
             filename_prefix: the names of the files begin with it and "-".
-            push_to_hub: must be False; huggingface_hub uploads folders.
+            push_to_hub: must be False, otherwise ValueError; huggingface_hub uploads folders.
 
         Returns:
             The paths of the files.
-
-        Raises:
-            NotADirectoryError: ``save_directory`` is a file.
-            ValueError: ``legacy_format`` is impossible for this tokenizer, or ``push_to_hub`` is True.
         """
         if push_to_hub:
             raise ValueError("push_to_hub is not supported: save, and call huggingface_hub.upload_folder")
