@@ -85,7 +85,10 @@ class DebertaTokenizer(_ByteLevel, SlowTokenizer):
     ):
         settings = _settings(errors, add_prefix_space, add_bos_token, pair_template)
         self._vocab, merges = _read_tables(vocab_file, merges_file)
-        self._bytes = _byte_of_letter()
+        # In byte-level BPE a visible Latin-1 letter stands for its own byte, letters from 256 on for the other bytes.
+        letters = set(tokenizers_library().pre_tokenizers.ByteLevel.alphabet())
+        byte_of = [*range(256), *(byte for byte in range(256) if chr(byte) not in letters)]
+        self._bytes = {letter: bytes([byte_of[ord(letter)]]) for letter in letters}
         # Only its model and pre-tokenizer are used; SlowTokenizer finds the added tokens.
         self._tokenizer = byte_level_backend(self._vocab, merges, vocab_file)
         super().__init__(settings, mask_token=_mask(mask_token), **options)
@@ -140,7 +143,7 @@ class DebertaTokenizerFast(_ByteLevel, FastTokenizer):
         tokenizer_file: tokenizer.json; it takes precedence.
         errors: kept for the slow tokenizer.
         mask_token, add_bos_token: see ``DebertaTokenizer``.
-        add_prefix_space: put a space before a text that does not begin with one; needed for texts that come in words.
+        add_prefix_space: put a space before a text that does not begin with one; needed for lists of words.
         tokenizer_object: a ``tokenizers.Tokenizer`` to take instead.
         pair_template: see ``DebertaTokenizer``; None for that of ``tokenizer_file``.
         options: see ``TokenizerBase``.
@@ -264,10 +267,3 @@ def _pair_template(path: str | os.PathLike) -> list[str] | None:
         f"trained with {' '.join(trained)}, which pair_template={trained} gives"
     )
     return template
-
-
-def _byte_of_letter() -> dict[str, bytes]:
-    """Maps letters of byte-level BPE to bytes: visible Latin-1 letters to themselves, those from 256 on to the rest."""
-    letters = set(tokenizers_library().pre_tokenizers.ByteLevel.alphabet())
-    hidden = [byte for byte in range(256) if chr(byte) not in letters]
-    return {letter: bytes([ord(letter) if ord(letter) < 256 else hidden[ord(letter) - 256]]) for letter in letters}

@@ -92,7 +92,9 @@ class DebertaV2Tokenizer(SlowTokenizer):
     def _tokenize(self, text: str) -> list[str]:
         if not self.split_by_punct:
             return self.spm.encode(text, out_type=str)
-        return [piece for word in _split_by_punctuation(text) for piece in self.spm.encode(word, out_type=str)]
+        runs = [(marks, "".join(run)) for marks, run in groupby(text, _is_punctuation)]
+        words = [word for marks, run in runs for word in (run if marks else [run])]
+        return [piece for word in words for piece in self.spm.encode(word, out_type=str)]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Returns the text of tokens."""
@@ -100,7 +102,7 @@ class DebertaV2Tokenizer(SlowTokenizer):
         text, current, after_special = "", [], False
         for token in tokens:
             if token in special:
-                # As in transformers: a space before the text, none between the text and the special token.
+                # transformers puts a space before the text, and none between the text and the special token.
                 text += ("" if after_special else " ") + self.spm.decode_pieces(current) + token
                 current = []
             else:
@@ -125,7 +127,7 @@ class DebertaV2TokenizerFast(FastTokenizer):
         split_by_punct: make every punctuation mark a word of its own.
         add_prefix_space: put a space before a text that does not begin with one.
         tokenizer_object: a ``tokenizers.Tokenizer`` to take instead.
-        from_slow: build from ``vocab_file`` though there is a ``tokenizer_file``.
+        from_slow: build from ``vocab_file`` even if a ``tokenizer_file`` is given.
         sp_model_kwargs: kept for the slow tokenizer.
         unk_token, options: see ``TokenizerBase``.
 
@@ -213,7 +215,7 @@ def _settings(sp_model_kwargs: dict | None) -> dict:
 
 
 def _unknown(token: str | AddedToken | None) -> str | AddedToken | None:
-    # As in transformers: unlike the other special tokens, it is looked for in the normalized text.
+    # Unlike the other special tokens, it is looked for in the normalized text, as in transformers.
     return AddedToken(token, normalized=True, special=True) if isinstance(token, str) else token
 
 
@@ -244,14 +246,6 @@ def _load(tokenizer_file, vocab_file: str | None, do_lower_case: bool, split_by_
 
 def _state(part) -> bytes:
     return b"" if part is None else part.__getstate__()
-
-
-def _split_by_punctuation(text: str) -> list[str]:
-    words = []
-    for marks, letters in groupby(text, _is_punctuation):
-        letters = list(letters)
-        words += letters if marks else ["".join(letters)]
-    return words
 
 
 def _is_punctuation(char: str) -> bool:

@@ -88,10 +88,10 @@ class FastTokenizer(TokenizerBase):
             tokens = [token for token in tokens if token.content not in known]
         special = set(self.all_special_tokens)
         self._add_tokens([replace(token, special=token.special or token.content in special) for token in tokens])
-        own = {token.content: token for token in self.added_tokens_decoder.values()}
+        added = {token.content: token for token in self.added_tokens_decoder.values()}
         for name, token in self._special_tokens.items():
             if token is not None:
-                self._special_tokens[name] = own.get(token.content, token)
+                self._special_tokens[name] = added.get(token.content, token)
         for index, token in decoder.items():
             own = self._tokenizer.token_to_id(token.content)
             if own != index:
@@ -195,15 +195,6 @@ class FastTokenizer(TokenizerBase):
     def _reset_backend(self):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-
-    @property
-    def can_save_slow_tokenizer(self) -> bool:
-        """Whether the slow tokenizer's vocabulary is at hand."""
-        return True
-
-    def _saved_class(self) -> str:
-        name = type(self).__name__
-        return name.removesuffix("Fast") if self.can_save_slow_tokenizer else name
 
     def _save_backend(self, folder: Path, legacy_format: bool | None, filename_prefix: str | None) -> tuple[str, ...]:
         if legacy_format and not self.can_save_slow_tokenizer:

@@ -51,6 +51,8 @@ class Files:
 
     vocab_files_names: dict[str, str]
     is_fast: bool
+    # Whether the slow tokenizer's vocabulary is at hand.
+    can_save_slow_tokenizer = True
 
     @classmethod
     def from_pretrained(
@@ -211,6 +213,7 @@ class Files:
         return (*paths, str(path))
 
     def _config(self) -> dict:
+        name = type(self).__name__
         return {
             **dict.fromkeys(NAMES),  # tokens that are not set must stay so
             **{name: getattr(self, name, value) for name, value in self.init_kwargs.items()},
@@ -219,11 +222,8 @@ class Files:
             "clean_up_tokenization_spaces": self.clean_up_tokenization_spaces,
             "extra_special_tokens": {},
             "added_tokens_decoder": {str(index): asdict(token) for index, token in self.added_tokens_decoder.items()},
-            "tokenizer_class": self._saved_class(),
+            "tokenizer_class": name.removesuffix("Fast") if self.can_save_slow_tokenizer else name,
         }
-
-    def _saved_class(self) -> str:
-        return type(self).__name__
 
 
 def _content(token: dict | AddedToken | str | None) -> str:
