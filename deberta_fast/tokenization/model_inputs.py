@@ -161,7 +161,8 @@ class ModelInputs:
         second = count - first
         if first > lengths[0] or second > lengths[1]:
             hint = "" if both or pair_ids is None else "; another truncation could take some from the other text"
-            raise ValueError(f"cannot take {first} and {second} tokens from {lengths[0]} and {lengths[1]}{hint}")
+            source = f"texts of {lengths[0]} and {lengths[1]}" if both else f"a text of {lengths[second > 0]}"
+            raise ValueError(f"cannot take {count} tokens from {source}{hint}")
         ids, overflow = self._cut(ids, first, stride)
         if second:
             pair_ids, overflow = self._cut(pair_ids, second, stride)
