@@ -77,10 +77,10 @@ def unigram_backend(
                 raise ValueError(f"{path}: precompiled_charsmap cannot be read: {error}") from None
         normalizer = normalizers.Sequence([*steps, normalizers.Replace(tokenizers.Regex(" {2,}"), " ")])
         _try_normalizer(normalizer)
-        # sentencepiece itself must not meet a character map that tokenizers refuses: it might read beyond its end.
-        spm = sentencepiece_processor(path, content)
-        scores = [(spm.id_to_piece(index), spm.get_score(index)) for index in range(len(spm))]
-        unknown = scores[spm.unk_id()][0]
+        # Only now, since sentencepiece might read beyond the end of a damaged character map.
+        spm, pieces = load_sentencepiece(path, content, {})
+        scores = [(piece, spm.get_score(index)) for index, piece in enumerate(pieces)]
+        unknown = pieces[spm.unk_id()]
         if trainer.get(35):  # byte_fallback
             warnings.warn(
                 f"{path} has pieces for single bytes, which the fast tokenizer does not use: characters that have no "
@@ -90,7 +90,7 @@ def unigram_backend(
         if model_type == UNIGRAM:
             model = tokenizers.models.Unigram(scores, unk_id=spm.unk_id(), byte_fallback=False)
         elif model_type == BPE:
-            vocab = {piece: index for index, (piece, _) in enumerate(scores)}
+            vocab = {piece: index for index, piece in enumerate(pieces)}
             if sum(len(piece) ** 2 for piece in vocab) > _MOST_HALVES:
                 raise ValueError(f"{path}: its pieces are too long to find how they are merged (the slow one can)")
             model = tokenizers.models.BPE(vocab, _merges(vocab, dict(scores)), unk_token=unknown, fuse_unk=True)
@@ -102,7 +102,7 @@ def unigram_backend(
     backend.add_tokens(
         [
             tokenizers.AddedToken(piece, normalized=False, special=kind == CONTROL)
-            for (piece, _), kind in zip(scores, kinds)
+            for piece, kind in zip(pieces, kinds)
             if kind in (CONTROL, USER_DEFINED)
         ]
     )
@@ -180,23 +180,27 @@ def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, 
     return [(a, b) for _, a, b in merges]
 
 
-def sentencepiece_processor(path: str, content: bytes, settings: dict | None = None):
-    """Loads the model in ``content`` with sentencepiece. Raises ValueError if it is damaged or cut short."""
+def load_sentencepiece(path: str, content: bytes, settings: dict):
+    """Loads the model in ``content``. Raises ValueError, with ``path``, if it is damaged or cut short.
+
+    Returns:
+        The ``SentencePieceProcessor`` with these settings, and the pieces by id.
+    """
     import sentencepiece
 
-    processor = sentencepiece.SentencePieceProcessor(**(settings or {}))
+    processor = sentencepiece.SentencePieceProcessor(**settings)
     try:
         # sentencepiece accepts a file that is cut short after any piece.
         if not {1, 2, 3} <= {number for number, _ in message_fields(content)}:
             raise ValueError("it lacks pieces, trainer_spec or normalizer_spec")
         processor.LoadFromSerializedProto(content)
+        return processor, [processor.id_to_piece(index) for index in range(len(processor))]
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is not a model of sentencepiece's, or is damaged: {error}") from None
-    return processor
 
 
 def _read_model(path: str, content: bytes) -> tuple[list[int], dict, bytes]:
-    """Reads what sentencepiece does not tell: the types of the pieces, trainer_spec, and precompiled_charsmap.
+    """Reads the types of the pieces, trainer_spec and precompiled_charsmap, which sentencepiece does not expose.
 
     The file is a protobuf message (ModelProto). If a field occurs twice, the last one counts; messages are merged.
     """
@@ -205,7 +209,7 @@ def _read_model(path: str, content: bytes) -> tuple[list[int], dict, bytes]:
         kinds = [dict(message_fields(value)).get(3, 1) for number, value in fields if number == 1]
         specs = [b"".join(value for number, value in fields if number == part) for part in (2, 3)]
         trainer, normalizer = (dict(message_fields(spec)) for spec in specs)
-        return kinds, trainer, b"".join([normalizer.get(2, b"")])  # TypeError if it is no text
+        return kinds, trainer, b"".join([normalizer.get(2, b"")])  # TypeError if it is a number
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a model of sentencepiece's, or is damaged: {error}") from None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..checkpoint.hub import Source
 from ..checkpoint.replace import replace_file
-from .backends import load_backend, sentencepiece_processor, set_metaspace, tokenizers_library, unigram_backend
+from .backends import load_backend, load_sentencepiece, set_metaspace, tokenizers_library, unigram_backend
 from .fast import FastTokenizer
 from .files import TOKENIZER, existing, missing, path_in
 from .slow import SlowTokenizer
@@ -59,8 +59,8 @@ class DebertaV2Tokenizer(SlowTokenizer):
         super().__init__(settings, unk_token=_unknown(unk_token), **options)
 
     def _load(self, model: bytes, settings: dict):
-        self.spm = sentencepiece_processor(self.vocab_file, model, settings)
-        self._vocab = {self.spm.IdToPiece(index): index for index in range(self.spm.GetPieceSize())}
+        self.spm, pieces = load_sentencepiece(self.vocab_file, model, settings)
+        self._vocab = {piece: index for index, piece in enumerate(pieces)}
 
     def __getstate__(self) -> dict:
         state = {name: value for name, value in self.__dict__.items() if name not in ("spm", "_vocab")}
