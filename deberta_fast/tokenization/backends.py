@@ -41,11 +41,7 @@ def without_panics(what: str) -> Iterator[None]:
 
 
 def check_ids(what: str, vocab: dict) -> None:
-    """Checks that each token has an id of its own.
-
-    Raises:
-        ValueError: two tokens share an id, or an id is no integer; the message begins with ``what``.
-    """
+    """Raises ValueError, beginning with ``what``, if two tokens share an id or an id is no natural number."""
     tokens = {}
     for token, index in vocab.items():
         if type(index) is not int or index < 0:  # isinstance(True, int) holds
@@ -65,10 +61,7 @@ def unigram_backend(
 
     The backend has the model's control and user-defined symbols as added tokens, and no post-processor yet. It does not
     use pieces of bytes (byte_fallback): characters without a piece become the unknown token. A warning says so.
-
-    Raises:
-        ValueError: the file is no sentencepiece model, is cut short, or holds another type than unigram or BPE; it
-            has pieces that sentencepiece refuses, or a character map that tokenizers cannot use.
+    A damaged file, a model of another type, and a character map that tokenizers cannot use raise ValueError.
     """
     tokenizers = tokenizers_library()
     normalizers = tokenizers.normalizers
@@ -84,10 +77,10 @@ def unigram_backend(
                 raise ValueError(f"{path}: precompiled_charsmap cannot be read: {error}") from None
         normalizer = normalizers.Sequence([*steps, normalizers.Replace(tokenizers.Regex(" {2,}"), " ")])
         _try_normalizer(normalizer)
-        # sentencepiece itself must not meet a character map that tokenizers refuses: it might read beyond its end.
-        spm = sentencepiece_processor(path, content)
-        scores = [(spm.id_to_piece(index), spm.get_score(index)) for index in range(len(spm))]
-        unknown = scores[spm.unk_id()][0]
+        # Only now, since sentencepiece might read beyond the end of a damaged character map.
+        spm, pieces = load_sentencepiece(path, content, {})
+        scores = [(piece, spm.get_score(index)) for index, piece in enumerate(pieces)]
+        unknown = pieces[spm.unk_id()]
         if trainer.get(35):  # byte_fallback
             warnings.warn(
                 f"{path} has pieces for single bytes, which the fast tokenizer does not use: characters that have no "
@@ -97,7 +90,7 @@ def unigram_backend(
         if model_type == UNIGRAM:
             model = tokenizers.models.Unigram(scores, unk_id=spm.unk_id(), byte_fallback=False)
         elif model_type == BPE:
-            vocab = {piece: index for index, (piece, _) in enumerate(scores)}
+            vocab = {piece: index for index, piece in enumerate(pieces)}
             if sum(len(piece) ** 2 for piece in vocab) > _MOST_HALVES:
                 raise ValueError(f"{path}: its pieces are too long to find how they are merged (the slow one can)")
             model = tokenizers.models.BPE(vocab, _merges(vocab, dict(scores)), unk_token=unknown, fuse_unk=True)
@@ -109,7 +102,7 @@ def unigram_backend(
     backend.add_tokens(
         [
             tokenizers.AddedToken(piece, normalized=False, special=kind == CONTROL)
-            for (piece, _), kind in zip(scores, kinds)
+            for piece, kind in zip(pieces, kinds)
             if kind in (CONTROL, USER_DEFINED)
         ]
     )
@@ -132,10 +125,7 @@ def byte_level_backend(vocab: dict[str, int], merges: list[tuple[str, str]], nam
     Args:
         vocab: id of every piece, in the letters that stand for bytes.
         merges: pairs of pieces in the order in which they are merged.
-        name: what messages name.
-
-    Raises:
-        ValueError: a merge needs or makes a piece that is not in ``vocab``.
+        name: the name of the model in messages, such as ValueError for a merge whose pieces are not in ``vocab``.
     """
     tokenizers = tokenizers_library()
     with without_panics(f"{name}: vocab and merges"):
@@ -150,11 +140,7 @@ def byte_level_backend(vocab: dict[str, int], merges: list[tuple[str, str]], nam
 
 
 def load_backend(path: str | os.PathLike):
-    """Reads a tokenizer.json.
-
-    Raises:
-        ValueError: the installed ``tokenizers`` cannot read the file.
-    """
+    """Reads a tokenizer.json. Raises ValueError if the installed ``tokenizers`` cannot."""
     tokenizers = tokenizers_library()
     model = read_object(path).get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
@@ -194,37 +180,36 @@ def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, 
     return [(a, b) for _, a, b in merges]
 
 
-def sentencepiece_processor(path: str, content: bytes, settings: dict | None = None):
-    """Loads the model in ``content`` with sentencepiece.
+def load_sentencepiece(path: str, content: bytes, settings: dict):
+    """Loads the model in ``content``. Raises ValueError, with ``path``, if it is damaged or cut short.
 
-    Raises:
-        ValueError: it is damaged, or cut short; names ``path``.
+    Returns:
+        The ``SentencePieceProcessor`` with these settings, and the pieces by id.
     """
     import sentencepiece
 
-    processor = sentencepiece.SentencePieceProcessor(**(settings or {}))
+    processor = sentencepiece.SentencePieceProcessor(**settings)
     try:
         # sentencepiece accepts a file that is cut short after any piece.
         if not {1, 2, 3} <= {number for number, _ in message_fields(content)}:
             raise ValueError("it lacks pieces, trainer_spec or normalizer_spec")
         processor.LoadFromSerializedProto(content)
+        return processor, [processor.id_to_piece(index) for index in range(len(processor))]
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is not a model of sentencepiece's, or is damaged: {error}") from None
-    return processor
 
 
 def _read_model(path: str, content: bytes) -> tuple[list[int], dict, bytes]:
-    """Reads what sentencepiece does not tell: the types of the pieces, trainer_spec, and precompiled_charsmap.
+    """Reads the types of the pieces, trainer_spec and precompiled_charsmap, which sentencepiece does not expose.
 
     The file is a protobuf message (ModelProto). If a field occurs twice, the last one counts; messages are merged.
     """
     try:
         fields = list(message_fields(content))
         kinds = [dict(message_fields(value)).get(3, 1) for number, value in fields if number == 1]
-        trainer, normalizer = (
-            dict(message_fields(b"".join(value for number, value in fields if number == part))) for part in (2, 3)
-        )
-        return kinds, trainer, bytes(memoryview(normalizer.get(2, b"")))
+        specs = [b"".join(value for number, value in fields if number == part) for part in (2, 3)]
+        trainer, normalizer = (dict(message_fields(spec)) for spec in specs)
+        return kinds, trainer, b"".join([normalizer.get(2, b"")])  # TypeError if it is a number
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a model of sentencepiece's, or is damaged: {error}") from None
 

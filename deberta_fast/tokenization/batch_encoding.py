@@ -138,14 +138,11 @@ class BatchEncoding(UserDict):
         return found if span is None or found is None else span(*found)
 
     def convert_to_tensors(self, tensor_type: str | None = None, prepend_batch_axis: bool = False) -> "BatchEncoding":
-        """Converts the items to tensors, in place.
+        """Converts the items to tensors, in place. Raises ValueError if rows differ in length.
 
         Args:
-            tensor_type: "pt", "np", or None to change nothing.
+            tensor_type: "pt", "np", or None to change nothing. Others raise ValueError.
             prepend_batch_axis: add a batch axis of one row.
-
-        Raises:
-            ValueError: ``tensor_type`` is another one, or rows differ in length.
         """
         tensor_type = getattr(tensor_type, "value", tensor_type)  # transformers has an enumeration of them
         if tensor_type is None:

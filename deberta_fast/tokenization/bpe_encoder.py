@@ -1,4 +1,4 @@
-"""bpe_encoder.bin, Microsoft's file of DeBERTa v1's tokenizer, read without running any code that it may carry."""
+"""Reads bpe_encoder.bin, Microsoft's tokenizer file of DeBERTa v1, and runs no code that it may carry."""
 
 import io
 import os
@@ -6,7 +6,7 @@ import pickle
 import zipfile
 from collections import OrderedDict
 
-# How torch.save begins its older format: this number, the format's version, facts on the machine, then the object.
+# The older format of torch.save is four pickles: this number, the format's version, facts on the machine, the object.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 KEYS = ("dict_map", "vocab", "encoder")
 FIRST = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
@@ -14,31 +14,27 @@ MASK = "[MASK]"
 
 
 def read_bpe_encoder(path: str | os.PathLike) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Ids and merges of bpe_encoder.bin.
+    """Reads the id of every piece, and the merges in their order.
 
     The file holds a dict: ``encoder`` gives GPT-2's id of every piece, ``vocab`` the merges, and ``dict_map`` lists
-    GPT-2's ids, as text, in the order of DeBERTa's own, which begin behind [PAD] 0, [CLS] 1, [SEP] 2, [UNK] 3 and end
+    GPT-2's ids, as text, in the order of DeBERTa's own. These begin with [PAD] 0, [CLS] 1, [SEP] 2, [UNK] 3 and end
     with [MASK]. Words of ``dict_map`` that are no such id (fillers) stand for themselves.
 
-    Returns:
-        DeBERTa's id of every piece, and the merges, first the one to do first.
-
-    Raises:
-        ValueError: the file is not of that kind, is damaged, or asks for anything but plain data.
+    A damaged file, and one that asks for anything except plain data, raises ValueError.
     """
     name = os.fspath(path)
     with open(path, "rb") as file:
         content = file.read()
     try:
         return _tables(_load(content))
-    except Exception as error:  # damaged pickles raise anything: KeyError, IndexError, AttributeError, ...
+    except Exception as error:  # damaged pickles raise many classes: KeyError, IndexError, AttributeError, ...
         reason = f"{error}" if isinstance(error, ValueError | pickle.UnpicklingError) else repr(error)
         raise ValueError(f"{name} is not a bpe_encoder.bin, or is damaged: {reason}") from error
 
 
-# The Python one: the other allocates as much memory as a forged index asks for.
+# The unpickler in C allocates as much memory as a forged index asks for; the one in Python does not.
 class _PlainUnpickler(pickle._Unpickler):
-    """Makes containers, text and numbers, and nothing else."""
+    """Makes only containers, text and numbers."""
 
     def find_class(self, module, name):
         if (module, name) == ("collections", "OrderedDict"):
@@ -55,7 +51,7 @@ def _load(content: bytes):
             names = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
             if len(names) != 1:
                 raise ValueError(f"expected one data.pkl in it, got {len(names)}")
-            # torch.save does not compress, so that what is read is no larger than the file.
+            # torch.save does not compress; stored data is no larger than the file.
             if archive.getinfo(names[0]).compress_type != zipfile.ZIP_STORED:
                 raise ValueError("its data.pkl is compressed")
             return _PlainUnpickler(io.BytesIO(archive.read(names[0]))).load()
@@ -69,15 +65,13 @@ def _load(content: bytes):
 
 def _tables(content) -> tuple[dict[str, int], list[tuple[str, str]]]:
     if not isinstance(content, dict) or not all(key in content for key in KEYS):
-        found = (
-            [key for key in content if isinstance(key, str)] if isinstance(content, dict) else type(content).__name__
-        )
+        found = [x for x in content if isinstance(x, str)] if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"expected a dict with {', '.join(KEYS)}, got {found}")
     dict_map, merges, encoder = (content[key] for key in KEYS)
     if not isinstance(encoder, dict):
         raise ValueError(f"expected encoder to be a dict, got {type(encoder).__name__}")
     _check_rows("encoder", list(encoder.items()), (str, int))
-    _check_rows("dict_map", dict_map, (str, int))  # the second is a count, which nothing needs
+    _check_rows("dict_map", dict_map, (str, int))  # the second item, a count, is not used
     _check_rows("vocab", merges, (str, str))
 
     pieces = {str(i): piece for piece, i in encoder.items()}

@@ -44,15 +44,11 @@ class _ByteLevel:
         return files if template is None else {**files, "pair_template": template}
 
     def save_vocabulary(self, save_directory: str | os.PathLike, filename_prefix: str | None = None) -> tuple[str, ...]:
-        """Writes vocab.json and merges.txt into a folder that exists.
-
-        Returns:
-            Their paths.
-        """
+        """Writes vocab.json and merges.txt into a folder that exists; returns their paths."""
         paths = [path_in(save_directory, filename_prefix, name) for name in (VOCAB, MERGES)]
-        model = json.loads(self._tokenizer.to_str())["model"]
-        write_json(paths[0], model["vocab"])
-        lines = ["#version: 0.2", *(" ".join(pair) for pair in _pairs(model["merges"])), ""]
+        vocab, merges = _tables(self._tokenizer)
+        write_json(paths[0], vocab)
+        lines = ["#version: 0.2", *map(" ".join, merges), ""]
         replace_file(paths[1], "\n".join(lines).encode())
         return tuple(map(str, paths))
 
@@ -71,9 +67,7 @@ class DebertaTokenizer(_ByteLevel, SlowTokenizer):
         add_bos_token: has no effect, as in transformers.
         options: see ``TokenizerBase``.
 
-    Raises:
-        FileNotFoundError: a file does not exist.
-        ValueError: a file is damaged.
+    Raises FileNotFoundError if a file does not exist, ValueError if it is damaged.
     """
 
     vocab_files_names = {"vocab_file": VOCAB, "merges_file": MERGES}
@@ -91,7 +85,10 @@ class DebertaTokenizer(_ByteLevel, SlowTokenizer):
     ):
         settings = _settings(errors, add_prefix_space, add_bos_token, pair_template)
         self._vocab, merges = _read_tables(vocab_file, merges_file)
-        self._bytes = _byte_of_letter()
+        # In byte-level BPE a visible Latin-1 letter stands for its own byte, letters from 256 on for the other bytes.
+        letters = set(tokenizers_library().pre_tokenizers.ByteLevel.alphabet())
+        byte_of = [*range(256), *(byte for byte in range(256) if chr(byte) not in letters)]
+        self._bytes = {letter: bytes([byte_of[ord(letter)]]) for letter in letters}
         # Only its model and pre-tokenizer are used; SlowTokenizer finds the added tokens.
         self._tokenizer = byte_level_backend(self._vocab, merges, vocab_file)
         super().__init__(settings, mask_token=_mask(mask_token), **options)
@@ -146,14 +143,12 @@ class DebertaTokenizerFast(_ByteLevel, FastTokenizer):
         tokenizer_file: tokenizer.json; it takes precedence.
         errors: kept for the slow tokenizer.
         mask_token, add_bos_token: see ``DebertaTokenizer``.
-        add_prefix_space: put a space before a text that does not begin with one; needed for texts that come in words.
+        add_prefix_space: put a space before a text that does not begin with one; needed for lists of words.
         tokenizer_object: a ``tokenizers.Tokenizer`` to take instead.
         pair_template: see ``DebertaTokenizer``; None for that of ``tokenizer_file``.
         options: see ``TokenizerBase``.
 
-    Raises:
-        FileNotFoundError: a file does not exist.
-        ValueError: a file is damaged, or there is none.
+    Raises FileNotFoundError if a file does not exist, ValueError if it is damaged or none is given.
     """
 
     vocab_files_names = {"vocab_file": VOCAB, "merges_file": MERGES, "tokenizer_file": TOKENIZER}
@@ -176,10 +171,8 @@ class DebertaTokenizerFast(_ByteLevel, FastTokenizer):
         if tokenizer_object is not None:
             backend = tokenizers.Tokenizer.from_str(tokenizer_object.to_str())
         elif tokenizer_file is not None:
-            backend = load_backend(existing(tokenizer_file))
+            backend = _load(existing(tokenizer_file))
             pair_template = pair_template or _pair_template(tokenizer_file)
-            if not isinstance(backend.model, tokenizers.models.BPE):
-                raise ValueError(f"{tokenizer_file}: expected a BPE model, got {type(backend.model).__name__}")
         elif vocab_file is not None:
             mask_token = _mask(mask_token)
             backend = byte_level_backend(*_read_tables(vocab_file, merges_file), vocab_file)
@@ -214,6 +207,21 @@ def _settings(errors: str, add_prefix_space: bool, add_bos_token: bool, pair_tem
     return {**settings, "pair_template": parts}
 
 
+def _load(path: str | os.PathLike):
+    """Reads the backend of a tokenizer.json."""
+    backend = load_backend(path)
+    if not isinstance(backend.model, tokenizers_library().models.BPE):
+        raise ValueError(f"{os.fspath(path)}: expected a BPE model, got {type(backend.model).__name__}")
+    return backend
+
+
+def _tables(backend) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Returns the ids of the pieces and the merges in their order."""
+    model = json.loads(backend.to_str())["model"]
+    # tokenizers before 0.20 writes both pieces of a merge as one text.
+    return model["vocab"], [tuple(x.split(" ")) if isinstance(x, str) else tuple(x) for x in model["merges"]]
+
+
 def _read_tables(vocab_file, merges_file) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Reads the ids of the pieces and the merges in their order."""
     path = Path(existing(vocab_file))
@@ -221,13 +229,7 @@ def _read_tables(vocab_file, merges_file) -> tuple[dict[str, int], list[tuple[st
         return read_bpe_encoder(path)
     vocab = read_object(path)
     if isinstance(vocab.get("model"), dict):  # tokenizer.json
-        if vocab["model"].get("type") != "BPE":
-            raise ValueError(f"{path}: expected a BPE model, got {vocab['model'].get('type')}")
-        model = {"vocab": {}, "merges": [], **vocab["model"]}
-        if not isinstance(model["vocab"], dict) or not isinstance(model["merges"], list):
-            raise ValueError(f"{path}: expected a BPE model with an object vocab and a list merges")
-        check_ids(str(path), model["vocab"])
-        return model["vocab"], _pairs(model["merges"])
+        return _tables(_load(path))
     check_ids(str(path), vocab)
     if merges_file is None:
         raise ValueError(f"{path.name} needs a merges_file ({MERGES}) too")
@@ -243,11 +245,6 @@ def _read_tables(vocab_file, merges_file) -> tuple[dict[str, int], list[tuple[st
             if len(merges[-1]) != 2:
                 raise ValueError(f"{merges_file}, line {number}: expected two pieces, got {line!r}")
     return vocab, merges
-
-
-def _pairs(merges: list) -> list[tuple[str, str]]:
-    # tokenizers before 0.20 writes both pieces as one text.
-    return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
 
 
 def _mask(token: str | AddedToken | None) -> AddedToken | None:
@@ -270,10 +267,3 @@ def _pair_template(path: str | os.PathLike) -> list[str] | None:
         f"trained with {' '.join(trained)}, which pair_template={trained} gives"
     )
     return template
-
-
-def _byte_of_letter() -> dict[str, bytes]:
-    """Maps letters of byte-level BPE to bytes: visible Latin-1 letters to themselves, those from 256 on to the rest."""
-    letters = set(tokenizers_library().pre_tokenizers.ByteLevel.alphabet())
-    hidden = [byte for byte in range(256) if chr(byte) not in letters]
-    return {letter: bytes([ord(letter) if ord(letter) < 256 else hidden[ord(letter) - 256]]) for letter in letters}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..checkpoint.hub import Source
 from ..checkpoint.replace import replace_file
-from .backends import load_backend, sentencepiece_processor, set_metaspace, tokenizers_library, unigram_backend
+from .backends import load_backend, load_sentencepiece, set_metaspace, tokenizers_library, unigram_backend
 from .fast import FastTokenizer
 from .files import TOKENIZER, existing, missing, path_in
 from .slow import SlowTokenizer
@@ -34,9 +34,7 @@ class DebertaV2Tokenizer(SlowTokenizer):
             ``nbest_size`` and ``alpha``.
         unk_token, options: see ``TokenizerBase``.
 
-    Raises:
-        FileNotFoundError: there is no ``vocab_file``.
-        ValueError: it is damaged.
+    Raises FileNotFoundError if there is no ``vocab_file``, ValueError if it is damaged.
     """
 
     vocab_files_names = {"vocab_file": SPM}
@@ -61,8 +59,8 @@ class DebertaV2Tokenizer(SlowTokenizer):
         super().__init__(settings, unk_token=_unknown(unk_token), **options)
 
     def _load(self, model: bytes, settings: dict):
-        self.spm = sentencepiece_processor(self.vocab_file, model, settings)
-        self._vocab = {self.spm.IdToPiece(index): index for index in range(self.spm.GetPieceSize())}
+        self.spm, pieces = load_sentencepiece(self.vocab_file, model, settings)
+        self._vocab = {piece: index for index, piece in enumerate(pieces)}
 
     def __getstate__(self) -> dict:
         state = {name: value for name, value in self.__dict__.items() if name not in ("spm", "_vocab")}
@@ -94,7 +92,9 @@ class DebertaV2Tokenizer(SlowTokenizer):
     def _tokenize(self, text: str) -> list[str]:
         if not self.split_by_punct:
             return self.spm.encode(text, out_type=str)
-        return [piece for word in _split_by_punctuation(text) for piece in self.spm.encode(word, out_type=str)]
+        runs = [(marks, "".join(run)) for marks, run in groupby(text, _is_punctuation)]
+        words = [word for marks, run in runs for word in (run if marks else [run])]
+        return [piece for word in words for piece in self.spm.encode(word, out_type=str)]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Returns the text of tokens."""
@@ -102,7 +102,7 @@ class DebertaV2Tokenizer(SlowTokenizer):
         text, current, after_special = "", [], False
         for token in tokens:
             if token in special:
-                # As in transformers: a space before the text, none between the text and the special token.
+                # transformers puts a space before the text, and none between the text and the special token.
                 text += ("" if after_special else " ") + self.spm.decode_pieces(current) + token
                 current = []
             else:
@@ -111,11 +111,7 @@ class DebertaV2Tokenizer(SlowTokenizer):
         return (text + self.spm.decode_pieces(current)).strip()
 
     def save_vocabulary(self, save_directory: str | os.PathLike, filename_prefix: str | None = None) -> tuple[str, ...]:
-        """Writes spm.model into a folder that exists.
-
-        Returns:
-            Its path.
-        """
+        """Writes spm.model into a folder that exists; returns its path."""
         path = path_in(save_directory, filename_prefix, SPM)
         replace_file(path, self.spm.serialized_model_proto())
         return (str(path),)
@@ -131,13 +127,11 @@ class DebertaV2TokenizerFast(FastTokenizer):
         split_by_punct: make every punctuation mark a word of its own.
         add_prefix_space: put a space before a text that does not begin with one.
         tokenizer_object: a ``tokenizers.Tokenizer`` to take instead.
-        from_slow: build from ``vocab_file`` though there is a ``tokenizer_file``.
+        from_slow: build from ``vocab_file`` even if a ``tokenizer_file`` is given.
         sp_model_kwargs: kept for the slow tokenizer.
         unk_token, options: see ``TokenizerBase``.
 
-    Raises:
-        FileNotFoundError: a file does not exist.
-        ValueError: a file is damaged, or there is none.
+    Raises FileNotFoundError if a file does not exist, ValueError if it is damaged or none is given.
     """
 
     vocab_files_names = {"vocab_file": SPM, "tokenizer_file": TOKENIZER}
@@ -192,14 +186,7 @@ class DebertaV2TokenizerFast(FastTokenizer):
         return self.vocab_file is not None and os.path.isfile(self.vocab_file)
 
     def save_vocabulary(self, save_directory: str | os.PathLike, filename_prefix: str | None = None) -> tuple[str, ...]:
-        """Copies spm.model into a folder that exists.
-
-        Returns:
-            Its path.
-
-        Raises:
-            ValueError: the tokenizer was made from tokenizer.json only, or the file is gone.
-        """
+        """Copies spm.model into a folder that exists; returns its path. Raises ValueError if there is no spm.model."""
         if not self.can_save_slow_tokenizer:
             raise ValueError(
                 f"there is no {SPM} to copy: the tokenizer was made from {self.vocab_file or 'other files'}"
@@ -228,7 +215,7 @@ def _settings(sp_model_kwargs: dict | None) -> dict:
 
 
 def _unknown(token: str | AddedToken | None) -> str | AddedToken | None:
-    # As in transformers: unlike the other special tokens, it is looked for in the normalized text.
+    # Unlike the other special tokens, it is looked for in the normalized text, as in transformers.
     return AddedToken(token, normalized=True, special=True) if isinstance(token, str) else token
 
 
@@ -259,14 +246,6 @@ def _load(tokenizer_file, vocab_file: str | None, do_lower_case: bool, split_by_
 
 def _state(part) -> bytes:
     return b"" if part is None else part.__getstate__()
-
-
-def _split_by_punctuation(text: str) -> list[str]:
-    words = []
-    for marks, letters in groupby(text, _is_punctuation):
-        letters = list(letters)
-        words += letters if marks else ["".join(letters)]
-    return words
 
 
 def _is_punctuation(char: str) -> bool:

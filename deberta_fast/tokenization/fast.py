@@ -88,10 +88,10 @@ class FastTokenizer(TokenizerBase):
             tokens = [token for token in tokens if token.content not in known]
         special = set(self.all_special_tokens)
         self._add_tokens([replace(token, special=token.special or token.content in special) for token in tokens])
-        own = {token.content: token for token in self.added_tokens_decoder.values()}
+        added = {token.content: token for token in self.added_tokens_decoder.values()}
         for name, token in self._special_tokens.items():
             if token is not None:
-                self._special_tokens[name] = own.get(token.content, token)
+                self._special_tokens[name] = added.get(token.content, token)
         for index, token in decoder.items():
             own = self._tokenizer.token_to_id(token.content)
             if own != index:
@@ -159,12 +159,28 @@ class FastTokenizer(TokenizerBase):
                 raise ValueError(
                     f"stride is {options.stride}: max_length leaves room for {room} tokens, which must be more"
                 )
-        split = options.split_special_tokens
+        backend, split = self._tokenizer, options.split_special_tokens
         with self._lock, self._without_panics():
-            self._set_backend(options)
-            self._tokenizer.encode_special_tokens = self.split_special_tokens if split is None else split
+            self._reset_backend()
+            if options.truncation != "do_not_truncate":
+                backend.enable_truncation(
+                    max_length=min(int(options.max_length), sys.maxsize),
+                    stride=int(options.stride),
+                    strategy=options.truncation,
+                    direction=self.truncation_side,
+                )
+            if options.padding != "do_not_pad":
+                backend.enable_padding(
+                    length=int(options.max_length) if options.padding == "max_length" else None,
+                    direction=options.padding_side or self.padding_side,
+                    pad_id=self.pad_token_id,
+                    pad_token=self.pad_token,
+                    pad_type_id=self.pad_token_type_id,
+                    pad_to_multiple_of=options.pad_to_multiple_of,
+                )
+            backend.encode_special_tokens = self.split_special_tokens if split is None else split
             try:
-                return self._tokenizer.encode_batch(
+                return backend.encode_batch(
                     inputs, is_pretokenized=options.is_split_into_words, add_special_tokens=options.add_special_tokens
                 )
             except BaseException as error:  # a PanicException too
@@ -176,55 +192,23 @@ class FastTokenizer(TokenizerBase):
                     raise
         raise ValueError(f"truncation={options.truncation!r} to max_length={options.max_length}: {why}")
 
-    def _set_backend(self, options: Options):
-        self._reset_backend()
-        if options.truncation != "do_not_truncate":
-            self._tokenizer.enable_truncation(
-                max_length=min(int(options.max_length), sys.maxsize),
-                stride=int(options.stride),
-                strategy=options.truncation,
-                direction=self.truncation_side,
-            )
-        if options.padding != "do_not_pad":
-            self._tokenizer.enable_padding(
-                length=int(options.max_length) if options.padding == "max_length" else None,
-                direction=options.padding_side or self.padding_side,
-                pad_id=self.pad_token_id,
-                pad_token=self.pad_token,
-                pad_type_id=self.pad_token_type_id,
-                pad_to_multiple_of=options.pad_to_multiple_of,
-            )
-
     def _reset_backend(self):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
-    @property
-    def can_save_slow_tokenizer(self) -> bool:
-        """Whether the slow tokenizer's vocabulary is at hand."""
-        return True
-
-    def _saved_class(self) -> str:
-        name = type(self).__name__
-        return name.removesuffix("Fast") if self.can_save_slow_tokenizer else name
-
     def _save_backend(self, folder: Path, legacy_format: bool | None, filename_prefix: str | None) -> tuple[str, ...]:
-        paths = ()
         if legacy_format and not self.can_save_slow_tokenizer:
             raise ValueError("legacy_format=True needs the vocabulary of the slow tokenizer, which is not there")
+        paths = ()
         if legacy_format is not False and self.can_save_slow_tokenizer:
             paths = super()._save_backend(folder, None, filename_prefix)
-        if not legacy_format:
-            path = path_in(folder, filename_prefix, TOKENIZER)
-            with self._lock:
-                self._reset_backend()
-                replace_file(path, self._tokenizer.to_str(pretty=True).encode())
-            paths = (*paths, str(path))
-        return paths
-
-    @classmethod
-    def _tokens_of_backend_file(cls, source) -> dict[int, AddedToken]:
-        return {}  # the backend already has them
+        if legacy_format:
+            return paths
+        path = path_in(folder, filename_prefix, TOKENIZER)
+        with self._lock:
+            self._reset_backend()
+            replace_file(path, self._tokenizer.to_str(pretty=True).encode())
+        return (*paths, str(path))
 
     def train_new_from_iterator(
         self,

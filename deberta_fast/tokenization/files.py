@@ -51,6 +51,8 @@ class Files:
 
     vocab_files_names: dict[str, str]
     is_fast: bool
+    # Whether the slow tokenizer's vocabulary is at hand.
+    can_save_slow_tokenizer = True
 
     @classmethod
     def from_pretrained(
@@ -157,8 +159,8 @@ class Files:
 
     @classmethod
     def _tokens_of_backend_file(cls, source: Source) -> dict[int, AddedToken]:
-        """Reads the added tokens of tokenizer.json, for tokenizers that do not load that file as a whole."""
-        path = source.file(TOKENIZER)
+        """Reads the added tokens of tokenizer.json, for slow tokenizers; fast ones load that file as a whole."""
+        path = None if cls.is_fast else source.file(TOKENIZER)
         if path is None:
             return {}
         return {token["id"]: as_added_token(token) for token in read_object(path).get("added_tokens", ())}
@@ -174,17 +176,14 @@ class Files:
         """Writes all files of the tokenizer; ``from_pretrained`` and transformers read them.
 
         Args:
-            save_directory: is made if it does not exist.
+            save_directory: is made if it does not exist. NotADirectoryError if it is a file.
             legacy_format: for a fast tokenizer, True: without tokenizer.json; False: without the slow one's vocabulary.
+                ValueError if the tokenizer cannot.
             filename_prefix: the names of the files begin with it and "-".
-            push_to_hub: must be False; huggingface_hub uploads folders.
+            push_to_hub: must be False, otherwise ValueError; huggingface_hub uploads folders.
 
         Returns:
             The paths of the files.
-
-        Raises:
-            NotADirectoryError: ``save_directory`` is a file.
-            ValueError: ``legacy_format`` is impossible for this tokenizer, or ``push_to_hub`` is True.
         """
         if push_to_hub:
             raise ValueError("push_to_hub is not supported: save, and call huggingface_hub.upload_folder")
@@ -214,6 +213,7 @@ class Files:
         return (*paths, str(path))
 
     def _config(self) -> dict:
+        name = type(self).__name__
         return {
             **dict.fromkeys(NAMES),  # tokens that are not set must stay so
             **{name: getattr(self, name, value) for name, value in self.init_kwargs.items()},
@@ -222,11 +222,8 @@ class Files:
             "clean_up_tokenization_spaces": self.clean_up_tokenization_spaces,
             "extra_special_tokens": {},
             "added_tokens_decoder": {str(index): asdict(token) for index, token in self.added_tokens_decoder.items()},
-            "tokenizer_class": self._saved_class(),
+            "tokenizer_class": name.removesuffix("Fast") if self.can_save_slow_tokenizer else name,
         }
-
-    def _saved_class(self) -> str:
-        return type(self).__name__
 
 
 def _content(token: dict | AddedToken | str | None) -> str:

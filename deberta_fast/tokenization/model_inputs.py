@@ -118,10 +118,7 @@ class ModelInputs:
         Args:
             ids, pair_ids: ids without special tokens.
             prepend_batch_axis: make tensors with one row, if ``return_tensors`` is given.
-            add_special_tokens, options: see ``__call__``.
-
-        Raises:
-            ValueError: options do not fit together, or ``max_length`` leaves no room.
+            add_special_tokens, options: see ``__call__``, which raises the same errors.
         """
         options = make_options({"add_special_tokens": add_special_tokens, **options})
         options = self._resolve(options, pair_ids is not None)
@@ -136,7 +133,7 @@ class ModelInputs:
         truncation_strategy: str = "longest_first",
         stride: int = 0,
     ) -> tuple[list[int], list[int] | None, list[int]]:
-        """Removes tokens at ``truncation_side``.
+        """Removes tokens at ``truncation_side``. Raises ValueError if there are too few.
 
         Args:
             ids, pair_ids: ids of one or two texts.
@@ -147,9 +144,6 @@ class ModelInputs:
 
         Returns:
             The remaining ids of both texts, and the removed ones: none for two texts and "longest_first".
-
-        Raises:
-            ValueError: there are too few tokens.
         """
         strategy = check_choice("truncation_strategy", truncation_strategy, TRUNCATIONS)
         count = num_tokens_to_remove
@@ -166,10 +160,9 @@ class ModelInputs:
             first = 0 if strategy == "only_second" else count
         second = count - first
         if first > lengths[0] or second > lengths[1]:
-            if both:
-                raise ValueError(f"cannot take {count} tokens from texts of {lengths[0]} and {lengths[1]}")
-            hint = "; another truncation could take some from the other text" if pair_ids is not None else ""
-            raise ValueError(f"cannot take {count} tokens from a text of {lengths[second > 0]}{hint}")
+            hint = "" if both or pair_ids is None else "; another truncation could take some from the other text"
+            source = f"texts of {lengths[0]} and {lengths[1]}" if both else f"a text of {lengths[second > 0]}"
+            raise ValueError(f"cannot take {count} tokens from {source}{hint}")
         ids, overflow = self._cut(ids, first, stride)
         if second:
             pair_ids, overflow = self._cut(pair_ids, second, stride)

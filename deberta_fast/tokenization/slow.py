@@ -70,12 +70,8 @@ class SlowTokenizer(TokenizerBase):
         return self._added[index].content if index in self._added else self._base_id_to_token(index)
 
     def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **options) -> list[str]:
-        """Returns the tokens of a text, or of two texts in a row, as text.
-
-        Args:
-            add_special_tokens: add [CLS] and [SEP].
-            options: is_split_into_words, split_special_tokens, add_prefix_space: see ``__call__``.
-        """
+        """Returns the tokens of a text, or of two texts in a row, as text. ``options`` are is_split_into_words,
+        split_special_tokens and add_prefix_space: see ``__call__``."""
         options = make_options(options)
         texts = {"$A": text} if pair is None else {"$A": text, "$B": pair}
         for name, value in zip(("text", "pair"), texts.values()):
@@ -141,8 +137,8 @@ class SlowTokenizer(TokenizerBase):
             raise NotImplementedError("return_offsets_mapping needs a fast tokenizer")
         rows = []
         for first, second in examples:
-            second = None if second is None else self._ids(second, options)
-            rows.append(self._row(self._ids(first, options), second, options))
+            ids = self._ids(first, options)
+            rows.append(self._row(ids, None if second is None else self._ids(second, options), options))
         return self._finish(rows, options, single, prepend_batch_axis=single)
 
     def _decode(self, ids: list[int], skip_special_tokens: bool, spaces_between_special_tokens: bool) -> str:

@@ -6,7 +6,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class AddedToken:
     """A token that is found in the text before the model splits the rest.
 
@@ -32,10 +32,6 @@ class AddedToken:
 
     def __str__(self) -> str:
         return self.content
-
-    def __repr__(self) -> str:
-        flags = ("rstrip", "lstrip", "single_word", "normalized", "special")
-        return f'AddedToken("{self.content}", {", ".join(f"{flag}={getattr(self, flag)}" for flag in flags)})'
 
 
 def as_added_token(token, **flags) -> AddedToken:
@@ -145,18 +141,12 @@ class SpecialTokens:
         return self.convert_tokens_to_ids(self.all_special_tokens)
 
     def add_special_tokens(self, special_tokens_dict: Mapping, replace_additional_special_tokens: bool = True) -> int:
-        """Names special tokens, and adds those that the vocabulary lacks.
+        """Names special tokens, and adds those that the vocabulary lacks; see ``add_tokens``.
 
         Args:
             special_tokens_dict: tokens by name ("pad_token", ...); a list of them for "additional_special_tokens".
+                Another name raises ValueError.
             replace_additional_special_tokens: the earlier additional tokens are no longer special.
-
-        Returns:
-            The number of tokens that the vocabulary gained; a model needs embeddings of ``len(tokenizer)`` rows.
-
-        Raises:
-            ValueError: a name is not that of a special token.
-            TypeError: a token is neither text nor ``AddedToken``.
         """
         tokens = []
         for name, value in special_tokens_dict.items():
@@ -178,15 +168,11 @@ class SpecialTokens:
     def add_tokens(self, new_tokens, special_tokens: bool = False) -> int:
         """Adds tokens after the last id of the vocabulary. Tokens that it already has are never split from now on.
 
+        Returns how many the vocabulary gained; a model needs embeddings of ``len(tokenizer)`` rows.
+
         Args:
-            new_tokens: text or ``AddedToken``, one or a list of them.
+            new_tokens: text or ``AddedToken``, one or a list of them. Others raise TypeError.
             special_tokens: the tokens are special.
-
-        Returns:
-            The number of tokens that the vocabulary gained; a model needs embeddings of ``len(tokenizer)`` rows.
-
-        Raises:
-            TypeError: a token is neither text nor ``AddedToken``.
         """
         if not isinstance(new_tokens, list | tuple):
             new_tokens = [new_tokens] if new_tokens else []
