@@ -105,6 +105,8 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+	$(BIN)/mypy
+	$(BIN)/mypy --strict tests/typed_use.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -113,5 +115,5 @@ format: $(READY)
 
 # Keeps $(VENV): it takes minutes to make
 clean:
-	rm -rf build dist deberta_fast/_C.*so demo-output *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist deberta_fast/_C.*so demo-output *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,14 +1,14 @@
-"""Builds ``deberta_fast._C``, the C++ and CUDA of the compiled backends; the rest of packaging is in pyproject.toml.
+"""Builds ``deberta_fast._C``, the C++ and CUDA code of the compiled backends. pyproject.toml holds all other packaging.
 
-The host code of csrc/cpu (HOST below) is compiled once, on torch's stable ABI and Python's; its other files once for
-each instruction set, among which the extension chooses when it runs. Where there is an nvcc, with or without a GPU, the
-same extension gets csrc/cuda/*.cu; it loads on machines without CUDA. What cannot be built, the CUDA kernels or all of
-the extension, is left out, and one line says why.
+The host code of csrc/cpu (HOST below) is compiled once, against the stable ABIs of torch and Python. The other files of
+csrc/cpu are compiled once per instruction set, and the extension selects one at run time. If nvcc is installed, with or
+without a GPU, csrc/cuda becomes part of the same extension, which loads on machines without CUDA too. If the CUDA
+kernels or the whole extension cannot be built, they are left out and one line says why.
 
-Environment: DEBERTA_FAST_CPU=0 leaves the extension out, 1 makes it an error that it cannot be built;
-DEBERTA_FAST_CUDA=0 or 1, the same for the CUDA kernels in it; CUDA_HOME, where nvcc is looked for first, then on PATH
-and in /usr/local/cuda; TORCH_CUDA_ARCH_LIST, of which what is below 8.0 is left out, by default "8.0 8.6 8.9 9.0
-10.0 12.0+PTX" as far as the nvcc knows them; CXX, CXXFLAGS, LDFLAGS and MAX_JOBS as everywhere.
+Environment variables: DEBERTA_FAST_CPU=0 leaves the extension out, and 1 makes a failure to build it an error.
+DEBERTA_FAST_CUDA does the same for the CUDA kernels. CUDA_HOME is searched for nvcc before PATH and /usr/local/cuda.
+TORCH_CUDA_ARCH_LIST defaults to those of "8.0 8.6 8.9 9.0 10.0 12.0+PTX" that nvcc knows; entries below 8.0 are left
+out. CXX, CXXFLAGS, LDFLAGS and MAX_JOBS have their usual meaning.
 """
 
 import hashlib
@@ -41,29 +41,29 @@ KERNELS = [path for path in CPU if path not in HOST]
 CUDA_HOST = sorted(map(str, Path("csrc/cuda").glob("*.cpp")))
 CUDA_KERNELS = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
 HEADERS = sorted(map(str, Path("csrc").rglob("*.h")))
-# Not -ffast-math: softmax meets infinities. No OpenMP: the threads are torch's.
+# No -ffast-math, because softmax handles infinities; no OpenMP, because torch owns the threads.
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi".split()
 INSTRUCTION_SETS = {"plain": []}
 if platform.machine() == "x86_64":
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma -mf16c".split()
     INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c".split()
-# Compressed, the library is a quarter as large.
+# Compression makes the library a quarter as large.
 CUDA_FLAGS = "-std=c++17 -O3 --threads=2 -Xfatbin=-compress-all -Xcompiler=-fPIC,-fvisibility=hidden".split()
-# Static: the extension has to load where there is no CUDA.
+# Static, so that the extension loads on machines without CUDA.
 CUDA_LIBRARIES = "-lcudart_static -lpthread -ldl -lrt -Wl,--exclude-libs,ALL".split()
 CUDA_FALLBACK = "/usr/local/cuda/bin"
-# And PTX of the newest that nvcc knows, for GPUs newer than the code: they compile it when it is loaded.
+# The newest of these that nvcc knows is built as PTX too, which newer GPUs compile when they load it.
 ARCHITECTURES = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
-# As in ops.cpp. A Python without the GIL has no such ABI.
+# The same as in ops.cpp. A Python without the GIL has no stable ABI.
 PYTHON_ABI = "" if sysconfig.get_config_var("Py_GIL_DISABLED") else "cp310"
 
 
 class Unavailable(Exception):
-    """The extension, or the CUDA kernels in it, cannot be built, and why."""
+    """The reason why the extension, or the CUDA kernels in it, cannot be built."""
 
 
 class Host(NamedTuple):
-    """The C++ compiler, and its flags: for all sources, added for those that know torch, and to link."""
+    """The C++ compiler, its command for all sources, flags added for sources that include torch, and linker flags."""
 
     compiler: list[str]
     compiling: list[str]
@@ -89,17 +89,16 @@ def words(variable: str) -> list[str]:
 
 
 def find_compiler() -> list[str]:
-    """A command that compiles C++17 and links: it is tried."""
+    """Returns a command that compiles and links C++17, after a trial."""
     compiler = words("CXX") or [name for name in ("c++", "g++", "clang++") if shutil.which(name)][:1]
     if not compiler:
         raise Unavailable("there is no C++ compiler")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "trial.cpp")
         source.write_text("#include <string_view>\nstd::string_view trial = __FILE__;\n")
-        output = ["-shared", "-o", f"{folder}/trial.so"]
-        trial = [*compiler, *FLAGS, *words("CXXFLAGS"), *output, source, *words("LDFLAGS")]
+        flags = [*FLAGS, *words("CXXFLAGS"), "-shared", "-o", f"{folder}/trial.so"]
         try:
-            run = subprocess.run(trial, stdout=sys.stderr)
+            run = subprocess.run([*compiler, *flags, source, *words("LDFLAGS")], stdout=sys.stderr)
         except OSError as error:
             raise Unavailable(f"the C++ compiler {shlex.join(compiler)} does not run: {error.strerror}") from None
     if run.returncode:
@@ -108,12 +107,12 @@ def find_compiler() -> list[str]:
 
 
 def find_torch() -> Path:
-    """The folder of torch, which is not imported: pip's isolation may hide what it imports in turn."""
+    """Returns the folder of torch without importing it, because pip's isolation may hide packages that it needs."""
     try:
         spec = find_spec("torch")
     except ImportError:
         spec = None
-    # That isolation hides the environment's packages, but not where they are.
+    # The isolation hides the environment's packages, but sysconfig still knows their folders.
     hidden = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()]
     spec = spec or PathFinder.find_spec("torch", hidden)
     if spec is None or spec.origin is None:
@@ -147,19 +146,19 @@ def find_host() -> Host:
 
 
 def find_architectures(nvcc: str) -> list[str]:
-    """The targets to build, as nvcc names them: "sm_80" a binary, "compute_80" PTX."""
+    """Returns the targets under nvcc's names: "sm_80" is a binary, "compute_80" is PTX."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if not listed:
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
         listed = [name for name in ARCHITECTURES if f"compute_{name.replace('.', '')}" in known]
         listed += [f"{name}+PTX" for name in listed[-1:]]
-    numbers = {}  # whether there is PTX
+    numbers = {}  # whether PTX is built, by architecture
     for name in listed:
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", name)
         if match is None:
             raise Unavailable(f"TORCH_CUDA_ARCH_LIST has {name}, which is not like 9.0, 9.0a or 9.0+PTX")
         if int(match[1]) < 8:
-            continue  # torch itself may serve older GPUs
+            continue  # torch's list may name older GPUs too.
         number = match[1] + match[2]
         numbers[number] = numbers.get(number, False) or match[3] is not None
     if not numbers:
@@ -169,10 +168,10 @@ def find_architectures(nvcc: str) -> list[str]:
 
 
 def source_of(number: str, numbers: Iterable[str]) -> str:
-    """Whose PTX a binary is made from: that of the oldest in its generation.
+    """Returns the architecture from whose PTX a binary is made: the oldest of its generation.
 
-    To make PTX takes longer than to make a binary from it, and no kernel asks what it is compiled for: nvcc makes the
-    same for 8.0 to 9.0, and from 10.0 on. What ends in a letter has its own, since others may not use it.
+    PTX takes longer to make than a binary, and no kernel depends on its architecture: nvcc makes the same PTX for 8.0
+    to 9.0, and the same from 10.0 on. An architecture that ends in a letter has PTX that others cannot use.
     """
     if not number.isdecimal():
         return number
@@ -181,13 +180,13 @@ def source_of(number: str, numbers: Iterable[str]) -> str:
 
 
 def generating(architectures: list[str]) -> list[str]:
-    """nvcc's flags for what find_architectures returned."""
+    """Returns nvcc's flags for the result of find_architectures."""
     numbers = {name: name.partition("_")[2] for name in architectures}
     return [f"-gencode=arch=compute_{source_of(n, numbers.values())},code={name}" for name, n in numbers.items()]
 
 
 def find_toolkit() -> Toolkit:
-    """CUDA's, whether or not there is a GPU."""
+    """Finds CUDA's compiler and libraries; no GPU is needed."""
     places = [os.environ.get("PATH", os.defpath), CUDA_FALLBACK]
     if os.environ.get("CUDA_HOME"):
         places.insert(0, f"{os.environ['CUDA_HOME']}/bin")
@@ -203,7 +202,7 @@ def find_toolkit() -> Toolkit:
         raise Unavailable(f"{nvcc} does not tell its version")
     if (int(version[1]), int(version[2])) < OLDEST_CUDA:
         raise Unavailable(f"{nvcc} is {version[1]}.{version[2]}, it needs {'.'.join(map(str, OLDEST_CUDA))} or newer")
-    # It may be a script that starts another one, elsewhere; it says where, and with what folders it would link.
+    # nvcc may be a script that starts another nvcc. A dry run prints that one's folder and the folders of libraries.
     told = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], **output).stderr
     root = re.search(r"^#\$ TOP=(.*)", told, re.MULTILINE)
     root = os.path.realpath(root[1] if root else Path(nvcc).resolve().parent.parent)
@@ -215,7 +214,7 @@ def find_toolkit() -> Toolkit:
 
 
 def build_folder(kind: str, *key) -> Path:
-    """Not setuptools' temporary one: only what changed is compiled again, in editable installs too."""
+    """Returns a permanent folder, unlike setuptools' temporary one, so that editable installs compile only changes."""
     return Path("build", f"{kind}-{hashlib.sha256(repr([*key]).encode()).hexdigest()[:8]}")
 
 
@@ -228,7 +227,7 @@ def link(host: Host, objects: list[str], flags: list[str], library: str) -> Comm
 
 
 def plan(host: Host) -> tuple[Path, list[Command]]:
-    """A folder for all that the compiler writes, and the commands; the last one links."""
+    """Returns the folder of the compiler's output, and the commands, of which the last one links."""
     folder = build_folder("cpu", platform.machine(), *host[1:])
     hosting = [*host.compiling, *host.hosting]
     commands = [compilation(hosting, source, f"{folder}/{Path(source).stem}.o") for source in HOST]
@@ -240,8 +239,8 @@ def plan(host: Host) -> tuple[Path, list[Command]]:
 
 
 def plan_cuda(host: Host, toolkit: Toolkit, objects: list[str]) -> tuple[Path, list[Command]]:
-    """The same for the CUDA kernels, to link with the CPU's objects."""
-    # Only its name: nvcc knows no launchers and no flags there.
+    """Returns the same for the extension with CUDA kernels; ``objects`` are those of csrc/cpu."""
+    # nvcc accepts only the compiler's name, without launchers and flags.
     compiler = next(word for word in host.compiler if Path(word).name not in ("ccache", "distcc", "sccache"))
     nvcc = [toolkit.nvcc, *CUDA_FLAGS, f"-ccbin={compiler}", *generating(toolkit.architectures)]
     told = f'-DDEBERTA_FAST_ARCHITECTURES="{" ".join(toolkit.architectures)}"'
@@ -266,7 +265,7 @@ def ninja_file(folder: Path, commands: list[Command]) -> str:
 
 
 def find_ninja() -> str | None:
-    """Where it runs: under pip's isolation a script of that name would not find the package that it starts."""
+    """Returns a ninja that runs. Under pip's isolation, a ninja script may not find the package that it starts."""
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
     ninja = shutil.which("ninja", path=path)
     return ninja if ninja and subprocess.run([ninja, "--version"], capture_output=True).returncode == 0 else None
@@ -297,7 +296,7 @@ def without_cuda(reason: Unavailable) -> None:
 
 
 def build_library() -> Path:
-    """The CPU's first: what fails after it is the CUDA kernels' own."""
+    """Builds the CPU's library first, so that a later failure concerns only the CUDA kernels."""
     host, toolkit = find_host(), None
     if os.environ.get("DEBERTA_FAST_CUDA") != "0":
         try:
@@ -315,7 +314,7 @@ def build_library() -> Path:
 
 
 class build_ext(setuptools.command.build_ext.build_ext):
-    """Puts the library where setuptools expects the extension, or takes away what an older build left there."""
+    """Copies the library to where setuptools expects the extension, or removes the result of an older build there."""
 
     def run(self):
         target = Path(self.get_ext_fullpath(self.extensions[0].name))

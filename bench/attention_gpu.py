@@ -1,37 +1,40 @@
 """The attention operator on a GPU against its neighbours: ``python -m bench.attention_gpu``.
 
-What the variants are is said in ``variants.operator``. Every length has as many sequences as make the same number of
-tokens. Results go to bench/results/ and the GPU's name, after every row. ``--device cpu`` is there to try this out.
+``variants.operator`` describes the variants. Every length has as many sequences as make the same number of tokens.
+Results go to bench/results/<GPU>, after every row. ``--device cpu`` serves to try this out.
 """
 
 import argparse
 import functools
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 
+from . import device as devices
 from . import timing
 from .device import Device, Table, by_length, times_by_length
 from .variants import Entry, described
 from .variants.operator import VARIANTS, Variant, Workload
 
 PASSES = ("forward", "backward", "forward+backward")
-FLOPS = {"forward": 4, "backward": 10, "forward+backward": 14}  # for each head's length^2 * size, plain attention's
+FLOPS = {"forward": 4, "backward": 10, "forward+backward": 14}  # times length^2 x size of plain attention's heads
 LENGTHS = (512, 2048, 8192, 128, 1024, 4096, 16384, 256)  # most wanted first
 SECONDS_A_VARIANT = 0.15
 LEGEND = (
-    "Medians of interleaved calls, kernels alone: the GPU is kept busy for a millisecond while the host queues a call, "
-    "and its second-level cache is overwritten before. x plain: times as long as the fastest plain one. TFLOP/s count "
-    "the products of plain attention over valid tokens (4, 10 and 14 length^2 size), for all variants alike. "
-    "difference: of the output from the eager backend's, relative, in norm. Backward is output.backward(gradient, "
-    "retain_graph=True) with no .grad to add to."
+    "Medians of interleaved calls, only the kernels: the GPU is kept busy for a millisecond while the host queues a "
+    "call, and its second-level cache is overwritten before. x plain: time over that of the fastest plain variant. "
+    "TFLOP/s count the products of plain attention over valid tokens (4, 10 and 14 length^2 size), for all variants "
+    "alike. difference: of the output from the eager backend's, relative, in norm. Backward is "
+    "output.backward(gradient, retain_graph=True) with no .grad to add to."
 )
-HOST_LEGEND = "Microseconds until the host may go on, of many calls in a row without waiting for the GPU. No flush."
+HOST_LEGEND = (
+    "Microseconds until a call returns, over many calls in a row that do not synchronise with the GPU. No cache is "
+    "overwritten."
+)
 MEMORY_LEGEND = (
-    "Peak MiB that torch allocates in a call above what is there before it; and how much of it is left when outputs "
-    "and gradients, which the call has to leave behind, are taken off."
+    "Peak MiB that torch allocates in a call above what is in use before it; and the same without outputs and "
+    "gradients, which every call has to leave behind."
 )
 
 
@@ -48,26 +51,16 @@ def times(options: argparse.Namespace, device: Device) -> None:
     for workload, chosen in _workloads(options):
         exact = {name: workload.difference(name, variant) for name, variant in chosen.items()}
         for passes in options.passes:
-            taken = device.measure(_calls(chosen, passes), SECONDS_A_VARIANT)
-            plain = min(
-                (t.seconds for name, t in taken.items() if name.startswith("plain") and t.seconds), default=None
-            )
+            build = {name: functools.partial(variant.call, passes) for name, variant in chosen.items()}
+            taken = device.measure(build, SECONDS_A_VARIANT)
+            plain = [x.seconds for name, x in taken.items() if name.startswith("plain") and x.seconds]
             for name, outcome in taken.items():
-                seconds = outcome.seconds
-                table.add(
-                    {
-                        "length": workload.length,
-                        "batch": workload.batch,
-                        "pass": passes,
-                        "variant": name,
-                        "ms": seconds and 1000 * seconds,
-                        "TFLOP/s": seconds and FLOPS[passes] * workload.square_terms() / seconds / 1e12,
-                        "x plain": seconds and plain and seconds / plain,
-                        "calls": outcome.runs or None,
-                        "difference": exact.get(name),
-                        "error": outcome.error,
-                    }
-                )
+                columns = outcome.columns()
+                if seconds := outcome.seconds:
+                    columns["TFLOP/s"] = FLOPS[passes] * workload.square_terms() / seconds / 1e12
+                    columns["x plain"] = seconds / min(plain) if plain else None
+                    columns["calls"] = outcome.runs
+                table.add(_row(workload, passes, name) | columns | {"difference": exact[name]})
 
 
 def memory(options: argparse.Namespace, device: Device) -> None:
@@ -76,13 +69,12 @@ def memory(options: argparse.Namespace, device: Device) -> None:
     for workload, chosen in _workloads(options):
         for passes in options.passes:
             for name, variant in chosen.items():
-                row = {"length": workload.length, "batch": workload.batch, "pass": passes, "variant": name}
-                table.add(row | peak_row(device, variant, passes))
+                table.add(_row(workload, passes, name) | peak_row(device, variant, passes))
 
 
 def peak_row(device: Device, variant: Variant, passes: str) -> dict:
-    """The last columns of a row: MiB, without what the call has to leave behind, or what went wrong."""
-    peak = device.peaks({"": functools.partial(variant.call, passes)})[""]
+    """Returns the last columns of a row: MiB, MiB without what the call has to leave behind, or the error."""
+    peak = device.peak(functools.partial(variant.call, passes))
     if isinstance(peak, str):
         return {"MiB": None, "beyond results MiB": None, "error": peak}
     beyond = peak - variant.results(passes)
@@ -94,19 +86,19 @@ def host(options: argparse.Namespace, device: Device) -> None:
     for workload, chosen in _workloads(options):
         for passes in options.passes:
             for name, variant in chosen.items():
-                row = {"length": workload.length, "batch": 1, "pass": passes, "variant": name}
-                outcome = device.measure(_calls({name: variant}, passes), 0.0)[name]
+                row = _row(workload, passes, name)
+                outcome = device.measure({name: functools.partial(variant.call, passes)}, 0.0)[name]
                 if outcome.error is None:
                     row["host us"] = 1e6 * device.host_seconds(variant.call(passes), repeats=options.repeats)
                 table.add(row | {"error": outcome.error})
 
 
-def _calls(chosen: dict[str, Variant], passes: str) -> dict:
-    return {name: functools.partial(variant.call, passes) for name, variant in chosen.items()}
+def _row(workload: Workload, passes: str, variant: str) -> dict:
+    return {"length": workload.length, "batch": workload.batch, "pass": passes, "variant": variant}
 
 
 def _workloads(options: argparse.Namespace) -> Iterator[tuple[Workload, dict[str, Variant]]]:
-    """A workload for each length and its variants, as long as there is time."""
+    """Yields the workload of each length with its variants, as long as time is left."""
     start = time.perf_counter()
     for length in options.lengths:
         spent = time.perf_counter() - start
@@ -116,7 +108,7 @@ def _workloads(options: argparse.Namespace) -> Iterator[tuple[Workload, dict[str
         workload = _workload(options, length)
         entries = _entries(options, workload)
         if options.host or spent >= options.seconds / 2:
-            entries.pop("flex", None)  # which torch compiles for every length and pass
+            entries.pop("flex", None)  # torch compiles it for every length and pass
         yield workload, {name: entry.build(workload) for name, entry in entries.items()}
 
 
@@ -130,49 +122,34 @@ def _entries(options: argparse.Namespace, workload: Workload) -> dict[str, Entry
 
 def _table(options: argparse.Namespace, legend: str, summarise: Callable[[list[dict]], str] = lambda rows: "") -> Table:
     about = described(_entries(options, _workload(options, 16)))
-    return Table(options.name, options.out, f"{_setting(options)} {legend}{about}", summarise)
+    tokens = "one sequence" if options.host else f"{options.tokens} tokens"
+    setting = f"{tokens}, {options.heads} heads of 64, tables of 512 rows, {options.dtype}"
+    if options.dropout:
+        setting += f", dropout {options.dropout:g}"
+    if options.padding:
+        setting += f", {options.padding:.0%} of the tokens padding at the right, neighbours unequally"
+    return Table(options.name, options.out, f"{setting}. {legend}{about}", summarise)
 
 
 def _workload(options: argparse.Namespace, length: int) -> Workload:
-    return Workload(
-        length=length,
-        batch=max(1, options.tokens // length),
-        heads=options.heads,
-        dtype=getattr(torch, options.dtype),
-        device=options.device,
-        dropout_p=options.dropout,
-        padding=options.padding,
-    )
-
-
-def _setting(options: argparse.Namespace) -> str:
-    tokens = "one sequence" if options.host else f"{options.tokens} tokens"
-    parts = [f"{tokens}, {options.heads} heads of 64, tables of 512 rows, {options.dtype}"]
-    if options.dropout:
-        parts.append(f"dropout {options.dropout:g}")
-    if options.padding:
-        parts.append(f"{options.padding:.0%} of the tokens padding at the right, neighbours unequally")
-    return ", ".join(parts) + "."
+    batch, dtype = max(1, options.tokens // length), getattr(torch, options.dtype)
+    return Workload(length, batch, options.heads, dtype, options.device, options.dropout, options.padding)
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.attention_gpu", description=__doc__.split("\n\n")[0])
+    parser = devices.parser("attention_gpu", __doc__)
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--memory", action="store_true", help="peak memory in place of time")
-    kind.add_argument("--host", action="store_true", help="the host's time for a call on one sequence")
-    parser.add_argument("--lengths", type=int, nargs="+", metavar="L", help="in this order")
+    kind.add_argument("--memory", action="store_true", help="measure peak memory instead of time")
+    kind.add_argument("--host", action="store_true", help="measure the host's time of a call on one sequence")
     parser.add_argument("--passes", choices=PASSES, nargs="+")
     parser.add_argument("--variants", nargs="+", default=[""], metavar="NAME", help="only those whose name begins so")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--dropout", type=float, default=0.0, metavar="P")
     parser.add_argument("--padding", type=float, default=0.0, metavar="F", help="share of the tokens that are padding")
-    parser.add_argument("--tokens", type=int, default=16384, metavar="N")
     parser.add_argument("--heads", type=int, default=12, metavar="H")
     parser.add_argument("--repeats", type=int, default=100, metavar="N", help="calls in a row, with --host")
-    parser.add_argument("--seconds", type=float, default=200.0, help="no length is begun later than this")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seconds", type=float, default=200.0, help="no length begins later than this")
     parser.add_argument("--name", help="of the table; by default what is measured")
-    parser.add_argument("--out", type=Path, default=timing.results_folder(), metavar="DIR", help="folder of results")
     options = parser.parse_args(arguments)
     if options.lengths is None:
         options.lengths = (128,) if options.host else (512, 2048, 8192, 16384) if options.memory else LENGTHS

@@ -1,6 +1,6 @@
-"""Keeps what ``python -m deberta_fast check`` says as text and as JSON, dtype after dtype: ``python -m bench.check``.
+"""Writes the report of ``python -m deberta_fast check`` as text and JSON, one dtype after the other.
 
-One run makes both, where the command would have to be given twice. The exit status is that of the command.
+Run ``python -m bench.check``; its exit status is that of the command.
 """
 
 import argparse
@@ -19,7 +19,6 @@ from . import timing
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.check", description=__doc__.split("\n\n")[0])
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float16", "float32"), default=["bfloat16"])
-    parser.add_argument("--head-size", type=int, default=64, metavar="N")
     parser.add_argument("--quick", action="store_true", help="few problems, no times")
     parser.add_argument("--name", default="check", help="of the two files")
     parser.add_argument("--device", default="cuda")
@@ -30,10 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name in options.dtypes:
         dtype = (getattr(torch, name),)
         start = time.perf_counter()
-        report = check(options.device, head_size=options.head_size, dtypes=dtype, quick=options.quick)
+        report = check(options.device, dtypes=dtype, quick=options.quick)
         print(report, flush=True)
         texts.append(str(report))
-        # Triton's compiler and the times of the table take most of it.
         records[name] = report.as_dict() | {"seconds": time.perf_counter() - start}
         passed = passed and report.passed
         (options.out / f"{options.name}.txt").write_text("\n\n".join(texts) + "\n")

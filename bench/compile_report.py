@@ -1,8 +1,7 @@
-"""Compiles the kernels, Triton's and CUDA's, for GPUs that need not be there: ``python -m bench.compile_report``.
+"""Compiles the kernels, Triton's and CUDA's, for GPUs that are not there: ``python -m bench.compile_report``.
 
-Prints registers, spills and shared memory of every kernel, and for each of its innermost loops what an iteration is
-made of, above all the instructions a score: what can be known of a kernel's speed before it has run. The CUDA kernels
-are in compile_cuda.py.
+Prints registers, spills, shared memory and instruction counts of every kernel: what is known of its speed before it
+runs. compile_cuda.py compiles the CUDA kernels.
 """
 
 import argparse
@@ -10,10 +9,8 @@ import functools
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -31,30 +28,21 @@ from triton.runtime.jit import create_function_from_signature
 from deberta_fast.op.backends.triton import configuration, plan
 from deberta_fast.op.call import Call as AttentionCall
 
-from . import compile_cuda, sass, timing
-from .sass import Loop
+from . import compile_cuda, timing
 
-# Bytes of shared memory that a block may ask for: CUDA C++ Programming Guide, technical specifications per compute
+# Bytes of shared memory that a block may use: CUDA C++ Programming Guide, technical specifications per compute
 # capability, "maximum amount of shared memory per thread block".
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 CAPABILITIES = (80, 86, 90, 100, 120)
 LEGEND = (
-    "instr/score: instructions of all threads in an iteration, over the scores of its tile. narrow: global loads of at "
-    "most two bytes. async: copies from global to shared memory through no register. from: line of the kernel from "
-    "where the loop was reached. spilled: loads and stores of spilled registers in the loop. seconds: near 0 from "
-    "Triton's cache."
-)
-CUDA_LEGEND = (
-    "instr/score: executed over scores. executed: instructions of a warp in a common iteration, with the loops in it; "
-    "common are no masked keys, both position terms, and neither first nor last tile of a segment; of other branches "
-    "the longer one counts. mma to stores, barriers: of those executed. scores: of a lane. instr: in the machine code. "
-    "from: line of the kernel from where the loop was reached. spill stores, spill loads: bytes a thread. spilled: "
-    "loads and stores of spilled registers in the loop."
+    "registers: per thread. spills: bytes per thread that are stored and loaded, for Triton's kernels the instructions "
+    "that do so. shared KiB: per block, static and dynamic. instructions: of the machine code, each counted once, in a "
+    "loop or not. mma: instructions on tensor cores among them."
 )
 
 
 class Launch(Protocol):
-    """A kernel and all that Triton specialises it by."""
+    """A kernel and everything that Triton specialises it by."""
 
     kernel: JITFunction
     arguments: dict[str, object]  # every parameter; tensors may be on the meta device
@@ -65,24 +53,24 @@ class Launch(Protocol):
 class Planned(NamedTuple):
     label: str
     launch: Launch
-    tile: tuple[int, int]  # rows and columns of scores that one iteration of its loops makes
 
 
 class Compiled(NamedTuple):
-    registers: int  # a thread
-    spill_stores: int  # instructions; for AMD, registers
+    registers: int  # per thread
+    spill_stores: int  # instructions; registers on AMD
     spill_loads: int
-    stack: int  # bytes a thread
-    shared: int  # bytes a block
-    loops: list[Loop]  # innermost ones, in the order of the machine code
+    stack: int  # bytes per thread
+    shared: int  # bytes per block
     warps: int
-    seconds: float  # near 0 from Triton's cache
+    instructions: int = 0  # in the machine code, without padding; 0 on AMD, as are the next two
+    mma: int = 0  # instructions on tensor cores among them
+    narrow_loads: int = 0  # global loads of one or two bytes: a gather of single elements becomes these
 
 
-def launches(capability: int, only: str = "") -> Iterator[Planned]:
-    """The kernels of the report: DeBERTa-v3's head size and tables in bfloat16, then the other head sizes and dtypes.
+def launches(capability: int) -> Iterator[Planned]:
+    """The kernels of the report: DeBERTa-v3's head size and tables in bfloat16, then other head sizes and dtypes.
 
-    Labels read "64 bfloat16 forward"; ``only`` is what they begin with.
+    Labels read "64 bfloat16 forward".
     """
     for size, dtype, precision in (
         (64, torch.bfloat16, "ieee"),
@@ -95,8 +83,7 @@ def launches(capability: int, only: str = "") -> Iterator[Planned]:
         (256, torch.float32, "tf32"),
     ):
         label = f"{size} {str(dtype).removeprefix('torch.')}" + (f" {precision}" if dtype == torch.float32 else "")
-        planned = plan_launches(label, capability, size, dtype, precision)
-        yield from (p for p in planned if p.label.startswith(only))
+        yield from plan_launches(label, capability, size, dtype, precision)
 
 
 def plan_launches(
@@ -112,7 +99,7 @@ def plan_launches(
     p2c: bool = True,
     length: int = 512,
 ) -> Iterator[Planned]:
-    """The launches of forward and backward of one call: each kernel once, and of small ones no loops."""
+    """Plans forward and backward of one call: each kernel once."""
     meta = functools.partial(torch.empty, dtype=dtype, device="meta")
     batch, heads = (1, 12) if packed else (32, 12)
     query, key, value = (meta(batch, heads, length, size) for _ in range(3))
@@ -129,18 +116,15 @@ def plan_launches(
     grads = [None if x is None else torch.empty_like(x) for x in inputs[:5]]
     forward = plan.Plan(inputs, chosen, precision).forward(output, lse)
     backward = plan.Plan(inputs, chosen, precision).backward(output, lse, output, lse, grads)
-    seen = set()
+    planned: dict[str, Launch] = {}
     for launch in (*forward, *backward):
-        name = launch.kernel.__name__
-        if name not in seen:
-            seen.add(name)
-            sizes = (launch.arguments.get(name, 1) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_E"))
-            tile = [*(size for size in sizes if size > 1), 1, 1][:2]
-            yield Planned(f"{label} {name}", launch, tile)
+        planned.setdefault(launch.kernel.__name__, launch)
+    for name, launch in planned.items():
+        yield Planned(f"{label} {name}", launch)
 
 
 def compile_launch(launch: Launch, architecture: int | str) -> Compiled:
-    """Compiles as such a GPU would at the launch: a compute capability, or AMD's "gfx942", of which no loops are told.
+    """Compiles as a GPU would at the launch: one of a compute capability, or AMD's "gfx942".
 
     Needs no GPU, and no TRITON_INTERPRET.
     """
@@ -149,41 +133,39 @@ def compile_launch(launch: Launch, architecture: int | str) -> Compiled:
         raise TypeError(f"expected a triton.JITFunction, got {kind}: unset TRITON_INTERPRET before importing triton")
     amd = isinstance(architecture, str)
     target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", architecture, 32)
-    start = time.perf_counter()
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     kernel = triton.compile(_source(launch, target), target=target, options=options)
-    seconds = time.perf_counter() - start
+    shared = kernel.metadata.shared
     if amd:
-        # Its assembler's notes, at the end. What is not in registers is in the private segment.
+        # The assembler's notes at the end. What is not in registers is in the private segment.
         text = kernel.asm["amdgcn"].rpartition(".amdgpu_metadata\n")[2]
         used = {name: int(number) for name, number in re.findall(r"^ *\.(\w+): +(\d+)$", text, re.MULTILINE)}
-        spilled, stack, shared = used["vgpr_spill_count"], used["private_segment_fixed_size"], kernel.metadata.shared
-        return Compiled(used["vgpr_count"], spilled, spilled, stack, shared, [], launch.warps, seconds)
+        spilled, stack = used["vgpr_spill_count"], used["private_segment_fixed_size"]
+        return Compiled(used["vgpr_count"], spilled, spilled, stack, shared, launch.warps)
+    cuobjdump = knobs.nvidia.cuobjdump.path
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
+        cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(kernel.asm["cubin"])
-        text = _run(knobs.nvidia.nvdisasm.path, "-c", "-gp", "-ndf", cubin)  # no dataflow: half the time
-        usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", cubin)
+        usage = compile_cuda.run(cuobjdump, "-res-usage", cubin)
+        [opcodes] = compile_cuda.count_opcodes(cuobjdump, cubin).values()
     used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK):(\d+)", usage)}
-    instructions, labels = sass.parse(text)
-    names = [i.name for i in instructions]
-    sources = sass.Sources(launch.kernel, launch.arguments.values(), kernel.asm["ptx"])
-    bodies = sass.innermost_loops(instructions, labels)
+    count = lambda pattern: sum(n for opcode, n in opcodes.items() if re.match(pattern, opcode))
     return Compiled(
         registers=used["REG"],
-        spill_stores=names.count("STL"),
-        spill_loads=names.count("LDL"),
+        spill_stores=count(r"STL\b"),
+        spill_loads=count(r"LDL\b"),
         stack=used["STACK"],
-        shared=kernel.metadata.shared,
-        loops=[sass.describe([instructions[i] for i in body], sources) for body in bodies],
+        shared=shared,
         warps=launch.warps,
-        seconds=seconds,
+        instructions=opcodes.total(),
+        mma=compile_cuda.count_mma(opcodes),
+        narrow_loads=count(r"LDG\b.*\.[US](8|16)\b"),
     )
 
 
 def _source(launch: Launch, target: GPUTarget) -> ASTSource:
     kernel, backend = launch.kernel, make_backend(target)
-    # Triton's own binder, not a copy of its rules of which integers become constants and what is known to be aligned.
+    # Triton's own binder decides which integers become constants and what is known to be aligned.
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     values, specialization, unknown = binder(**launch.arguments)
     if unknown:
@@ -196,27 +178,23 @@ def _source(launch: Launch, target: GPUTarget) -> ASTSource:
     return ASTSource(kernel, kinds, constants, attributes)
 
 
-def _run(*command: object) -> str:
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
-
-
 def compile_all(
     build: Callable[[int], Iterable[Planned]], capabilities: Iterable[int], processes: int = 2
-) -> dict[tuple[str, int], tuple[Compiled, tuple[int, int]]]:
+) -> dict[tuple[str, int], Compiled]:
     """Compiles every launch for every capability, in fresh processes.
 
     Args:
-        build: the launches for a capability. Importable: each process calls it for itself, since kernels cannot be
-            pickled. The processes do not inherit TRITON_INTERPRET, so that a caller may be interpreting.
+        build: returns the launches for a capability. It must be importable: each process calls it, because kernels
+            cannot be pickled. The processes do not inherit TRITON_INTERPRET, so the caller may interpret.
 
     Returns:
-        By label and capability, with the tile that an iteration makes.
+        The results by label and capability.
     """
     with _without("TRITON_INTERPRET"), ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         planned = {capability: pool.submit(_labels, build, capability) for capability in capabilities}
         jobs = [(label, capability) for capability, labels in planned.items() for label in labels.result()]
         results = [pool.submit(_compile_one, build, *job) for job in jobs]
-        return {job: x.result() for job, x in zip(jobs, results)}
+        return {job: result.result() for job, result in zip(jobs, results)}
 
 
 @contextmanager
@@ -229,52 +207,33 @@ def _without(variable: str) -> Iterator[None]:
             os.environ[variable] = value
 
 
-def _built(build: Callable[[int], Iterable[Planned]], capability: int) -> dict[str, Planned]:
-    return {planned.label: planned for planned in build(capability)}
-
-
 def _labels(build: Callable[[int], Iterable[Planned]], capability: int) -> list[str]:
-    return list(_built(build, capability))
+    return [label for label, _ in build(capability)]
 
 
-def _compile_one(build: Callable[[int], Iterable[Planned]], label: str, capability: int):
-    _, launch, tile = _built(build, capability)[label]
+def _compile_one(build: Callable[[int], Iterable[Planned]], label: str, capability: int) -> Compiled:
     try:
-        return compile_launch(launch, capability), tile
+        return compile_launch(dict(build(capability))[label], capability)
     except Exception as error:
         raise RuntimeError(f"{label}, sm_{capability}: {error}") from error
 
 
-def rows(label: str, capability: int, compiled: Compiled, tile: tuple[int, int]) -> Iterator[dict]:
-    """A row of the table for each loop, or one for a kernel that has none."""
-    kernel = {
+def row(label: str, capability: int, threads: int, kernel: Compiled | compile_cuda.Kernel) -> dict:
+    return {
         "kernel": label,
         "sm": capability,
-        "warps": compiled.warps,
-        "registers": compiled.registers,
-        "spills": compiled.spill_stores + compiled.spill_loads,
-        "shared KiB": compiled.shared / 1024,
-        "seconds": compiled.seconds,
+        "threads": threads,
+        "registers": kernel.registers,
+        "spill stores": kernel.spill_stores,
+        "spill loads": kernel.spill_loads,
+        "shared KiB": None if kernel.shared is None else kernel.shared / 1024,
+        "instructions": kernel.instructions,
+        "mma": kernel.mma,
     }
-    if not compiled.loops:
-        yield kernel
-    for loop in compiled.loops:
-        yield kernel | {
-            "loop": f"{loop.function}:{loop.line}",
-            "from": loop.kernel_line,
-            "instr/score": loop.per_score(*tile, compiled.warps),
-            "instr": loop.instructions,
-            "unrolled": loop.unrolled,
-            "mma": loop.mma,
-            "loads": loop.global_loads,
-            "narrow": loop.narrow_loads,
-            "async": loop.async_copies,
-            "LDS": loop.shared_loads,
-            "STS": loop.shared_stores,
-            "stores": loop.global_stores,
-            "spilled": loop.spills,
-            "barriers": loop.barriers,
-        }
+
+
+def _selected(pattern: str, capability: int) -> list[Planned]:
+    return [planned for planned in launches(capability) if re.match(pattern, planned.label)]
 
 
 def main() -> None:
@@ -283,35 +242,26 @@ def main() -> None:
         "--archs", type=_capabilities, metavar="80,90", help="compute capabilities (all, and for CUDA 80,90,100)"
     )
     parser.add_argument("--kernels", choices=("triton", "cuda"), help="only these")
-    parser.add_argument("--only", default="", metavar="TEXT", help='what kernels begin with: "64 bfloat16", "forward_"')
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="also write both, with where they come from, to DIR")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="how kernels begin: '64 bfloat16|forward_'")
+    parser.add_argument("--json", action="store_true", help="print the same as JSON")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="also write the table and its provenance to DIR")
     arguments = parser.parse_args()
     timing.provenance()
-    tables = []
+    table = []
     if arguments.kernels != "cuda":
-        build = functools.partial(launches, only=arguments.only)
-        compiled = compile_all(build, arguments.archs or CAPABILITIES)
-        table = [row for (label, sm), result in compiled.items() for row in rows(label, sm, *result)]
-        tables.append(("compile-report", table, LEGEND))
+        compiled = compile_all(functools.partial(_selected, arguments.only), arguments.archs or CAPABILITIES)
+        table += [row(label, sm, 32 * kernel.warps, kernel) for (label, sm), kernel in compiled.items()]
     if arguments.kernels != "triton":
         try:
             kernels = compile_cuda.compile_all(arguments.archs or compile_cuda.CAPABILITIES)
+            table += [row(x.name, x.capability, x.threads, x) for x in kernels if re.match(arguments.only, x.name)]
         except FileNotFoundError as error:
             if arguments.kernels:
                 parser.error(str(error))
             print(f"without the CUDA kernels: {error}", file=sys.stderr)
-        else:
-            table = [row for x in kernels if x.name.startswith(arguments.only) for row in compile_cuda.rows(x)]
-            tables.append(("compile-report-cuda", table, CUDA_LEGEND))
-    tables = [table for table in tables if table[1]]
     if arguments.out:
-        for name, table, legend in tables:
-            timing.save(name, table, arguments.out, legend)
-    if arguments.json:
-        print(json.dumps([row for _, table, _ in tables for row in table], indent=1))
-    else:
-        print("\n\n".join(f"{timing.markdown(table)}\n\n{legend}" for _, table, legend in tables))
+        timing.save("compile-report", table, arguments.out, LEGEND)
+    print(json.dumps(table, indent=1) if arguments.json else f"{timing.markdown(table)}\n\n{LEGEND}")
 
 
 def _capabilities(text: str) -> list[int]:

@@ -1,30 +1,25 @@
 """Where the CUDA backend spends its time on a GPU, kernel by kernel: ``python -m bench.cuda_kernels``.
 
-    kernels   each kernel of forward and backward, all its launches of a call together
+    kernels   each kernel of forward and backward, summed over its launches in a call
     variants  the same at length 512 with padding that a mask hides, with packed sequences, and with dropout
     memory    what forward and backward allocate beyond their results
-    workspace backward with other limits of what it holds at once (``limit_near_bytes`` in csrc/cuda/plan.h)
-    ncu       what limits forward and each kernel of backward, as Nsight Compute counts it
-    once      forward and backward within cudaProfilerStart and Stop, nothing measured: for tools from outside
+    workspace backward with other limits of its workspace (``limit_near_bytes`` in csrc/cuda/plan.h)
+    ncu       Nsight Compute's counters of forward and of each kernel of backward, as text and CSV
+    once      forward and backward within cudaProfilerStart and Stop, unmeasured: for tools that run this program
 
-The last three only where they are named.
+The last three run only if they are named.
 
-Heads of 64, v3's tables, bfloat16. Times of kernels are the profiler's: medians over calls, the second-level cache
-overwritten before each. call: the whole call between two events, what lies between kernels included; others: kernels
-and copies in it that are not the backend's. Results go to bench/results/ and the GPU's name, after every row.
+Heads of 64, v3's tables, bfloat16. The profiler gives the times of kernels: medians over calls, the second-level cache
+overwritten before each. call: the whole call between two events, including the gaps between kernels; others: kernels
+and copies in the call that are not the backend's. Results go to bench/results/<GPU>, after every row.
 """
 
 import argparse
-import csv
 import functools
-import io
-import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -34,46 +29,33 @@ from torch.profiler import ProfilerActivity, profile
 from deberta_fast import backends
 from deberta_fast.op.backends import cuda
 
+from . import device as devices
 from . import timing
 from .attention_gpu import peak_row
+from .compile_cuda import find_tool
 from .device import Call, Device, Table
 from .variants.operator import VARIANTS, Variant, Workload, asked
 
-PARTS = {"kernels": (512, 2048, 8192, 128), "variants": (512,), "memory": (512, 2048, 8192, 128)}
-NAMED = {"workspace": (512, 2048, 8192), "ncu": (512, 8192), "once": (512,)}  # only where asked for
+LENGTHS = {  # by part
+    "kernels": (512, 2048, 8192, 128),
+    "variants": (512,),
+    "memory": (512, 2048, 8192, 128),
+    "workspace": (512, 2048, 8192),
+    "ncu": (512, 8192),
+    "once": (512,),
+}
+DEFAULT_PARTS = ("kernels", "variants", "memory")
 WORKSPACE_MIB = (160, 24, 32, 40)  # the first is the default
 PASSES = ("forward", "backward")
 SETTINGS = {"": {}, " padding 0.5": {"padding": 0.5}, " dropout 0.1": {"dropout_p": 0.1}}
-REPEATS = 15
-SECONDS = 0.1  # for the events
+REPEATS = 15  # calls under the profiler
+SECONDS = 0.1  # of calls between events
 COUNTED = "(forward|delta|backward_key|backward_query|by_distance|by_row)_kernel"
-LAUNCHES = 8  # that ncu looks at: forward, and backward's for the first heads, by_distance and by_row twice
-SECTIONS = (  # of ncu, those that say what limits
+LAUNCHES = 8  # that ncu counts: forward, and backward's for the first heads, by_distance and by_row twice
+SECTIONS = (  # of ncu, those that show what limits a kernel
     "SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "MemoryWorkloadAnalysis_Tables",
     "SchedulerStats", "WarpStateStats", "LaunchStats", "Occupancy",
 )  # fmt: skip
-# Metrics of these, in the order of the report. Names differ between GPUs: who has none of a line has no row.
-METRICS = (
-    r"gpu__time_duration\.sum",
-    r"sm__throughput\.avg\.pct_of_peak_sustained_elapsed",
-    r"sm__(inst_executed_)?pipe_tensor\w*\.avg\.pct_of_peak_sustained_active",
-    r"sm__inst_executed_pipe_(alu|fma\w*|fp16|xu|lsu|uniform)\.avg\.pct_of_peak_sustained_active",
-    r"smsp?__(inst_issued|inst_executed|issue_active)\.avg\.(pct_of_peak_sustained_active|per_cycle_active)",
-    r"smsp?__inst_executed\.sum",
-    r"smsp__average_warps?_(latency_)?issue_stalled_\w+(?<!not_issued)_per_(issue_active|warp_active)\.\w+",
-    r"l1tex__data_bank_conflicts_pipe_lsu_mem_shared\w*\.sum",
-    r"l1tex__data_pipe_lsu_wavefronts(_mem_shared\w*)?\.(sum|avg\.pct_of_peak_sustained_elapsed)",
-    r"(derived__)?(memory_l1_wavefronts_shared|smsp__sass_l1tex_data_pipe_lsu_wavefronts_mem_shared)\w*(\.sum)?",
-    r"(l1tex__t|lts__t)_sector_hit_rate\.pct",
-    r"lts__throughput\.avg\.pct_of_peak_sustained_elapsed",
-    r"dram__(bytes_read|bytes_write)\.sum",
-    r"(gpu__dram|dram__)_?throughput\.avg\.pct_of_peak_sustained_elapsed",
-    r"(smsp__|sass__)\w*(local|spill)\w*(\.sum)?",
-    r"sm__warps_active\.avg\.pct_of_peak_sustained_active",
-    r"sm__maximum_warps_per_active_cycle_pct",
-    r"launch__(grid_size|block_size|registers_per_thread|shared_mem_per_block_dynamic|waves_per_multiprocessor)",
-    r"launch__occupancy_limit_(blocks|registers|shared_mem|warps)",
-)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -81,40 +63,39 @@ def main(arguments: list[str] | None = None) -> None:
     device = Device(options.device)
     timing.provenance()
     for part in options.parts:
-        globals()[part](options, device, options.lengths or (PARTS | NAMED)[part])
+        globals()[part](options, device, options.lengths or LENGTHS[part])
 
 
 def kernels(options: argparse.Namespace, device: Device, lengths: tuple[int, ...]) -> None:
-    table = _table("kernels", options, lambda rows: _by_pass(rows, "length"))
-    for length in lengths:
-        workload, found = _ours(options, length)
-        for name, variant in found.items():
-            for row in _of_call(variant, device, options.repeats):
-                table.add({"length": length, "batch": workload.batch, "variant": name} | row)
+    _by_kernel("kernels", {"": {}}, options, device, lengths)
 
 
 def variants(options: argparse.Namespace, device: Device, lengths: tuple[int, ...]) -> None:
-    table = _table("variants", options, lambda rows: _by_pass(rows, "variant"))
+    _by_kernel("variants", SETTINGS, options, device, lengths)
+
+
+def _by_kernel(
+    part: str, settings: dict, options: argparse.Namespace, device: Device, lengths: tuple[int, ...]
+) -> None:
+    line = "length" if part == "kernels" else "variant"
+    table = _table(part, options, lambda rows: _by_pass(rows, line))
     for length in lengths:
-        for label, setting in SETTINGS.items():
-            workload, found = _ours(options, length, **setting)
-            for name, variant in found.items():
-                for row in _of_call(variant, device, options.repeats):
-                    table.add({"length": length, "batch": workload.batch, "variant": name + label} | row)
+        for label, setting in settings.items():
+            for row, variant in _ours(options, length, **setting):
+                for columns in _of_call(variant, device):
+                    table.add(row | {"variant": row["variant"] + label} | columns)
 
 
 def memory(options: argparse.Namespace, device: Device, lengths: tuple[int, ...]) -> None:
     table = _table("memory", options)
     for length in lengths:
-        workload, found = _ours(options, length)
-        for name, variant in found.items():
+        for row, variant in _ours(options, length):
             for passes in PASSES:
-                row = {"length": length, "batch": workload.batch, "variant": name, "pass": passes}
-                table.add(row | peak_row(device, variant, passes))
+                table.add(row | {"pass": passes} | peak_row(device, variant, passes))
 
 
 def workspace(options: argparse.Namespace, device: Device, lengths: tuple[int, ...]) -> None:
-    """In turn: the limit is set before each call, untimed."""
+    """Measures the limits in turn; each is set before its call, untimed."""
     summarise = lambda rows: timing.pivot(
         rows, ("length", "batch", "variant"), lambda row: f"{row['MiB']} MiB", lambda row: timing.cell(row.get("ms"))
     )
@@ -125,21 +106,19 @@ def workspace(options: argparse.Namespace, device: Device, lengths: tuple[int, .
         return Call(call.run, lambda: (cuda.limit_near_bytes(mib << 20), call.reset()))
 
     for length in lengths:
-        workload, found = _ours(options, length)
-        for name, variant in found.items():
+        for row, variant in _ours(options, length):
             build = {mib: functools.partial(limited, variant, mib) for mib in WORKSPACE_MIB}
             for mib, taken in device.measure(build, SECONDS).items():
-                row = {"length": length, "batch": workload.batch, "variant": name, "MiB": mib}
-                table.add(row | {"ms": taken.seconds and 1000 * taken.seconds, "error": taken.error})
+                table.add(row | {"MiB": mib} | taken.columns())
     cuda.limit_near_bytes(WORKSPACE_MIB[0] << 20)
 
 
 def once(options: argparse.Namespace, device: Device, lengths: tuple[int, ...]) -> None:
     profiler = torch.cuda.profiler if device.is_gpu else None
     for length in lengths:
-        for variant in _ours(options, length, dropout_p=options.dropout, padding=options.padding)[1].values():
+        for _, variant in _ours(options, length, dropout_p=options.dropout, padding=options.padding):
             calls = [variant.call(passes) for passes in PASSES]
-            for call in calls:  # what the first call does once
+            for call in calls:  # the work of first calls
                 call.run(), call.reset()
             device.synchronize()
             if profiler:
@@ -152,45 +131,42 @@ def once(options: argparse.Namespace, device: Device, lengths: tuple[int, ...]) 
 
 
 def ncu(options: argparse.Namespace, device: Device, lengths: tuple[int, ...]) -> None:
-    """Where it is absent, one line says so.
+    """Writes ncu's pages details (text) and raw (CSV) for each length. Prints one line where ncu is absent.
 
     Raises:
-        SystemExit: it counts nothing; the line says why.
+        SystemExit: ncu counted nothing; a line before says why.
     """
     tool = find_tool("ncu")
     if tool is None:
         print("no counters: there is no ncu (PATH, CUDA_HOME, /usr/local/cuda)")
         return
-    table, made = _table("ncu", options, _by_metric), 0
     options.out.mkdir(parents=True, exist_ok=True)
+    counting = [word for section in SECTIONS for word in ("--section", section)]
+    counting += "--clock-control none --profile-from-start off --launch-count".split() + [str(LAUNCHES)]
+    made = []
     for length in lengths:
         report = timing.REPOSITORY / "build" / "ncu" / f"cuda-L{length}.ncu-rep"
         report.parent.mkdir(parents=True, exist_ok=True)
         report.unlink(missing_ok=True)
-        counting = [word for section in SECTIONS for word in ("--section", section)]
-        counting += "--clock-control none --profile-from-start off --launch-count".split() + [str(LAUNCHES)]
         shape = [f"--{name}={getattr(options, name)}" for name in ("tokens", "heads", "device")]
         run = [*_itself(), "once", "--lengths", str(length), *shape]
-        command = [tool, *counting, "--kernel-name", f"regex:^({COUNTED})$", "-f", "-o", report, *run]
-        output = _output(command)
+        output = _output([tool, *counting, "--kernel-name", f"regex:^({COUNTED})$", "-f", "-o", report, *run])
         if not report.exists():
             print(f"no counters at length {length}: {_complaint(output)}")
             continue
-        (options.out / f"cuda-ncu-L{length}.txt").write_text(_output([tool, "--import", report, "--page", "details"]))
-        rows = read_metrics(_output([tool, "--import", report, "--page", "raw", "--csv", "--print-units", "base"]))
-        if rows:
-            table.add(*({"length": length} | row for row in rows))
-        made += len(rows)
+        made.append(options.out / f"cuda-ncu-L{length}.csv")
+        made[-1].write_text(_output([tool, "--import", report, "--page", "raw", "--csv", "--print-units", "base"]))
+        made[-1].with_suffix(".txt").write_text(_output([tool, "--import", report, "--page", "details"]))
     if not made:
         raise SystemExit("ncu gave no counters")
-    print(f"{made} figures of ncu in {options.out}/cuda-ncu.md, all of it in cuda-ncu-L*.txt")
+    print(f"counters in {', '.join(map(str, made))}, and as text beside")
 
 
 def per_kernel(events: list[tuple[str, float]], calls: int) -> dict[str, tuple[float, float]]:
-    """Launches of a call and its microseconds, by kernel of the backend: the median of the calls' sums.
+    """Returns each kernel's launches and microseconds per call: the median over the calls.
 
     Args:
-        events: names and microseconds of all that ran on the GPU in so many calls, in order.
+        events: names and microseconds of everything that ran on the GPU in ``calls`` calls, in order.
     """
     times: dict[str, list[float]] = {}
     for name, microseconds in events:
@@ -199,75 +175,42 @@ def per_kernel(events: list[tuple[str, float]], calls: int) -> dict[str, tuple[f
     found = {}
     for kernel, all_of_it in times.items():
         count, rest = divmod(len(all_of_it), calls)
-        sums = [sum(all_of_it[i : i + count]) for i in range(0, len(all_of_it), count)] if not rest else []
-        found[kernel] = len(all_of_it) / calls, median(sums) if sums else sum(all_of_it) / calls
+        if rest:
+            found[kernel] = len(all_of_it) / calls, sum(all_of_it) / calls
+        else:
+            found[kernel] = count, median(sum(all_of_it[i : i + count]) for i in range(0, len(all_of_it), count))
     return found
 
 
-def read_metrics(text: str) -> list[dict]:
-    """Rows of the wanted metrics, out of ncu's raw page as CSV."""
-    lines = [line for line in text.splitlines() if line.startswith('"')]
-    if len(lines) < 3:
-        return []
-    heads, units, *launches = csv.reader(io.StringIO("\n".join(lines)))
-    rows, seen = [], {}
-    for values in launches:
-        cells = dict(zip(heads, values))
-        kernel = _kernel(f"deberta_fast {cells.get('Kernel Name', '')}") or "unknown"
-        seen[kernel] = seen.get(kernel, 0) + 1
-        for pattern in METRICS:
-            for head, unit in zip(heads, units):
-                if re.fullmatch(pattern, head) and (value := _number(cells[head])) is not None:
-                    if value or "stalled" not in head:
-                        rows.append(
-                            {"kernel": kernel, "launch": seen[kernel], "metric": head, "value": value, "unit": unit}
-                        )
-    return rows
-
-
-def find_tool(name: str) -> str | None:
-    """A program of the CUDA toolkit."""
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    places = [os.environ.get("PATH", os.defpath), *(f"{home}/bin" for home in homes if home)]
-    return shutil.which(name, path=os.pathsep.join(places))
-
-
-def _of_call(variant: Variant, device: Device, repeats: int) -> Iterator[dict]:
-    """Rows of each kernel, of what is not the backend's, and of the whole call."""
+def _of_call(variant: Variant, device: Device) -> Iterator[dict]:
+    """Yields a row for each kernel, for what is not the backend's, and for the whole call."""
     for passes in PASSES:
         build: Callable[[], Call] = functools.partial(variant.call, passes)
         whole = device.measure({"call": build}, SECONDS)["call"]
         if whole.error is None and device.is_gpu:
             try:
-                yield from ({"pass": passes} | row for row in _profiled(build(), device, repeats))
-            except Exception as error:  # a profiler that may not, or cannot
-                yield {
-                    "pass": passes,
-                    "kernel": "all",
-                    "error": f"{type(error).__name__}: {error}".splitlines()[0][:90],
-                }
-        ms = whole.seconds and 1000 * whole.seconds
-        yield {"pass": passes, "kernel": "call", "launches": None, "ms": ms, "share %": None, "error": whole.error}
+                yield from ({"pass": passes} | row for row in _profiled(build(), device))
+            except Exception as error:  # profiling may not be allowed
+                yield {"pass": passes, "kernel": "all", "error": device.failure(error).error}
+        yield {"pass": passes, "kernel": "call", "launches": None, "share %": None} | whole.columns()
 
 
-def _profiled(call: Call, device: Device, repeats: int) -> Iterator[dict]:
+def _profiled(call: Call, device: Device) -> Iterator[dict]:
     run = functools.partial(device.seconds, call, queued=True)
-    _events(device, run, 1)  # the profiler's own first steps
-    found = per_kernel(_events(device, run, repeats), repeats)
+    _events(device, run, 1)  # the profiler initialises itself
+    found = per_kernel(_events(device, run, REPEATS), REPEATS)
     total = sum(microseconds for _, microseconds in found.values())
     for kernel, (launches, microseconds) in sorted(found.items(), key=lambda item: -item[1][1]):
-        launches = launches if launches % 1 else int(launches)
-        yield {
-            "kernel": kernel, "launches": launches, "ms": microseconds / 1000, "share %": 100 * microseconds / total
-        }  # fmt: skip
+        share = 100 * microseconds / total
+        yield {"kernel": kernel, "launches": launches, "share %": share, "ms": microseconds / 1000}
     call.reset()
     others = [microseconds for name, microseconds in _events(device, call.run, 1) if not _kernel(name)]
     error = None if found else "the profiler saw no kernels of the backend"
-    yield {"kernel": "others", "launches": len(others), "ms": sum(others) / 1000, "share %": None, "error": error}
+    yield {"kernel": "others", "launches": len(others), "share %": None, "ms": sum(others) / 1000, "error": error}
 
 
 def _events(device: Device, run: Callable[[], object], times: int) -> list[tuple[str, float]]:
-    """Name and microseconds of everything that ran on the GPU, in order."""
+    """Returns name and microseconds of everything that ran on the GPU, in order."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         for _ in range(times):
             run()
@@ -278,20 +221,19 @@ def _events(device: Device, run: Callable[[], object], times: int) -> list[tuple
 
 
 def _kernel(name: str) -> str | None:
-    """A kernel's own name, if it is the backend's; mangled ones too."""
+    """Returns the short name of a kernel of the backend, mangled or not, and None for others."""
     match = re.search(r"deberta_fast.*?([a-z_]+_kernel)", name)
     return match and match[1].strip("_")
 
 
-def _ours(options: argparse.Namespace, length: int, **setting: float) -> tuple[Workload, dict[str, Variant]]:
-    """The CUDA backend's variants of a workload."""
-    shape = {"length": length, "batch": max(1, options.tokens // length), "heads": options.heads}
-    setting = {"dropout_p": 0.0, "padding": 0.0} | setting
-    workload = Workload(**shape, dtype=torch.bfloat16, device=options.device, **setting)
+def _ours(options: argparse.Namespace, length: int, **setting: float) -> Iterator[tuple[dict, Variant]]:
+    """Yields the CUDA backend's variants of a workload, each with the first columns of its row."""
+    workload = Workload(length, max(1, options.tokens // length), options.heads, device=options.device, **setting)
     if reasons := backends.BACKENDS["cuda"].why_not(asked(workload)):
         raise SystemExit(f"the CUDA backend cannot serve this call: {', '.join(reasons)}")
-    found = {name: entry for name, entry in VARIANTS.items() if name.startswith("cuda") and entry.suits(workload)}
-    return workload, {name: entry.build(workload) for name, entry in found.items()}
+    for name, entry in VARIANTS.items():
+        if name.startswith("cuda") and entry.suits(workload):
+            yield {"length": length, "batch": workload.batch, "variant": name}, entry.build(workload)
 
 
 def _table(part: str, options: argparse.Namespace, summarise: Callable[[list[dict]], str] = lambda rows: "") -> Table:
@@ -300,7 +242,7 @@ def _table(part: str, options: argparse.Namespace, summarise: Callable[[list[dic
 
 
 def _by_pass(rows: list[dict], line: str) -> str:
-    """For each pass, kernels across: milliseconds and shares."""
+    """Makes a table for each pass with the kernels across: milliseconds and shares."""
 
     def cell(row: dict) -> str:
         if "ms" not in row:
@@ -314,13 +256,8 @@ def _by_pass(rows: list[dict], line: str) -> str:
     return "\n\n".join(parts)
 
 
-def _by_metric(rows: list[dict]) -> str:
-    column = lambda row: f"{row['kernel']} {row['launch']}, L={row['length']}"
-    return timing.pivot(rows, ("metric",), column, lambda row: f"{row['value']:.6g} {row['unit']}")
-
-
 def _itself() -> list[str]:
-    """The command that runs this module, in a dry run too."""
+    """Returns the command that runs this module, in a dry run too."""
     name = "bench.cuda_kernels"
     words = sys.orig_argv[1:]
     return [sys.executable, *(words[: words.index(name) + 1] if name in words else ("-m", name))]
@@ -334,32 +271,19 @@ def _output(command: list) -> str:
 def _complaint(output: str) -> str:
     lines = [line for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if "==ERROR==" in line or "No kernels" in line]
-    return (errors or lines[-1:] or ["ncu says nothing"])[0].strip()
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text.replace(",", ""))
-    except ValueError:
-        return None
+    return (errors or lines[-1:] or ["ncu prints nothing"])[0].strip()
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.cuda_kernels", description=__doc__.split("\n\n")[0])
-    every = [*PARTS, *NAMED]
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(every)}; by default the first 3")
-    parser.add_argument("--lengths", type=int, nargs="+", metavar="L", help="in this order")
-    parser.add_argument("--tokens", type=int, default=16384, metavar="N")
+    parser = devices.parser("cuda_kernels", __doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(LENGTHS)}; by default the first 3")
     parser.add_argument("--heads", type=int, default=12, metavar="H")
-    parser.add_argument("--repeats", type=int, default=REPEATS, metavar="N", help="calls under the profiler")
-    parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="of once")
-    parser.add_argument("--padding", type=float, default=0.0, metavar="F", help="of once: share of the tokens")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, default=timing.results_folder(), metavar="DIR", help="folder of results")
+    parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="for once")
+    parser.add_argument("--padding", type=float, default=0.0, metavar="F", help="share of the tokens, for once")
     options = parser.parse_args(arguments)
-    if unknown := set(options.parts) - set(every):
-        parser.error(f"no part {', '.join(sorted(unknown))}: there are {', '.join(every)}")
-    options.parts = options.parts or list(PARTS)
+    if unknown := set(options.parts) - set(LENGTHS):
+        parser.error(f"no part {', '.join(sorted(unknown))}: there are {', '.join(LENGTHS)}")
+    options.parts = options.parts or DEFAULT_PARTS
     return options
 
 

@@ -1,12 +1,13 @@
-"""Times of calls on a GPU, the variants in turn, any of which may fail; on a CPU too, to try a benchmark out.
+"""Times of calls on a GPU, whose variants run in turn and may fail; on a CPU too, to try a benchmark out.
 
-A GPU is timed by events around the call, after the second-level cache was overwritten. What lies between the events
+CUDA events around the call time a GPU, after the second-level cache was overwritten. What lies between the events
 depends on how far the host is ahead:
 
-    queued       the GPU is kept busy until the whole call is in its queue: the time of the kernels alone
-    not queued   an idle GPU: the host's time counts as far as the kernels do not hide it
+    queued       the GPU is kept busy until the whole call is in its queue: the time of the kernels only
+    not queued   the GPU is idle: the host's time counts as far as the kernels do not hide it
 """
 
+import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,18 +27,21 @@ def nothing() -> None:
 
 
 class Call(NamedTuple):
-    """A timed function, and one that makes ready for it without being timed."""
+    """A timed function, and one that prepares it and is not timed."""
 
     run: Callable[[], object]
     reset: Callable[[], object] = nothing
 
 
 class Taken(NamedTuple):
-    """The outcome of a variant: the median and how many calls it is of, or what went wrong."""
+    """The median time of a variant and the number of calls, or the error that it raised."""
 
     seconds: float | None = None
     runs: int = 0
     error: str | None = None
+
+    def columns(self) -> dict:
+        return {"ms": self.seconds and 1000 * self.seconds, "error": self.error}
 
 
 class Device:
@@ -52,7 +56,7 @@ class Device:
             self._flush = torch.empty(2 * cache, dtype=torch.int8, device=name)
 
     def seconds(self, call: Call, queued: bool) -> float:
-        """The time of one call."""
+        """Times one call."""
         call.reset()
         if not self.is_gpu:
             start = time.perf_counter()
@@ -79,9 +83,10 @@ class Device:
         """Medians over interleaved rounds.
 
         Args:
-            build: by variant, what makes its call. A variant that raises, here or in a call, is left out from then on.
-            seconds: for each variant: who needs longer than this for ``fewest`` calls gets no more of them.
-            warmup: calls of each before.
+            build: functions that make each variant's call. A variant that raises, here or in a call, is left out from
+                then on.
+            seconds: for each variant; one that has used them gets no more calls after the ``fewest``.
+            warmup: untimed calls of each variant before the rounds.
         """
         taken, ready, times = {}, {}, {}
         for name in build:
@@ -105,22 +110,18 @@ class Device:
         taken |= {name: Taken(median(times[name]), len(times[name])) for name in ready}
         return {name: taken[name] for name in build}
 
-    def peaks(self, build: dict[str, Callable[[], Call]]) -> dict[str, int | str]:
-        """Bytes that each variant's call needs above what is there before it, or what went wrong; one at a time."""
-        found = {}
-        for name in build:
-            try:
-                call = build[name]()
-                self.seconds(call, queued=False)
-                call.reset()
-                found[name] = timing.peak_of_call(call.run, self.name)
-            except Exception as error:
-                found[name] = self.failure(error).error
-            call = None
-        return found
+    def peak(self, build: Callable[[], Call]) -> int | str:
+        """Returns the bytes that a variant's call needs above those in use before it, or the error."""
+        try:
+            call = build()
+            self.seconds(call, queued=False)
+            call.reset()
+            return timing.peak_of_call(call.run, self.name)
+        except Exception as error:
+            return self.failure(error).error
 
     def host_seconds(self, call: Call, repeats: int) -> float:
-        """The time of one call until the host may go on; many in a row, so that none waits for the GPU to start."""
+        """Times one call until it returns, over many calls in a row, so that none waits for the GPU to start."""
         rounds = []
         for _ in range(5):
             self.synchronize()
@@ -136,16 +137,16 @@ class Device:
             torch.cuda.synchronize()
 
     def failure(self, error: Exception) -> Taken:
-        """Describes in a line what went wrong, and frees the memory that it held."""
+        """Describes an error in one line and frees the memory that the call held."""
         text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        self.synchronize()  # raises where the device is lost: no time after that is worth anything
+        self.synchronize()  # raises if the device is lost: no later time would be worth anything
         if self.is_gpu:
             torch.cuda.empty_cache()
         return Taken(error=text[:90].replace("|", "/"))
 
 
 class Table:
-    """Rows that are kept on disk, and shown, as they come."""
+    """Rows that are saved and printed as they come."""
 
     def __init__(self, name: str, folder: Path, notes: str, summarise: Callable[[list[dict]], str] = lambda rows: ""):
         self.name, self.folder, self.notes, self.summarise = name, folder, notes, summarise
@@ -159,7 +160,7 @@ class Table:
 
 
 def by_length(rows: list[dict], cell: Callable[[dict], str]) -> str:
-    """For each pass a Markdown table of lengths and variants, out of rows of one variant each."""
+    """Makes a Markdown table of lengths and variants for each pass, from rows of one variant each."""
     parts = []
     for passes in dict.fromkeys(row["pass"] for row in rows):
         chosen = sorted((row for row in rows if row["pass"] == passes), key=lambda row: row["length"])
@@ -168,7 +169,7 @@ def by_length(rows: list[dict], cell: Callable[[dict], str]) -> str:
 
 
 def times_by_length(ratio: str) -> Callable[[list[dict]], str]:
-    """``by_length`` of milliseconds, each with what its row has under ``ratio``."""
+    """``by_length`` of milliseconds, followed by the column ``ratio`` in brackets."""
 
     def cell(row: dict) -> str:
         if "ms" not in row:
@@ -176,3 +177,13 @@ def times_by_length(ratio: str) -> Callable[[list[dict]], str]:
         return f"{row['ms']:.3g}" + (f" ({row[ratio]:.2f}x)" if ratio in row else "")
 
     return lambda rows: by_length(rows, cell)
+
+
+def parser(name: str, description: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks on a GPU have."""
+    options = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=description.split("\n\n")[0])
+    options.add_argument("--lengths", type=int, nargs="+", metavar="L", help="in this order")
+    options.add_argument("--tokens", type=int, default=16384, metavar="N", help="of all sequences of a batch")
+    options.add_argument("--device", default="cuda")
+    options.add_argument("--out", type=Path, default=timing.results_folder(), metavar="DIR", help="folder of results")
+    return options

@@ -1,7 +1,7 @@
 """Whole encoders, DeBERTa's and ModernBERT's, on the CPU or a GPU: ``python -m bench.encoder``.
 
-What the variants are is said in ``variants.model``. Each length with a batch of variable lengths, a full one and, in
-the forward pass, one sequence. Compiled variants take minutes a row, so they are only there where they are named:
+``variants.model`` describes the variants. Each length is measured with a batch of variable lengths, a full one and, in
+the forward pass, one sequence. Compiled variants take minutes per row, so they run only if they are named:
 
     python -m bench.encoder --name encoder-compiled --lengths 512 128 --variants eager eager+compile native \\
         native-packed native+compile modernbert modernbert+compile
@@ -22,49 +22,39 @@ import torch
 from . import timing
 from .device import Call, Device, Table
 from .variants import described
-from .variants.model import (
-    GRADIENTS,
-    SHORTEST,
-    SIZES,
-    VARIANTS,
-    VOCABULARY,
-    Batch,
-    Case,
-    Encoders,
-    build_call,
-    measured,
-)
+from .variants import model as variants
+from .variants.model import VARIANTS, Batch, Case, Encoders
 
 PASSES = ("forward", "forward+backward")
 SHAPES = ("variable", "full", "one")  # a batch of variable lengths, a full one, one sequence
 LENGTHS = {"cuda": (512, 8192, 4096, 2048, 128), "cpu": (128, 512, 2048)}  # most wanted first; cheapest first
 DTYPES = {"cuda": ("bfloat16", "float32"), "cpu": ("float32",)}
-FLOAT32_LENGTHS = {"cuda": (512,), "cpu": LENGTHS["cpu"]}  # where no dtype is asked for
+FLOAT32_LENGTHS = {"cuda": (512,), "cpu": LENGTHS["cpu"]}  # unless --dtypes names float32
 TOKENS = {"cuda": 16384, "cpu": 2048}
 MOST_SEQUENCES = {"cuda": 1 << 10, "cpu": 8}
 SECONDS = {"cuda": 0.4, "cpu": 5.0}
 LIMIT = {"cuda": 180.0, "cpu": 1200.0}
-FEWEST = 2  # calls of a variant
-# Relative differences of the states. After 12 or 24 layers in bfloat16 rounding makes 0.01, a position term left out
-# 0.04 to 0.06.
+FEWEST = 2  # calls per variant
+# Relative differences of the states. After 12 or 24 layers in bfloat16, rounding changes 0.01, and a missing position
+# term 0.04 to 0.06.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.03, "float16": 0.01}
-GRADIENTS_TOLERANCE = 5  # times as much: rounding changes 0.04, leaving the term out 0.9
-DENSE = ("eager", "eager+compile", "onnxruntime")  # they hold all scores
+GRADIENTS_TOLERANCE = 5  # times as much: rounding changes 0.04, a missing term 0.9
+DENSE = ("eager", "eager+compile", "onnxruntime")  # they hold all scores at once
 LEGEND = (
-    f"Base models with embeddings, {VOCABULARY} words, random weights: token ids and mask in, last states out. "
-    "variable: lengths spread evenly from {:.0f} to 100 % of the length, padded at the right; tokens, tokens/s: of the "
-    "valid ones. ms: medians of interleaved calls, the host's time included, the first calls (which compile) not. "
-    "forward: torch.inference_mode. forward+backward: a training step without optimizer, from random gradients of the "
-    "valid tokens to those of all weights. Dropout off throughout. x eager: times as fast as Hugging Face's "
-    "DebertaV2Model. x modernbert, x onnxruntime: as the fastest ModernBERT and as onnxruntime in the same group. "
-    "peak MiB: what a call needs above the weights, their gradients included. difference: relative, in norm, of the "
-    "valid tokens' states from eager's, or modernbert's, or those of the first variant that ran. Variants that differ "
-    "by more than {} are not timed, nor where after a backward pass the gradients of {} differ by more than {} times "
-    "that; int8 is not compared."
+    f"Base models with embeddings, {variants.VOCABULARY} words, random weights: token ids and mask in, last states "
+    "out. variable: lengths spread evenly from {:.0f} to 100 % of the length, padded at the right; tokens, tokens/s: "
+    "of the valid ones. ms: medians of interleaved calls, with the host's time, without the first calls (which "
+    "compile). forward: torch.inference_mode. forward+backward: a training step without optimizer, from random "
+    "gradients of the valid tokens to those of all weights. Dropout is off. x eager: times as fast as Hugging Face's "
+    "DebertaV2Model. x modernbert, x onnxruntime: as the fastest ModernBERT and as onnxruntime in the same group. peak "
+    "MiB: what a call needs above the weights, including their gradients. difference: relative, in norm, of the valid "
+    "tokens' states from eager's, or modernbert's, or those of the first variant that ran. Variants that differ by "
+    "more than {} are not timed, nor those whose gradients of {} differ by more than {} times that after a backward "
+    "pass; int8 is not compared."
 ).format(
-    100 * SHORTEST,
+    100 * variants.SHORTEST,
     ", ".join(f"{value:g} ({name})" for name, value in TOLERANCE.items()),
-    " and ".join(GRADIENTS),
+    " and ".join(variants.GRADIENTS),
     GRADIENTS_TOLERANCE,
 )
 
@@ -86,29 +76,28 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(case.threads)
         dtype = getattr(torch, case.dtype)
         if encoders is None or (encoders.size, encoders.dtype) != (case.model, dtype):
-            encoders = None  # or there would be two of them
+            encoders = None  # frees the old ones first
             encoders = Encoders(case.model, dtype, options.device)
         for row in measure(case, encoders, device, options):
             table.add(row)
 
 
 def measure(case: Case, encoders: Encoders, device: Device, options: argparse.Namespace) -> list[dict]:
-    """A row for each variant."""
-    torch.compiler.reset()  # or what it compiled for other shapes would count towards its limit, and eager be timed
+    """Measures a row for each variant."""
+    torch.compiler.reset()  # programs for other shapes count towards its limit, beyond which it runs eagerly
     batch = Batch(case.batch, case.length, case.variable, options.device)
     calls, references, differences, peaks = {}, {}, {}, {}
 
     def build(name: str) -> Call:
         if name in DENSE and not device.is_gpu:
             _refuse_what_does_not_fit(case)
-        call = build_call(encoders, name, case.passes, batch)
+        call = variants.build_call(encoders, name, case.passes, batch)
         differences[name] = difference(case, name, encoders, batch.packed(call()), references)
         calls[name] = call
         return Call(call)
 
-    builds = {
-        name: functools.partial(build, name) for name in options.variants if VARIANTS[name].suits(case, device.is_gpu)
-    }
+    suitable = [name for name in options.variants if VARIANTS[name].suits(case, device.is_gpu)]
+    builds = {name: functools.partial(build, name) for name in suitable}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of exports, compilers and quantization
         taken = device.measure(builds, options.seconds, queued=False, fewest=FEWEST, warmup=0)
@@ -124,46 +113,36 @@ def measure(case: Case, encoders: Encoders, device: Device, options: argparse.Na
         "x modernbert": min((s for name, s in seconds.items() if name.startswith("modernbert")), default=None),
         "x onnxruntime": seconds.get("onnxruntime"),
     }
-    return [
-        {
-            "model": case.model,
-            "pass": case.passes,
-            "dtype": case.dtype,
-            "threads": None if device.is_gpu else case.threads,
-            "batch": case.batch,
-            "length": case.length,
-            "lengths": "variable" if case.variable else "full",
-            "tokens": batch.tokens,
-            "variant": name,
-            "ms": 1000 * seconds[name] if name in seconds else None,
-            "tokens/s": batch.tokens / seconds[name] if name in seconds else None,
-            **{
-                head: other / seconds[name] if other and name in seconds else None for head, other in neighbours.items()
-            },
-            "peak MiB": peaks[name] / timing.MIB if name in peaks else None,
-            "calls": taken[name].runs or None,
-            "difference": differences.get(name),
-            "error": errors[name] and f"not run: {errors[name]}",
-        }
-        for name in builds
-    ]
+    group = {"model": case.model, "pass": case.passes, "dtype": case.dtype}
+    group |= {"threads": None if device.is_gpu else case.threads, "batch": case.batch, "length": case.length}
+    group |= {"lengths": "variable" if case.variable else "full", "tokens": batch.tokens}
+    rows = []
+    for name in builds:
+        row = group | {"variant": name}
+        if mine := seconds.get(name):
+            row |= {"ms": 1000 * mine, "tokens/s": batch.tokens / mine}
+            row |= {head: other / mine for head, other in neighbours.items() if other}
+        row["peak MiB"] = peaks[name] / timing.MIB if name in peaks else None
+        row |= {"calls": taken[name].runs or None, "difference": differences.get(name)}
+        rows.append(row | {"error": errors[name] and f"not run: {errors[name]}"})
+    return rows
 
 
 def _peak(case: Case, name: str, call: Callable[[], object], encoders: Encoders, device: Device) -> int:
     if not device.is_gpu:
-        return timing.peak_memory(measured, case, name, device.name)[0]
+        return timing.peak_memory(variants.measured, case, name, device.name)[0]
     encoders.drop_gradients()
     return timing.peak_of_call(call, device.name)
 
 
 def difference(case: Case, name: str, encoders: Encoders, states: torch.Tensor, references: dict) -> float | None:
-    """From what the first variant of the same kind found, which ``references`` keeps.
+    """Compares a variant with the first one of its kind, whose results ``references`` keeps.
 
     Args:
         states: (T, hidden_size), of the valid tokens.
 
     Raises:
-        ArithmeticError: it is more than rounding.
+        ArithmeticError: they differ by more than rounding.
     """
     if name == "int8":
         return None
@@ -182,7 +161,7 @@ def difference(case: Case, name: str, encoders: Encoders, states: torch.Tensor, 
 
 
 def _refuse_what_does_not_fit(case: Case) -> None:
-    """Before Linux ends whoever needs the most."""
+    """Raises before Linux kills the process for want of memory."""
     needed, free = case.eager_bytes(), _free_memory()
     if needed > 0.8 * free:
         raise MemoryError(f"needs about {needed / 2**30:.0f} GiB for dense scores, {free / 2**30:.0f} are free")
@@ -197,7 +176,7 @@ def _free_memory() -> int:
 
 
 def summarise(rows: list[dict]) -> str:
-    """For each model and pass a table of shapes and variants: milliseconds, and times as fast as eager."""
+    """Makes a table of shapes and variants for each model and pass: milliseconds, and times as fast as eager."""
     shape = ("dtype", "threads", "batch", "length", "lengths")
 
     def cell(row: dict) -> str:
@@ -230,8 +209,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     uncompiled = [name for name in VARIANTS if "compile" not in name]
     parser = argparse.ArgumentParser(prog="python -m bench.encoder", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a look in a minute: length 128, forward; kept in build/")
-    parser.add_argument("--models", choices=SIZES, nargs="+", default=["v3-base"])
+    parser.add_argument(
+        "--quick", action="store_true", help="take a short look: length 128, forward; results go to build/"
+    )
+    parser.add_argument("--models", choices=variants.SIZES, nargs="+", default=["v3-base"])
     parser.add_argument("--lengths", type=int, nargs="+", metavar="L", help="in this order")
     parser.add_argument("--passes", choices=PASSES, nargs="+", default=PASSES)
     parser.add_argument("--shapes", choices=SHAPES, nargs="+", default=SHAPES, help="of batches, in this order")
@@ -239,9 +220,11 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--variants", choices=VARIANTS, nargs="+", default=uncompiled, metavar="NAME")
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()], metavar="N")
     parser.add_argument("--tokens", type=int, metavar="N", help="in a batch, padding included")
-    parser.add_argument("--memory", action="store_true", help="peak memory on the CPU too, in processes of their own")
-    parser.add_argument("--seconds", type=float, help="what a variant's calls aim at in a row")
-    parser.add_argument("--limit", type=float, metavar="S", help="no group of rows is begun later than this")
+    parser.add_argument(
+        "--memory", action="store_true", help="measure peak memory on the CPU too, each in its own process"
+    )
+    parser.add_argument("--seconds", type=float, help="aim at this time per variant and row")
+    parser.add_argument("--limit", type=float, metavar="S", help="no group of rows begins later than this")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--name", default="encoder-models", help="of the table")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")

@@ -1,15 +1,14 @@
-"""Far keys by torch's own flash attention, merged with near ones by their log-sum-exp: ``python -m bench.far_flash``.
+"""Far keys by torch's flash attention, merged with near ones by their log-sum-exp: ``python -m bench.far_flash``.
 
-For a block of queries, keys far before it and far behind it are two slices of plain attention with a shifted query and
-a constant a row (equation 7 of csrc/README.md): torch's operator takes each as it is. The keys between go to a fused
-backend. Is that faster than the backend alone, whose far loop is not as fast as torch's? An experiment of the forward
-pass: with ``merged`` it is whole, ``far`` and ``near`` are its parts, without the sum of their outputs.
+For a block of queries, the keys far before it and far behind it are two slices of plain attention with a shifted query
+and a constant per row (equation 7 of csrc/README.md), which torch's operator takes as they are. The keys between go to
+a fused backend. The question is whether this is faster than the backend's own far loop. An experiment of the forward
+pass: ``merged`` is the whole of it, ``far`` and ``near`` are its parts, without the sum of their outputs.
 """
 
 import argparse
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,19 +16,20 @@ import torch
 from deberta_fast import backends, disentangled_attention
 from deberta_fast.op.relative_position import slot_table
 
+from . import device as devices
 from . import timing
 from .device import Call, Device, Table, by_length
 from .variants.operator import BUCKETS, LONGEST, VARIANTS, Workload, asked
 
 BLOCKS = (2048, 1024, 4096)  # queries
-ALIGN = 64  # slices of keys begin at multiples of this, or Triton would compile each anew
+ALIGN = 64  # slices of keys begin at its multiples: Triton would compile each other alignment anew
 SECONDS = 0.1
-BUSY_CYCLES = 10_000_000  # dozens of launches are to be queued before the first one starts
+BUSY_CYCLES = 10_000_000  # enough to queue dozens of launches before the first one starts
 Part = tuple[torch.Tensor, torch.Tensor]  # output (B, H, M, D) and log-sum-exp (B, H, M), natural
 
 
 class Tensors(NamedTuple):
-    """query, key and value (B, H, L, D), tables (H, R, D), and what numbers their rows."""
+    """query, key and value (B, H, L, D), tables (H, R, D), and the parameters of their buckets."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -45,7 +45,7 @@ class Tensors(NamedTuple):
 
 
 def attention(x: Tensors, block: int, backend: str) -> torch.Tensor:
-    """Disentangled attention of whole sequences, block by block of the queries."""
+    """Computes disentangled attention of whole sequences, one block of queries after the other."""
     output = torch.empty_like(x.query)
     for start, stop, past, future in _blocks(x, block):
         parts = [near(x, start, stop, past, future, backend), *_far_parts(x, start, stop, past, future)]
@@ -54,7 +54,7 @@ def attention(x: Tensors, block: int, backend: str) -> torch.Tensor:
 
 
 def merged(parts: list[Part]) -> torch.Tensor:
-    """Makes attention to all keys out of attention to disjoint sets of them, in the outputs' dtype."""
+    """Merges attention to disjoint sets of keys into attention to all of them, in the outputs' dtype."""
     if len(parts) == 1:
         return parts[0][0]
     weights = torch.stack([lse for _, lse in parts]).softmax(0).unsqueeze(-1)
@@ -63,7 +63,7 @@ def merged(parts: list[Part]) -> torch.Tensor:
 
 
 def near(x: Tensors, start: int, stop: int, past: int, future: int, backend: str) -> Part:
-    """The keys from ``past`` to ``future``, by a fused backend."""
+    """Attends to the keys from ``past`` to ``future`` by a fused backend."""
     return disentangled_attention(
         x.query[:, :, start:stop], x.key[:, :, past:future], x.value[:, :, past:future], x.pos_key, x.pos_query,
         position_buckets=x.buckets, max_relative_positions=x.longest, query_offset=start - past, return_lse=True,
@@ -78,7 +78,7 @@ def _far_parts(x: Tensors, start: int, stop: int, past: int, future: int) -> lis
 
 
 def far(x: Tensors, start: int, stop: int, first: int, last: int, row: int) -> Part:
-    """Keys that all read one row: plain attention with a shifted query, and c2p as a constant of each query."""
+    """Attends to keys that all read one table row: plain attention with a shifted query, c2p a constant per query."""
     query = x.query[:, :, start:stop]
     shifted = query + x.pos_query[:, row, None]
     output, lse = _flash(shifted, x.key[:, :, first:last], x.value[:, :, first:last], x.scale)
@@ -95,7 +95,7 @@ def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
 
 
 def _blocks(x: Tensors, block: int) -> list[tuple[int, int, int, int]]:
-    """Queries [start, stop) with their near keys [past, future): all before and all behind these are far."""
+    """Lists the blocks of queries [start, stop) with their near keys [past, future); all other keys are far."""
     table, length, keys = slot_table(x.buckets, x.longest), x.query.shape[2], x.key.shape[2]
     found = []
     for start in range(0, length, block):
@@ -108,71 +108,60 @@ def _blocks(x: Tensors, block: int) -> list[tuple[int, int, int, int]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.far_flash", description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[8192, 2048, 16384], metavar="L", help="in this order"
-    )
+    parser = devices.parser("far_flash", __doc__)
+    parser.set_defaults(lengths=[8192, 2048, 16384])
     parser.add_argument("--blocks", type=int, nargs="+", default=BLOCKS, metavar="M", help="queries of a block")
     parser.add_argument("--backends", nargs="+", default=["cuda", "triton"], choices=("cuda", "triton", "cpu"))
-    parser.add_argument("--tokens", type=int, default=16384, metavar="N")
     parser.add_argument("--heads", type=int, default=12, metavar="H")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, default=timing.results_folder(), metavar="DIR", help="folder of results")
     options = parser.parse_args(arguments)
     device = Device(options.device)
     device.busy_cycles = BUSY_CYCLES
     timing.provenance()
     notes = (
-        f"{options.tokens} tokens, {options.heads} heads of 64, tables of 512 rows, bfloat16, forward. A variant's "
-        f"number is the queries of a block. difference: from the eager backend's output.\n\n{__doc__}"
+        f"{options.tokens} tokens, {options.heads} heads of 64, tables of 512 rows, bfloat16, forward. The number "
+        f"of a variant counts the queries of a block. difference: from the eager backend's output.\n\n{__doc__}"
     )
     table = Table("far-flash", options.out, notes, lambda rows: by_length(rows, lambda row: timing.cell(row.get("ms"))))
     for length in options.lengths:
-        workload = Workload(
-            length, max(1, options.tokens // length), options.heads, torch.bfloat16, options.device, 0.0, 0.0
-        )
+        workload = Workload(length, max(1, options.tokens // length), options.heads, device=options.device)
         build, differences = _variants(workload, options)
         for name, taken in device.measure(build, SECONDS).items():
-            ms = taken.seconds and 1000 * taken.seconds
-            row = {"length": length, "batch": workload.batch, "pass": "forward", "variant": name, "ms": ms}
-            table.add(row | {"difference": differences.get(name), "error": taken.error})
+            row = {"length": length, "batch": workload.batch, "pass": "forward", "variant": name}
+            table.add(row | taken.columns() | {"difference": differences.get(name)})
 
 
 def _variants(workload: Workload, options: argparse.Namespace) -> tuple[dict[str, Callable[[], Call]], dict]:
-    """Each variant's call, and how far the outputs of whole ones are from eager's."""
-    tensors = Tensors(*(t.detach() for t in (*workload.qkv, *workload.tables)), BUCKETS, LONGEST)
-    build = {"plain-flash": lambda: VARIANTS["plain-flash"].build(workload).call("forward")}
+    """Returns each variant's call, and the differences of merged outputs from eager's, filled as calls are built."""
+    x = Tensors(*(t.detach() for t in (*workload.qkv, *workload.tables)), BUCKETS, LONGEST)
     differences: dict[str, float] = {}
 
     def whole(name: str, block: int) -> Call:
-        run = functools.partial(attention, tensors, block, name)
+        run = functools.partial(attention, x, block, name)
         error = (run().float() - workload.expected.float()).norm() / workload.expected.float().norm()
         differences[f"{name} merged {block}"] = float(error)
         return Call(run)
 
+    def of_variant(name: str) -> Call:
+        return VARIANTS[name].build(workload).call("forward")
+
+    def near_only(name: str, block: int) -> Call:
+        return Call(lambda: [near(x, *bounds, name) for bounds in _blocks(x, block)])
+
+    def far_only(block: int) -> Call:
+        return Call(lambda: [_far_parts(x, *bounds) for bounds in _blocks(x, block)])
+
+    build = {"plain-flash": functools.partial(of_variant, "plain-flash")}
     for name in options.backends:
         if backends.BACKENDS[name].why_not(asked(workload)):
             continue
-        build[name] = functools.partial(_of_backend, workload, name)
+        build[name] = functools.partial(of_variant, name)
         for block in options.blocks:
             if block < workload.length or block == min(options.blocks):
                 build[f"{name} merged {block}"] = functools.partial(whole, name, block)
-                build[f"{name} near {block}"] = functools.partial(_near_alone, tensors, block, name)
+                build[f"{name} near {block}"] = functools.partial(near_only, name, block)
     for block in options.blocks:
-        build[f"far {block}"] = functools.partial(_far_alone, tensors, block)
+        build[f"far {block}"] = functools.partial(far_only, block)
     return build, differences
-
-
-def _of_backend(workload: Workload, name: str) -> Call:
-    return VARIANTS[name].build(workload).call("forward")
-
-
-def _near_alone(x: Tensors, block: int, backend: str) -> Call:
-    return Call(lambda: [near(x, *bounds, backend) for bounds in _blocks(x, block)])
-
-
-def _far_alone(x: Tensors, block: int) -> Call:
-    return Call(lambda: [_far_parts(x, *bounds) for bounds in _blocks(x, block)])
 
 
 if __name__ == "__main__":

@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in stages that each have a time limit; the next one runs also where one fails.
+# Runs everything that needs a GPU, in stages with a time limit each; a stage that fails does not stop the next one.
 #
 #   bench/gpu.sh [--dry] [--out DIR] [--archive FILE] [first | second | stage ...]
 #
-# first is for a GPU that is lent for minutes: the stages that answer most, in at most 8 minutes. second, in at most 4,
-# times the variants to choose among. Without a name: build and all below it; where it is dry, first and second.
+# first is for a GPU that is lent for minutes: it runs the stages that answer most, in at most 8 minutes. second,
+# in at most 4, times the variants to choose among. Without a name: build and all stages below it; with --dry, first
+# and second.
 #
-# first runs these in order, with build before and sanitize and ncu behind:
+# first runs build, these stages in order, then sanitize and ncu:
 #   check     the backends against the reference     g1        attention: cuda, triton and plain, L = 512, 2048, 8192
-#   g1-others FlexAttention; an attention module: ours and the peers' where they are installed
+#   g1-others FlexAttention; an attention module: ours and other libraries' where they are installed
 #   peak      peak memory at 8192                    encoders  v3-base at 32 x 512 and 2 x 8192, forward, bfloat16
 # second runs these:
-#   workspaces  how much of the bands is held at once, CUDA and Triton      far  far keys by torch's flash attention
+#   workspaces  limits of the bands' workspace, CUDA and Triton             far  far keys by torch's flash attention
 #   tiles       tiles, warps and stages of Triton's kernels
 # The others, at most four minutes each:
-#   build     the compiled extension for this GPU: its CUDA kernels have to be in it (DEBERTA_FAST_CUDA=0: without)
-#   tests     pytest -m gpu                          cuda      of these the CUDA backend's; only where it is named
+#   build     the compiled extension for this GPU, with its CUDA kernels (DEBERTA_FAST_CUDA=0: without)
+#   tests     pytest -m gpu                          cuda      those of the CUDA backend; runs only if it is named
 #   op        attention against its neighbours       layer     an attention module against other implementations
 #   dropout   attention with dropout 0.1             padding   attention with half of the tokens padding
 #   memory    peak memory                            host      the host's time for a call
@@ -25,14 +26,13 @@
 #   sanitize  compute-sanitizer on two small problems: memcheck and racecheck, and initcheck outside of first
 #   ncu       Nsight Compute's counters of the CUDA kernels     plots     charts of all of these
 #
-# sanitize and ncu need what comes with a CUDA toolkit (PATH, CUDA_HOME, /usr/local/cuda); without it a line says so.
-# Results go to bench/results/ and the GPU's name, or to DIR, row by row; stages.txt there says how each stage ended.
-# FILE (.tar.gz) gets them and the logs after every stage. --dry needs no GPU and measures nothing: the same stages at
-# toy sizes on CPU tensors, in Triton's interpreter and an emulator, bench/dry/bin for the tools; results in build/dry.
-# PYTHON names the interpreter, which needs torch and triton, for the tests also pytest and transformers, no network;
+# sanitize and ncu need programs of the CUDA toolkit (PATH, CUDA_HOME, /usr/local/cuda); without them they print a line.
+# Results go to bench/results/<GPU>, or to DIR, row by row; stages.txt there has the outcome of each stage. FILE
+# (.tar.gz) gets them and the logs after every stage. --dry needs no GPU and measures nothing: the same stages at toy
+# sizes on CPU tensors, in Triton's interpreter and an emulator, with bench/dry/bin for the tools; results in build/dry.
+# PYTHON names the interpreter, which needs torch and triton, and for the tests pytest and transformers; no network.
 # build needs setuptools, nvcc and a C++ compiler (setup.py names the variables; TORCH_CUDA_ARCH_LIST is by default the
-# GPU's own).
-# In a copy without .git, COMMIT tells the results which commit it is.
+# GPU's own). In a copy without .git, COMMIT names the commit in the results.
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -80,12 +80,12 @@ logs=$root/build/gpu-logs${dry:+-dry}
 mkdir -p "$out" "$logs" && rm -f "$logs"/*.{log,txt} || exit 2
 out=$(cd "$out" && pwd)
 
-# A stage is a function. A shell of its own runs it, so that timeout can end it.
+# A stage is a function that runs in its own shell, so that timeout can end it.
 run() {  # python -m
   "$python" -m ${dry:+bench.dry} "$@"
 }
 
-bench() {  # run a benchmark; where it is dry, of next to nothing: the last one of an option counts
+bench() {  # run a benchmark; in a dry run at toy sizes, which come last and so override the stage's options
   local module=$1 toy=''
   shift
   if [[ $dry ]]; then
@@ -123,7 +123,7 @@ run_code() {
   if [[ $dry ]]; then run -c "$1"; else "$python" -c "$1"; fi
 }
 
-# The most telling problems come before those that make Triton compile for a minute.
+# The quick check comes before the full one, for which Triton compiles for a minute.
 check() {
   local status=0 toy=${dry:+--quick --dtypes bfloat16}
   run bench.check $on --quick --dtypes bfloat16 float16 float32 $toy --out "$out" || status=$?
@@ -135,7 +135,7 @@ g1() {
   bench attention_gpu --lengths 512 2048 8192 --passes forward backward --variants cuda triton plain --name g1
 }
 
-# Each compiles for some time, FlexAttention for every length and pass.
+# Both compile for some time, FlexAttention for every length and pass.
 g1-others() {
   local status=0
   bench layer_gpu --lengths 512 8192 2048 --passes forward backward --seconds 30 \
@@ -203,9 +203,9 @@ kernels() {
   return $status
 }
 
-# Forward and backward of a ragged length, and of near and far tiles with masks, packed sequences and dropout: all tools
-# at once. Without torch's cache of memory every tensor is an allocation of its own. initcheck looks at all kernels, to
-# see what they write; what it says of others than ours does not count.
+# Checks forward and backward of a ragged length, and of near and far tiles with masks, packed sequences and dropout, by
+# all tools at once. Without torch's memory cache every tensor is its own allocation. initcheck watches all kernels to
+# see what they write; its errors in kernels of others do not count.
 sanitize() {
   local tool name log words pids=() names=() options summary='' failed=0 problems i
   tool=$(PATH=$PATH:${CUDA_HOME:+$CUDA_HOME/bin:}/usr/local/cuda/bin command -v compute-sanitizer) || {
@@ -261,7 +261,7 @@ for entry in "${stages[@]}"; do
   name=${entry%:*} limit=240 start=$SECONDS
   [[ $entry != *:* || $dry ]] || limit=${entry#*:}
   log=$logs/$name.log
-  # In the background: a signal is answered at once, not when the stage ends.
+  # In the background, so that the trap handles a signal at once, not when the stage ends.
   timeout --kill-after=5 "$limit" bash -c "$name" >"$log" 2>&1 &
   wait $!
   status=$? word=ok

@@ -1,18 +1,17 @@
-"""Host time of one small call, where it is overhead that counts: ``python -m bench.host``.
+"""Host time of one small call, where overhead dominates: ``python -m bench.host``.
 
     sdpa     torch's scaled_dot_product_attention on the same query, key and value: no position terms
     dense    disentangled_attention, by the backend that it chooses
     varlen   disentangled_attention_varlen on the same tokens
 
 One sequence of 8 tokens, 2 heads of 64, float32, one thread. forward runs under torch.inference_mode;
-forward+backward asks for the gradients of all inputs. On a GPU, the time until the call returns. Results go to
+forward+backward computes the gradients of all inputs. On a GPU, the time until the call returns. Results go to
 bench/results/cpu/ or the GPU's folder, after every row.
 """
 
 import argparse
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -24,16 +23,16 @@ from .device import Call, Device, Table
 BATCH, HEADS, LENGTH, SIZE = 1, 2, 8, 64
 ROWS = 512  # of DeBERTa-v3's position tables
 PASSES = ("forward", "forward+backward")
-CALLS = 200  # in a row, of one variant; then it is the next one's turn
-CALLS_ON_GPU = 10  # few enough for the queue of launches: a full one makes the host wait
+CALLS = 200  # of one variant in a row, before the next variant's turn
+CALLS_ON_GPU = 10  # few enough for the queue of launches: the host waits when it is full
 MOST_ROUNDS = 1000
 LEGEND = (
-    f"Microseconds of host time a call, {BATCH} sequence of {LENGTH} tokens, {HEADS} heads of {SIZE}, float32, one "
+    f"Microseconds of host time per call, {BATCH} sequence of {LENGTH} tokens, {HEADS} heads of {SIZE}, float32, one "
     f"thread: medians over rounds of {CALLS} calls of each variant in turn; on a GPU until the call returns, rounds of "
     f"{CALLS_ON_GPU}. sdpa: scaled_dot_product_attention without position terms; dense: disentangled_attention; "
     "varlen: disentangled_attention_varlen on the same tokens; both with the backend that they choose. Position tables "
     f"of {ROWS} rows, or none: plain attention through the same functions. forward: torch.inference_mode. "
-    "forward+backward: torch.autograd.grad of the output to query, key and value, and but for sdpa to both tables. "
+    "forward+backward: torch.autograd.grad of the output to query, key and value, and except for sdpa to both tables. "
     "Lower ratios are better."
 )
 
@@ -44,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = _options(arguments)
     torch.set_num_threads(1)
     timing.provenance()
-    # The GPU's folder has a table "host" of attention_gpu already.
+    # attention_gpu writes a table "host" to the GPU's folder.
     gpu = torch.cuda.is_available()
     table = Table("host-call" if gpu else "host", options.out, LEGEND)
     for device in ("cpu", "cuda") if gpu else ("cpu",):
@@ -54,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def row(device: str, passes: str, tables: bool, seconds: float) -> dict:
-    """Microseconds of each variant, and the ratios to sdpa."""
+    """Measures the microseconds of each variant, and the ratios to sdpa."""
     calls = variants(device, passes, tables)
     if device == "cpu":
         rounds = {name: functools.partial(_repeat, call) for name, call in calls.items()}
@@ -73,7 +72,7 @@ def row(device: str, passes: str, tables: bool, seconds: float) -> dict:
 
 
 def variants(device: str, passes: str, tables: bool) -> Variants:
-    """By name, a call without arguments that returns the output, or the gradients."""
+    """Returns calls without arguments by name; they return the output, or the gradients."""
     torch.manual_seed(0)
     normal = functools.partial(torch.randn, device=device)
     heads = [normal(BATCH, HEADS, LENGTH, SIZE).requires_grad_() for _ in range(3)]
@@ -110,14 +109,8 @@ def _until_return(device: str, call: Callable[[], object]) -> float:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a look in a few seconds, kept in build/")
-    parser.add_argument("--seconds", type=float, help="time a row aims at; never fewer than 5 rounds")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
-    options = parser.parse_args(arguments)
-    options.seconds = (0.5 if options.quick else 10.0) if options.seconds is None else options.seconds
-    options.out = options.out or (Path("build/bench") if options.quick else timing.results_folder())
-    return options
+    parser = timing.cpu_parser("host", __doc__)
+    return timing.parse(parser, arguments, dict(seconds=10.0, out=timing.results_folder()), {})
 
 
 if __name__ == "__main__":

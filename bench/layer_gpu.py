@@ -1,20 +1,20 @@
-"""One DeBERTa-v3-base attention module on a GPU, ours against everybody else's: ``python -m bench.layer_gpu``.
+"""One DeBERTa-v3-base attention module on a GPU, ours against other libraries': ``python -m bench.layer_gpu``.
 
-The workload that disentangled-flash publishes: hidden states (B, L, 768) with B = 16384 / L, bfloat16, no dropout, all
-tokens valid; projections of query, key, value and of the relative positions included, the output's not. Masks and
-relative positions that a variant wants are made beforehand, as its encoder makes them once for all layers. What the
-variants are is said in ``variants.layer``; peers' libraries take part where they are installed.
+The workload is the one that disentangled-flash publishes: hidden states (B, L, 768) with B = 16384 / L, bfloat16, no
+dropout, all tokens valid. It includes the projections of query, key, value and relative positions, not the output's.
+Masks and relative positions are made beforehand, as an encoder makes them once for all layers. ``variants.layer``
+describes the variants; other libraries take part where they are installed.
 """
 
 import argparse
 import functools
 import time
-from pathlib import Path
 
 import torch
 
 from deberta_fast.op.relative_position import slot_table
 
+from . import device as devices
 from . import models, timing
 from .device import Call, Device, Table, times_by_length
 from .variants import Entry, described
@@ -28,12 +28,12 @@ VARIANTS = {name: entry for name, entry in ATTENTION.items() if name not in ("na
 LEGEND = (
     "One DeBERTa-v3-base attention module with the projections of query, key, value and relative positions, B = tokens "
     "/ length, no dropout, all tokens valid. ms: medians of interleaved calls with the second-level cache overwritten "
-    "before, the host's time included as far as the GPU waits for it, which is how disentangled-flash publishes its "
-    "figures. kernel ms: the same with the GPU kept busy until the call is queued. Forward without gradients; backward "
-    "is output.backward(gradient, retain_graph=True), no .grad to add to. TFLOP/s as there: (4 L^2 + 4 L R) D a head "
-    "forward, (10 L^2 + 12 L R) D backward, R the rows that the length reaches, over ms. x eager: times as fast as "
-    "hf-eager. peak MiB: what torch allocates in the call above what is there before. difference: of the outputs from "
-    "hf-eager's, relative, in norm."
+    "before, including the host's time as far as the GPU waits for it, as disentangled-flash publishes its figures. "
+    "kernel ms: the same with the GPU kept busy until the call is queued. Forward runs without gradients; backward is "
+    "output.backward(gradient, retain_graph=True) with no .grad to add to. TFLOP/s as published there: (4 L^2 + 4 L R) "
+    "D per head forward, (10 L^2 + 12 L R) D backward, R the rows that the length reaches, over ms. x eager: times as "
+    "fast as hf-eager. peak MiB: what torch allocates in the call above what is in use before. difference: of the "
+    "outputs from hf-eager's, relative, in norm."
 )
 
 
@@ -58,27 +58,20 @@ def main(arguments: list[str] | None = None) -> None:
                 return
             build = {name: functools.partial(_build, layer, entry, passes) for name, entry in found.items()}
             taken = device.measure(build, SECONDS_A_VARIANT, queued=False)
-            kernels = device.measure({n: b for n, b in build.items() if taken[n].seconds}, SECONDS_A_VARIANT)
-            peaks = device.peaks({n: b for n, b in build.items() if taken[n].seconds})
+            ran = {name: make for name, make in build.items() if taken[name].seconds}
+            kernels = device.measure(ran, SECONDS_A_VARIANT)
+            peaks = {name: device.peak(make) for name, make in ran.items()}
             eager = taken["hf-eager"].seconds if "hf-eager" in taken else None
             for name, outcome in taken.items():
-                seconds, kernel, peak = outcome.seconds, kernels.get(name), peaks.get(name)
-                table.add(
-                    {
-                        "length": length,
-                        "batch": batch,
-                        "pass": passes,
-                        "variant": name,
-                        "ms": seconds and 1000 * seconds,
-                        "kernel ms": kernel and kernel.seconds and 1000 * kernel.seconds,
-                        "TFLOP/s": seconds and _flops(layer, passes) / seconds / 1e12,
-                        "x eager": seconds and eager and eager / seconds,
-                        "peak MiB": peak / timing.MIB if isinstance(peak, int) else None,
-                        "calls": outcome.runs or None,
-                        "difference": differences.get(name) if passes == "forward" else None,
-                        "error": outcome.error,
-                    }
-                )
+                row = {"length": length, "batch": batch, "pass": passes, "variant": name} | outcome.columns()
+                if seconds := outcome.seconds:
+                    row["kernel ms"] = kernels[name].columns()["ms"]
+                    row["TFLOP/s"] = _flops(layer, passes) / seconds / 1e12
+                    row["x eager"] = eager and eager / seconds
+                    row["peak MiB"] = peaks[name] / timing.MIB if isinstance(peaks[name], int) else None
+                    row["calls"] = outcome.runs
+                    row["difference"] = differences.get(name) if passes == "forward" else None
+                table.add(row)
 
 
 def _build(layer: Layer, entry: Entry, passes: str) -> Call:
@@ -86,7 +79,7 @@ def _build(layer: Layer, entry: Entry, passes: str) -> Call:
 
 
 def _differences(layer: Layer, found: dict[str, Entry]) -> dict[str, float]:
-    """Relative differences of the outputs from hf-eager's, of what computes the same and does not fail."""
+    """Relative differences from hf-eager's output of the variants that compute the same and do not fail."""
     outputs = {}
     for name, entry in found.items():
         if name.startswith("plain"):
@@ -95,7 +88,7 @@ def _differences(layer: Layer, found: dict[str, Entry]) -> dict[str, float]:
             with torch.no_grad():
                 outputs[name] = entry.build(layer, "forward")[1]().float()
         except Exception:
-            continue  # said where it is timed
+            continue  # the timing reports it
     want = outputs.get("hf-eager")
     return {} if want is None else {n: float((x - want).norm() / want.norm()) for n, x in outputs.items()}
 
@@ -113,17 +106,13 @@ def _peers() -> str:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.layer_gpu", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="L", help="in this order")
+    parser = devices.parser("layer_gpu", __doc__)
+    parser.set_defaults(lengths=LENGTHS)
     parser.add_argument("--passes", choices=PASSES, nargs="+", default=PASSES)
     parser.add_argument("--variants", nargs="+", default=[""], metavar="NAME", help="only those whose name begins so")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--tokens", type=int, default=16384, metavar="N")
-    parser.add_argument("--seconds", type=float, default=200.0, help="no pass is begun later than this")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, default=timing.results_folder(), metavar="DIR", help="folder of results")
-    options = parser.parse_args(arguments)
-    return options
+    parser.add_argument("--seconds", type=float, default=200.0, help="no pass begins later than this")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Encoder
 import deberta_fast
 from deberta_fast.models.encoder import DebertaEncoder
 
-# The public checkpoint's config.json, as far as it differs from Hugging Face's defaults or shapes the model.
+# The entries of the public checkpoint's config.json that differ from Hugging Face's defaults or shape the model.
 V3_BASE = dict(
     vocab_size=128100,
     hidden_size=768,
@@ -30,7 +30,7 @@ V3_BASE = dict(
 
 
 def encoder_v3_base(layers: int) -> DebertaV2Encoder:
-    """Hugging Face's encoder of DeBERTa-v3-base's shape, random weights under a fixed seed."""
+    """Makes Hugging Face's encoder of DeBERTa-v3-base's shape, with random weights of a fixed seed."""
     torch.manual_seed(0)
     encoder = DebertaV2Encoder(DebertaV2Config(**V3_BASE | {"num_hidden_layers": layers})).eval()
     encoder.config = encoder.layer[0].attention.config
@@ -43,7 +43,7 @@ def native_encoder(encoder: DebertaV2Encoder) -> DebertaEncoder:
 
 
 def native(kind: type, config: deberta_fast.DebertaV2Config, model: nn.Module) -> nn.Module:
-    """This package's module of a kind on the parameters of Hugging Face's ``model``."""
+    """Makes this package's module of a kind on the parameters of Hugging Face's ``model``."""
     with torch.device("meta"):
         twin = kind(config)
     twin.load_state_dict(dict(model.named_parameters()), assign=True)
@@ -55,7 +55,7 @@ def sharing_parameters(module: nn.Module) -> nn.Module:
 
 
 def plain_encoder(encoder: DebertaV2Encoder) -> DebertaV2Encoder:
-    """The encoder with plain attention in the place of disentangled attention."""
+    """Copies the encoder with plain attention in place of disentangled attention."""
     twin = sharing_parameters(encoder)
     for layer in twin.layer:
         attention = layer.attention.self
@@ -64,7 +64,7 @@ def plain_encoder(encoder: DebertaV2Encoder) -> DebertaV2Encoder:
 
 
 def plain_attention(attention: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """scaled_dot_product_attention between the module's projections of (B, L, hidden_size): no position terms."""
+    """Applies scaled_dot_product_attention to the module's projections of (B, L, hidden_size): no position terms."""
     query, key, value = (
         project(hidden).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
         for project in (attention.query_proj, attention.key_proj, attention.value_proj)

@@ -1,4 +1,4 @@
-"""Charts of a folder of GPU results, PNG files beside them: ``python -m bench.plots [FOLDER]``. Needs matplotlib."""
+"""Draws the results in a folder as PNG files beside them: ``python -m bench.plots [FOLDER]``. Needs matplotlib."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from . import timing
 
-# By the beginning of a variant's name, so that a variant looks the same in every chart.
+# By the beginning of a variant's name: a variant looks the same in every chart.
 STYLES = {
     "triton": ("tab:blue", "-"),
     "cuda": ("tab:green", "-"),
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def draw(record: dict, value: str, label: str, path: Path) -> None:
-    """A panel for each pass, length across; of the plain variants only the best at each length."""
+    """Draws a panel for each pass over the length, with only the best of the plain variants at each length."""
     from matplotlib import pyplot
 
     rows = [row for row in record["rows"] if value in row]

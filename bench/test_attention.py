@@ -1,4 +1,4 @@
-"""The attention module under pytest-benchmark, one group a length: ``python -m pytest bench --benchmark-only``."""
+"""Times the attention module by pytest-benchmark, one group per length: ``python -m pytest bench --benchmark-only``."""
 
 import pytest
 

@@ -1,5 +1,6 @@
-"""The tools of every benchmark: interleaved times, peak memory, where a figure comes from, and how it is kept."""
+"""The tools of every benchmark: interleaved times, peak memory, the provenance of figures, and tables of them."""
 
+import argparse
 import ctypes
 import functools
 import importlib.metadata
@@ -24,10 +25,10 @@ MIB = 1 << 20
 
 
 def interleaved(variants: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each call, the variants run in turn (A B A B), so that a machine that drifts drifts for all alike.
+    """Times the variants in turn (A B A B), so that a drift of the machine affects all alike.
 
     Returns:
-        For each variant ``repeats`` times, without the ``warmup`` first rounds. Take ``medians``.
+        For each variant the seconds of ``repeats`` calls, without the ``warmup`` first rounds.
     """
     seconds = {name: [] for name in variants}
     for _ in range(warmup + repeats):
@@ -41,7 +42,7 @@ def interleaved(variants: dict[str, Callable[[], object]], repeats: int, warmup:
 
 
 def medians(variants: dict[str, Callable[[], object]], seconds: float, fewest: int = 5, most: int = 100) -> dict:
-    """Median seconds of each variant, over as many interleaved rounds as fit into about ``seconds``."""
+    """Returns the median seconds of each variant over as many interleaved rounds as fit into about ``seconds``."""
     round_trip = sum(times[0] for times in interleaved(variants, repeats=1, warmup=1).values())
     repeats = max(fewest, min(most, int(seconds / round_trip)))
     return {name: median(times) for name, times in interleaved(variants, repeats, warmup=0).items()}
@@ -53,20 +54,20 @@ def _synchronize() -> None:
 
 
 def peak_memory(build: Callable[..., list[Callable[[], object]]], *arguments, device: str = "cpu") -> list[int]:
-    """Peak bytes that calls need above what was there before them, measured in a fresh process.
+    """Measures the peak bytes that calls need above those in use before them, in a fresh process.
 
-    On the CPU that is resident memory. Linux alone can reset its peak; elsewhere the peak of the process's whole life
-    stands in, which hides what a call needs below the peak of ``build``: a lower bound. On a GPU it is what torch
+    On the CPU this is resident memory. Only Linux can reset its peak; elsewhere the peak of the process's whole life
+    takes its place, which hides what a call needs below the peak of ``build``: a lower bound. On a GPU it is what torch
     allocates.
 
     Args:
-        build: importable (it is pickled by name). Called in the process with ``arguments``; builds everything, runs it
-            once at a tiny size, so that nobody is charged for libraries that initialise, and returns the calls to
-            measure, smallest first.
+        build: an importable function (it is pickled by name), called in the process with ``arguments``. It builds
+            everything, runs it once at a tiny size, so that the initialisation of libraries does not count, and returns
+            the calls to measure, smallest first.
         device: where they run.
 
     Returns:
-        Bytes for each call.
+        The bytes of each call.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(_peaks, build, arguments, device, torch.get_num_threads()).result()
@@ -78,7 +79,7 @@ def _peaks(build: Callable, arguments: tuple, device: str, threads: int) -> list
 
 
 def peak_of_call(run: Callable[[], object], device: str) -> int:
-    """Peak bytes that one call needs above what is there. On a CPU, a process that did little before tells more."""
+    """Measures the peak bytes that one call needs. On a CPU, a process that did little before is more accurate."""
     return (_peak_allocated if torch.device(device).type == "cuda" else _peak_resident)(run)
 
 
@@ -103,7 +104,7 @@ def _peak_resident(run: Callable[[], object]) -> int:
 
 
 def _return_free_memory() -> None:
-    # Heap that an earlier call freed and malloc kept would be used anew without showing up.
+    # A call could reuse heap that malloc kept after an earlier call, which would not show.
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):
@@ -122,7 +123,7 @@ def _lifetime_peak() -> int:
 
 @functools.cache
 def provenance() -> dict[str, str | int | None]:
-    """Everything that a figure needs to be believed and repeated. Taken once a process, before it writes anything."""
+    """Records what is needed to trust and repeat a figure. Call it before the process writes anything."""
     import deberta_fast
     from deberta_fast.selfcheck import processor
 
@@ -146,7 +147,7 @@ def provenance() -> dict[str, str | int | None]:
 
 
 def _gpu_state() -> dict[str, str]:
-    """Driver, clock and power limit, which decide how fast a GPU is; nothing where nvidia-smi does not tell."""
+    """Asks nvidia-smi for driver, clock and power limit. Empty if it does not answer."""
     asked = {"driver": "driver_version", "gpu clock": "clocks.max.sm", "power limit": "power.limit"}
     command = ["nvidia-smi", f"--query-gpu={','.join(asked.values())}", "--format=csv,noheader"]
     uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
@@ -175,19 +176,19 @@ def _commit() -> str | None:
         changed = git("status", "--porcelain", "--", ".", ":!bench/results")
         return git("rev-parse", "HEAD") + (" with uncommitted changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("COMMIT")  # a copy of the working tree without .git: whoever made it knows
+        return os.environ.get("COMMIT")  # in a copy of the working tree without .git
 
 
 def results_folder() -> Path:
-    """bench/results/ and the GPU's name, or cpu."""
+    """Returns bench/results/<name of the GPU>, or bench/results/cpu."""
     kind = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu"
     return REPOSITORY / "bench" / "results" / kind
 
 
 def save(name: str, rows: list[dict], folder: Path, notes: str = "", summary: str = "") -> None:
-    """Writes ``rows`` and their provenance to ``folder`` as name.json and name.md, there after a ``summary`` of them.
+    """Writes ``rows`` and their provenance to ``folder``: name.md, and name.json, which bench.plots reads.
 
-    Call it after every row: a run that is stopped keeps what it measured.
+    Call it after every row, so that a run that is stopped keeps what it measured. Git keeps only name.md.
     """
     folder.mkdir(parents=True, exist_ok=True)
     record = {"provenance": provenance(), "notes": notes, "rows": rows}
@@ -198,7 +199,12 @@ def save(name: str, rows: list[dict], folder: Path, notes: str = "", summary: st
 
 
 def fill(jobs: list[tuple[str, str, Callable[[], list[dict]]]], notes: dict[str, str], folder: Path) -> None:
-    """Runs jobs of a table's name, what the progress bar says, and what makes rows; keeps tables, and prints them."""
+    """Fills tables row by row, saves and prints them.
+
+    Args:
+        jobs: the name of a table, a description for the progress bar, and a function that makes rows.
+        notes: by table.
+    """
     from tqdm import tqdm
 
     provenance()
@@ -214,7 +220,7 @@ def fill(jobs: list[tuple[str, str, Callable[[], list[dict]]]], notes: dict[str,
 
 
 def markdown(rows: list[dict]) -> str:
-    """A Markdown table, its columns aligned to be read as plain text too."""
+    """Makes a Markdown table whose columns are aligned as plain text too."""
     heads = list(dict.fromkeys(key for row in rows for key in row))
     cells = [heads, *([cell(row.get(head)) for head in heads] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(heads))]
@@ -224,7 +230,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 def pivot(rows: list[dict], heads: tuple[str, ...], column: Callable[[dict], str], cell: Callable[[dict], str]) -> str:
-    """A Markdown table with a line for all rows that have the same under ``heads``, their cells across."""
+    """Makes a Markdown table with one line for all rows that agree in the columns ``heads``, their cells across."""
     lines: dict[tuple, dict] = {}
     for row in rows:
         line = {head: row[head] for head in heads if head in row}
@@ -240,3 +246,23 @@ def cell(value: object) -> str:
     if abs(value) < 0.1:
         return f"{value:.3f}"
     return f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def cpu_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks on the CPU have."""
+    parser = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=description.split("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="take a short look; results go to build/bench")
+    parser.add_argument("--seconds", type=float, help="aim at this time per row; never fewer than 5 rounds")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, arguments: list[str] | None, whole: dict, quick: dict) -> argparse.Namespace:
+    """Parses ``arguments``. Options that are not given come from ``quick`` with --quick, otherwise from ``whole``."""
+    options = parser.parse_args(arguments)
+    quick = {"seconds": 0.5, "out": Path("build/bench")} | quick
+    whole = {"out": REPOSITORY / "bench" / "results" / "cpu"} | whole
+    for name, value in (quick if options.quick else whole).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options

@@ -1,18 +1,17 @@
-"""Where the Triton backend spends its time on a GPU, and what other settings give: ``python -m bench.triton_kernels``.
+"""Where the Triton backend spends its time on a GPU, and how other settings do: ``python -m bench.triton_kernels``.
 
-    kernels   each kernel of forward and backward, all its launches of a call together
-    bands     whole calls under other limits for the bands (``plan.BAND_BYTES``)
-    settings  whole calls with other distances between the rows of a band's programs, other numbers of shares in the
-              tables' gradients
-    tiles     each kernel under other tiles, warps and stages, at the usual settings; the most telling ones first
+    kernels   each kernel of forward and backward, summed over its launches in a call
+    bands     whole calls with other limits of the workspace of the bands (``plan.BAND_BYTES``)
+    settings  whole calls with other distances between the rows of a band's programs, and other numbers of shares in
+              the tables' gradients
+    tiles     each kernel with other tiles, warps and stages, at the usual settings; the most telling ones first
 
-16384 tokens, 12 heads of 64, v3's tables, bfloat16. Results go to bench/results/ and the GPU's name, after every row.
+16384 tokens, 12 heads of 64, v3's tables, bfloat16. Results go to bench/results/<GPU>, after every row.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
@@ -21,6 +20,7 @@ from deberta_fast.op.backends import triton as backend
 from deberta_fast.op.backends.triton import configuration, plan
 from deberta_fast.op.backends.triton.configuration import Tiles
 
+from . import device as devices
 from . import timing
 from .device import Call, Device, Table
 from .variants.operator import Workload, asked
@@ -30,8 +30,8 @@ SECONDS = 0.05  # for each variant
 BAND_MIB = (128, 24, 32, 40, 160, 64, 256)
 STEPS = (1, 2, 4, 8)
 SHARES = (1, 2, 4)
-# Rows, columns, warps, stages: the default on sm_90, then other stages and warps, then other shapes. Those with 128
-# rows or columns have all kernels compiled anew.
+# Rows, columns, warps, stages: the default on sm_90, then other stages and warps, then other shapes. Triton compiles
+# all kernels anew for those with 128 rows or columns.
 TILES = {
     "forward": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2)],
     "backward_key": [(64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2)],
@@ -43,15 +43,12 @@ OF_TILES = {"bands": ("band_scores", "backward_rows"), "backward_tables": ("back
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.triton_kernels", description=__doc__.split("\n\n")[0])
+    parser = devices.parser("triton_kernels", __doc__)
+    parser.set_defaults(lengths=[512, 2048, 8192])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(PARTS)}")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192], metavar="L")
-    parser.add_argument("--tokens", type=int, default=16384, metavar="N")
     parser.add_argument("--heads", type=int, default=12, metavar="H")
     parser.add_argument("--most", type=int, default=6, metavar="N", help="tiles of a kernel, limits of the bands")
     parser.add_argument("--kernels", choices=TILES, nargs="+", default=list(TILES), help="whose tiles")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, default=timing.results_folder(), metavar="DIR", help="folder of results")
     options = parser.parse_args(arguments)
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
@@ -66,11 +63,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 class Work:
-    """One call of the operator."""
+    """The inputs of one call of the operator, with the results of its forward pass."""
 
     def __init__(self, device: str, length: int, batch: int, heads: int):
         self.batch = batch
-        workload = Workload(length, batch, heads, torch.bfloat16, device, dropout_p=0.0, padding=0.0)
+        workload = Workload(length, batch, heads, device=device)
         for x in (*workload.qkv, *workload.tables):
             x.requires_grad_(False)  # the backend is called as autograd calls it
         self.inputs, self.gradient = asked(workload), workload.gradient
@@ -83,21 +80,21 @@ class Work:
         return backends.backward(self.inputs, "triton", self.output, self.lse, self.gradient, None)
 
     def target(self) -> configuration.Target:
+        """Returns what the backend chooses its configuration by."""
         query = self.inputs.query
         return configuration.target_of(query.device, plan.block_d_of(self.inputs), query.element_size())
 
     def launches(self) -> dict[str, list[plan.Launch]]:
-        """By kernel and pass; run in order they make a call."""
-        inputs, found = self.inputs, {}
-        chosen = configuration.choose(self.target())
-        precision = backend._precision(inputs)
-        grads = [torch.empty_like(x) for x in inputs[:5]]
+        """Returns the launches by pass and kernel; in order they make a call."""
+        grads = [torch.empty_like(x) for x in self.inputs[:5]]
+        chosen, precision = configuration.choose(self.target()), backend._precision(self.inputs)
+        new_plan = lambda: plan.Plan(self.inputs, chosen, precision)
+        grad_lse = torch.zeros_like(self.lse)
         passes = {
-            "forward": plan.Plan(inputs, chosen, precision).forward(self.output, self.lse),
-            "backward": plan.Plan(inputs, chosen, precision).backward(
-                self.output, self.lse, self.gradient, torch.zeros_like(self.lse), grads
-            ),
+            "forward": new_plan().forward(self.output, self.lse),
+            "backward": new_plan().backward(self.output, self.lse, self.gradient, grad_lse, grads),
         }
+        found = {}
         for name, launches in passes.items():
             for launch in launches:
                 launch.run()
@@ -107,11 +104,10 @@ class Work:
 
 def kernels(work: Work, device: Device, options: argparse.Namespace) -> Iterator[dict]:
     found = work.launches()
-    build = {name: lambda launches=launches: Call(lambda: _run(launches)) for name, launches in found.items()}
-    build |= {"forward": lambda: Call(work.forward), "backward": lambda: Call(work.backward)}
-    for name, taken in device.measure(build, SECONDS).items():
-        count = len(found.get(name, ())) or None
-        yield {"kernel": name, "launches": count, **_ms(taken)}
+    calls = {name: Call(lambda launches=launches: _run(launches)) for name, launches in found.items()}
+    calls |= {"forward": Call(work.forward), "backward": Call(work.backward)}
+    for name, columns in _measure(device, calls):
+        yield {"kernel": name, "launches": len(found.get(name, ())) or None} | columns
 
 
 def bands(work: Work, device: Device, options: argparse.Namespace) -> Iterator[dict]:
@@ -127,9 +123,8 @@ def settings(work: Work, device: Device, options: argparse.Namespace) -> Iterato
 def _whole_calls(work: Work, device: Device, trials: list[tuple[str, object, str]]) -> Iterator[dict]:
     for attribute, value, label in trials:
         with _set(plan, attribute, value):
-            build = {"forward": lambda: Call(work.forward), "backward": lambda: Call(work.backward)}
-            for name, taken in device.measure(build, SECONDS).items():
-                yield {"setting": label, "pass": name, **_ms(taken)}
+            for name, columns in _measure(device, {"forward": Call(work.forward), "backward": Call(work.backward)}):
+                yield {"setting": label, "pass": name} | columns
 
 
 def tiles(work: Work, device: Device, options: argparse.Namespace) -> Iterator[dict]:
@@ -141,25 +136,26 @@ def tiles(work: Work, device: Device, options: argparse.Namespace) -> Iterator[d
             trial = usual._replace(**{kernel: Tiles(*shape)})
             trial = trial._replace(alignment=max(64, *(max(t.rows, t.columns) for t in trial[1:])))
             configuration.set_configuration(target, trial)
-            for row in _one_kernel(work, device, kernel):
-                yield {"kernel": kernel, "tiles": "x".join(map(str, shape)), "alignment": trial.alignment, **row}
+            for row in _one_kernel(work, device, OF_TILES.get(kernel, (kernel,))):
+                yield {"kernel": kernel, "tiles": "x".join(map(str, shape)), "alignment": trial.alignment} | row
     configuration.set_configuration(target, None)
 
 
-def _one_kernel(work: Work, device: Device, kernel: str) -> Iterator[dict]:
+def _one_kernel(work: Work, device: Device, names: tuple[str, ...]) -> Iterator[dict]:
     try:
-        found = work.launches()
+        found = {name: launches for name, launches in work.launches().items() if name.endswith(names)}
     except Exception as error:
-        yield {"error": f"{type(error).__name__}: {error}".splitlines()[0][:90]}
+        yield {"error": device.failure(error).error}
         return
-    names = OF_TILES.get(kernel, (kernel,))
-    build = {
-        name: lambda launches=launches: Call(lambda: _run(launches))
-        for name, launches in found.items()
-        if name.endswith(names)
-    }
+    calls = {name: Call(lambda launches=launches: _run(launches)) for name, launches in found.items()}
+    for name, columns in _measure(device, calls):
+        yield {"pass": name} | columns
+
+
+def _measure(device: Device, calls: dict[str, Call]) -> Iterator[tuple[str, dict]]:
+    build = {name: lambda call=call: call for name, call in calls.items()}
     for name, taken in device.measure(build, SECONDS).items():
-        yield {"pass": name, **_ms(taken)}
+        yield name, taken.columns()
 
 
 def _run(launches: list[plan.Launch]) -> None:
@@ -167,13 +163,9 @@ def _run(launches: list[plan.Launch]) -> None:
         launch.run()
 
 
-def _ms(taken) -> dict:
-    return {"ms": taken.seconds and 1000 * taken.seconds, "error": taken.error}
-
-
 @contextmanager
 def _set(module: object, attribute: str, value: object) -> Iterator[None]:
-    before: Callable = getattr(module, attribute)
+    before = getattr(module, attribute)
     setattr(module, attribute, value)
     try:
         yield

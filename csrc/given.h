@@ -1,5 +1,5 @@
-// The arguments of the extension's operators, the same for every device, in the order of their schema
-// (deberta_fast/op/backends/extension.py); and the checks that both hosts make of them.
+// The arguments of the extension's operators in the order of their schema (deberta_fast/op/backends/extension.py), and
+// the checks that both devices share.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -25,7 +25,7 @@ struct Given {
   int64_t table_rows() const { return pos_key ? pos_key->size(1) : pos_query->size(1); }
 };
 
-// Parameters of an operator, and the Given that they make.
+// The parameter list of an operator, and the initializer of a Given from it.
 #define DEBERTA_FAST_GIVEN                                                                                          \
   torch::stable::Tensor query, torch::stable::Tensor key, torch::stable::Tensor value,                              \
       ::deberta_fast::MaybeTensor pos_key, ::deberta_fast::MaybeTensor pos_query, ::deberta_fast::MaybeTensor mask, \
@@ -48,7 +48,7 @@ inline void* gradient_of_table(const MaybeTensor& x) {
   return x ? x->data_ptr() : nullptr;
 }
 
-// Probabilities whose 32-bit random word is below this are dropped (12).
+// Dropout (12) drops the probabilities whose 32-bit random word is below this.
 inline uint64_t drop_below(double dropout_p) { return static_cast<uint64_t>(std::nearbyint(dropout_p * 0x1p32)); }
 inline float keep_scale(double dropout_p) { return static_cast<float>(1 / (1 - dropout_p)); }
 

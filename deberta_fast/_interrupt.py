@@ -1,18 +1,18 @@
-"""Ctrl-C while ``python -m deberta_fast`` still imports torch, which takes seconds: the end, as later on, and quietly.
+"""Lets Ctrl-C end ``python -m deberta_fast`` without a traceback while it imports torch, which takes seconds.
 
-To import this is to ask for it, until ``as_usual``. Other programs that import the package are left alone.
+Importing this module installs the handler, and ``as_usual`` removes it. Other programs keep their own handler.
 """
 
 import os
 import signal
 import sys
 
-INTERRUPTED = 130  # the exit status of what SIGINT ended
+INTERRUPTED = 130  # exit status of a process that SIGINT ended
 _HERE = ("-m", __package__) in zip(sys.orig_argv, sys.orig_argv[1:])
 
 
 def as_usual() -> None:
-    """Back to KeyboardInterrupt, upon which files are closed."""
+    """Restores KeyboardInterrupt, which closes files."""
     if _HERE and signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

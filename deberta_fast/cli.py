@@ -1,4 +1,4 @@
-"""``python -m deberta_fast``: ``run``, a pipeline on JSON lines, and ``check``, what this machine can do."""
+"""``python -m deberta_fast``: ``run`` answers JSON lines with a pipeline, ``check`` tests the backends."""
 
 import argparse
 import contextlib
@@ -17,31 +17,25 @@ from . import __version__
 from ._interrupt import INTERRUPTED
 from .op import backends
 from .pipelines import ALIASES, TASKS, InputError, pipeline
-from .selfcheck import check
+from .pipelines.base import progress_bar
+from .selfcheck import check, usable_device
 
-# Lines that wait to be read together; what reads them takes as many as there are.
+# Largest number of lines that are read ahead and answered together.
 WAITING = 1024
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "auto": "auto"}
-# Exit statuses: a mistake in the input or the files, one in the command, and as of SIGPIPE.
+# Exit statuses: an error in the input or the files, an error in the command, and that of a process ended by SIGPIPE.
 FAILED, MISUSED, UNREAD = 1, 2, 141
-# How torch says on a CPU that there is no memory: its allocator, and loops that could not start.
+# Texts in torch's errors that mean lack of memory on a CPU: of its allocator, and of parallel loops that cannot start.
 NO_MEMORY = ("can't allocate memory", "not enough memory", "torch_parallel_for")
 EPILOG = """\
-A line of input is a JSON string, {"text": ...}, for text-classification also {"text": ..., "text_pair": ...}, and for
-question-answering {"question": ..., "context": ...}. For every line, one line of JSON comes out, in the same order and
-as soon as it is known. The results are those of deberta_fast.pipelines.
+A line of input is a JSON string or {"text": ...}; for text-classification also {"text": ..., "text_pair": ...}; for
+question-answering {"question": ..., "context": ...}. Every line gives one line of JSON, in the same order and as soon
+as it is known. The results are those of deberta_fast.pipelines.
 
   echo '"The capital of France is [MASK]."' | python -m deberta_fast run --task fill-mask --model microsoft/deberta-base
   python -m deberta_fast run --task zero-shot-classification --candidate-labels politics,sport --model DIR \\
     --input texts.jsonl --output labels.jsonl
 """
-
-
-class LineError(ValueError):
-    """A line of the input that cannot be used."""
-
-    def __init__(self, number: int, reason: str):
-        super().__init__(f"line {number}: {reason}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,8 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         return _check(given) if given.command == "check" else _run(given, commands.choices["run"])
-    except BrokenPipeError:
-        # Whoever read the results has stopped
+    except BrokenPipeError:  # The reader of the results has stopped.
         return UNREAD
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -64,24 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
         return FAILED
 
 
-def _check_device(device: str | None) -> None:
-    if device is not None:
-        try:
-            torch.empty(0, device=device)
-        except (AssertionError, RuntimeError) as error:  # the former where torch was built without it
-            raise ValueError(f"torch cannot use device {device!r}: {_first_line(error)}") from None
-
-
 def _reason(error: Exception) -> str:
-    """An error in one line. Running out of memory has many names, and not all of them speak of it."""
-    reason = _first_line(error)
+    """Returns an error's message in one line, and says clearly when memory was short."""
+    reason = next(filter(None, map(str.strip, str(error).splitlines())), "")
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(x in reason for x in NO_MEMORY):
         return f"out of memory; a smaller --batch-size or shorter texts need less ({reason or type(error).__name__})"
     return reason
-
-
-def _first_line(error: Exception) -> str:
-    return next(filter(None, map(str.strip, str(error).splitlines())), "")
 
 
 def _add_run(commands) -> None:
@@ -91,7 +72,7 @@ def _add_run(commands) -> None:
         description="Answers lines of JSON with a model.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        # Options of the tasks that are not given must not count as given
+        # Only the options that are given go to the task.
         argument_default=argparse.SUPPRESS,
     )
     run.add_argument("--task", required=True, choices=[*TASKS, *ALIASES], metavar="TASK", help=", ".join(TASKS))
@@ -129,13 +110,14 @@ def _add_check(commands) -> None:
     add = commands.add_parser(
         "check",
         help="compare and time the backends on this machine",
-        description="Says what is installed, compares every backend with the reference on a device, times it, and says "
-        "which one is taken by default. Exit status 0 if a fused backend passed, 1 if none did: what a bug report "
-        "should contain.",
+        description="Prints what is installed, compares every backend with the reference on a device, times it, and "
+        "prints which one is the default. Exit status 0 if a fused backend passed, 1 if none did. A bug report should "
+        "contain the output.",
     ).add_argument
     add("--device", help="cpu, cuda, cuda:1, ...; by default a GPU if there is one")
     add("--head-size", type=int, default=64, metavar="N", help="64 by default, as in all published models")
-    add("--dtype", nargs="+", choices=[name for name in DTYPES if name != "auto"], help="all three by default")
+    dtypes = [name for name in DTYPES if name != "auto"]
+    add("--dtype", nargs="+", choices=dtypes, default=dtypes, help="all three by default")
     add("--quick", action="store_true", help="only dense calls with masks, and no times")
     add("--json", action="store_true", help="print a JSON object")
 
@@ -149,39 +131,36 @@ def _list(text: str) -> list[str]:
 
 
 def _check(given: argparse.Namespace) -> int:
-    dtypes = {"dtypes": tuple(DTYPES[name] for name in given.dtype)} if given.dtype else {}
     if sys.stderr.isatty():
         print("checking takes a minute or two, and some more the first time that Triton compiles", file=sys.stderr)
-    report = check(given.device, head_size=given.head_size, quick=given.quick, **dtypes)
+    dtypes = tuple(DTYPES[name] for name in given.dtype)
+    report = check(given.device, head_size=given.head_size, dtypes=dtypes, quick=given.quick)
     print(json.dumps(report.as_dict(), indent=1) if given.json else report)
     return 0 if report.passed else FAILED
 
 
 def _run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    _check_device(given.device)
-    options = dict(vars(given))
-    place = {name: options.pop(name) for name in ("revision", "local_files_only") if name in options}
-    loading = {name: options.pop(name) for name in ("tokenizer", "device", "batch_size", "backend")}
-    for name in ("command", "task", "model", "dtype", "input", "output"):
-        options.pop(name)
+    if given.device is not None:
+        usable_device(given.device)
+    own = ("command", "task", "model", "dtype", "input", "output")
+    options = {name: value for name, value in vars(given).items() if name not in own}
+    general = ("tokenizer", "device", "batch_size", "backend", "revision", "local_files_only")
     kind = TASKS[ALIASES.get(given.task, given.task)]
     try:
         _check_files(given)
-        kind.changed(options)
+        kind.changed({name: value for name, value in options.items() if name not in general})
         if kind.task == "zero-shot-classification" and "candidate_labels" not in options:
             raise ValueError(f"{kind.task} needs --candidate-labels")
     except (TypeError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return MISUSED
-    # Neither sys.stdin nor closed here: a thread may still wait for a line of it, which would hold up the end
+    # sys.stdin is neither used nor closed: a thread may still wait for a line, and closing would wait for the thread.
     source = open(given.input or 0, "rb", closefd=bool(given.input))
     with contextlib.ExitStack() as stack:
-        answer = pipeline(
-            given.task, given.model, **loading, dtype=DTYPES[given.dtype], progress=False, **place, **options
-        )
+        answer = pipeline(given.task, given.model, dtype=DTYPES[given.dtype], progress=False, **options)
         target = stack.enter_context(open(given.output or 1, "wb", closefd=bool(given.output)))
         if source.isatty():
-            print("reading JSON from the terminal, a line an input; Ctrl-D ends", file=sys.stderr)
+            print("reading JSON from the terminal, one input per line; Ctrl-D ends", file=sys.stderr)
         shown = stack.enter_context(_bar(source, target))
         for lines in _batches(source):
             for result in _results(answer, lines):
@@ -193,8 +172,8 @@ def _run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 def _check_files(given: argparse.Namespace) -> None:
-    """Whether results would be written over the input, by whatever names the two go."""
-    with contextlib.suppress(OSError):  # a file that is not there is no other one
+    """Raises ValueError if input and output are the same file, under any two names."""
+    with contextlib.suppress(OSError):  # A file that does not exist is not the other one.
         source, target = os.stat(given.input or 0), os.stat(given.output or 1)
         if os.path.samestat(source, target) and stat.S_ISREG(source.st_mode):
             name = given.input or given.output or "standard input"
@@ -202,18 +181,12 @@ def _check_files(given: argparse.Namespace) -> None:
 
 
 def _bar(source: BinaryIO, target: BinaryIO):
-    """A bar on stderr, unless it is none of a terminal, or one that results or typed lines appear on."""
-    if not sys.stderr.isatty() or source.isatty() or target.isatty():
-        return contextlib.nullcontext()
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return contextlib.nullcontext()
-    return tqdm(unit=" lines")
+    """Returns a bar on stderr if that is a terminal on which neither input nor results appear."""
+    return progress_bar(sys.stderr.isatty() and not source.isatty() and not target.isatty(), unit=" lines")
 
 
 def _batches(source: BinaryIO) -> Iterator[list[tuple[int, bytes]]]:
-    """Numbered lines, as many at once as there are: a slow writer gets each answer at once, a fast one big batches."""
+    """Yields numbered lines, as many at once as have arrived: few from a slow writer, large batches from a fast one."""
     waiting = queue.Queue(WAITING)
 
     def read():
@@ -225,26 +198,28 @@ def _batches(source: BinaryIO) -> Iterator[list[tuple[int, bytes]]]:
             waiting.put(error)
 
     threading.Thread(target=read, daemon=True).start()
-    items = [()]
-    while isinstance(items[-1], tuple):
+    ended = False
+    while not ended:
         items = [waiting.get()]
         with contextlib.suppress(queue.Empty):
-            while isinstance(items[-1], tuple) and len(items) < WAITING:
+            while len(items) < WAITING:
                 items.append(waiting.get_nowait())
-        if isinstance(items[0], tuple):
-            yield [item for item in items if isinstance(item, tuple)]
-    if items[-1] is not None:
-        raise items[-1]
+        ended = not isinstance(items[-1], tuple)  # None at the end of the input, or an error
+        last = items.pop() if ended else None
+        if items:
+            yield items
+    if last is not None:
+        raise last
 
 
 def _results(answer, lines: list[tuple[int, bytes]]) -> Iterator[bytes]:
-    """Lines of results; LineError behind those of the lines before the one that cannot be used."""
+    """Yields lines of results. Raises ValueError after the results of the lines before the first unusable one."""
     items, wrong, done = [], None, 0
     for number, line in lines:
         try:
             items.append(_item(line))
         except (TypeError, ValueError) as error:
-            wrong = LineError(number, str(error))
+            wrong = ValueError(f"line {number}: {error}")
             break
     while done < len(items):
         first = done
@@ -253,9 +228,9 @@ def _results(answer, lines: list[tuple[int, bytes]]) -> Iterator[bytes]:
                 yield _line(result, lines[done][0])
                 done += 1
         except InputError as error:
-            # Those before it may be of its window, and not answered yet
+            # Items before it may belong to the same window and have no answer yet, so they are asked again.
             items = items[: first + error.index]
-            wrong = LineError(lines[len(items)][0], error.reason)
+            wrong = ValueError(f"line {lines[len(items)][0]}: {error.reason}")
     if wrong is not None:
         raise wrong
 
@@ -264,21 +239,19 @@ def _line(result, number: int) -> bytes:
     try:
         return json.dumps(result, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     except ValueError:
-        raise LineError(number, "a score is infinite or no number") from None
+        raise ValueError(f"line {number}: a score is infinite or no number") from None
 
 
 def _item(line: bytes):
     try:
-        text = line.decode()
+        item = json.loads(line.decode())
     except UnicodeDecodeError as error:
         raise ValueError(f"expected UTF-8: {error}") from None
-    try:
-        item = json.loads(text)
     except json.JSONDecodeError as error:
-        hint = "it is empty" if not text.strip() else f"{error.msg} in column {error.colno}"
+        hint = f"{error.msg} in column {error.colno}" if line.strip() else "it is empty"
         raise ValueError(f"expected JSON, a string in quotes or an object: {hint}") from None
     except RecursionError:
         raise ValueError("expected JSON, a string in quotes or an object: it is nested too deeply") from None
     if not isinstance(item, str | dict):
-        raise TypeError(f"expected a JSON string or object, got {text.strip()[:40]}")
+        raise TypeError(f"expected a JSON string or object, got {line.decode().strip()[:40]}")
     return item

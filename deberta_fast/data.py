@@ -1,4 +1,4 @@
-"""Batches by a budget of tokens: which sequences go together, and how they become the packed ones that models take.
+"""Chooses batches by a budget of tokens, and packs their sequences for the models.
 
 sampler = TokenBudgetSampler([len(feature["input_ids"]) for feature in dataset], max_tokens=8192)
 loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=PackedCollator())
@@ -15,46 +15,47 @@ import operator
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
-# Sequences among which is looked for one that fills a batch up.
+# Number of next sequences that may fill a batch up.
 WINDOW = 1024
-# Where batches get padded, sequences for so many of them are sorted by length together; but no more than this part of
-# the data, as a few thousand sequences sorted all together would make the same batches in every epoch.
+# Padded batches: sequences of this many batches are sorted by length together, but at most 1 / SORTED_PART of the data.
+# Sorting a small data set as a whole would give the same batches in every epoch.
 SORTED_BATCHES, SORTED_PART = 100, 4
 
 
 class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
-    """Lists of indices for ``DataLoader(batch_sampler=...)``: batches of up to max_tokens tokens.
+    """Yields lists of indices for ``DataLoader(batch_sampler=...)``: batches of up to max_tokens tokens.
 
-    With shuffle, every epoch has another order, drawn from seed and epoch alone: call ``set_epoch`` before each epoch,
-    or all are like epoch 0. A loader that accelerate has prepared, and so Hugging Face's Trainer, tells the epoch by
-    itself; it also shares the batches out among its processes, so num_replicas stays 1 there.
+    With shuffle, seed and epoch determine the order. Call ``set_epoch`` before each epoch, or all epochs are like epoch
+    0. A loader that accelerate has prepared, such as that of Hugging Face's Trainer, sets the epoch itself. It also
+    distributes the batches among its processes, so num_replicas stays 1 there.
 
-    Sequences go together as they come in a random order, except that a batch is filled up with the longest that still
-    fits of the next thousand; with padded, sequences of similar length go together. Without shuffle, batches hold the
-    data in its order, each as long a run of it as fits.
+    Sequences are batched in random order, but a batch is filled up with the longest of the next thousand sequences that
+    still fits. With padded, sequences of similar length go together. Without shuffle, batches hold the data in its
+    order, each as long a run as fits.
 
-    Every sequence comes once an epoch, up to what distributed training needs: all ranks must get the same number of
-    batches. They make the same list of batches, and a rank takes every num_replicas-th of it. What is missing to a
-    multiple of num_replicas is filled with repeated batches, or with drop_last the surplus ones are left out (with
-    shuffle, other ones every epoch). With shuffle, the batches of the ranks at one step are of similar cost.
+    Every sequence comes once per epoch, except that distributed ranks must get the same number of batches. All ranks
+    make the same list of batches, and a rank takes every num_replicas-th batch. Batches are repeated until their number
+    is a multiple of num_replicas; with drop_last, the surplus batches are left out instead (with shuffle, different
+    ones in every epoch). With shuffle, the batches of all ranks at one step have similar cost.
 
     Args:
-        lengths: tokens of every sequence, positive integers, or a tensor (N,) of them.
-        max_tokens: what a batch may cost: the sum of its lengths.
-        padded: the cost is the number of sequences times the longest instead, for batches that get padded.
-        max_sequences: a batch has no more sequences than this.
+        lengths: tokens of every sequence, positive integers, or a tensor (N,).
+        max_tokens: largest cost of a batch, which is the sum of its lengths.
+        padded: the cost is the number of sequences times the longest length instead, for batches that get padded.
+        max_sequences: largest number of sequences per batch.
         shuffle: False for inference.
-        seed: another one, other epochs; the same on all ranks.
-        drop_last: see above. With one rank nothing is dropped, be the last batch ever so small.
-        num_replicas, rank: of the process group, ``get_world_size()`` and ``get_rank()`` of torch.distributed.
+        seed: changes the order of all epochs; must be the same on all ranks.
+        drop_last: see above. A single rank drops nothing, however small its last batch is.
+        num_replicas, rank: ``get_world_size()`` and ``get_rank()`` of torch.distributed.
 
     Raises:
-        ValueError: a sequence is longer than max_tokens; an argument is out of range; when batches are asked for,
-            drop_last would leave out all of them, or accelerate shares out one process's share.
-        TypeError: an argument is not of integers.
+        ValueError: a sequence is longer than max_tokens, or an argument is out of range. On iteration: drop_last would
+            leave out all batches, or accelerate would distribute one process's share again.
+        TypeError: an argument must hold integers and does not.
     """
 
     def __init__(
@@ -70,10 +71,10 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
         num_replicas: int = 1,
         rank: int = 0,
     ):
-        self.max_tokens = _at_least("max_tokens", max_tokens, 1)
-        self.max_sequences = None if max_sequences is None else _at_least("max_sequences", max_sequences, 1)
-        self.num_replicas = _at_least("num_replicas", num_replicas, 1)
-        self.rank = _at_least("rank", rank, 0)
+        self.max_tokens = _integer("max_tokens", max_tokens, 1)
+        self.max_sequences = None if max_sequences is None else _integer("max_sequences", max_sequences, 1)
+        self.num_replicas = _integer("num_replicas", num_replicas, 1)
+        self.rank = _integer("rank", rank, 0)
         if self.rank >= self.num_replicas:
             raise ValueError(f"rank must be less than num_replicas={num_replicas}, got {rank}")
         self.seed, self.epoch = _integer("seed", seed), 0
@@ -82,22 +83,20 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
             if lengths.dim() != 1 or not _holds_integers(lengths):
                 raise TypeError(f"lengths must be integers (N,), got {lengths.dtype} of shape {tuple(lengths.shape)}")
             lengths = lengths.tolist()
-        self.lengths = [_at_least(f"lengths[{index}]", length, 1) for index, length in enumerate(lengths)]
+        self.lengths = [_integer(f"lengths[{index}]", length, 1) for index, length in enumerate(lengths)]
         for index, length in enumerate(self.lengths):
             if length > self.max_tokens:
-                raise ValueError(
-                    f"lengths[{index}] is {length}, and max_tokens={max_tokens}: truncate the sequence, or raise the "
-                    "budget"
-                )
+                found = f"lengths[{index}] is {length}, and max_tokens={max_tokens}"
+                raise ValueError(f"{found}: truncate the sequence, or raise the budget")
         self._made: tuple[int, list[list[int]]] | None = None
 
     def set_epoch(self, epoch: int) -> None:
-        """Of which epoch the next ``iter`` and ``len`` are."""
+        """Sets the epoch of the next ``iter`` and ``len``."""
         self.epoch = _integer("epoch", epoch)
 
     @property
     def sampler(self) -> "TokenBudgetSampler":
-        """Itself: it is here that accelerate looks for whom to tell the epoch."""
+        """Itself: accelerate calls ``set_epoch`` on the attribute of this name."""
         return self
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -105,17 +104,16 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
         return (list(batch) for batch in self._batches()[self.rank :: self.num_replicas])
 
     def __len__(self) -> int:
-        """This rank's batches in this epoch; other epochs may have some more or less."""
+        """Number of this rank's batches in this epoch; it may differ a little between epochs."""
         return len(self._batches()) // self.num_replicas
 
     def _epoch_of_loader(self) -> int:
-        """That of accelerate's loader which skips batches, as after a resumption: it tells no sampler its epoch.
+        """Returns the epoch. accelerate's loader that skips batches after a resumption does not set it, so it is read.
 
-        Raises:
-            ValueError: accelerate's loader shares out among its processes what is one process's share already.
+        Raises ValueError if accelerate would distribute one process's share among the processes again.
         """
         accelerate = sys.modules.get("accelerate.state")
-        loader = accelerate and accelerate.GradientState().active_dataloader
+        loader: Any = accelerate and accelerate.GradientState().active_dataloader
         sampler, wrappers = getattr(loader, "batch_sampler", None), []
         while sampler is not None and sampler is not self:
             wrappers.append(sampler)
@@ -130,33 +128,31 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
         return loader.iteration if any(hasattr(x, "skip_batches") for x in wrappers) else self.epoch
 
     def _batches(self) -> list[list[int]]:
-        """Those of all ranks."""
+        """Returns the batches of all ranks."""
         if self._made is None or self._made[0] != self.epoch:
-            self._made = (
-                self.epoch,
-                self._shuffled() if self.shuffle else self._even(self._cut(range(len(self.lengths)))),
-            )
+            batches = self._shuffled() if self.shuffle else self._even(self._cut(range(len(self.lengths))))
+            self._made = self.epoch, batches
         return self._made[1]
 
     def _shuffled(self) -> list[list[int]]:
-        # A string: of seed + epoch, an epoch of one seed would be the next epoch of the seed before
+        # A string, because seed + epoch would give seed 1 the epochs of seed 0, one later.
         generator = random.Random(f"{self.seed} {self.epoch}")
         order = list(range(len(self.lengths)))
         generator.shuffle(order)
         batches = self._cut(self._sorted(order)) if self.padded else self._filled(order)
-        generator.shuffle(batches)  # also so that those left out or repeated are any
+        generator.shuffle(batches)  # Any batch may be left out or repeated.
         batches = self._even(batches)
         if self.num_replicas == 1:
             return batches
-        # One of two ranks that wait for each other at every step would idle where batches are unlike.
-        most = max if self.padded else sum
-        batches.sort(key=lambda batch: most(self.lengths[index] for index in batch))
+        # Ranks wait for each other at every step, so the batches of a step have similar cost.
+        cost = max if self.padded else sum
+        batches.sort(key=lambda batch: cost(self.lengths[index] for index in batch))
         steps = [batches[i : i + self.num_replicas] for i in range(0, len(batches), self.num_replicas)]
         generator.shuffle(steps)
         return list(itertools.chain.from_iterable(steps))
 
     def _even(self, batches: list[list[int]]) -> list[list[int]]:
-        """As many that every rank gets the same number."""
+        """Repeats or leaves out batches so that every rank gets the same number."""
         surplus = len(batches) % self.num_replicas
         if not surplus:
             return batches
@@ -167,8 +163,10 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
         return batches[:-surplus]
 
     def _cut(self, order: Sequence[int]) -> list[list[int]]:
-        """Runs of the order, each as long as fits."""
-        batches, batch, total, longest = [], [], 0, 0
+        """Cuts the order into batches, each as long as fits."""
+        batches: list[list[int]] = []
+        batch: list[int] = []
+        total = longest = 0
         for index in order:
             length = self.lengths[index]
             total, longest = total + length, max(longest, length)
@@ -180,7 +178,7 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
         return [*batches, batch] if batch else batches
 
     def _sorted(self, order: list[int]) -> list[int]:
-        """Part by part up and down: a batch across two parts is of similar lengths too."""
+        """Sorts each part, in turn up and down, so that a batch across two parts has similar lengths too."""
         in_batch = max(1, len(order) * self.max_tokens // max(1, sum(self.lengths)))
         size = in_batch * max(1, min(SORTED_BATCHES, len(order) // (SORTED_PART * in_batch)))
         parts = [order[i : i + size] for i in range(0, len(order), size)]
@@ -189,28 +187,30 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
         return list(itertools.chain.from_iterable(parts))
 
     def _filled(self, order: list[int]) -> list[list[int]]:
-        """In this order as long as the next one fits, then the longest ones that do.
+        """Fills each batch in order; when the next sequence does not fit, with the longest that does.
 
-        The next one opens the next batch at the latest: no length is left for the end of the epoch.
+        The sequence that did not fit opens the next batch, so no sequence waits until the end of the epoch.
         """
         lengths = [self.lengths[index] for index in order]
         waiting = sorted((length, place) for place, length in enumerate(lengths[:WINDOW]))
-        seen, first, taken, batches = len(waiting), 0, bytearray(len(order)), []
+        seen, first, taken = len(waiting), 0, bytearray(len(order))
+        batches: list[list[int]] = []
         while waiting:
-            batch, room = [], self.max_tokens
+            batch: list[int] = []
+            free = self.max_tokens
             while waiting and len(batch) != self.max_sequences:
                 while taken[first]:
                     first += 1
-                if lengths[first] <= room:
+                if lengths[first] <= free:
                     at = bisect.bisect_left(waiting, (lengths[first], first))
                 else:
-                    at = bisect.bisect_left(waiting, (room + 1,)) - 1
+                    at = bisect.bisect_left(waiting, (free + 1,)) - 1
                     if at < 0:
                         break
                 length, place = waiting.pop(at)
                 taken[place] = True
                 batch.append(order[place])
-                room -= length
+                free -= length
                 if seen < len(order):
                     bisect.insort(waiting, (lengths[seen], seen))
                     seen += 1
@@ -219,31 +219,31 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
 
 
 class PackedCollator:
-    """Features of sequences to a model's arguments: all tokens one after the other, no padding.
+    """Packs features of sequences into a model's arguments: all tokens one after the other, without padding.
 
     A feature is a mapping of lists, NumPy arrays or tensors, as tokenizers give them:
 
-        input_ids (L,), and any of token_type_ids (L,), position_ids (L,): concatenated.
-        attention_mask (L,): what lies before the first 1 and after the last is padding and is cut off everything, as
-            if it had never been there. Other features may have none.
-        start_positions, end_positions: an integer each, counted in what is left of the sequence afterwards.
-        labels, or label or label_ids: a number or a vector (k,) a sequence, which are stacked; or one integer a token
-            (L,), which are concatenated. Integers become int64; floats stay as they are.
+        input_ids (L,), optionally token_type_ids (L,) and position_ids (L,): concatenated.
+        attention_mask (L,), optional: tokens before the first 1 and after the last are padding, which is removed from
+            all entries.
+        start_positions, end_positions: one integer each, which is shifted by the padding removed before it.
+        labels, or label or label_ids: a number or a vector (k,) per sequence, which are stacked; or one integer per
+            token (L,), which are concatenated. Integers become int64; floats keep their dtype.
 
     Args:
-        token_labels: whether labels are one a token. By default they are if they are integers, in every feature as many
-            as its tokens. Say False for vectors of integers (several classes a sequence), which may be as long as
-            the sequences by chance.
+        token_labels: whether there is one label per token. By default that is so if labels are integers and every
+            feature has as many labels as tokens. Pass False for vectors of integers (several classes per sequence),
+            which may be as long as the sequences by chance.
 
     Returns:
-        input_ids (T,), int64; cu_seqlens (n + 1,), int32; max_seqlen, an int; token_type_ids, position_ids (T,) where
-        the features have them; attention_mask (T,) of 0 and 1 where zeros are left between a sequence's tokens;
+        input_ids (T,), int64; cu_seqlens (n + 1,), int32; max_seqlen, an int; token_type_ids, position_ids (T,) if
+        the features have them; attention_mask (T,) of 0 and 1 if zeros remain between a sequence's tokens;
         start_positions, end_positions (n,); labels (n,), (n, k) or (T,).
 
     Raises:
-        ValueError: no features, or an entry is missing, unknown, of another shape than above, or in some features only;
-            a sequence without a token; a position in the padding; labels some of which are as many as the tokens.
-        TypeError: a feature is no mapping, or an entry is not of numbers, or not of integers where it must be.
+        ValueError: features is empty; an entry is missing, unknown, of another shape, or in some features only; a
+            sequence has no token; a position lies in the padding; only some features have as many labels as tokens.
+        TypeError: a feature is not a mapping, or an entry does not hold numbers, or not integers where required.
     """
 
     def __init__(self, token_labels: bool | None = None):
@@ -262,8 +262,8 @@ class PackedCollator:
         spans = [_span(f"features[{index}]", row["attention_mask"]) for index, row in enumerate(rows)]
         joined = lambda name: torch.cat([row[name][span] for row, span in zip(rows, spans)])
 
-        # Answers first: accelerate and Trainer take the first tensor's size for the number of sequences
-        batch = {}
+        # Labels come first: accelerate and Trainer take the first tensor's size for the number of sequences.
+        batch: dict[str, torch.Tensor | int] = {}
         for name in ("start_positions", "end_positions"):
             if name in rows[0]:
                 positions = [_shifted(f"features[{i}][{name!r}]", rows[i], name, spans[i]) for i in range(len(rows))]
@@ -272,9 +272,8 @@ class PackedCollator:
             dtype = functools.reduce(torch.promote_types, [row["labels"].dtype for row in rows])
             for row in rows:
                 row["labels"] = row["labels"].to(dtype if dtype.is_floating_point else torch.int64)
-            batch["labels"] = (
-                joined("labels") if self._of_tokens(rows) else torch.stack([row["labels"] for row in rows])
-            )
+            labels = [row["labels"] for row in rows]
+            batch["labels"] = joined("labels") if self._of_tokens(rows) else torch.stack(labels)
         lengths = [span.stop - span.start for span in spans]
         batch["input_ids"] = joined("input_ids")
         batch["cu_seqlens"] = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
@@ -288,17 +287,17 @@ class PackedCollator:
         return batch
 
     def _of_tokens(self, rows: list[dict[str, torch.Tensor]]) -> bool:
-        """Whether labels are one a token; their shapes are as they must be then."""
+        """Whether there is one label per token. Checks the labels' shapes."""
         fits = [row["labels"].shape == row["input_ids"].shape for row in rows]
         of_tokens = self.token_labels
-        if of_tokens is None and rows[0]["labels"].is_floating_point():
-            of_tokens = False  # the losses of tokens take classes
-        if of_tokens is None and any(fits) and not all(fits):
-            raise ValueError(
-                f"features[{fits.index(True)}] has as many labels as tokens, features[{fits.index(False)}] has not: "
-                "say whether labels are one a token, PackedCollator(token_labels=...)"
-            )
-        of_tokens = all(fits) if of_tokens is None else of_tokens
+        if of_tokens is None:
+            integers = not rows[0]["labels"].is_floating_point()  # Losses per token take class indices.
+            if integers and any(fits) and not all(fits):
+                raise ValueError(
+                    f"features[{fits.index(True)}] has as many labels as tokens, features[{fits.index(False)}] has "
+                    "not: say whether there is one label per token, PackedCollator(token_labels=...)"
+                )
+            of_tokens = integers and all(fits)
         for index, row in enumerate(rows):
             shape = tuple(row["labels"].shape)
             expected = tuple((row["input_ids"] if of_tokens else rows[0]["labels"]).shape)
@@ -316,7 +315,7 @@ _KNOWN = (*_OF_TOKENS, "start_positions", "end_positions", *_LABELS)
 
 
 def _row(where: str, feature: Mapping) -> dict[str, torch.Tensor]:
-    """A feature's entries as tensors, labels under this name, attention_mask always there and boolean."""
+    """Returns a feature's entries as tensors, with "labels" for any of its names and a boolean attention_mask."""
     if not isinstance(feature, Mapping):
         raise TypeError(f"{where} must be a mapping of input_ids and so on, got {type(feature).__name__}")
     unknown = [str(name) for name in feature if name not in _KNOWN]
@@ -335,9 +334,7 @@ def _row(where: str, feature: Mapping) -> dict[str, torch.Tensor]:
     shape = row["input_ids"].shape
     if len(shape) != 1 or shape[0] == 0:
         raise ValueError(f"{where}['input_ids'] must be of shape (L,) with L at least 1, got {tuple(shape)}")
-    row["attention_mask"] = (
-        row["attention_mask"] != 0 if "attention_mask" in row else torch.ones(shape, dtype=torch.bool)
-    )
+    row["attention_mask"] = row.get("attention_mask", torch.ones(shape)) != 0
     for name in _OF_TOKENS:
         if name not in row:
             continue
@@ -351,7 +348,7 @@ def _row(where: str, feature: Mapping) -> dict[str, torch.Tensor]:
 
 
 def _span(where: str, mask: torch.Tensor) -> slice:
-    """From the first token to the last."""
+    """Returns the slice from the first token to the last."""
     places = mask.nonzero()
     if len(places) == 0:
         raise ValueError(f"{where}['attention_mask'] has zeros only: a sequence has at least one token")
@@ -359,11 +356,11 @@ def _span(where: str, mask: torch.Tensor) -> slice:
 
 
 def _shifted(where: str, row: dict[str, torch.Tensor], name: str, span: slice) -> int:
-    """A position counted from the first token."""
+    """Returns a position counted from the first token."""
     if row[name].numel() != 1 or not _holds_integers(row[name]):
         raise TypeError(f"{where} must be an integer, got {row[name].dtype} of shape {tuple(row[name].shape)}")
     position = int(row[name])
-    # Those past the end are left out of the loss, and negative ones count as 0: they stay what they are.
+    # The loss leaves out positions past the end and clamps negative ones to 0, so both are allowed.
     if 0 <= position < len(row["input_ids"]) and not span.start <= position < span.stop:
         raise ValueError(f"{where} is {position}, and the tokens are at {span.start} to {span.stop - 1}")
     return position - span.start
@@ -373,17 +370,11 @@ def _holds_integers(x: torch.Tensor) -> bool:
     return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
-def _integer(name: str, value) -> int:
+def _integer(name: str, value, least: int | None = None) -> int:
     try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
+        number = operator.index(None if isinstance(value, bool) else value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {value!r}") from None
-
-
-def _at_least(name: str, value, least: int) -> int:
-    value = _integer(name, value)
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
+    if least is not None and number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return number

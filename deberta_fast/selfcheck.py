@@ -1,15 +1,14 @@
-"""``check``: what is installed, which backends compute the right thing on this machine, how fast, and which is taken.
+"""``check``: reports versions, correctness and speed of the backends on this machine, and which one is the default.
 
-It is what a bug report should contain.
+A bug report should contain this report.
 """
 
 import platform
-import shutil
 import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,42 +18,41 @@ from .op.problems import COMMON, Kind, call_of, problems
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VERSIONS = ("deberta_fast", "torch", "Triton", "Python")
-SDPA = "SDPA"  # torch's attention, without position terms: what the times are compared with
+SDPA = "SDPA"  # torch's attention without position terms, with which the times are compared
 
 
 class Row(NamedTuple):
     """One backend in one dtype.
 
     Attributes:
-        name: the backend's, with the instruction set of a CPU's.
-        reasons: why it was asked nothing.
-        problems: how many it solved; ``share`` and ``where``: its largest error, as a share of what is allowed.
-        failure: the problem that it did not solve, and why.
-        milliseconds: by shape and pass, "short forward" and so on; ``times_sdpa`` the same as multiples of SDPA's.
+        name: the backend; on a CPU with its instruction set.
+        problems, share, where, failure, reasons: the fields of ``proof.Verdict``.
+        milliseconds: by shape and pass ("short forward").
+        times_sdpa: the same as multiples of the times of SDPA.
     """
 
     dtype: str
     name: str
     fused: bool
     passed: bool = False
-    reasons: tuple[str, ...] = ()
     problems: int = 0
     share: float = 0.0
     where: str = ""
     failure: str | None = None
+    reasons: tuple[str, ...] = ()
     milliseconds: dict[str, float] = {}
     times_sdpa: dict[str, float] = {}
 
 
 class Report(NamedTuple):
-    """The findings of ``check``. Printed, they are a table.
+    """The findings of ``check``, which print as a table.
 
     Attributes:
         machine: versions, device, kernels.
-        asked: problems a backend was asked.
+        asked: number of problems per backend.
         shapes: batch and length of "short" and "long".
         rows: one for each dtype and backend, and one for SDPA.
-        taken: by dtype, what ``backend=None`` takes, and why.
+        taken: by dtype, the backend that ``backend=None`` selects, and why.
         passed: whether a fused backend passed in every dtype.
     """
 
@@ -68,7 +66,7 @@ class Report(NamedTuple):
     passed: bool
 
     def as_dict(self) -> dict:
-        """For JSON."""
+        """Returns the report as a dict that JSON can hold."""
         return self._asdict() | {"rows": [row._asdict() for row in self.rows]}
 
     def __str__(self) -> str:
@@ -82,14 +80,14 @@ def check(
     dtypes: tuple[torch.dtype, ...] = DTYPES,
     quick: bool = False,
 ) -> Report:
-    """Compares every backend with the reference on a device, and times it; on an accelerator, ``backend=None`` is
-    decided anew by what is found.
+    """Compares every backend with the reference on a device, and times it. On an accelerator, the result also decides
+    anew which backend ``backend=None`` selects.
 
     Args:
-        device: by default the accelerator, if there is one, else the CPU. On a CPU every instruction set is compared.
-        head_size, dtypes: of the calls. Dense and packed ones, masks of keys, dropout, with both position terms and
-            one are made for each.
-        quick: only dense calls with masks, and no times.
+        device: by default the accelerator if there is one, else the CPU. On a CPU every instruction set is compared.
+        head_size, dtypes: those of the calls: dense and packed, with key masks, with dropout, with one and with both
+            position terms.
+        quick: makes only dense calls with masks, and measures no times.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -100,12 +98,18 @@ def check(
     if wrong := [dtype for dtype in dtypes if dtype not in DTYPES]:
         raise ValueError(f"dtypes must be among {', '.join(map(str, DTYPES))}, got {wrong[0]}")
     if device is None:
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = accelerator or "cpu"
+    place = usable_device(device)
+    return selection.in_a_thread(lambda: _check(place, head_size, dtypes, COMMON[1:2] if quick else COMMON, not quick))
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """Returns the device with its index. Raises RuntimeError if torch cannot use it."""
     try:
-        device = torch.empty(0, device=device).device  # with its index
-    except (AssertionError, RuntimeError) as error:
-        raise RuntimeError(f"torch cannot use device {str(device)!r}: {error}") from None
-    return selection.in_a_thread(lambda: _check(device, head_size, dtypes, COMMON[1:2] if quick else COMMON, not quick))
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError) as error:  # AssertionError: torch was built without this kind of device
+        raise RuntimeError(f"torch cannot use device {str(device)!r}: {str(error).strip()}") from None
 
 
 def _check(device, head_size: int, dtypes, kinds: tuple[Kind, ...], timed: bool) -> Report:
@@ -115,18 +119,13 @@ def _check(device, head_size: int, dtypes, kinds: tuple[Kind, ...], timed: bool)
     selection.forget(device)
     for dtype in dtypes:
         place = selection.Place(device, dtype, head_size)
-        judged = {} if selection.is_checked(device) else _on_a_cpu(place, kinds)
-        judged |= _judged(place, kinds)
-        names = {name: name for name in judged if name in backends.BACKENDS}
-        names |= {label: "cpu" for label in judged if label == f"cpu ({cpu.instruction_set()})"}
-        names = {label: name for label, name in names.items() if judged[label].passed}
-        times = _times(place, names, speed) if timed else {}
-        for name, verdict in judged.items():
-            row = Row(
-                _name(dtype), name, name != "eager", verdict.passed, verdict.reasons, verdict.solved, verdict.share,
-                verdict.where, verdict.failure,
-            )  # fmt: skip
-            rows.append(row._replace(**_compared(times.get(name, {}), times.get(SDPA, {}))))
+        verdicts = _verdicts(place, kinds)
+        times = _times(place, [label for label, verdict in verdicts.items() if verdict.passed]) if timed else {}
+        for label, verdict in verdicts.items():
+            own = times.get(label, {})
+            multiples = {key: own[key] / times[SDPA][key] for key in own}
+            judged: Any = (label != "eager", verdict.passed, *verdict, own, multiples)
+            rows.append(Row(_name(dtype), label, *judged))
         if times:
             rows.append(Row(_name(dtype), SDPA, False, milliseconds=times[SDPA]))
         taken[_name(dtype)] = _taken(place, kinds)
@@ -135,47 +134,39 @@ def _check(device, head_size: int, dtypes, kinds: tuple[Kind, ...], timed: bool)
     return Report(_machine(device), str(device), head_size, asked, speed.SHAPES, rows, taken, passed)
 
 
-def _judged(place: selection.Place, kinds: tuple[Kind, ...]) -> dict:
-    """Verdicts on the backends that may have to prove themselves, and on eager."""
+def _verdicts(place: selection.Place, kinds: tuple[Kind, ...]) -> dict:
+    """Returns verdicts by backend. On a CPU, the cpu backend has one for each instruction set."""
     from .op import proof
 
-    found = {name: proof.Verdict() for name in (*selection.FUSED, "eager")}
+    asked = [problem for kind in kinds for problem in problems(kind)]
+    prove = lambda *names: proof.prove(names, asked, *place[1:], place.device)
+    if not selection.is_checked(place.device):
+        found = {}
+        for instructions in cpu.instruction_sets():
+            with cpu.using(instructions):
+                found[f"cpu ({instructions})"] = prove("cpu")["cpu"]
+        return (found or prove("cpu")) | prove(*selection.FUSED, "eager")
+    found = {name: proof.Verdict() for name in selection.FUSED}
     for kind in kinds:
-        if selection.is_checked(place.device):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the report says it
-                decision = selection.decide(place, kind)
-            if decision.trouble:
-                raise RuntimeError(f"no check on {place}: {decision.trouble}")
-            verdicts = decision.verdicts
-        else:
-            names = [name for name in selection.FUSED if found[name].failure is None]
-            verdicts = proof.prove(names, problems(kind), *place[1:], place.device)
-        verdicts = verdicts | proof.prove(["eager"], problems(kind), *place[1:], place.device)
-        found = {name: v if v.failure else v.and_then(verdicts.get(name, v)) for name, v in found.items()}
-    return found
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # The report says the same.
+            decision = selection.decide(place, kind)
+        if decision.trouble:
+            raise RuntimeError(f"no check on {place}: {decision.trouble}")
+        found = {name: v if v.failure else v.and_then(decision.verdicts.get(name, v)) for name, v in found.items()}
+    return found | prove("eager")
 
 
-def _on_a_cpu(place: selection.Place, kinds: tuple[Kind, ...]) -> dict:
-    """Verdicts on the CPU's kernels, by instruction set."""
-    from .op import proof
+def _times(place: selection.Place, passed: list[str]) -> dict[str, dict[str, float]]:
+    """Returns milliseconds of SDPA and of the backends that passed.
 
-    def verdict() -> proof.Verdict:
-        found = proof.Verdict()
-        for kind in kinds:
-            found = found.and_then(proof.prove(["cpu"], problems(kind), *place[1:], place.device)["cpu"])
-        return found
+    On a CPU only the instruction set in use is timed.
+    """
+    from .op import speed
 
-    found = {}
-    for instructions in cpu.instruction_sets():
-        with cpu.using(instructions):
-            found[f"cpu ({instructions})"] = verdict()
-    return found or {"cpu": verdict()}
-
-
-def _times(place: selection.Place, names: dict[str, str], speed) -> dict[str, dict[str, float]]:
-    """Milliseconds of the backends that passed and of SDPA."""
-    found = {label: {} for label in (*names, SDPA)}
+    timed = {name: name for name in backends.BACKENDS} | {f"cpu ({cpu.instruction_set()})": "cpu"}
+    names = {label: timed[label] for label in passed if label in timed}
+    found: dict[str, dict[str, float]] = {label: {} for label in (*names, SDPA)}
     for shape in speed.SHAPES:
         call = speed.timed_call(shape, Kind(), place.dtype, place.head_size, place.device)
         runs, sdpa = speed.passes(names.values(), call), _sdpa(call)
@@ -198,10 +189,6 @@ def _sdpa(call) -> dict:
     return {"forward": forward, "backward": lambda: torch.autograd.grad(output, heads, output, retain_graph=True)}
 
 
-def _compared(times: dict[str, float], sdpa: dict[str, float]) -> dict:
-    return {"milliseconds": times, "times_sdpa": {key: times[key] / sdpa[key] for key in times}}
-
-
 def _taken(place: selection.Place, kinds: tuple[Kind, ...]) -> str:
     if not selection.is_checked(place.device):
         name = backends.choose(None, call_of(problems(kinds[0])[0], place.dtype, place.head_size))
@@ -217,7 +204,7 @@ def _taken(place: selection.Place, kinds: tuple[Kind, ...]) -> str:
 
 
 def _machine(device: torch.device) -> dict[str, str]:
-    """Versions, device and kernels, as a reader of a bug report wants them."""
+    """Returns versions, device and kernels for a bug report."""
     from . import __version__
 
     runtime = f"CUDA {torch.version.cuda}" if torch.version.cuda else ""
@@ -246,10 +233,7 @@ def _device(device: torch.device) -> str:
 
 
 def _driver() -> str | None:
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return None
-    query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.strip().partition("\n")[0]
     except (OSError, subprocess.TimeoutExpired):
@@ -257,7 +241,7 @@ def _driver() -> str | None:
 
 
 def processor() -> str:
-    """The CPU's name, with family and model where Linux tells them: there are several "AMD EPYC"."""
+    """Returns the CPU's name, on Linux with family and model, because several processors are called "AMD EPYC"."""
     try:
         lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
     except OSError:
@@ -272,10 +256,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# The table
-
-
 def _lines(report: Report):
+    """Yields the lines of the table."""
     machine = dict(report.machine)
     yield ", ".join(f"{name} {machine.pop(name)}" for name in VERSIONS)
     for name, words in machine.items():

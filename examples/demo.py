@@ -1,11 +1,11 @@
-"""DeBERTa over real English text, Hugging Face's attention against the same model patched: answers, time and memory.
+"""Compares Hugging Face's DeBERTa with the same model patched, on real English text: answers, time and memory.
 
     python examples/demo.py                  # a DeBERTa-v3-base with random weights, about three minutes on two cores
     python examples/demo.py --model DIR      # a checkpoint of your own, DeBERTa v1, v2 or v3
 
-The text is the language reference that Python carries (pydoc_data), so nothing is downloaded. Without a checkpoint, a
-sentencepiece tokenizer is trained on it on the spot. Writes demo-output/demo.png and demo.json; exits with 1 where the
-two models' answers differ by more than rounding explains.
+The text is the language reference that comes with Python (pydoc_data), so nothing is downloaded. Without a checkpoint,
+a sentencepiece tokenizer is trained on it. The program writes demo-output/demo.png and demo.json, and exits with 1 if
+the answers differ by more than rounding explains.
 """
 
 import argparse
@@ -38,17 +38,6 @@ BACKENDS = {"HF eager": deberta_fast.unpatch, "patched": deberta_fast.patch}
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to make the model; travels to the processes that measure memory."""
-
-    checkpoint: Path | None
-    layers: int
-    vocabulary: int
-    device: str
-    dtype: str
-
-
-@dataclass(frozen=True)
 class Batch:
     """Documents as token ids, padded to the longest."""
 
@@ -61,42 +50,39 @@ class Batch:
     def __str__(self) -> str:
         return str(self.length) if len(self.documents) == 1 else " + ".join(str(len(d)) for d in self.documents)
 
-    def tensors(self, pad: int, device: str) -> dict[str, torch.Tensor]:
+    def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        lengths = torch.tensor([len(document) for document in self.documents])
         rows = [torch.tensor(document) for document in self.documents]
-        masks = [torch.ones_like(row) for row in rows]
-        padded = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
-        ids, mask = padded(rows, padding_value=pad), padded(masks)
-        return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=model.config.pad_token_id or 0)
+        mask = (torch.arange(self.length) < lengths[:, None]).long()
+        return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
 
 
 def main(argv: list[str] | None = None) -> None:
     options = _options(argv)
-    encode, vocabulary = local_tokenizer(options.model) if options.model else trained_tokenizer()
-    settings = Settings(options.model, options.layers, vocabulary, options.device, options.dtype)
-    model = make_model(settings)
+    encode, options.vocabulary = local_tokenizer(options.model) if options.model else trained_tokenizer()
+    model = make_model(options)
     _check_lengths(model, options.lengths)
     batches = make_batches(encode, options.lengths)
-    print(f"{_describe(model, settings)}, vocabulary {vocabulary}, {torch.get_num_threads()} threads")
+    description = _describe(model, options)
+    print(f"{description}, vocabulary {options.vocabulary}, {torch.get_num_threads()} threads")
 
     steps = 1 + 2 * len(batches) + len(BACKENDS)
     with tqdm(total=steps, unit="step") as progress:
         rows, errors = compare_answers(model, batches, progress)
         measure_times(model, batches, rows, progress)
-        measure_memory(settings, batches, rows, progress)
+        measure_memory(options, batches, rows, progress)
 
     print(f"\n{timing.markdown(rows)}\n\n{errors}")
     options.out.mkdir(parents=True, exist_ok=True)
-    record = {"provenance": timing.provenance(), "model": _describe(model, settings), "errors": errors, "rows": rows}
+    record = {"provenance": timing.provenance(), "model": description, "errors": errors, "rows": rows}
     (options.out / "demo.json").write_text(json.dumps(record, indent=1) + "\n")
-    plot(rows, _describe(model, settings), options.out / "demo.png")
+    plot(rows, description, options.out / "demo.png")
     print(f"Written: {options.out / 'demo.json'}, {options.out / 'demo.png'}")
 
 
-# ---------------------------------------------------------------------------------------------- text
-
-
 def trained_tokenizer(size: int = 8000) -> tuple[Callable[[str], list[int]], int]:
-    """A sentencepiece unigram model like DeBERTa-v3's, trained on the text of the demo."""
+    """Trains a sentencepiece unigram model like DeBERTa-v3's on the text of the demo."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(paragraph for text in topics.values() for paragraph in text.split("\n\n") if paragraph),
@@ -115,12 +101,11 @@ def trained_tokenizer(size: int = 8000) -> tuple[Callable[[str], list[int]], int
         user_defined_symbols=["[MASK]"],
         minloglevel=2,
     )
-    return sentencepiece_tokenizer(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()))
+    return sentencepiece_tokenizer(model_proto=model.getvalue())
 
 
-def sentencepiece_tokenizer(
-    pieces: sentencepiece.SentencePieceProcessor,
-) -> tuple[Callable[[str], list[int]], int]:
+def sentencepiece_tokenizer(**model) -> tuple[Callable[[str], list[int]], int]:
+    pieces = sentencepiece.SentencePieceProcessor(**model)
     return lambda text: [CLS, *pieces.encode(text), SEP], pieces.vocab_size()
 
 
@@ -130,15 +115,15 @@ def local_tokenizer(checkpoint: Path) -> tuple[Callable[[str], list[int]], int]:
     pieces = checkpoint / "spm.model"
     try:
         if pieces.is_file():  # v2 and v3; transformers would want protobuf to read it
-            return sentencepiece_tokenizer(sentencepiece.SentencePieceProcessor(model_file=str(pieces)))
+            return sentencepiece_tokenizer(model_file=str(pieces))
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
-    except Exception as error:  # transformers raises whatever the file at fault provokes
+    except Exception as error:  # transformers raises errors of many types.
         sys.exit(f"--model {checkpoint}: its tokenizer cannot be loaded: {error}")
     return lambda text: tokenizer(text, verbose=False)["input_ids"], len(tokenizer)
 
 
 def make_batches(encode: Callable[[str], list[int]], lengths: list[int]) -> list[Batch]:
-    """One document of each length, and a padded batch of two; every document is other text. Smallest first."""
+    """Makes one document of each length and a padded batch of two, of different texts; returns the smallest first."""
     middle = lengths[len(lengths) // 2]
     sizes = [(length,) for length in lengths] + [(middle, max(2, middle * 5 // 8))]
     texts = sorted(topics.values(), key=len, reverse=True)
@@ -156,30 +141,27 @@ def make_batches(encode: Callable[[str], list[int]], lengths: list[int]) -> list
     return sorted(batches, key=lambda batch: batch.length * len(batch.documents))
 
 
-# --------------------------------------------------------------------------------------------- model
-
-
-def make_model(settings: Settings) -> nn.Module:
-    if settings.checkpoint is None:
-        model = random_v3_base(settings.layers, settings.vocabulary)
+def make_model(options: argparse.Namespace) -> nn.Module:
+    if options.model is None:
+        model = random_v3_base(options.layers, options.vocabulary)
     else:
         transformers.utils.logging.disable_progress_bar()  # one bar is enough
         try:
-            model = AutoModel.from_pretrained(settings.checkpoint, local_files_only=True)
-            deberta_fast.unpatch(deberta_fast.patch(model))  # says so now if there is nothing to patch
+            model = AutoModel.from_pretrained(options.model, local_files_only=True)
+            deberta_fast.unpatch(deberta_fast.patch(model))  # raises here if nothing can be patched
         except Exception as error:
-            sys.exit(f"--model {settings.checkpoint}: no DeBERTa that can be loaded: {error}")
-    return model.eval().to(settings.device, DTYPES[settings.dtype])
+            sys.exit(f"--model {options.model}: no DeBERTa that can be loaded: {error}")
+    return model.eval().to(options.device, DTYPES[options.dtype])
 
 
 def random_v3_base(layers: int, vocabulary: int) -> DebertaV2Model:
-    """DeBERTa-v3-base's shape."""
+    """Makes a model of DeBERTa-v3-base's shape with random weights."""
     config = DebertaV2Config(**V3_BASE | dict(vocab_size=vocabulary, num_hidden_layers=layers, pad_token_id=PAD))
     torch.manual_seed(0)
     model = DebertaV2Model(config)
-    # Hugging Face starts from weights of std 0.02: scores of std 0.3, a softmax that is close to uniform, and position
-    # terms that hardly matter. Like this, queries, keys and their position tables have unit variance, as the normalised
-    # states that they are made of have, and so have the scores: three terms of variance D, scaled by 1 / sqrt(3 D).
+    # Hugging Face's weights have std 0.02, which gives scores of std 0.3, a nearly uniform softmax, and position terms
+    # that hardly matter. With this std, queries, keys and their position tables have unit variance like the normalised
+    # states, and so have the scores, which are three terms of variance D scaled by 1 / sqrt(3 D).
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -191,21 +173,18 @@ def answer(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         return model(**inputs).last_hidden_state
 
 
-# --------------------------------------------------------------------------------------- measurements
-
-
 def compare_answers(model: nn.Module, batches: list[Batch], progress: tqdm) -> tuple[list[dict], str]:
-    """The first columns of the table, or the end of the program where the answers are wrong.
+    """Returns the first columns of the table and a summary; ends the program if the answers are wrong.
 
-    The rule is that of the package's tests: against Hugging Face's model in float64, the patched model may err twice as
-    much as Hugging Face's own in the same dtype, plus half a unit in the last place for the maximum. The float64 run is
-    made for the smallest batch alone. Everywhere the rule implies |patched - eager| <= (2 + 1) errors + half a unit.
-    The error over longer texts is unknown, but that of the random model is the same within a sixth from 512 to 2048
-    tokens. Twice the measured one leaves room for other text, and one wrong row of the 512 in one position table still
-    makes hundreds of times that.
+    The rule is that of the package's tests: compared with Hugging Face's model in float64, the patched model may have
+    twice the error of Hugging Face's model in the same dtype, plus half a unit in the last place for the maximum. Only
+    the smallest batch is run in float64. For all batches the rule implies |patched - eager| <= (2 + 1) errors + half a
+    unit. The error on longer texts is unknown, but that of the random model varies by less than a sixth from 512 to
+    2048 tokens. Twice the measured error leaves a margin for other text, while one wrong row of the 512 in one position
+    table causes hundreds of times that.
     """
     smallest, dtype = batches[0], model.dtype
-    inputs = [batch.tensors(model.config.pad_token_id or 0, str(model.device)) for batch in batches]
+    inputs = [batch.tensors(model) for batch in batches]
     exact = answer(model.double(), inputs[0])
     model.to(dtype)
     progress.update()
@@ -225,7 +204,7 @@ def compare_answers(model: nn.Module, batches: list[Batch], progress: tqdm) -> t
         problems += [
             f"{batch} tokens: {what} difference from HF eager {value:.2e}, at most {bound:.2e} would be rounding"
             for value, bound, what in bounds
-            if not value <= bound  # so that NaN fails too
+            if not value <= bound  # NaN fails too
         ]
         rows.append({"length": batch.length, "batch": len(batch.documents), "largest difference": worst})
         progress.update()
@@ -246,12 +225,13 @@ def _differences(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float
 
 
 def measure_times(model: nn.Module, batches: list[Batch], rows: list[dict], progress: tqdm) -> None:
-    """Adds the columns of times, medians of few runs: one beyond 1024 tokens. The answers before were the warm-up."""
+    """Adds the columns of times: medians of a few runs, one run beyond 1024 tokens. compare_answers was the warm-up."""
     for batch, row in zip(batches, rows):
         progress.set_description(f"time, {batch} tokens")
-        inputs = batch.tensors(model.config.pad_token_id or 0, str(model.device))
-        # patch and unpatch walk over the modules: below a millisecond, and both sides pay it
-        runs = {name: functools.partial(_prepared, prepare, model, inputs) for name, prepare in BACKENDS.items()}
+        inputs = batch.tensors(model)
+        # Both sides include patch or unpatch, which takes less than a millisecond.
+        run = lambda prepare, inputs=inputs: answer(prepare(model), inputs)
+        runs = {name: functools.partial(run, prepare) for name, prepare in BACKENDS.items()}
         tokens = batch.length * len(batch.documents)
         repeats = 20 if model.device.type == "cuda" else 5 if tokens <= 512 else 3 if tokens <= 1024 else 1
         eager, patched = (1000 * median(seconds) for seconds in timing.interleaved(runs, repeats, warmup=0).values())
@@ -259,29 +239,22 @@ def measure_times(model: nn.Module, batches: list[Batch], rows: list[dict], prog
         progress.update()
 
 
-def _prepared(prepare: Callable, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    return answer(prepare(model), inputs)
-
-
-def measure_memory(settings: Settings, batches: list[Batch], rows: list[dict], progress: tqdm) -> None:
-    """Adds the columns of peak memory, each model in a process of its own."""
+def measure_memory(options: argparse.Namespace, batches: list[Batch], rows: list[dict], progress: tqdm) -> None:
+    """Adds the columns of peak memory, which is measured in one process per model."""
     peaks = {}
     for name in BACKENDS:
         progress.set_description(f"memory, {name}")
-        peaks[name] = timing.peak_memory(memory_runs, settings, batches, name, device=settings.device)
+        peaks[name] = timing.peak_memory(memory_runs, options, batches, name, device=options.device)
         progress.update()
     for row, eager, patched in zip(rows, *peaks.values()):
         row |= {"HF eager MiB": eager / timing.MIB, "patched MiB": patched / timing.MIB, "times less": eager / patched}
 
 
-def memory_runs(settings: Settings, batches: list[Batch], name: str) -> list[Callable[[], torch.Tensor]]:
-    model = BACKENDS[name](make_model(settings))
-    inputs = [batch.tensors(model.config.pad_token_id or 0, settings.device) for batch in batches]
+def memory_runs(options: argparse.Namespace, batches: list[Batch], name: str) -> list[Callable[[], torch.Tensor]]:
+    model = BACKENDS[name](make_model(options))
+    inputs = [batch.tensors(model) for batch in batches]
     answer(model, {key: tensor[:, :8] for key, tensor in inputs[0].items()})
     return [functools.partial(answer, model, tensors) for tensors in inputs]
-
-
-# ---------------------------------------------------------------------------------------------- output
 
 
 def plot(rows: list[dict], title: str, path: Path) -> None:
@@ -309,11 +282,11 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _describe(model: nn.Module, settings: Settings) -> str:
+def _describe(model: nn.Module, options: argparse.Namespace) -> str:
     config = model.config
-    weights = "random weights" if settings.checkpoint is None else settings.checkpoint.name
+    weights = "random weights" if options.model is None else options.model.name
     shape = f"{config.num_hidden_layers} layers, {config.hidden_size} wide, {config.num_attention_heads} heads"
-    return f"{type(model).__name__}: {weights}, {shape}, {settings.dtype} on {settings.device}"
+    return f"{type(model).__name__}: {weights}, {shape}, {options.dtype} on {options.device}"
 
 
 def _check_lengths(model: nn.Module, lengths: list[int]) -> None:

@@ -2,13 +2,16 @@ import os
 
 import pytest
 import torch
+from poison import poison_empty_memory
 
-# Small tensors: threads that wait for one another make these tests up to ten times slower, and those of NumPy's BLAS,
-# which wait busily, whatever else runs. The variable is for the processes that tests start.
+# The tensors are small: threads that wait for one another make these tests up to ten times slower. The variable limits
+# NumPy's BLAS, whose threads wait busily, and the processes that tests start.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# Where pytest-xdist shares out the files (make test), these first: begun last, one would keep all waiting.
+poison_empty_memory()
+
+# pytest-xdist (make test) starts these files first: started last, one of them would run while the other workers idle.
 LONGEST = ["test_triton_interpreted", "test_cuda", "test_gpu_script", "test_cuda_compiled", "test_triton"]
 
 

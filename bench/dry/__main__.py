@@ -1,8 +1,8 @@
-"""Runs a benchmark as on a GPU where there is none: ``python -m bench.dry MODULE [ARGUMENT ...]``, or ``-c CODE``.
+"""Runs a benchmark as on a GPU, without one: ``python -m bench.dry MODULE [ARGUMENT ...]``, or ``-c CODE``.
 
-Tensors are the CPU's, so the module has to be told ``--device cpu``. The CUDA kernels run on the tests' emulator, which
-is compiled first if need be, the Triton kernels in Triton's interpreter; torch.compile traces and compiles nothing.
-Every call is made once, and times say nothing; layers have two heads. ``bin`` has what takes the place of programs.
+Tensors are on the CPU, so the module needs ``--device cpu``. The CUDA kernels run on the tests' emulator, which is
+compiled first if necessary, the Triton kernels in Triton's interpreter; torch.compile only traces. Every call runs
+once, and times have no meaning; layers have two heads. ``bin`` holds stand-ins for programs.
 """
 
 import functools
@@ -29,7 +29,7 @@ interpreted.serve_cpu()
 interpreted.without_vain_work(setattr)
 device.Device.most = 1
 torch.set_num_threads(1)
-flex_attention._validate_device = lambda *_: None  # it refuses gradients on a CPU, where only its kernels lack them
+flex_attention._validate_device = lambda *_: None  # refuses gradients on a CPU because its kernels lack them
 torch.compile = functools.partial(torch.compile, backend="eager")
 _, name, *arguments = sys.argv
 if name == "bench.layer_gpu":

@@ -1,6 +1,6 @@
-"""The variants that benchmarks compare. Each is named, described and built here, and the scripts choose among them.
+"""The variants that benchmarks compare: their names, descriptions and builders. The scripts choose among them.
 
-operator   attention alone, from query, key, value and position tables
+operator   the attention operator, from query, key, value and position tables
 layer      one DeBERTa-v3-base attention module, or whole encoder layers, from hidden states
 model      whole models, from token ids
 """
@@ -24,7 +24,7 @@ Forward = Callable[[], torch.Tensor]
 
 
 class Entry(NamedTuple):
-    """A variant: what it is, what makes it of a workload, and whether the workload is a question for it."""
+    """A variant: its description, what builds it from a workload, and whether it suits the workload."""
 
     about: str
     build: Callable
@@ -32,7 +32,7 @@ class Entry(NamedTuple):
 
 
 def described(entries: dict[str, Entry], names: Iterable[str] | None = None) -> str:
-    """For the notes of a table: what these are."""
+    """Describes variants for the notes of a table."""
     groups: dict[str, list[str]] = {}
     for name in names or entries:
         groups.setdefault(entries[name].about, []).append(name)
@@ -40,10 +40,10 @@ def described(entries: dict[str, Entry], names: Iterable[str] | None = None) -> 
 
 
 def call_of(forward: Forward, passes: str, gradient: torch.Tensor, leaves: Iterable[torch.Tensor] = ()) -> Call:
-    """The call of a pass, before which the gradients of ``leaves`` are dropped, untimed.
+    """Makes the call of a pass; before it the gradients of ``leaves`` are dropped, untimed.
 
     Args:
-        passes: "forward", without gradients; "forward+backward"; or "backward", with the forward pass behind it.
+        passes: "forward", without gradients; "forward+backward"; or "backward", after an untimed forward pass.
         gradient: of the output.
     """
 

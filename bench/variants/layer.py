@@ -1,4 +1,4 @@
-"""Encoder layers of DeBERTa-v3-base, and their attention module alone with its projections, from hidden states."""
+"""Encoder layers of DeBERTa-v3-base, and only their attention module with its projections, from hidden states."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -21,8 +21,8 @@ Built = tuple[nn.Module, Forward]
 class Layer:
     """An encoder, its first attention module, their input and its gradient; dtype and device are the encoder's.
 
-    Masks and relative positions that an attention module wants are made beforehand, as its encoder makes them once for
-    all layers. All tokens are valid.
+    The masks and relative positions of an attention module are made beforehand, as its encoder makes them once for all
+    layers. All tokens are valid.
     """
 
     def __init__(self, encoder: DebertaV2Encoder, batch: int, length: int):
@@ -39,11 +39,11 @@ class Layer:
         return torch.ones(self.batch, self.length, dtype=torch.bool, device=self.hidden.device)
 
     def twin(self) -> nn.Module:
-        """The attention module on the same parameters."""
+        """Copies the attention module, with shared parameters."""
         return models.sharing_parameters(self.attention)
 
     def loaded(self, module: nn.Module) -> nn.Module:
-        """A peer's module with the same weights."""
+        """Loads the same weights into another library's module."""
         module.load_state_dict(self.attention.state_dict(), strict=True)
         return module.to(self.hidden.device, self.hidden.dtype).eval()
 
@@ -67,7 +67,7 @@ def native(layer: Layer, passes: str) -> Built:
 
 
 def _with_mask(module: nn.Module, masked: bool, layer: Layer) -> Built:
-    """The (B, L) bool mask that our encoders hand down, or none."""
+    """Calls a module with the (B, L) bool mask that our encoders pass to it, or without a mask."""
     mask = layer.all_valid() if masked else None
     return module, lambda: module(layer.hidden, mask, rel_embeddings=layer.table)[0]
 
@@ -105,18 +105,18 @@ def flashdeberta(layer: Layer, passes: str) -> Built:
 
 
 def _able(backend: str, layer: Layer) -> bool:
-    """Whether a backend has no objection to this module's call, by trying it on a few tokens."""
+    """Tries whether a backend can serve this module, on a few tokens."""
     module = deberta_fast.patch(layer.twin(), backend)
     try:
         with torch.no_grad():
             module(layer.hidden[:1, :8], None, rel_embeddings=layer.table)
     except RuntimeError as error:
-        return "cannot serve" not in str(error)  # another error is told where it is timed
+        return "cannot serve" not in str(error)  # the timing reports other errors
     return True
 
 
 def _entries() -> Iterator[tuple[str, Entry]]:
-    """build(layer, passes) gives a module and its forward call; peers' libraries are imported then."""
+    """Yields entries whose build(layer, passes) returns a module and its forward call, and imports other libraries."""
     yield "hf-eager", Entry("Hugging Face's module with a (B, 1, L, L) mask and (1, L, L) relative positions", hf_eager)
     about = "the same after deberta_fast.patch"
     for name in backends.BACKENDS:
@@ -138,7 +138,7 @@ def _entries() -> Iterator[tuple[str, Entry]]:
         "that library with assume_unpadded=True and its heuristic, forward its inference module, which projects the "
     )
     yield "disentangled-flash", Entry(f"{about}positions beforehand, otherwise its training module", disentangled_flash)
-    yield "flashdeberta", Entry("that library without a mask, which it would sum up and wait for", flashdeberta)
+    yield "flashdeberta", Entry("that library without a mask, whose sum it would wait for", flashdeberta)
 
 
 ATTENTION = dict(_entries())
@@ -158,8 +158,8 @@ def _patched_encoder(encoder: DebertaV2Encoder) -> DebertaV2Encoder:
     return deberta_fast.patch(models.sharing_parameters(encoder))
 
 
-# Encoder layers, with the (B, L) mask of a tokenizer. The plain ones still make an L x L mask and positions that they
-# do not read.
+# Encoder layers, with the (B, L) mask of a tokenizer. The plain ones still make an L x L mask and relative positions,
+# and do not read them.
 ENCODER = {
     "eager": Entry("Hugging Face's encoder", functools.partial(_hf_encoder, models.sharing_parameters)),
     "patched": Entry("the same after deberta_fast.patch", functools.partial(_hf_encoder, _patched_encoder)),

@@ -1,6 +1,6 @@
 """Whole encoders: token ids and a mask in, the last layer's states out.
 
-The DeBERTas are one model on one set of weights, but for int8's; so are the ModernBERTs.
+The DeBERTas are one model on one set of weights, except int8's; so are the ModernBERTs.
 """
 
 import copy
@@ -20,8 +20,8 @@ from . import Entry, Forward
 
 VOCABULARY = 4096
 SHORTEST = 0.1  # of variable lengths, as a share of the longest
-GRADIENTS = ("embeddings.word_embeddings.weight", "encoder.rel_embeddings.weight")  # what is compared of them
-SCORES_HELD = {"forward": (6, 0), "forward+backward": (4, 2.5)}  # by eager: at once, and for each layer
+GRADIENTS = ("embeddings.word_embeddings.weight", "encoder.rel_embeddings.weight")  # those compared
+SCORES_HELD = {"forward": (6, 0), "forward+backward": (4, 2.5)}  # by eager: at once, and per layer
 
 
 class Size(NamedTuple):
@@ -31,7 +31,7 @@ class Size(NamedTuple):
     intermediate_size: int
 
 
-# DeBERTa's, and ModernBERT's of the same width. tiny is for trying this out.
+# DeBERTa's, and ModernBERT's of the same width. tiny serves to try this out.
 SIZES = {
     "tiny": (Size(2, 64, 2, 96), Size(4, 64, 2, 48)),
     "v3-base": (Size(12, 768, 12, 3072), Size(22, 768, 12, 1152)),
@@ -40,7 +40,7 @@ SIZES = {
 
 
 class Case(NamedTuple):
-    """All that a group of rows has in common."""
+    """What a group of rows has in common."""
 
     model: str
     dtype: str
@@ -51,7 +51,7 @@ class Case(NamedTuple):
     variable: bool
 
     def eager_bytes(self) -> int:
-        """About what Hugging Face's dense scores need: measured at a length of 4096 on the CPU."""
+        """Estimates the bytes of Hugging Face's dense scores, from measurements at length 4096 on the CPU."""
         size = SIZES[self.model][0]
         at_once, by_layer = SCORES_HELD[self.passes]
         scores = self.batch * size.num_attention_heads * self.length**2 * getattr(torch, self.dtype).itemsize
@@ -63,7 +63,7 @@ class Batch:
 
     Attributes:
         input_ids, attention_mask: int64 (B, L); 0 for padding.
-        packed_ids, positions: int64 (T,), of the valid tokens and where in their sequence they are.
+        packed_ids, positions: int64 (T,), the valid tokens and their positions in their sequences.
         cu_seqlens: int32 (B + 1,)
     """
 
@@ -85,11 +85,11 @@ class Batch:
         self._generator, self._gradients = generator, {}
 
     def packed(self, states: torch.Tensor) -> torch.Tensor:
-        """The valid tokens' states, (T, hidden_size), of (B, L, hidden_size) or of just these."""
+        """Returns the valid tokens' states (T, hidden_size) of (B, L, hidden_size), or of states already packed."""
         return states if states.dim() == 2 else states[self.attention_mask.bool()]
 
     def gradient(self, states: torch.Tensor) -> torch.Tensor:
-        """The same for every variant, none for padding; in the layout of its ``states``."""
+        """Returns the same gradient for every variant, zero for padding, in the layout of its ``states``."""
         key = tuple(states.shape)
         if key not in self._gradients:
             shape = (*self.attention_mask.shape, states.shape[-1])
@@ -102,39 +102,39 @@ class Batch:
 
 
 class Encoders:
-    """The modules of all variants of one size; each is made when it is first asked for, and kept."""
+    """The modules of all variants of one size, cached when they are first made."""
 
     def __init__(self, size: str, dtype: torch.dtype, device: str):
         self.size, self.dtype, self.device = size, dtype, device
         self.deberta = self._model(DebertaV2Model, deberta_config(DebertaV2Config, size))
         draw_weights(self.deberta)
-        self._kept = {"eager": self.deberta}
+        self._cached = {"eager": self.deberta}
 
-    def kept(self, name: str, make: Callable[[], object]):
-        if name not in self._kept:
-            self._kept[name] = make()
-        return self._kept[name]
+    def cached(self, name: str, make: Callable[[], object]):
+        if name not in self._cached:
+            self._cached[name] = make()
+        return self._cached[name]
 
     def modernbert(self) -> ModernBertModel:
-        return self.kept("modernbert", lambda: self._model(ModernBertModel, modernbert_config(self.size)))
+        return self.cached("modernbert", lambda: self._model(ModernBertModel, modernbert_config(self.size)))
 
     def native(self) -> deberta_fast.DebertaV2Model:
         config = deberta_config(deberta_fast.DebertaV2Config, self.size)
-        return self.kept("native", lambda: models.native(deberta_fast.DebertaV2Model, config, self.deberta))
+        return self.cached("native", lambda: models.native(deberta_fast.DebertaV2Model, config, self.deberta))
 
     def patched(self, **options) -> nn.Module:
         name = f"patched{options}"
-        return self.kept(name, lambda: deberta_fast.patch(models.sharing_parameters(self.deberta), **options))
+        return self.cached(name, lambda: deberta_fast.patch(models.sharing_parameters(self.deberta), **options))
 
     def drop_gradients(self) -> None:
         for name in ("eager", "modernbert"):
-            if name in self._kept:
-                # Kept too: walking the modules takes longer than some calls
-                for parameter in self.kept(f"{name}'s", lambda name=name: list(self._kept[name].parameters())):
+            if name in self._cached:
+                # Cached too: walking the modules takes longer than some calls.
+                for parameter in self.cached(f"{name}'s", lambda name=name: list(self._cached[name].parameters())):
                     parameter.grad = None
 
     def gradients(self) -> list[torch.Tensor]:
-        """The gradients of two of DeBERTa's parameters, which depend on all of the model."""
+        """Returns the gradients of two of DeBERTa's parameters, which depend on the whole model."""
         return [self.deberta.get_parameter(name).grad for name in GRADIENTS]
 
     def _model(self, kind: type, config) -> nn.Module:
@@ -144,7 +144,7 @@ class Encoders:
 
 
 def deberta_config(kind: type, size: str):
-    """DeBERTa v3 as a configuration of Hugging Face's or this package's, with VOCABULARY words and without dropout."""
+    """Makes Hugging Face's or this package's configuration of DeBERTa v3, with VOCABULARY words, without dropout."""
     changes = dict(vocab_size=VOCABULARY, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     return kind(**models.V3_BASE | SIZES[size][0]._asdict() | changes)
 
@@ -157,7 +157,7 @@ def modernbert_config(size: str) -> ModernBertConfig:
 
 
 def draw_weights(model: nn.Module) -> None:
-    """Weights that keep unit variance: behind the usual 0.02, wrong position terms would hardly show."""
+    """Draws weights that keep unit variance: with the usual 0.02, wrong position terms hardly show."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if name.endswith("LayerNorm.weight"):
@@ -214,7 +214,7 @@ def modernbert_flash(encoders: Encoders, batch: Batch) -> Forward:
         twin.set_attn_implementation("flash_attention_2")
         return twin
 
-    return padded(encoders.kept("modernbert-flash", make), batch)
+    return padded(encoders.cached("modernbert-flash", make), batch)
 
 
 def modernbert_packed(encoders: Encoders, batch: Batch) -> Forward:
@@ -236,14 +236,14 @@ def modernbert_packed(encoders: Encoders, batch: Batch) -> Forward:
         twin.set_attn_implementation("varlen")
         return twin
 
-    model = encoders.kept("modernbert-packed", make)
+    model = encoders.cached("modernbert-packed", make)
     ids, positions = batch.packed_ids.unsqueeze(0), batch.positions.unsqueeze(0)
     ends = dict(cu_seq_lens_q=batch.cu_seqlens, max_length_q=batch.longest)
     return lambda: model(input_ids=ids, position_ids=positions, **ends).last_hidden_state[0]
 
 
 def onnxruntime(encoders: Encoders, batch: Batch) -> Forward:
-    session = encoders.kept(f"onnxruntime{torch.get_num_threads()}", lambda: _session(encoders))
+    session = encoders.cached(f"onnxruntime{torch.get_num_threads()}", lambda: _session(encoders))
     names = ("input_ids", "attention_mask")
     inputs = {name: getattr(batch, name).numpy() for name in names}
     return lambda: torch.from_numpy(session.run(None, inputs)[0])
@@ -252,29 +252,24 @@ def onnxruntime(encoders: Encoders, batch: Batch) -> Forward:
 def _session(encoders: Encoders):
     import onnxruntime
 
-    path = encoders.kept("onnx", lambda: _Exported(encoders.deberta)).path
+    path = encoders.cached("onnx", lambda: _Exported(encoders.deberta)).path
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # or its threads would slow the next variant
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # spinning threads slow the next variant
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 class _Exported:
-    """An ONNX file that is there as long as this is."""
+    """An ONNX file that exists as long as this object."""
 
     def __init__(self, model: nn.Module):
         self._folder = tempfile.TemporaryDirectory()
         self.path = str(Path(self._folder.name) / "model.onnx")
         batch, length = (torch.export.Dim(name, min=1, max=1 << 16) for name in ("batch", "length"))
         inputs = torch.ones(2, 48, dtype=torch.int64), torch.ones(2, 48, dtype=torch.int64)
+        names, shapes = ["input_ids", "attention_mask"], ({0: batch, 1: length}, {0: batch, 1: length})
         torch.onnx.export(
-            _StatesOnly(model),
-            inputs,
-            self.path,
-            input_names=["input_ids", "attention_mask"],
-            dynamo=True,
-            dynamic_shapes=({0: batch, 1: length}, {0: batch, 1: length}),
-            verbose=False,
+            _StatesOnly(model), inputs, self.path, input_names=names, dynamic_shapes=shapes, dynamo=True, verbose=False
         )
 
 
@@ -293,7 +288,7 @@ def int8(encoders: Encoders, batch: Batch) -> Forward:
         torch.ao.quantization.quantize_dynamic(twin, {nn.Linear}, torch.qint8, inplace=True)
         return deberta_fast.patch(twin)
 
-    return padded(encoders.kept("int8", make), batch)
+    return padded(encoders.cached("int8", make), batch)
 
 
 def _of(module: Callable[[Encoders], nn.Module]) -> Callable[[Encoders, Batch], Forward]:
@@ -317,7 +312,7 @@ def _forward_on_cpu(case: Case, gpu: bool) -> bool:
 
 
 _DEBERTA = "Hugging Face's DebertaV2Model"
-# build(encoders, batch) gives a Forward; suits(case, gpu) says whether a group of rows asks for the variant.
+# build(encoders, batch) returns a Forward; suits(case, gpu) says whether a group of rows has the variant.
 VARIANTS = {
     "eager": Entry(_DEBERTA, _of(lambda encoders: encoders.deberta)),
     "eager+compile": Entry("eager in torch.compile(dynamic=False)", _compiled(lambda encoders: encoders.deberta)),
@@ -325,7 +320,7 @@ VARIANTS = {
     "patched-unpad": Entry(
         "after deberta_fast.patch(model, unpad=True)", _of(lambda encoders: encoders.patched(unpad=True)), _variable
     ),
-    "native": Entry("deberta_fast.DebertaV2Model, which takes padding out by itself", _of(Encoders.native)),
+    "native": Entry("deberta_fast.DebertaV2Model, which removes padding by itself", _of(Encoders.native)),
     "native-packed": Entry("its forward_packed, of a batch that was never padded", native_packed, _variable),
     "native+compile": Entry("either in torch.compile(dynamic=False): packed where lengths vary", native_compiled),
     "native-graph": Entry(
@@ -347,7 +342,7 @@ VARIANTS = {
 
 
 def build_call(encoders: Encoders, variant: str, passes: str, batch: Batch) -> Callable[[], torch.Tensor]:
-    """A call without arguments that returns the states; a training step drops the gradients of the one before."""
+    """Returns a call without arguments that returns the states; a training step first drops old gradients."""
     forward = VARIANTS[variant].build(encoders, batch)
 
     def infer():
@@ -364,7 +359,7 @@ def build_call(encoders: Encoders, variant: str, passes: str, batch: Batch) -> C
 
 
 def measured(case: Case, variant: str, device: str) -> list[Callable[[], torch.Tensor]]:
-    """For ``timing.peak_memory``: the one call, after the same over a few tokens. No gradients are there before."""
+    """Returns one call for ``timing.peak_memory``, after the same call over a few tokens. No gradients exist then."""
     encoders = Encoders(case.model, getattr(torch, case.dtype), device)
     build_call(encoders, variant, case.passes, Batch(2, 8, case.variable, device))()
     encoders.drop_gradients()

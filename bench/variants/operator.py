@@ -10,14 +10,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import deberta_fast
 from deberta_fast import backends
 from deberta_fast.op.call import Call as AttentionCall
+from deberta_fast.op.precision import hf_style_scores
 from deberta_fast.op.relative_position import device_tables, distance_slots
-from deberta_fast.op.testing import hf_style_scores
 
 from ..device import Call
 from . import PLAIN, Entry, call_of
 
 SIZE, BUCKETS, LONGEST = 64, 256, 512  # DeBERTa-v3's heads and table
-# Matrices of the size of the scores that eager code holds at once, estimated: only to ask first where it cannot fit.
+# Matrices of the size of the scores that eager code holds at once, an estimate that refuses what cannot fit.
 EAGER_MATRICES = 6
 
 
@@ -32,16 +32,23 @@ class Variant(NamedTuple):
         return call_of(self.forward, passes, self.gradient, self.leaves)
 
     def results(self, passes: str) -> int:
-        """Bytes of what a call cannot but leave behind: the output, and gradients."""
+        """Returns the bytes that a call has to leave behind: the output, and gradients."""
         kept = [self.gradient] * ("forward" in passes) + self.leaves * ("backward" in passes)
         return sum(x.numel() * x.element_size() for x in kept)
 
 
 class Workload:
-    """Random inputs of one shape, laid out as a layer's projections make them, and packed where there is padding."""
+    """Random inputs of one shape, laid out as a layer's projections make them, and also packed if they are padded."""
 
     def __init__(
-        self, length: int, batch: int, heads: int, dtype: torch.dtype, device: str, dropout_p: float, padding: float
+        self,
+        length: int,
+        batch: int,
+        heads: int,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str = "cuda",
+        dropout_p: float = 0.0,
+        padding: float = 0.0,
     ):
         torch.manual_seed(0)
         self.length, self.batch, self.heads, self.dropout_p = length, batch, heads, dropout_p
@@ -55,7 +62,7 @@ class Workload:
             self._pad(padding)
 
     def _pad(self, share: float) -> None:
-        # Longer and shorter sequences alternate; one alone has just its share.
+        # Longer and shorter sequences alternate; a single one has exactly its share.
         mean = 1 - share
         spread = 0.0 if self.batch == 1 else min(mean, share) / 2
         self.lengths = [max(1, round(self.length * (mean + spread * (-1) ** b))) for b in range(self.batch)]
@@ -71,12 +78,12 @@ class Workload:
         return heads.transpose(1, 2)[self.mask]
 
     def variant(self, forward: Callable, *arguments, positions: bool = True, packed: bool = False) -> Variant:
-        """forward(self, *arguments) as a variant that reads both tables, or none, and dense tensors or packed ones."""
+        """Makes forward(self, *arguments) a variant that reads both tables or none, dense tensors or packed ones."""
         qkv, gradient = (self.packed_qkv, self.packed_gradient) if packed else (self.qkv, self.gradient)
         return Variant(functools.partial(forward, self, *arguments), qkv + self.tables * positions, gradient)
 
     def square_terms(self) -> int:
-        """The length^2 size of all heads and sequences, of valid tokens."""
+        """Sums length^2 x size of the valid tokens over all heads and sequences."""
         return self.heads * SIZE * sum(n * n for n in self.lengths)
 
     @functools.cached_property
@@ -86,7 +93,7 @@ class Workload:
 
     @functools.cached_property
     def buckets(self) -> torch.Tensor:
-        """Bucketed i - j, (L, L), int64, not yet clamped: Hugging Face's encoder makes it once for all layers."""
+        """Bucketed i - j, (L, L), int64, before clamping: Hugging Face's encoder makes it once for all layers."""
         distances = torch.arange(1 - self.length, self.length, device=self.gradient.device)
         size = BUCKETS - self._slots_of(-distances.abs())
         i = torch.arange(self.length, device=self.gradient.device)
@@ -98,19 +105,19 @@ class Workload:
 
     @functools.cached_property
     def expected(self) -> torch.Tensor:
-        """The eager backend's output, which exact variants give where nothing is dropped."""
+        """The eager backend's output, which exact variants return without dropout."""
         with torch.no_grad():
             return ours(self, "eager")
 
     def difference(self, name: str, variant: Variant) -> float | None:
-        """Relative difference of an output on valid tokens, in norm; None where that says nothing."""
+        """Returns the relative difference of an output on valid tokens, in norm; None where outputs must differ."""
         if name.startswith(("plain", "sdpa")) or self.dropout_p:
             return None
         try:
             with torch.no_grad():
                 got, want = variant.forward(), self.expected
         except Exception:
-            return None  # said where it is timed
+            return None  # the timing reports it
         if self.mask is not None:
             got, want = (x if x.dim() == 3 else self.pack(x) for x in (got, want))
         got, want = got.float(), want.float()
@@ -118,22 +125,13 @@ class Workload:
 
 
 def asked(w: Workload) -> AttentionCall:
-    """The call as a backend sees it."""
+    """Makes the call as a backend gets it."""
+    mask = None if w.mask is None else w.mask[:, None, None]
     return AttentionCall(
-        *w.qkv,
-        *w.tables,
-        mask=None if w.mask is None else w.mask[:, None, None],
-        cu_seqlens=None,
-        seed=None,
-        position_buckets=BUCKETS,
-        max_relative_positions=LONGEST,
-        far_negative="hf",
-        first_slot=0,
-        query_offset=0,
-        max_seqlen=w.length,
-        scale=(3 * SIZE) ** -0.5,
-        dropout_p=w.dropout_p,
-    )
+        *w.qkv, *w.tables, mask=mask, cu_seqlens=None, seed=None, position_buckets=BUCKETS,
+        max_relative_positions=LONGEST, far_negative="hf", first_slot=0, query_offset=0, max_seqlen=w.length,
+        scale=(3 * SIZE) ** -0.5, dropout_p=w.dropout_p,
+    )  # fmt: skip
 
 
 def ours(w: Workload, backend: str) -> torch.Tensor:
@@ -166,7 +164,7 @@ def plain_packed(w: Workload) -> torch.Tensor:
 def hf_eager(w: Workload) -> torch.Tensor:
     query = w.qkv[0]
     needed = EAGER_MATRICES * w.batch * w.heads * w.length**2 * query.element_size()
-    if query.is_cuda and needed > sum(_free_and_cached(query.device)):
+    if query.is_cuda and needed > _free_bytes(query.device):
         raise MemoryError(f"needs about {needed / 2**30:.0f} GiB")
     last = 2 * BUCKETS - 1
     slots = (w.buckets + BUCKETS).clamp(0, last), (BUCKETS - w.buckets).clamp(0, last)
@@ -174,13 +172,13 @@ def hf_eager(w: Workload) -> torch.Tensor:
     return torch.nn.functional.dropout(probabilities, w.dropout_p) @ w.qkv[2]
 
 
-def _free_and_cached(device: torch.device) -> tuple[int, int]:
+def _free_bytes(device: torch.device) -> int:
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0], cached
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def flex(w: Workload) -> Callable[[Workload], torch.Tensor]:
-    torch._dynamo.reset()  # which counts how often this function was compiled, whatever for
+    torch._dynamo.reset()  # it limits how often a function is compiled
     from torch.nn.attention.flex_attention import flex_attention
 
     scale = (3 * SIZE) ** -0.5
@@ -207,7 +205,7 @@ def _padded(w: Workload) -> bool:
 
 
 def _entries() -> Iterator[tuple[str, Entry]]:
-    """build(workload) gives a Variant. Ours can take padding in two ways."""
+    """Yields entries whose build(workload) returns a Variant. Ours accept padding in two ways."""
     for name, backend in backends.BACKENDS.items():
         if name == "reference":
             continue

@@ -1,9 +1,9 @@
-// Gradients, (8) to (11), a block of queries at a time over tiles of keys, with P made anew:
+// Gradients, (8) to (11), for blocks of queries over tiles of keys, with P computed again:
 //
-//     P = 2^(Z - peak) / total    dP = dO V^T    dA = P o (dP - Delta + dlse)    Delta_i = dO_i . O_i    dV = P^T dO
+//     P = 2^(Z - row_max) / row_sum    dP = dO V^T    dA = P o (dP - Delta + dlse)    Delta_i = dO_i . O_i    dV = P^T dO
 //
-// Near tiles add the position terms of (9) as products along the diagonals of dA: their operand is dA itself, read with
-// skewed strides (gemm.h). A margin of zeros around dA stands for the pairs outside of the tile.
+// Near tiles add the position terms of (9) as products along the diagonals of dA: the operand is dA itself, read with skewed
+// strides (gemm.h). A margin of zeros around dA stands for the pairs outside of the tile.
 #include <cmath>
 
 #include "dropout.h"
@@ -12,29 +12,25 @@
 namespace deberta_fast::DEBERTA_FAST_ISA {
 namespace {
 
-constexpr int64_t kBackwardKeys = 192;            // keys of a tile: two tiles of scores stay in the second-level cache
-constexpr int64_t kMarginRows = 8, kMargin = 16;  // zeros above and below dA, and left and right of it
+constexpr int64_t kBackwardKeys = 192;            // keys of a tile, two of whose scores fit into the second-level cache
+constexpr int64_t kMarginRows = 8, kMargin = 16;  // zeros above and below dA, and to its left and right
 constexpr int64_t kGradPitch = kBackwardKeys + 48;  // an odd number of cache lines
 static_assert(kMarginRows >= kStrip - 1 && kMargin >= kStrip - 1 && kGradPitch >= kBackwardKeys + 2 * kMargin);
 static_assert(kTileKeys % kBackwardKeys == 0);
 
-// Keys of one sequence that belong to part `part` of `parts`; parts begin at whole vectors of any instruction set.
+// The keys of part `part` of `parts`; parts begin at whole vectors of every instruction set.
 Range keys_of_part(int64_t keys, int64_t parts, int64_t part) {
-  const int64_t step = round_up((keys + parts - 1) / parts, 16), start = std::min(keys, part * step);
+  const int64_t step = round_up(div_up(keys, parts), 16), start = std::min(keys, part * step);
   return {start, std::min(keys, start + step)};
 }
 
-class BackwardPass {
+class BackwardPass : ScoreTiles {
  public:
-  BackwardPass(const Attention& a, const Backward& b) : a_(a), b_(b), size_(round_up(a.size, kLanes)) {
-    Carver needed;
-    carve(needed);
-    memory_ = ThreadMemory(kThreadScratch, needed.floats());
-    Carver memory(memory_.data());
-    carve(memory);
-    // The margins above and on the left, which nothing overwrites.
+  BackwardPass(const Attention& a, const Backward& b) : ScoreTiles(a), b_(b) {
+    memory_ = allocate([&](Carver& carver) { carve(carver); });
+    // The margins above and to the left stay zero.
     std::fill_n(margins_, (kMarginRows + kMaxBlockRows + kMarginRows) * kGradPitch, 0.0f);
-    grad_scores_ = margins_ + kMarginRows * kGradPitch + kMargin;
+    da_ = margins_ + kMarginRows * kGradPitch + kMargin;
   }
 
   void items(int64_t wave, int64_t begin, int64_t end) {
@@ -64,36 +60,29 @@ class BackwardPass {
 
  private:
   void carve(Carver& carver) {
-    int64_t queries = 0, keys = 0;
-    for (int64_t s = 0; s < a_.sequence_count; ++s) {
-      queries = std::max(queries, a_.sequences[s].queries), keys = std::max(keys, a_.sequences[s].keys);
-    }
-    const Range part = keys_of_part(keys, a_.parts, 0);
-    const int64_t tiles = (part.stop + kTileKeys - 1) / kTileKeys, most = tiles * kTileKeys;
-    key_t_ = carver(tiles * kTilePitch * size_), value_t_ = carver(tiles * kTilePitch * size_);
-    key_ = carver(most * size_);
-    if (a_.parts == 1) grad_key_ = carver(most * size_), grad_value_ = carver(most * size_);
-    query_ = carver(kMaxBlockRows * size_), far_query_ = carver(kMaxBlockRows * size_);
-    grad_output_ = carver(kMaxBlockRows * size_), grad_query_ = carver(kMaxBlockRows * size_);
-    scores_ = carver(kMaxBlockRows * kGradPitch);
+    const Range part = keys_of_part(a_.longest_key, a_.parts, 0);
+    const int64_t keys = round_up(part.stop, kTileKeys);
+    key_t_ = carver(tile_offset(keys, size_)), value_t_ = carver(tile_offset(keys, size_));
+    key_ = carver(keys * size_);
+    if (a_.parts == 1) dk_ = carver(keys * size_), dv_ = carver(keys * size_);
+    dout_ = carver(kMaxBlockRows * size_), dq_ = carver(kMaxBlockRows * size_);
+    carve_scores(carver, kGradPitch);
     margins_ = carver((kMarginRows + kMaxBlockRows + kMarginRows) * kGradPitch);
-    bias_ = carver(round_up(keys, kLanes)), row_ = carver(size_);
     keep_ = carver(kBackwardKeys + 4 * kLanes), column_sums_ = carver(kBackwardKeys + kLanes);
     far_grad_key_ = carver(2 * size_), far_grad_query_ = carver(2 * size_);
     if (b_.pos_key_sums) grad_key_by_distance_ = carver(a_.distances * size_);
     if (b_.pos_query_sums) grad_query_by_distance_ = carver(a_.distances * size_);
-    strips_.carve(carver);
   }
 
-  // The stretches of one part of a sequence's queries, and these keys.
+  // Processes the stretches of one part of a sequence's queries against these keys.
   void run(int64_t s, int64_t part, Range keys) {
     const Sequence& sequence = a_.sequences[s];
     if (a_.parts == 1) {
-      std::fill_n(grad_key_, sequence.keys * size_, 0.0f);
-      std::fill_n(grad_value_, sequence.keys * size_, 0.0f);
+      std::fill_n(dk_, sequence.keys * size_, 0.0f);
+      std::fill_n(dv_, sequence.keys * size_, 0.0f);
     } else {
       const int64_t offset = (b_.key_starts[s] * a_.heads + head_ * sequence.keys) * size_;
-      grad_key_ = b_.key_sums + offset, grad_value_ = b_.value_sums + offset;
+      dk_ = b_.key_sums + offset, dv_ = b_.value_sums + offset;
     }
     visible_ = VisibleKeys(a_, sequence, head_, bias_);
     keys.start = std::max(keys.start, visible_.start), keys.stop = std::min(keys.stop, visible_.stop);
@@ -107,9 +96,8 @@ class BackwardPass {
       }
     }
     if (a_.parts == 1) {
-      store_heads(b_.grad_key, grad_key_, sequence.batch, sequence.first_key, sequence.keys,
-                  static_cast<float>(1 / kLog2e));
-      store_heads(b_.grad_value, grad_value_, sequence.batch, sequence.first_key, sequence.keys, 1.0f);
+      store_heads(b_.grad_key, dk_, sequence.batch, sequence.first_key, sequence.keys, static_cast<float>(1 / kLog2e));
+      store_heads(b_.grad_value, dv_, sequence.batch, sequence.first_key, sequence.keys, 1.0f);
     }
   }
 
@@ -118,36 +106,24 @@ class BackwardPass {
       using E = decltype(element);
       const auto key = rows_of<E>(a_.key, sequence.batch, head_, sequence.first_key + keys.start);
       const auto value = rows_of<E>(a_.value, sequence.batch, head_, sequence.first_key + keys.start);
-      const int64_t all = keys.stop - keys.start;
-      for (int64_t first = 0; first < all; first += kTileKeys) {
-        const int64_t count = std::min(all - first, kTileKeys), tile = first / kTileKeys * kTilePitch * size_;
-        const auto from = [first](auto rows) { return [rows, first](int64_t r) { return rows(first + r); }; };
-        transpose_rows<E>(from(key), count, a_.size, 1.0f, key_t_ + tile, kTilePitch);
-        transpose_rows<E>(from(value), count, a_.size, 1.0f, value_t_ + tile, kTilePitch);
-      }
-      copy_rows<E>(key, all, a_.size, 1.0f, key_, size_);
+      const int64_t count = keys.stop - keys.start;
+      transpose_tiles<E>(key, count, a_.size, key_t_);
+      transpose_tiles<E>(value, count, a_.size, value_t_);
+      copy_rows<E>(key, count, a_.size, 1.0f, key_, size_);
     });
   }
 
   void run(const Block& block, const Range& keys) {
     load_queries(block);
-    std::fill_n(grad_query_, block.rows * size_, 0.0f);
-    Segment segments[3];
-    cut_segments(a_, block, keys.start, std::max(keys.start, keys.stop), segments);
-    for (const Segment& segment : segments) {
-      if (segment.start >= segment.stop) continue;
-      if (segment.side != kNear) far_queries(a_, block, segment.side, query_, far_query_, far_constant_, row_);
-      for (int64_t key = segment.start, next; key < segment.stop; key = next) {
-        next = std::min(first_key_ + round_down(key - first_key_, kBackwardKeys) + kBackwardKeys, segment.stop);
-        if (visible_.any(a_, block.first, block.rows, key, next - key)) tile(block, segment.side, key, next - key);
-      }
-    }
+    std::fill_n(dq_, block.rows * size_, 0.0f);
+    for_each_tile(block, block, key_t_, first_key_, keys.start, std::max(keys.start, keys.stop), kBackwardKeys,
+                  [&](Side side, int64_t key, int64_t count) { tile(block, side, key, count); });
     const Sequence& sequence = a_.sequences[block.sequence];
     if (a_.parts == 1) {
-      store_heads(b_.grad_query, grad_query_, sequence.batch, sequence.first_query + block.first, block.rows, a_.scale);
+      store_heads(b_.grad_query, dq_, sequence.batch, sequence.first_query + block.first, block.rows, a_.scale);
     } else {
       const int64_t row = b_.query_starts[block.sequence] * a_.heads + head_ * sequence.queries + block.first;
-      add_scaled(1.0f, grad_query_, b_.query_sums + row * size_, block.rows * size_);
+      add_scaled(1.0f, dq_, b_.query_sums + row * size_, block.rows * size_);
     }
   }
 
@@ -157,52 +133,45 @@ class BackwardPass {
     with_element(a_.element, [&](auto element) {
       using E = decltype(element);
       const auto rows = [&](const Heads& heads) { return rows_of<E>(heads, sequence.batch, head_, first); };
-      copy_rows<E>(rows(a_.query), block.rows, a_.size, static_cast<float>(a_.scale * kLog2e), query_, size_);
-      copy_rows<E>(rows(b_.grad_output), block.rows, a_.size, 1.0f, grad_output_, size_);
-      copy_rows<E>(rows(b_.output), block.rows, a_.size, 1.0f, grad_query_, size_);  // whose turn comes later
+      load_query<E>(sequence, block);
+      copy_rows<E>(rows(b_.grad_output), block.rows, a_.size, 1.0f, dout_, size_);
+      copy_rows<E>(rows(b_.output), block.rows, a_.size, 1.0f, dq_, size_);  // O, until dQ is needed
     });
-    row_dots(grad_output_, grad_query_, block.rows, size_, delta_);
+    row_dots(dout_, dq_, block.rows, size_, delta_);
     const double log_keys = std::log2(static_cast<double>(sequence.keys));
     for (int64_t r = 0; r < block.rows; ++r) {
       const auto given = [&](const Statistic& x) { return *at(x, sequence.batch, head_, first + r); };
       grad_lse_[r] = b_.grad_lse.data ? given(b_.grad_lse) : 0.0f;
-      // 2^peak total is the row's sum; kept apart they hold it where one float32 for both would round it off. Where they
-      // do not make up the log-sum-exp, they are not this row's.
+      // 2^row_max row_sum is the sum of the row. Two numbers hold it where one float32 would round it off. They belong to
+      // this row only if they make up its log-sum-exp.
       const float lse = given(b_.lse);
       const bool none = lse == -kInfinity;
-      double peak = lse * kLog2e, total = 1, log_total = 0;
-      if (b_.peak.data) {
-        const double logarithm = std::log2(static_cast<double>(given(b_.total)));
-        if (none ? given(b_.peak) == lse : log_sum_exp(given(b_.peak), logarithm) == lse) {
-          peak = given(b_.peak), total = given(b_.total), log_total = logarithm;
+      double row_max = lse * kLog2e, row_sum = 1, log_sum = 0;
+      if (b_.row_max.data) {
+        const double logarithm = std::log2(static_cast<double>(given(b_.row_sum)));
+        if (none ? given(b_.row_max) == lse : log_sum_exp(given(b_.row_max), logarithm) == lse) {
+          row_max = given(b_.row_max), row_sum = given(b_.row_sum), log_sum = logarithm;
         }
       }
-      // P = 2^(Z - shift) factor. Nearer to most scores than the log-sum-exp, the shift rounds off less of Z - shift.
-      // A row that sees nothing has 2^(-inf - 0) times 0; scores of minus infinity are multiplied by a NaN.
-      shift_[r] = none ? 0.0f : static_cast<float>(peak + log_total - log_keys);
-      factor_[r] = static_cast<float>(none ? 0 * total : std::exp2(shift_[r] - peak) / total);
+      // P = 2^(Z - shift) factor. The shift is closer to most scores than the log-sum-exp, so Z - shift is rounded less.
+      // A row without a visible key has 2^(-inf - 0) times 0; scores of minus infinity are multiplied by a NaN.
+      shift_[r] = none ? 0.0f : static_cast<float>(row_max + log_sum - log_keys);
+      factor_[r] = static_cast<float>(none ? 0 * row_sum : std::exp2(shift_[r] - row_max) / row_sum);
     }
   }
 
   void tile(const Block& block, Side side, int64_t key, int64_t count) {
     const int64_t columns = round_up(count, kLanes), local = key - first_key_;
-    const int64_t in_tile = local / kTileKeys * kTilePitch * size_ + local % kTileKeys;
     const bool near = side == kNear;
-    if (near) {
-      near_scores(a_, block, query_, key_t_ + in_tile, key, count, columns, strips_, scores_, kGradPitch);
-    } else {
-      far_scores(a_, block.rows, far_query_, key_t_ + in_tile, columns, scores_, kGradPitch);
-    }
-    visible_.hide(a_, block.first, block.rows, key, columns, scores_, kGradPitch);
-    gemm(block.rows, columns, a_.size, {grad_output_, size_, 1}, value_t_ + in_tile, kTilePitch, nullptr, 0,
-         grad_scores_, kGradPitch);
+    gemm(block.rows, columns, a_.size, {dout_, size_, 1}, value_t_ + tile_offset(local, size_), kTilePitch, nullptr, 0,
+         da_, kGradPitch);
     softmax_gradient(block, side, key, columns);
 
-    const Operand by_query{grad_scores_, kGradPitch, 1}, by_key{grad_scores_, 1, kGradPitch};
-    float* const grad_key = grad_key_ + key * size_;
-    gemm_add(count, size_, block.rows, {scores_, 1, kGradPitch}, grad_output_, size_, grad_value_ + key * size_, size_);
+    const Operand by_query{da_, kGradPitch, 1}, by_key{da_, 1, kGradPitch};
+    float* const grad_key = dk_ + key * size_;
+    gemm_add(count, size_, block.rows, {scores_, 1, kGradPitch}, dout_, size_, dv_ + key * size_, size_);
     gemm_add(count, size_, block.rows, by_key, near ? query_ : far_query_, size_, grad_key, size_);
-    gemm_add(block.rows, size_, count, by_query, key_ + local * size_, size_, grad_query_, size_);
+    gemm_add(block.rows, size_, count, by_query, key_ + local * size_, size_, dq_, size_);
     if (near) {
       if (a_.pos_key.data) add_c2p_gradients(block, key, count);
       if (a_.pos_query.data) add_p2c_gradients(block, key, count, grad_key);
@@ -211,10 +180,10 @@ class BackwardPass {
     }
   }
 
-  // P with dropout over the scores, dA over dP.
+  // Replaces the scores by P with dropout, and dP by dA.
   void softmax_gradient(const Block& block, Side side, int64_t key, int64_t columns) {
     for (int64_t r = 0; r < block.rows; ++r) {
-      float *const p_row = scores_ + r * kGradPitch, *const g_row = grad_scores_ + r * kGradPitch;
+      float *const p_row = scores_ + r * kGradPitch, *const g_row = da_ + r * kGradPitch;
       const float constant = side == kNear ? 0.0f : far_constant_[r], shift = shift_[r];
       const Vector factor = broadcast(factor_[r]), delta = broadcast(delta_[r]), grad_lse = broadcast(grad_lse_[r]);
       if (a_.dropout) {
@@ -234,7 +203,7 @@ class BackwardPass {
       std::fill_n(g_row + columns, kStrip - 1, 0.0f);
     }
     for (int64_t r = block.rows; r < block.rows + kStrip - 1; ++r) {
-      std::fill_n(grad_scores_ + r * kGradPitch, columns, 0.0f);
+      std::fill_n(da_ + r * kGradPitch, columns, 0.0f);
     }
   }
 
@@ -244,8 +213,8 @@ class BackwardPass {
     const float* table = a_.key_by_distance + (head_ * a_.distances + first) * size_;
     for (int64_t r = 0; r < block.rows; r += kStrip) {
       const int64_t strip = std::min<int64_t>(block.rows - r, kStrip);
-      gemm_add(strip, size_, count + strip - 1, {grad_scores_ + r * kGradPitch - (strip - 1), kGradPitch + 1, 1},
-               table + (block.rows - r - strip) * size_, size_, grad_query_ + r * size_, size_);
+      gemm_add(strip, size_, count + strip - 1, {da_ + r * kGradPitch - (strip - 1), kGradPitch + 1, 1},
+               table + (block.rows - r - strip) * size_, size_, dq_ + r * size_, size_);
     }
     if (b_.pos_key_sums == nullptr) return;
     float* const grad = grad_key_by_distance_ + first * size_;
@@ -253,8 +222,7 @@ class BackwardPass {
     for (int64_t m = 0; m < distances; m += kStrip) {
       const int64_t strip = std::min<int64_t>(distances - m, kStrip);
       const int64_t from = std::max<int64_t>(block.rows - m - strip, 0), to = std::min(block.rows, distances - m);
-      gemm_add(strip, size_, to - from,
-               {grad_scores_ + from * (kGradPitch + 1) + m - (block.rows - 1), 1, kGradPitch + 1},
+      gemm_add(strip, size_, to - from, {da_ + from * (kGradPitch + 1) + m - (block.rows - 1), 1, kGradPitch + 1},
                query_ + from * size_, size_, grad + m * size_, size_);
     }
   }
@@ -266,8 +234,7 @@ class BackwardPass {
     const float* table = a_.query_by_distance + (head_ * a_.distances + first) * size_;
     for (int64_t j = 0; j < count; j += kStrip) {
       const int64_t strip = std::min<int64_t>(count - j, kStrip);
-      gemm_add(strip, size_, block.rows + strip - 1,
-               {grad_scores_ - (strip - 1) * kGradPitch + j, kGradPitch + 1, kGradPitch},
+      gemm_add(strip, size_, block.rows + strip - 1, {da_ - (strip - 1) * kGradPitch + j, kGradPitch + 1, kGradPitch},
                table + (count - j - strip) * size_, size_, grad_key + j * size_, size_);
     }
     if (b_.pos_query_sums == nullptr) return;
@@ -277,25 +244,25 @@ class BackwardPass {
       const int64_t strip = std::min<int64_t>(distances - m, kStrip);
       const int64_t from = std::max<int64_t>(count - m - strip, 0), to = std::min(count, distances - m);
       gemm_add(strip, size_, to - from,
-               {grad_scores_ + from * (kGradPitch + 1) + (m - (count - 1)) * kGradPitch, kGradPitch, kGradPitch + 1},
+               {da_ + from * (kGradPitch + 1) + (m - (count - 1)) * kGradPitch, kGradPitch, kGradPitch + 1},
                key_ + (key - first_key_ + from) * size_, size_, grad + m * size_, size_);
     }
   }
 
-  // (10), save what the products of a plain tile have added already.
+  // Adds the terms of (10) with t_i and with the far rows.
   void add_far_gradients(const Block& block, Side side, int64_t local, int64_t count) {
     const int64_t columns = round_up(count, kLanes);
     std::fill_n(column_sums_, columns, 0.0f);
     far_row(a_, a_.pos_key, head_, side, 1.0f, row_);
     for (int64_t r = 0; r < block.rows; ++r) {
-      const float* row = grad_scores_ + r * kGradPitch;
-      Vector total{};
+      const float* row = da_ + r * kGradPitch;
+      Vector sums{};
       for (int64_t c = 0; c < columns; c += kLanes) {
-        total += load(row + c);
+        sums += load(row + c);
         store(column_sums_ + c, load(column_sums_ + c) + load(row + c));
       }
-      const float row_sum = sum(total);
-      add_scaled(row_sum, row_, grad_query_ + r * size_, size_);
+      const float row_sum = sum(sums);
+      add_scaled(row_sum, row_, dq_ + r * size_, size_);
       add_scaled(row_sum, query_ + r * size_, far_grad_key_ + side * size_, size_);
     }
     for (int64_t j = 0; j < count; ++j) {
@@ -303,8 +270,8 @@ class BackwardPass {
     }
   }
 
-  // (11): row t of `by_distance` is that of i - j = first + step t. In sums of kRun rows first: hundreds of distances
-  // share the outermost rows of a table, and rounding grows with the length of a sum.
+  // (11): row t of `by_distance` has the distance i - j = first + step t. Adds sums of kRun rows, because hundreds of
+  // distances share the outermost rows of a table and rounding grows with the length of a sum.
   void sum_by_slot(const float* by_distance, const float* far, int64_t first, int64_t step, bool start, float* sums) {
     constexpr int64_t kRun = 16;
     if (start) std::fill_n(sums, a_.used_rows * size_, 0.0f);
@@ -334,23 +301,17 @@ class BackwardPass {
     });
   }
 
-  const Attention& a_;
   const Backward& b_;
-  const int64_t size_;  // D rounded up
-  ThreadMemory memory_;
-  VisibleKeys visible_;
-  Strips strips_;
-  int64_t head_ = 0, first_key_ = 0;         // of the keys that are loaded
-  float *key_t_, *value_t_, *key_;           // tiles of (D, kTilePitch); (keys, D)
-  float *grad_key_, *grad_value_;            // (keys of the sequence, D)
-  float *query_, *far_query_;                // (rows, D), times log2(e) s
-  float *grad_output_, *grad_query_;         // (rows, D)
-  float *scores_, *margins_, *grad_scores_;  // (rows, kGradPitch): P, and dA with its margins
-  float *bias_, *row_, *keep_, *column_sums_;
+  Scratch memory_;
+  int64_t head_ = 0, first_key_ = 0;                       // the head and the first key that are loaded
+  float *key_t_, *value_t_, *key_;                         // tiles of (D, kTilePitch); (keys, D)
+  float *dk_, *dv_;                                        // (keys of the sequence, D)
+  float *dout_, *dq_;                                      // (rows, D)
+  float *margins_, *da_;                                   // dA (rows, kGradPitch) with its margins
+  float *keep_, *column_sums_;                             // dropout of a row; column sums of dA
   float *far_grad_key_, *far_grad_query_;                  // (2, D)
   float *grad_key_by_distance_, *grad_query_by_distance_;  // (distances, D)
-  float far_constant_[kMaxBlockRows], shift_[kMaxBlockRows], factor_[kMaxBlockRows], delta_[kMaxBlockRows],
-      grad_lse_[kMaxBlockRows];
+  float shift_[kMaxBlockRows], factor_[kMaxBlockRows], delta_[kMaxBlockRows], grad_lse_[kMaxBlockRows];
 };
 
 }  // namespace
@@ -384,11 +345,11 @@ void store_table(const Attention& a, const Backward& b, const float* sums, float
                  int64_t end) {
   const int64_t size = round_up(a.size, kLanes), items = b.groups * a.parts;
   const int64_t stop = a.first_used_row + a.used_rows;
-  ThreadMemory row(kThreadScratch, size);
+  const Scratch row(size);
   with_element(a.element, [&](auto element) {
     using E = decltype(element);
     auto* to = static_cast<typename E::Stored*>(gradient) + begin * a.table_rows * a.size;
-    // Short sequences read few of the rows: the others are zero, in every element type.
+    // The rows that short sequences do not read are zero, which has the same bits in every element type.
     const auto clear = [&](int64_t rows) {
       std::memset(to, 0, rows * a.size * sizeof(*to));
       to += rows * a.size;

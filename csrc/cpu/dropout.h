@@ -1,11 +1,11 @@
-// The dropout mask (12): Philox-4x32-7, one call for four neighbouring keys, kLanes calls at once.
+// The dropout mask (12): Philox-4x32-7, one call per four neighbouring keys, kLanes calls at once.
 #pragma once
 
 #include "vector.h"
 
 namespace deberta_fast::DEBERTA_FAST_ISA {
 
-// Upper and lower words of a * b, lane by lane.
+// Computes the upper and lower words of a * b in each lane.
 INLINE void multiply(Words a, uint32_t b, Words& upper, Words& lower) {
   typedef uint64_t Longs __attribute__((vector_size(kVectorBytes)));
   // Products of the even lanes and of the odd ones, 64 bits wide in place.
@@ -14,8 +14,8 @@ INLINE void multiply(Words a, uint32_t b, Words& upper, Words& lower) {
   lower = (Words)((even & 0xffffffffull) | (odd << 32));
 }
 
-// What dropout multiplies the probabilities of query i and keys [key, key + columns) by: 0 or 1 / (1 - p). key is a
-// multiple of 4; writes columns rounded up to 4 kLanes. batch_head: batch row (or packed sequence) * H + head.
+// Writes the dropout factors, 0 or 1 / (1 - p), of a query and the keys [key, key + columns), rounded up to 4 kLanes. key is
+// a multiple of 4. batch_head: batch row (or packed sequence) * H + head.
 inline void keep_row(const Attention& a, int64_t batch_head, int64_t query, int64_t key, int64_t columns, float* keep) {
   Words lane;
   for (int l = 0; l < kLanes; ++l) lane[l] = l;

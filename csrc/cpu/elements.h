@@ -1,4 +1,4 @@
-// Loads and stores of the three element types; everything is computed in float32.
+// Loads and stores the three element types. All computations are in float32.
 #pragma once
 
 #include "vector.h"
@@ -28,14 +28,15 @@ struct Float16 {
   using Stored = uint16_t;
   static INLINE Vector load(const uint16_t* p) {
     const Words half = __builtin_convertvector(*reinterpret_cast<const AnyHalves*>(p), Words);
-    const Words moved = (half & 0x7fffu) << 13;  // exponent and mantissa where float32 has them, the bias 112 too small
+    const Words moved =
+        (half & 0x7fffu) << 13;  // exponent and mantissa in place for float32, with a bias 112 too small
     const Words finite = (Words)((Vector)moved * 0x1p112f);
     return (Vector)((moved >= 0x0f800000u ? moved | 0x7f800000u : finite) | (half & 0x8000u) << 16);
   }
   static INLINE void store(uint16_t* p, Vector v) {
     const Words bits = (Words)v & 0x7fffffffu;
     const Words normal = (bits - (112u << 23) + 0xfffu + ((bits >> 13) & 1u)) >> 13;
-    // Below 2^-14 steps are 2^-24 wide: so are those of float32 between 1/2 and 1.
+    // Below 2^-14 the spacing is 2^-24, that of float32 between 1/2 and 1, so adding 1/2 rounds.
     const Words subnormal = (Words)((Vector)bits + 0.5f) - 0x3f000000u;
     Words half = bits < 0x38800000u ? subnormal : normal;
     half = bits >= 0x477ff000u ? Words{} + 0x7c00u : half;  // 65520 and more round to infinity
@@ -44,7 +45,7 @@ struct Float16 {
   }
 };
 
-// Calls f(Float32{}) or one of the others.
+// Calls f with an instance of the element type.
 template <class F>
 INLINE void with_element(Element element, F f) {
   switch (element) {
@@ -57,7 +58,7 @@ INLINE void with_element(Element element, F f) {
   }
 }
 
-// The first `count` <= kLanes elements; zero in the other lanes.
+// Loads the first `count` elements, at most kLanes; the other lanes are zero.
 template <class E>
 INLINE Vector load_some(const typename E::Stored* p, int64_t count) {
   if (count >= kLanes) return E::load(p);
@@ -74,7 +75,7 @@ INLINE void store_some(typename E::Stored* p, Vector v, int64_t count) {
   std::memcpy(p, some, count * sizeof(*p));
 }
 
-// Rows of D elements as rows of floats, zero up to `pitch`: to[r] = scale * row(r).
+// Copies rows of D elements to float32, zero up to `pitch`: to[r] = scale * row(r).
 template <class E, class Row>
 void copy_rows(Row row, int64_t count, int64_t size, float scale, float* to, int64_t pitch) {
   for (int64_t r = 0; r < count; ++r, to += pitch) {
@@ -83,7 +84,7 @@ void copy_rows(Row row, int64_t count, int64_t size, float scale, float* to, int
   }
 }
 
-// The transposed: to[d][r] = scale * row(r)[d] for d < size rounded up, r < count rounded up; zero in what is added.
+// Transposes rows: to[d][r] = scale * row(r)[d]. Both counts are rounded up to whole vectors, with zeros in the padding.
 template <class E, class Row>
 void transpose_rows(Row row, int64_t count, int64_t size, float scale, float* to, int64_t pitch) {
   for (int64_t r = 0; r < count; r += kLanes) {
@@ -98,7 +99,7 @@ void transpose_rows(Row row, int64_t count, int64_t size, float scale, float* to
   }
 }
 
-// The way back: row(r) = scale * from[r], rounded.
+// Stores rows: row(r) = scale * from[r], rounded.
 template <class E, class Row>
 void store_rows(const float* from, int64_t pitch, int64_t count, int64_t size, float scale, Row row) {
   for (int64_t r = 0; r < count; ++r, from += pitch) {

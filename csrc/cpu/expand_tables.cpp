@@ -1,7 +1,7 @@
-// K^e = K^r[sigma(-e)] and log2(e) s Q^e, one row a distance e = j - i (6): scores of neighbouring pairs then read
-// neighbouring cells, with no look-up. Transposed, (D, distances), as the right-hand sides of products; in rows too for
-// backward. Q^e is stored by growing i - j, since its rows are met in that order. Distances that no pair has fill up
-// whole vectors: their rows are zero, which costs less than to look them up.
+// Expands the tables to K^e = K^r[sigma(-e)] and log2(e) s Q^e, one row per distance e = j - i (6), so that neighbouring
+// pairs read neighbouring cells without a lookup. They are transposed, (D, distances), as right operands of products; for
+// backward also in rows. Q^e is stored by growing i - j, the order in which it is read. Distances that no pair has are
+// padding with zeros.
 #include <cstring>
 
 #include "tile.h"
@@ -10,7 +10,7 @@ namespace deberta_fast::DEBERTA_FAST_ISA {
 
 void expand_tables(const Attention& a, bool with_rows, int64_t begin, int64_t end) {
   const int64_t size = round_up(a.size, kLanes), last_distance = a.first_distance + a.distances - 1;
-  // Row t is that of e = first + step t.
+  // Row t has the distance e = first + step t.
   const auto expand = [&](const Table& table, int64_t head, int64_t first, int64_t step, float scale, float* transposed,
                           float* rows) {
     if (table.data == nullptr) return;

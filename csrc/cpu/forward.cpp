@@ -1,10 +1,9 @@
-// O = softmax(A) V and its log-sum-exp, (1) to (3), a block of queries at a time over tiles of keys, with an online
-// softmax in base 2:
+// O = softmax(A) V and its log-sum-exp, (1) to (3), for blocks of queries over tiles of keys, by an online softmax in base 2:
 //
 //     m' = max(m, max_j Z_ij)   l' = l 2^(m - m') + sum_j 2^(Z_ij - m')   O' = O 2^(m - m') + sum_j 2^(Z_ij - m') v_j
 //
-// A thread takes neighbouring blocks and keeps the keys of a head and sequence, transposed, and its values from one
-// block to the next, as floats.
+// A thread processes consecutive blocks. The keys of a head and sequence, transposed, and its values stay in float32 from
+// one block to the next.
 #include <cmath>
 
 #include "dropout.h"
@@ -13,14 +12,10 @@
 namespace deberta_fast::DEBERTA_FAST_ISA {
 namespace {
 
-class ForwardPass {
+class ForwardPass : ScoreTiles {
  public:
-  ForwardPass(const Attention& a, const Forward& f) : a_(a), f_(f), size_(round_up(a.size, kLanes)) {
-    Carver needed;
-    carve(needed);
-    memory_ = ThreadMemory(kThreadScratch, needed.floats());
-    Carver memory(memory_.data());
-    carve(memory);
+  ForwardPass(const Attention& a, const Forward& f) : ScoreTiles(a), f_(f) {
+    memory_ = allocate([&](Carver& carver) { carve(carver); });
   }
 
   void blocks(int64_t begin, int64_t end) {
@@ -37,7 +32,7 @@ class ForwardPass {
       if (rows.start == rows.stop) continue;
       if (next != sequence || item / a_.blocks_per_head != head) {
         sequence = next, head = item / a_.blocks_per_head;
-        keys_ = VisibleKeys(a_, *sequence, head, bias_);
+        visible_ = VisibleKeys(a_, *sequence, head, bias_);
         load_keys(*sequence, head);
       }
       const auto block_of = [&](const Range& r) {
@@ -49,14 +44,10 @@ class ForwardPass {
 
  private:
   void carve(Carver& carver) {
-    int64_t longest = 0;
-    for (int64_t s = 0; s < a_.sequence_count; ++s) longest = std::max(longest, a_.sequences[s].keys);
-    longest = round_up(longest, kTileKeys);
-    key_t_ = carver(longest / kTileKeys * kTilePitch * size_), value_ = carver(longest * size_);
-    query_ = carver(kMaxBlockRows * size_), far_query_ = carver(kMaxBlockRows * size_);
-    output_ = carver(kMaxBlockRows * size_), scores_ = carver(kMaxBlockRows * kTilePitch);
-    bias_ = carver(longest), far_row_ = carver(size_), keep_ = carver(kTileKeys + 4 * kLanes);
-    strips_.carve(carver);
+    const int64_t keys = round_up(a_.longest_key, kTileKeys);
+    key_t_ = carver(tile_offset(keys, size_)), value_ = carver(keys * size_);
+    output_ = carver(kMaxBlockRows * size_), keep_ = carver(kTileKeys + 4 * kLanes);
+    carve_scores(carver, kTilePitch);
   }
 
   const Sequence* sequence_of(int64_t block) const {
@@ -67,71 +58,47 @@ class ForwardPass {
   void load_keys(const Sequence& sequence, int64_t head) {
     with_element(a_.element, [&](auto element) {
       using E = decltype(element);
-      const auto key = rows_of<E>(a_.key, sequence.batch, head, sequence.first_key);
-      const auto value = rows_of<E>(a_.value, sequence.batch, head, sequence.first_key);
-      for (int64_t first = 0; first < keys_.stop; first += kTileKeys) {
-        const int64_t count = std::min(keys_.stop - first, kTileKeys);
-        const auto tile = [&](int64_t r) { return key(first + r); };
-        transpose_rows<E>(tile, count, a_.size, 1.0f, key_t_ + first / kTileKeys * kTilePitch * size_, kTilePitch);
-      }
-      copy_rows<E>(value, keys_.stop, a_.size, 1.0f, value_, size_);
+      const auto rows = [&](const Heads& x) { return rows_of<E>(x, sequence.batch, head, sequence.first_key); };
+      transpose_tiles<E>(rows(a_.key), visible_.stop, a_.size, key_t_);
+      copy_rows<E>(rows(a_.value), visible_.stop, a_.size, 1.0f, value_, size_);
     });
   }
 
   void run(const Block& block, const Block& stretch) {
     const Sequence& sequence = a_.sequences[block.sequence];
-    with_element(a_.element, [&](auto element) {
-      using E = decltype(element);
-      const auto rows = rows_of<E>(a_.query, sequence.batch, block.head, sequence.first_query + block.first);
-      copy_rows<E>(rows, block.rows, a_.size, static_cast<float>(a_.scale * kLog2e), query_, size_);
-    });
+    with_element(a_.element, [&](auto element) { load_query<decltype(element)>(sequence, block); });
     std::fill_n(output_, block.rows * size_, 0.0f);
-    std::fill_n(peak_, block.rows, -kInfinity);
-    std::fill_n(total_, block.rows, 0.0f);
-
-    Segment segments[3];
-    cut_segments(a_, stretch, keys_.start, keys_.stop, segments);
-    for (const Segment& segment : segments) {
-      if (segment.start >= segment.stop) continue;
-      if (segment.side != kNear) far_queries(a_, block, segment.side, query_, far_query_, far_constant_, far_row_);
-      for (int64_t key = segment.start, next; key < segment.stop; key = next) {
-        next = std::min(round_down(key, kTileKeys) + kTileKeys, segment.stop);
-        if (!keys_.any(a_, block.first, block.rows, key, next - key)) continue;
-        const int64_t columns = round_up(next - key, kLanes);
-        const float* key_t = key_t_ + key / kTileKeys * kTilePitch * size_ + key % kTileKeys;
-        if (segment.side == kNear) {
-          near_scores(a_, block, query_, key_t, key, next - key, columns, strips_, scores_, kTilePitch);
-        } else {
-          far_scores(a_, block.rows, far_query_, key_t, columns, scores_, kTilePitch);
-        }
-        keys_.hide(a_, block.first, block.rows, key, columns, scores_, kTilePitch);
-        softmax(block, segment.side, key, columns);
-        gemm_add(block.rows, size_, next - key, {scores_, kTilePitch, 1}, value_ + key * size_, size_, output_, size_);
-      }
-    }
+    std::fill_n(row_max_, block.rows, -kInfinity);
+    std::fill_n(row_sum_, block.rows, 0.0f);
+    for_each_tile(block, stretch, key_t_, 0, visible_.start, visible_.stop, kTileKeys,
+                  [&](Side side, int64_t key, int64_t count) {
+                    online_softmax(block, side, key, round_up(count, kLanes));
+                    gemm_add(block.rows, size_, count, {scores_, kTilePitch, 1}, value_ + key * size_, size_, output_,
+                             size_);
+                  });
     finish(block, sequence);
   }
 
-  void softmax(const Block& block, Side side, int64_t key, int64_t columns) {
+  void online_softmax(const Block& block, Side side, int64_t key, int64_t columns) {
     for (int64_t r = 0; r < block.rows; ++r) {
       float* const row = scores_ + r * kTilePitch;
       const float constant = side == kNear ? 0.0f : far_constant_[r];
       Vector largest = load(row);
       for (int64_t c = kLanes; c < columns; c += kLanes) largest = max(largest, load(row + c));
-      const float peak = std::max(peak_[r], maximum(largest) + constant);
-      const float shift = peak == -kInfinity ? 0.0f : peak;  // a row that sees nothing yet: 2^(-inf - 0) = 0
-      Vector total{};
+      const float row_max = std::max(row_max_[r], maximum(largest) + constant);
+      const float shift = row_max == -kInfinity ? 0.0f : row_max;  // without a visible key yet: 2^(-inf - 0) = 0
+      Vector sums{};
       for (int64_t c = 0; c < columns; c += kLanes) {
         const Vector p = exp2(load(row + c) + constant - shift);  // the score is rounded first, as in backward
-        total += p;
+        sums += p;
         store(row + c, p);
       }
-      const float rescale = std::exp2(peak_[r] - shift);
-      total_[r] = total_[r] * rescale + sum(total);
-      peak_[r] = peak;
-      if (rescale != 1) {
+      const float alpha = std::exp2(row_max_[r] - shift);
+      row_sum_[r] = row_sum_[r] * alpha + sum(sums);
+      row_max_[r] = row_max;
+      if (alpha != 1) {
         for (int64_t d = 0; d < size_; d += kLanes) {
-          store(output_ + r * size_ + d, load(output_ + r * size_ + d) * rescale);
+          store(output_ + r * size_ + d, load(output_ + r * size_ + d) * alpha);
         }
       }
       if (a_.dropout) {
@@ -144,19 +111,20 @@ class ForwardPass {
   void finish(const Block& block, const Sequence& sequence) {
     for (int64_t r = 0; r < block.rows; ++r) {
       float* const output = output_ + r * size_;
-      const bool some = total_[r] > 0 || keys_.seen_by(a_, block.first + r);
-      if (!some) {  // whatever its query
+      const bool some = row_sum_[r] > 0 || visible_.seen_by(a_, block.first + r);
+      if (!some) {  // the query sees no key; it may itself be NaN
         std::fill_n(output, size_, 0.0f);
-        peak_[r] = -kInfinity, total_[r] = 0;
+        row_max_[r] = -kInfinity, row_sum_[r] = 0;
       }
-      const float lse = log_sum_exp(peak_[r], std::log2(static_cast<double>(total_[r])));
-      if (some && total_[r] == 0) total_[r] = kNaN;  // it sees nothing but scores of minus infinity: no softmax
-      const float inverse = some ? 1 / total_[r] : 0.0f;
+      const float lse = log_sum_exp(row_max_[r], std::log2(static_cast<double>(row_sum_[r])));
+      if (some && row_sum_[r] == 0) row_sum_[r] = kNaN;  // all visible scores are minus infinity
+      const float inverse = some ? 1 / row_sum_[r] : 0.0f;
       for (int64_t d = 0; d < size_; d += kLanes) store(output + d, load(output + d) * inverse);
       const int64_t row = sequence.first_query + block.first + r;
-      if (f_.lse.data) *at(f_.lse, sequence.batch, block.head, row) = lse;
-      if (f_.peak.data) *at(f_.peak, sequence.batch, block.head, row) = peak_[r];
-      if (f_.total.data) *at(f_.total, sequence.batch, block.head, row) = total_[r];
+      const auto write = [&](const Statistic& to, float x) {
+        if (to.data) *at(to, sequence.batch, block.head, row) = x;
+      };
+      write(f_.lse, lse), write(f_.row_max, row_max_[r]), write(f_.row_sum, row_sum_[r]);
     }
     with_element(a_.element, [&](auto element) {
       using E = decltype(element);
@@ -165,17 +133,11 @@ class ForwardPass {
     });
   }
 
-  const Attention& a_;
   const Forward& f_;
-  const int64_t size_;  // D rounded up
-  ThreadMemory memory_;
-  VisibleKeys keys_;
-  Strips strips_;
-  float *key_t_, *value_;      // tiles of (D, kTilePitch); (keys, D)
-  float *query_, *far_query_;  // (rows, D), times log2(e) s
-  float *output_, *scores_;    // (rows, D), (rows, kTilePitch)
-  float *bias_, *far_row_, *keep_;
-  float far_constant_[kMaxBlockRows], peak_[kMaxBlockRows], total_[kMaxBlockRows];
+  Scratch memory_;
+  float *key_t_, *value_;  // tiles of (D, kTilePitch); (keys, D)
+  float *output_, *keep_;  // (rows, D); dropout of a row
+  float row_max_[kMaxBlockRows], row_sum_[kMaxBlockRows];
 };
 
 }  // namespace

@@ -1,6 +1,6 @@
-// Products of small matrices, C = In + A B, with B and C in rows of vectors. A is read one element at a time and
-// broadcast, so it may lie anywhere on a grid of two strides: transposed, or along the diagonals of a tile of scores.
-// The skew of the position terms, forward and backward, is nothing but such a stride (or the stride of In).
+// Products of small matrices, C = In + A B, where B and C have rows of vectors. A is read one element at a time and
+// broadcast, so it may have any two strides: transposed, or along the diagonals of a tile of scores. The skew of the
+// position terms is such a stride of A, or the stride of In.
 #pragma once
 
 #include "vector.h"
@@ -35,7 +35,7 @@ void micro(int64_t depth, Operand a, const float* b, int64_t b_pitch, const floa
       for (int v = 0; v < vectors; ++v) sums[r][v] += element * row_of_b[v];
     }
   }
-  // In is added last: a sum that begins with a large term is rounded as coarsely at every step.
+  // In is added last, because a sum that begins with a large term is rounded more at every step.
   for (int r = 0; r < rows; ++r) {
     for (int v = 0; v < vectors; ++v) {
       if (in) sums[r][v] += load(in + r * in_pitch + v * kLanes);
@@ -53,13 +53,12 @@ constexpr const Micro* kMicro[kStrip] = {kMicroOfRows<1>, kMicroOfRows<2>, kMicr
 
 }  // namespace detail
 
-// C (rows, columns) = In + A B; columns are rounded up to whole vectors, and so many are read and written. In may be C,
-// or null for zero.
+// C (rows, columns) = In + A B. Reads and writes columns rounded up to whole vectors. In may be C, or null for zero.
 inline void gemm(int64_t rows, int64_t columns, int64_t depth, Operand a, const float* b, int64_t b_pitch,
                  const float* in, int64_t in_pitch, float* c, int64_t c_pitch) {
-  const int64_t vectors = (columns + kLanes - 1) / kLanes, panels = (vectors + kPanel - 1) / kPanel;
+  const int64_t vectors = div_up(columns, kLanes), panels = div_up(vectors, kPanel);
   for (int64_t p = 0; p < panels; ++p) {
-    // Even shares: the last panel alone would be too narrow to keep the units busy.
+    // Panels have equal widths, because a narrow last one would leave units idle.
     const int64_t v = vectors * p / panels, panel = vectors * (p + 1) / panels - v, column = v * kLanes;
     for (int64_t r = 0; r < rows; r += kStrip) {
       const int64_t strip = rows - r < kStrip ? rows - r : kStrip;
@@ -70,11 +69,11 @@ inline void gemm(int64_t rows, int64_t columns, int64_t depth, Operand a, const 
   }
 }
 
-// C += A B, in sums of kDepth products at most: rounding grows with the length of a sum.
+// C += A B in sums of at most kDepth products, because rounding grows with the length of a sum.
 constexpr int64_t kDepth = 128;
 inline void gemm_add(int64_t rows, int64_t columns, int64_t depth, Operand a, const float* b, int64_t b_pitch, float* c,
                      int64_t c_pitch) {
-  const int64_t parts = (depth + kDepth - 1) / kDepth;
+  const int64_t parts = div_up(depth, kDepth);
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t p = depth * part / parts, next = depth * (part + 1) / parts;
     gemm(rows, columns, next - p, {a.data + p * a.step, a.row, a.step}, b + p * b_pitch, b_pitch, c, c_pitch, c,

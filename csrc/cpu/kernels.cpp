@@ -1,4 +1,4 @@
-// The table of an instruction set's kernels.
+// The kernels of one instruction set.
 #include "kernels.h"
 
 #include "vector.h"

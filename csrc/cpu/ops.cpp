@@ -1,5 +1,5 @@
-// The operators of the CPU as torch sees them, on its stable ABI: one build serves torch 2.11 and newer. Tensors become
-// the plain structs of params.h, and at::parallel_for shares out the kernels' work.
+// The CPU operators on torch's stable ABI, so that one build serves torch 2.11 and newer. They convert tensors to the plain
+// structs of params.h and run the kernels by torch's parallel_for.
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
@@ -20,21 +20,20 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr struct {
+  const char* name;
+  const Kernels& kernels;
+} kInstructionSets[] = {
 #if defined(__x86_64__)
-constexpr struct {
-  const char* name;
-  const Kernels& kernels;
-} kInstructionSets[] = {{"avx512", avx512::kernels}, {"avx2", avx2::kernels}, {"plain", plain::kernels}};
-#else
-constexpr struct {
-  const char* name;
-  const Kernels& kernels;
-} kInstructionSets[] = {{"plain", plain::kernels}};
+    {"avx512", avx512::kernels},
+    {"avx2", avx2::kernels},
 #endif
+    {"plain", plain::kernels},
+};
 
 const Kernels* kernels = &plain::kernels;  // of the instruction set in use
 
-// Called once, when the package is imported: torch tells Python, not the stable ABI, what the processor can do.
+// The package calls this at import, because torch's stable ABI does not tell what the processor supports.
 void use_instruction_set(std::string name) {
   for (const auto& set : kInstructionSets)
     if (name == set.name) {
@@ -58,7 +57,7 @@ Element element_of(const Tensor& x) {
   }
 }
 
-// A stride is only followed where there is a next element: to torch, [:, :, :0] has any.
+// The stride of a dimension with at most one element is arbitrary, also in an empty tensor.
 bool unit_stride(const Tensor& x, int64_t dim) { return x.stride(dim) == 1 || x.size(dim) == 1 || x.numel() == 0; }
 
 Heads heads_of(const Tensor& x) {
@@ -74,7 +73,7 @@ Table table_of(const MaybeTensor& x) {
   return {x->data_ptr(), x->stride(0), x->stride(1)};
 }
 
-// (B, H, L): the log-sum-exp alone. (3, B, H, L): also the peak and the total of each row, in this order.
+// (B, H, L) is the log-sum-exp; (3, B, H, L) has the log-sum-exp, row_max and row_sum.
 template <class Pass>
 void place_statistics(const Tensor& x, Pass& pass) {
   if (x.dim() == 3) {
@@ -83,13 +82,13 @@ void place_statistics(const Tensor& x, Pass& pass) {
   }
   STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == 3 && x.scalar_type() == ScalarType::Float,
                   "deberta_fast: (3, B, H, L) float32");
-  Statistic* const each[] = {&pass.lse, &pass.peak, &pass.total};
+  Statistic* const each[] = {&pass.lse, &pass.row_max, &pass.row_sum};
   for (int64_t n = 0; n < 3; ++n) {
     *each[n] = {static_cast<float*>(x.data_ptr()) + n * x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
   }
 }
 
-// torch would say that a share threw, and not what it threw.
+// Rethrows the first exception of a share; torch would lose its message.
 void parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& share) {
   std::mutex one_at_a_time;
   std::exception_ptr first;
@@ -104,7 +103,7 @@ void parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& sh
   if (first) std::rethrow_exception(first);
 }
 
-constexpr int64_t kFarOffset = int64_t{1} << 40;  // beyond every table and length: sums with it stay within 64 bits
+constexpr int64_t kFarOffset = int64_t{1} << 40;  // beyond every table and length; sums with it fit into 64 bits
 
 Request request_of(const Given& given) {
   Request request;
@@ -169,7 +168,7 @@ void fused_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, Maybe
   run_backward(*kernels, request, backward, parallel_for);
 }
 
-// Whether two contiguous tensors hold the same bytes. torch.equal compares by one thread.
+// Whether two contiguous tensors hold the same bytes. Compares on all threads, unlike torch.equal.
 bool same_bits(Tensor x, Tensor y) {
   const int64_t bytes = x.numel() * int64_t(x.element_size());
   STD_TORCH_CHECK(x.is_contiguous() && y.is_contiguous() && bytes == y.numel() * int64_t(y.element_size()),

@@ -1,19 +1,18 @@
-// What a call computes, as plain structs: the kernels that read them know no torch. Equation numbers are README.md's.
+// A call as plain structs, which the kernels read; they do not depend on torch. Equation numbers refer to README.md.
 #pragma once
 
 #include "../tensors.h"
 
 namespace deberta_fast {
 
-constexpr int64_t kMaxBlockRows = 128;  // queries that a pass takes at once, at most
+constexpr int64_t kMaxBlockRows = 128;  // the most queries in a block
 
 // One batch row of a dense call, or one packed sequence.
 struct Sequence {
-  int64_t batch;        // where its rows lie: in batch row `batch`,
-  int64_t first_query;  // from this row on,
-  int64_t first_key;
-  int64_t queries, keys;  // so many of them
-  int64_t first_block;    // its query blocks follow those of the sequences before it
+  int64_t batch;                   // the batch row that has its rows
+  int64_t first_query, first_key;  // its first rows there
+  int64_t queries, keys;           // its lengths
+  int64_t first_block;             // its query blocks follow those of the sequences before it
 };
 
 struct Attention {
@@ -24,32 +23,32 @@ struct Attention {
   Heads query, key, value;
 
   const Sequence* sequences;
-  int64_t sequence_count;
-  // The queries of a sequence come in stretches of at most kMaxBlockRows. Near and far keys are told apart for a whole
-  // stretch, in both passes alike: a score is then the same to the bit in both, and so is what it is divided by.
-  int64_t parts;              // of a sequence's queries and keys, in backward; its stretches are a multiple of these
-  int64_t blocks_of_stretch;  // that the forward pass makes
+  int64_t sequence_count, longest_key;
+  // The queries of a sequence are divided into stretches of at most kMaxBlockRows. Forward and backward tell near from far
+  // keys for a whole stretch, so that a score has the same bits in both.
+  int64_t parts;              // of a sequence's queries and keys in backward; divides the number of its stretches
+  int64_t blocks_of_stretch;  // in forward
   int64_t blocks_per_head;    // of all sequences
 
-  // Rows of the tables: sigma(delta) = slots[clamp(delta, -reach, reach) + reach] - first_slot, within [0, table_rows).
+  // The row of the tables is sigma(delta) = slots[clamp(delta, -reach, reach) + reach] - first_slot, in [0, table_rows).
   Table pos_key, pos_query;
   const int32_t* slots;
   int64_t reach, first_slot, table_rows;
   int64_t far_past, far_future;       // sigma is constant for delta >= far_past and for delta <= far_future
-  int64_t first_used_row, used_rows;  // the rows that these lengths reach
+  int64_t first_used_row, used_rows;  // the rows that distances within these lengths read
 
-  // The tables with one row a distance e = j - i, from first_distance on (6): K^e and log2(e) s Q^e, transposed for the
-  // products that make scores; a row of Q^e stands where -e would, so that both are read forwards.
-  int64_t first_distance, distances, pitch;        // pitch: of the transposed ones, in floats
-  int64_t first_reached, reached;                  // of these distances, those of pairs; the others' rows are zero
+  // The tables expanded to one row per distance e = j - i from first_distance on (6): K^e and log2(e) s Q^e, transposed for
+  // the products that make scores. Q^e is stored in the order of -e, so that both are read forwards.
+  int64_t first_distance, distances, pitch;        // pitch of the transposed tables in floats
+  int64_t first_reached, reached;                  // the distances that pairs have; the other rows are zero
   float *key_by_distance_t, *query_by_distance_t;  // (H, D, pitch)
-  float *key_by_distance, *query_by_distance;      // (H, distances, D rounded up): backward alone
+  float *key_by_distance, *query_by_distance;      // (H, distances, D rounded up), only in backward
 
-  // True where a query may attend. Strides in bytes, 0 where a dimension is broadcast.
+  // True for visible pairs. Strides in bytes, 0 for broadcast dimensions.
   const uint8_t* mask = nullptr;
   int64_t mask_batch = 0, mask_head = 0, mask_query = 0, mask_key = 0;
 
-  // Dropout (12): probabilities whose random word is below drop_below go, the others are multiplied by keep_scale.
+  // Dropout (12) drops probabilities whose random word is below drop_below and multiplies the others by keep_scale.
   bool dropout = false;
   uint64_t seed = 0, drop_below = 0;
   float keep_scale = 1;
@@ -57,27 +56,26 @@ struct Attention {
 
 struct Forward {
   Heads output;
-  Statistic lse;  // null where nobody wants it
-  // The largest score in base 2 and the sum of 2^(Z - peak), for backward; null where nobody wants them.
-  Statistic peak{}, total{};
+  // lse, and for backward the largest score in base 2 and the sum of 2^(Z - row_max) of each row; null if not wanted.
+  Statistic lse, row_max{}, row_sum{};
 };
 
 struct Backward {
   Heads output, grad_output;
-  Statistic lse, grad_lse;  // the second null where nobody differentiates the log-sum-exp
+  Statistic lse, grad_lse;  // grad_lse is null if it is zero
   Heads grad_query, grad_key, grad_value;
-  void *grad_pos_key, *grad_pos_query;  // (H, table_rows, D), contiguous; null where nobody wants them
+  void *grad_pos_key, *grad_pos_query;  // (H, table_rows, D), contiguous; null if not wanted
 
-  // Work is cut by shape alone, never by the number of threads, so that sums do not depend on it. An item is a head, a
-  // group of sequences, and one of `parts` of their queries; in wave w it meets part (its own + w) of their keys, so
-  // that no two items of a wave add to the same gradient.
+  // Work is divided by shape, never by the number of threads, so that sums do not depend on it. An item is a head, a group
+  // of sequences, and one of `parts` of their queries. In wave w it reads part (its own + w) of their keys, so that no two
+  // items of a wave add to the same gradient.
   int64_t groups;
   const int64_t* group_ends;    // (groups) sequences
   const int64_t* query_starts;  // (sequence_count) rows of all sequences before
   const int64_t* key_starts;
-  float *query_sums, *key_sums, *value_sums;  // (rows, H, D rounded up), where parts > 1
-  float *pos_key_sums, *pos_query_sums;       // (items, used_rows, D rounded up); null as their gradients are
-  Statistic peak{}, total{};                  // forward's, or null: then there is only the log-sum-exp
+  float *query_sums, *key_sums, *value_sums;  // (rows, H, D rounded up) if parts > 1
+  float *pos_key_sums, *pos_query_sums;       // (items, used_rows, D rounded up), or null like their gradients
+  Statistic row_max{}, row_sum{};             // from forward, or null if only the log-sum-exp is known
 };
 
 // Numbers [start, stop).
@@ -86,8 +84,7 @@ struct Range {
 };
 
 inline int64_t stretches_of(const Attention& a, int64_t queries) {
-  const int64_t most = a.parts * kMaxBlockRows;
-  return a.parts * ((queries + most - 1) / most);
+  return a.parts * div_up(queries, a.parts * kMaxBlockRows);
 }
 
 inline Range rows_of_stretch(const Attention& a, int64_t queries, int64_t stretch) {

@@ -1,34 +1,33 @@
 #include "schedule.h"
 
 #include <algorithm>
-#include <cstdlib>
+#include <new>
+#include <string>
 #include <tuple>
 
 namespace deberta_fast {
 namespace {
 
 // docs/measured.md says how these numbers were found.
-constexpr int64_t kFewestItems = 24;   // to share out, where the lengths allow it: small parts cost more
-constexpr int64_t kMinBlockRows = 59;  // of a forward block, where heads and sequences are few
-constexpr int64_t kMinPartRows = 192;  // of queries and keys, where backward is cut into parts
-constexpr int64_t kMostItems = 96;     // of backward: each keeps gradients of the tables of its own,
-constexpr int64_t kMostTableFloats = int64_t{8} << 20;                               // no more than these in all
-constexpr int64_t kKeptFloats[kMemoryUses] = {int64_t{4} << 20, int64_t{16} << 20};  // at most, from call to call
+constexpr int64_t kFewestItems = 24;   // aimed at if the lengths allow it; small parts cost more
+constexpr int64_t kMinBlockRows = 59;  // queries of a forward block if heads and sequences are few
+constexpr int64_t kMinPartRows = 192;  // queries and keys of a part in backward
+constexpr int64_t kMostItems = 96;     // in backward, because each item has its own gradients of the tables
+constexpr int64_t kMostTableFloats = int64_t{8} << 20;  // in all of those
 
-int64_t shares(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
-// A request whose open fields are filled in.
+// Fills in the open fields of a request.
 struct Schedule {
   Attention& a;
   std::vector<Sequence>& sequences;
   int64_t size;  // D rounded up
-  int64_t longest_query = 0, longest_key = 0, queries = 0, keys = 0;
+  int64_t longest_query = 0, queries = 0, keys = 0;
 
   Schedule(const Kernels& kernels, Request& request)
       : a(request.attention), sequences(request.sequences), size(round_up(a.size, kernels.lanes)) {
+    a.longest_key = 0;
     for (const Sequence& sequence : sequences) {
       longest_query = std::max(longest_query, sequence.queries), queries += sequence.queries;
-      longest_key = std::max(longest_key, sequence.keys), keys += sequence.keys;
+      a.longest_key = std::max(a.longest_key, sequence.keys), keys += sequence.keys;
     }
     a.sequences = sequences.data(), a.sequence_count = static_cast<int64_t>(sequences.size());
     cut_blocks();
@@ -38,7 +37,7 @@ struct Schedule {
   bool has_positions() const { return a.pos_key.data || a.pos_query.data; }
   int64_t heads_of_sequences() const { return std::max<int64_t>(1, a.heads * a.sequence_count); }
 
-  // Floats of the tables by distance. with_rows: also of those that backward reads.
+  // Floats of the expanded tables. with_rows: also of those that backward reads.
   int64_t table_floats(bool with_rows) const {
     const int64_t tables = (a.pos_key.data != nullptr) + (a.pos_query.data != nullptr);
     return tables * a.heads * size * (a.pitch + (with_rows ? a.distances : 0));
@@ -58,12 +57,12 @@ struct Schedule {
   }
 
  private:
-  // A forward block is a stretch, or less where there would be too few.
+  // A forward block is a stretch, or a part of one if stretches are few.
   void cut_blocks() {
-    const int64_t few = shares(kFewestItems, heads_of_sequences());
-    a.parts = std::max<int64_t>(1, std::min(few, std::min(longest_query, longest_key) / kMinPartRows));
-    const int64_t wanted = std::min(few, shares(longest_query, kMinBlockRows));
-    a.blocks_of_stretch = std::max<int64_t>(1, shares(wanted, std::max<int64_t>(1, stretches_of(a, longest_query))));
+    const int64_t few = div_up(kFewestItems, heads_of_sequences());
+    a.parts = std::max<int64_t>(1, std::min(few, std::min(longest_query, a.longest_key) / kMinPartRows));
+    const int64_t wanted = std::min(few, div_up(longest_query, kMinBlockRows));
+    a.blocks_of_stretch = std::max<int64_t>(1, div_up(wanted, std::max<int64_t>(1, stretches_of(a, longest_query))));
     a.blocks_per_head = 0;
     for (Sequence& sequence : sequences) {
       sequence.first_block = a.blocks_per_head;
@@ -71,31 +70,31 @@ struct Schedule {
     }
   }
 
-  // The distances that near pairs reach, and beyond them what whole vectors and the keys that fill them up read.
+  // The distances of near pairs, and a margin for the padding of the last vector.
   void set_distances() {
     constexpr int64_t kMargin = 32;
     const int64_t first = std::max(1 - longest_query - a.query_offset, -a.far_past - kMaxBlockRows);
-    const int64_t last = std::min(longest_key - 1 - a.query_offset, -a.far_future + kMaxBlockRows);
+    const int64_t last = std::min(a.longest_key - 1 - a.query_offset, -a.far_future + kMaxBlockRows);
     a.first_distance = first - kMargin;
     a.distances = std::max<int64_t>(last - first, 0) + 1 + 2 * kMargin;
     a.first_reached = std::max(a.first_distance, 1 - longest_query - a.query_offset);
-    const int64_t last_reached = std::min(a.first_distance + a.distances, longest_key - a.query_offset) - 1;
+    const int64_t last_reached = std::min(a.first_distance + a.distances, a.longest_key - a.query_offset) - 1;
     a.reached = std::max<int64_t>(last_reached - a.first_reached + 1, 0);
-    // An odd number of cache lines: the rows of a column then fall into different sets.
+    // With an odd number of cache lines per row, the cells of a column fall into different cache sets.
     a.pitch = round_up(a.distances, 16);
     if (a.pitch / 16 % 2 == 0) a.pitch += 16;
     const auto row = [&](int64_t delta) {
       const int64_t slot = a.slots[std::clamp(delta, -a.reach, a.reach) + a.reach] - a.first_slot;
       return std::clamp<int64_t>(slot, 0, a.table_rows - 1);
     };
-    // Slots fall while distances grow. Where no pair is near, the margin has the row of the far ones.
+    // Slots fall as distances grow. If no pair is near, the margin has the row of the far ones.
     const int64_t lowest = a.reached > 0 ? a.first_reached : a.first_distance;
     const int64_t highest = a.reached > 0 ? a.first_reached + a.reached - 1 : a.first_distance + a.distances - 1;
     a.first_used_row = row(-highest), a.used_rows = row(-lowest) + 1 - a.first_used_row;
   }
 };
 
-// How backward is cut, and the memory that its shares add up in.
+// The items of backward and the memory for their sums.
 class Shares {
  public:
   Shares(const Schedule& call, Backward& b) : call_(call), b_(b) {
@@ -130,10 +129,10 @@ class Shares {
   int64_t key_floats() const { return call_.a.parts > 1 ? call_.keys * call_.a.heads * call_.size : 0; }
   int64_t table_floats() const { return call_.has_positions() ? items() * call_.a.used_rows * call_.size : 0; }
 
-  // Groups of sequences of about the same work.
+  // Divides the sequences into groups of about equal work.
   void cut_groups() {
     const int64_t each = std::max<int64_t>(1, call_.a.heads * call_.a.parts);
-    int64_t most = shares(kMostItems, each);
+    int64_t most = div_up(kMostItems, each);
     if (call_.has_positions()) most = std::min(most, kMostTableFloats / (2 * call_.a.used_rows * call_.size * each));
     most = std::max<int64_t>(1, most);
     const auto work = [](const Sequence& s) { return static_cast<double>(s.queries + 1) * (s.keys + 1); };
@@ -154,18 +153,23 @@ class Shares {
   std::vector<int64_t> group_ends_, query_starts_, key_starts_;
 };
 
-struct Kept {
-  float* data = nullptr;
-  int64_t floats = 0;
-  ~Kept() { std::free(data); }
+// Torch turns it into a MemoryError with this message.
+class OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(int64_t bytes)
+      : message_("deberta_fast: out of memory: the CPU kernels need " + std::to_string(bytes) +
+                 " bytes more for one thread") {}
+  const char* what() const noexcept override { return message_.c_str(); }
+
+ private:
+  std::string message_;
 };
-thread_local Kept kept[kMemoryUses];
 
 }  // namespace
 
 void run_forward(const Kernels& kernels, Request& request, const Forward& forward, const ParallelFor& parallel_for) {
   Schedule call(kernels, request);
-  const ThreadMemory memory(kCallScratch, call.table_floats(false));
+  const Scratch memory(call.table_floats(false));
   call.expand_tables(kernels, memory.data(), false, parallel_for);
   parallel_for(call.a.heads * call.a.blocks_per_head,
                [&](int64_t begin, int64_t end) { kernels.forward(call.a, forward, begin, end); });
@@ -176,7 +180,7 @@ void run_backward(const Kernels& kernels, Request& request, Backward& b, const P
   Shares work(call, b);
   const Attention& a = call.a;
   const int64_t tables = call.table_floats(true);
-  const ThreadMemory memory(kCallScratch, tables + work.floats());
+  const Scratch memory(tables + work.floats());
   call.expand_tables(kernels, memory.data(), true, parallel_for);
   work.place(memory.data() + tables);
   for (int64_t wave = 0; wave < a.parts; ++wave) {
@@ -186,7 +190,7 @@ void run_backward(const Kernels& kernels, Request& request, Backward& b, const P
     parallel_for(a.heads * a.sequence_count, [&](int64_t begin, int64_t end) { kernels.store_sums(a, b, begin, end); });
   }
   for (const auto& [sums, scale, gradient] :
-       {std::tuple{b.pos_key_sums, static_cast<float>(1 / kLog2e), b.grad_pos_key},  // made with log2(e) s q
+       {std::tuple{b.pos_key_sums, static_cast<float>(1 / kLog2e), b.grad_pos_key},  // its items sum log2(e) s q
         std::tuple{b.pos_query_sums, a.scale, b.grad_pos_query}}) {
     if (gradient == nullptr) continue;
     parallel_for(a.heads, [&, sums = sums, scale = scale, gradient = gradient](int64_t begin, int64_t end) {
@@ -195,29 +199,11 @@ void run_backward(const Kernels& kernels, Request& request, Backward& b, const P
   }
 }
 
-ThreadMemory::ThreadMemory(MemoryUse use, int64_t floats) : use_(use) {
-  Kept& memory = kept[use];
-  if (memory.floats < floats) {
-    std::free(memory.data);
-    memory.floats = 0;
-    const int64_t bytes = round_up(floats * 4, 64);
-    memory.data = static_cast<float*>(std::aligned_alloc(64, bytes));
-    if (memory.data == nullptr) throw OutOfMemory(bytes);
-    memory.floats = floats;
-  }
-  data_ = memory.data;
-}
-
-ThreadMemory& ThreadMemory::operator=(ThreadMemory&& other) noexcept {
-  std::swap(use_, other.use_);
-  std::swap(data_, other.data_);
-  return *this;
-}
-
-ThreadMemory::~ThreadMemory() {
-  if (data_ == nullptr || kept[use_].floats <= kKeptFloats[use_]) return;
-  std::free(kept[use_].data);
-  kept[use_].data = nullptr, kept[use_].floats = 0;
+Scratch::Scratch(int64_t floats) {
+  if (floats == 0) return;
+  const int64_t bytes = round_up(floats * 4, 64);
+  memory_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+  if (memory_ == nullptr) throw OutOfMemory(bytes);
 }
 
 }  // namespace deberta_fast

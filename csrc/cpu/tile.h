@@ -1,4 +1,4 @@
-// A block of queries against a range of keys: which keys are near, and their scores in base 2 (6), (7).
+// A block of queries against a range of keys: near and far keys, visible keys, and scores in base 2 (6), (7).
 #pragma once
 
 #include <algorithm>
@@ -11,12 +11,12 @@
 namespace deberta_fast::DEBERTA_FAST_ISA {
 
 constexpr float kInfinity = __builtin_inff(), kNaN = __builtin_nanf("");
-constexpr int64_t kTileKeys = 384;  // keys of a tile, at most: a tile of scores stays in the second-level cache
-constexpr int64_t kKeyGroup = 48;   // keys whose p2c scores are made at once: whole strips and whole vectors
+constexpr int64_t kTileKeys = 384;  // the most keys of a tile, whose scores fit into the second-level cache
+constexpr int64_t kKeyGroup = 48;   // keys whose p2c scores are computed at once: whole strips and whole vectors
 constexpr int64_t kTilePitch = kTileKeys + 16;
 static_assert(kTileKeys % kKeyGroup == 0 && kKeyGroup % kStrip == 0 && kKeyGroup % kLanes == 0);
 
-// Cuts memory into arrays, each of whole cache lines. Without memory it only counts what they need.
+// Divides memory into arrays of whole cache lines. Without memory it only counts what they need.
 class Carver {
  public:
   explicit Carver(float* memory = nullptr) : memory_(memory) {}
@@ -32,7 +32,18 @@ class Carver {
   int64_t floats_ = 0;
 };
 
-// The address of a row of one head and sequence.
+// Allocates the arrays that carve(carver) takes.
+template <class Carve>
+Scratch allocate(Carve carve) {
+  Carver needed;
+  carve(needed);
+  Scratch memory(needed.floats());
+  Carver carver(memory.data());
+  carve(carver);
+  return memory;
+}
+
+// The addresses of the rows of one head and sequence.
 template <class E>
 struct RowsOf {
   typename E::Stored* first;
@@ -47,14 +58,27 @@ RowsOf<E> rows_of(const Heads& heads, int64_t batch, int64_t head, int64_t first
       heads.row};
 }
 
+// Keys or values lie transposed in tiles of (D, kTilePitch); this is the offset of a column.
+INLINE int64_t tile_offset(int64_t column, int64_t size) {
+  return column / kTileKeys * kTilePitch * size + column % kTileKeys;
+}
+
+template <class E>
+void transpose_tiles(RowsOf<E> rows, int64_t count, int64_t size, float* to) {
+  for (int64_t first = 0; first < count; first += kTileKeys) {
+    transpose_rows<E>(RowsOf<E>{rows(first), rows.stride}, std::min(count - first, kTileKeys), size, 1.0f,
+                      to + tile_offset(first, round_up(size, kLanes)), kTilePitch);
+  }
+}
+
 inline float* at(const Statistic& statistic, int64_t batch, int64_t head, int64_t row) {
   return statistic.data + batch * statistic.batch + head * statistic.head + row * statistic.row;
 }
 
-// The log-sum-exp of a row, of its largest score and the logarithm of its total, both in base 2.
-inline float log_sum_exp(double peak, double log_total) { return static_cast<float>((peak + log_total) / kLog2e); }
+// The log-sum-exp of a row whose largest score and logarithm of row_sum are given in base 2.
+inline float log_sum_exp(double row_max, double log_sum) { return static_cast<float>((row_max + log_sum) / kLog2e); }
 
-// Queries first to first + rows - 1 of a sequence; the position of the first one, as keys count.
+// Queries first to first + rows - 1 of a sequence. `position` is that of the first query among the keys.
 struct Block {
   int64_t head, sequence, first, rows, position;
 };
@@ -65,8 +89,8 @@ INLINE float dot(const float* x, const float* y, int64_t size) {
   return sum(total);
 }
 
-// to[r] = x_r . y_r of rows (count, D), each summed in the order of `gemm`: dP - Delta is then 0 where a query answers
-// one value, and not what rounding leaves of it. Reads whole squares of lanes.
+// to[r] = x_r . y_r for rows (count, D), summed in the order of `gemm`, so that dP - Delta is exactly 0 if P is 1. Reads
+// whole squares of lanes.
 inline void row_dots(const float* x, const float* y, int64_t count, int64_t size, float* to) {
   for (int64_t r = 0; r < count; r += kLanes) {
     Vector total{};
@@ -87,7 +111,7 @@ INLINE void add_scaled(float factor, const float* x, float* y, int64_t size) {
   for (int64_t d = 0; d < size; d += kLanes) store(y + d, load(y + d) + load(x + d) * factor);
 }
 
-// The far side that a segment lies on, or near.
+// Where the keys of a segment lie: far on one side of the queries, or near.
 enum Side { kPast = 0, kFuture = 1, kNear = 2 };
 
 // Keys [start, stop) of a sequence.
@@ -96,8 +120,8 @@ struct Segment {
   Side side;
 };
 
-// Which of the keys [start, stop) are near to any query of a stretch, to whole vectors. Without position terms all
-// count as far.
+// Divides the keys [start, stop) into segments by whether they are near to any query of a stretch, in whole vectors. Without
+// position terms all keys are far.
 inline void cut_segments(const Attention& a, const Block& stretch, int64_t start, int64_t stop,
                          Segment (&segments)[3]) {
   int64_t near_start = stop, near_stop = stop;
@@ -112,13 +136,13 @@ inline void cut_segments(const Attention& a, const Block& stretch, int64_t start
   segments[2] = {near_stop, stop, kFuture};
 }
 
-// Row sigma(delta) of the tables. Distances that the lengths cannot reach may lie outside of the rows that were given.
+// The row sigma(delta) of the tables. Distances beyond the lengths may lie outside of the given rows.
 INLINE int64_t slot_of(const Attention& a, int64_t delta) {
   const int64_t slot = a.slots[std::clamp(delta, -a.reach, a.reach) + a.reach] - a.first_slot;
   return std::clamp<int64_t>(slot, 0, a.table_rows - 1);
 }
 
-// Row sigma = r of a table, which all keys far on one side read; zeros without it.
+// Copies the row of a table that all keys far on one side read; zeros if the table is absent.
 inline void far_row(const Attention& a, const Table& table, int64_t head, Side side, float scale, float* to) {
   const int64_t size = round_up(a.size, kLanes);
   std::fill_n(to, size, 0.0f);
@@ -131,40 +155,7 @@ inline void far_row(const Attention& a, const Table& table, int64_t head, Side s
   });
 }
 
-// (7) for one side: the shifted queries log2(e) s (q + Q^r_r) and the constant log2(e) s q . K^r_r of each row.
-// query and far_query are (rows, D); row is memory for D floats.
-inline void far_queries(const Attention& a, const Block& block, Side side, const float* query, float* far_query,
-                        float* constant, float* row) {
-  const int64_t size = round_up(a.size, kLanes);
-  far_row(a, a.pos_query, block.head, side, static_cast<float>(a.scale * kLog2e), row);
-  for (int64_t r = 0; r < block.rows; ++r) {
-    for (int64_t d = 0; d < size; d += kLanes) {
-      store(far_query + r * size + d, load(query + r * size + d) + load(row + d));
-    }
-  }
-  std::fill_n(constant, block.rows, 0.0f);
-  if (a.pos_key.data == nullptr) return;  // not zeros times the query, which may be infinite
-  far_row(a, a.pos_key, block.head, side, 1.0f, row);
-  for (int64_t r = 0; r < block.rows; ++r) constant[r] = dot(query + r * size, row, size);
-}
-
-// Scratch memory of `near_scores`.
-struct Strips {
-  static constexpr int64_t kKeyPitch = kTilePitch + 16;                           // c2p of a strip of queries
-  static constexpr int64_t kQueryPitch = kMaxBlockRows + kKeyGroup + 2 * kLanes;  // p2c of a group of keys
-  float *c2p, *p2c;
-  void carve(Carver& carver) { c2p = carver(kStrip * kKeyPitch), p2c = carver(kKeyGroup * kQueryPitch); }
-};
-
-// (7) without its constant a row: scores (rows, columns) of the queries of a far segment, log2(e) s (q + Q^r_r).
-// key_t is (D, columns).
-INLINE void far_scores(const Attention& a, int64_t rows, const float* query, const float* key_t, int64_t columns,
-                       float* scores, int64_t pitch) {
-  const int64_t size = round_up(a.size, kLanes);
-  gemm(rows, columns, a.size, {query, size, 1}, key_t, kTilePitch, nullptr, 0, scores, pitch);
-}
-
-// scores[i][j] += p2c[j][i - j + const] for a group of keys, a square of lanes at a time.
+// scores[i][j] += p2c[j][i] for skewed p2c scores of a group of keys, a square of lanes at a time.
 INLINE void add_transposed(const float* p2c, int64_t pitch, int64_t rows, int64_t columns, float* scores,
                            int64_t scores_pitch) {
   for (int64_t i = 0; i < rows; i += kLanes) {
@@ -179,51 +170,13 @@ INLINE void add_transposed(const float* p2c, int64_t pitch, int64_t rows, int64_
   }
 }
 
-// (6): scores (rows, columns) of the block's queries, log2(e) s q, and the keys from `first_key` on.
-//
-// c2p: a strip of kStrip queries meets columns + kStrip - 1 distances one after the other; query r of it starts one
-// cell further left than query r - 1. Read with a pitch one less, that product is what the c2c term is added to.
-// p2c: the same with keys for queries; its tile is transposed on the way. Columns beyond `keys` fill up the last vector:
-// whatever stands there is hidden afterwards.
-inline void near_scores(const Attention& a, const Block& block, const float* query, const float* key_t,
-                        int64_t first_key, int64_t all_keys, int64_t columns, const Strips& strips, float* scores,
-                        int64_t pitch) {
-  const int64_t size = round_up(a.size, kLanes), last_distance = a.first_distance + a.distances - 1;
-  for (int64_t r = 0; r < block.rows; r += kStrip) {
-    const int64_t count = std::min<int64_t>(block.rows - r, kStrip);
-    const Operand strip{query + r * size, size, 1};
-    const float* start = nullptr;
-    if (a.pos_key.data) {
-      const int64_t distance = first_key - (block.position + r + count - 1);
-      gemm(count, columns + count - 1, a.size, strip,
-           a.key_by_distance_t + block.head * size * a.pitch + (distance - a.first_distance), a.pitch, nullptr, 0,
-           strips.c2p, Strips::kKeyPitch);
-      start = strips.c2p + count - 1;
-    }
-    gemm(count, columns, a.size, strip, key_t, kTilePitch, start, Strips::kKeyPitch - 1, scores + r * pitch, pitch);
-  }
-  if (a.pos_query.data == nullptr) return;
-  for (int64_t group = 0; group < all_keys; group += kKeyGroup) {
-    const int64_t keys = std::min(all_keys - group, kKeyGroup), filled = std::min(columns - group, kKeyGroup);
-    // Cell t of key j's row belongs to query i = t + j - (kKeyGroup - 1).
-    const int64_t delta = block.position - (first_key + group) - (kKeyGroup - 1);  // of cell 0
-    const float* table = a.query_by_distance_t + block.head * size * a.pitch + (delta + last_distance);
-    for (int64_t j = 0; j < keys; j += kStrip) {
-      const int64_t count = std::min<int64_t>(keys - j, kStrip), cell = kKeyGroup - j - count;
-      gemm(count, block.rows + count - 1, a.size, {key_t + group + j, 1, kTilePitch}, table + cell, a.pitch, nullptr, 0,
-           strips.p2c + j * Strips::kQueryPitch + cell, Strips::kQueryPitch);
-    }
-    add_transposed(strips.p2c + kKeyGroup - 1, Strips::kQueryPitch - 1, block.rows, filled, scores + group, pitch);
-  }
-}
-
-// Which keys of a head and sequence may be seen.
+// The visible keys of a head and sequence.
 class VisibleKeys {
  public:
-  int64_t start = 0, stop = 0;  // no key outside is visible
+  int64_t start = 0, stop = 0;  // all visible keys lie in this range
 
   VisibleKeys() = default;
-  // bias: memory for as many floats as there are keys, rounded up to kLanes.
+  // bias: memory for one float per key, rounded up to kLanes.
   VisibleKeys(const Attention& a, const Sequence& sequence, int64_t head, float* bias)
       : start(0), stop(sequence.keys), keys_(sequence.keys), bias_(bias) {
     std::fill(bias, bias + keys_, 0.0f);
@@ -244,7 +197,7 @@ class VisibleKeys {
     holes_ = std::any_of(bias + start, bias + stop, [](float b) { return b != 0; });
   }
 
-  // Whether any of these queries may see any of these keys.
+  // Whether any of these queries sees any of these keys.
   bool any(const Attention& a, int64_t query, int64_t rows, int64_t key, int64_t columns) const {
     if (a.mask_query == 0) return true;
     columns = std::min(columns, keys_ - key);
@@ -258,11 +211,10 @@ class VisibleKeys {
     return false;
   }
 
-  // Whether a query may see any key at all.
+  // Whether a query sees any key.
   bool seen_by(const Attention& a, int64_t query) const { return start < stop && any(a, query, 1, 0, keys_); }
 
-  // Scores of hidden pairs become minus infinity, also those of columns past the last visible key, which fill up the
-  // last vector.
+  // Sets the scores of hidden pairs to minus infinity, also in the padding of the last vector.
   void hide(const Attention& a, int64_t query, int64_t rows, int64_t key, int64_t columns, float* scores,
             int64_t pitch) const {
     if (a.mask_query != 0) hide_pairs(a, query, rows, key, std::min(columns, keys_ - key), scores, pitch);
@@ -293,6 +245,118 @@ class VisibleKeys {
   const float* bias_ = nullptr;
   const uint8_t* mask_ = nullptr;
   bool holes_ = false;
+};
+
+// Scores of a block of queries, tile by tile; the base of the forward and backward passes.
+class ScoreTiles {
+ protected:
+  explicit ScoreTiles(const Attention& a) : a_(a), size_(round_up(a.size, kLanes)) {}
+
+  // pitch: of a tile of scores.
+  void carve_scores(Carver& carver, int64_t pitch) {
+    pitch_ = pitch;
+    query_ = carver(kMaxBlockRows * size_), far_query_ = carver(kMaxBlockRows * size_);
+    scores_ = carver(kMaxBlockRows * pitch);
+    bias_ = carver(round_up(a_.longest_key, kLanes)), row_ = carver(size_);
+    c2p_ = carver(kStrip * kKeyPitch), p2c_ = carver(kKeyGroup * kQueryPitch);
+  }
+
+  template <class E>
+  void load_query(const Sequence& sequence, const Block& block) {
+    copy_rows<E>(rows_of<E>(a_.query, sequence.batch, block.head, sequence.first_query + block.first), block.rows,
+                 a_.size, static_cast<float>(a_.scale * kLog2e), query_, size_);
+  }
+
+  // Calls use(side, key, count) for each tile of the keys [start, stop) that has a visible pair, with its scores in
+  // scores_. A tile has at most tile_keys keys and ends at a multiple of tile_keys from first_key on. key_t has the keys
+  // from first_key on. The scores of a far tile lack the constants far_constant_ (7).
+  template <class Use>
+  void for_each_tile(const Block& block, const Block& stretch, const float* key_t, int64_t first_key, int64_t start,
+                     int64_t stop, int64_t tile_keys, Use use) {
+    Segment segments[3];
+    cut_segments(a_, stretch, start, stop, segments);
+    for (const Segment& segment : segments) {
+      if (segment.start >= segment.stop) continue;
+      if (segment.side != kNear) load_far_query(block, segment.side);
+      for (int64_t key = segment.start, next; key < segment.stop; key = next) {
+        next = std::min(first_key + round_down(key - first_key, tile_keys) + tile_keys, segment.stop);
+        if (!visible_.any(a_, block.first, block.rows, key, next - key)) continue;
+        const int64_t columns = round_up(next - key, kLanes);
+        const float* tile = key_t + tile_offset(key - first_key, size_);
+        if (segment.side == kNear) {
+          near_scores(block, tile, key, next - key, columns);
+        } else {
+          gemm(block.rows, columns, a_.size, {far_query_, size_, 1}, tile, kTilePitch, nullptr, 0, scores_, pitch_);
+        }
+        visible_.hide(a_, block.first, block.rows, key, columns, scores_, pitch_);
+        use(segment.side, key, next - key);
+      }
+    }
+  }
+
+  const Attention& a_;
+  const int64_t size_;  // D rounded up
+  int64_t pitch_ = 0;
+  VisibleKeys visible_;
+  float *query_, *far_query_;  // (rows, D), times log2(e) s
+  float* scores_;              // (rows, pitch)
+  float *bias_, *row_;
+  float far_constant_[kMaxBlockRows];
+
+ private:
+  // (7) for one side: the shifted queries log2(e) s (q + Q^r_r) and the constant log2(e) s q . K^r_r of each row.
+  void load_far_query(const Block& block, Side side) {
+    far_row(a_, a_.pos_query, block.head, side, static_cast<float>(a_.scale * kLog2e), row_);
+    for (int64_t r = 0; r < block.rows; ++r) {
+      for (int64_t d = 0; d < size_; d += kLanes) {
+        store(far_query_ + r * size_ + d, load(query_ + r * size_ + d) + load(row_ + d));
+      }
+    }
+    std::fill_n(far_constant_, block.rows, 0.0f);
+    if (a_.pos_key.data == nullptr) return;  // zeros times an infinite query would be NaN
+    far_row(a_, a_.pos_key, block.head, side, 1.0f, row_);
+    for (int64_t r = 0; r < block.rows; ++r) far_constant_[r] = dot(query_ + r * size_, row_, size_);
+  }
+
+  // (6): scores (rows, columns) for the keys [first_key, first_key + all_keys).
+  //
+  // c2p: a strip of kStrip queries has columns + kStrip - 1 consecutive distances, and query r of it starts one cell
+  // further left than query r - 1. Read with a pitch one less, that product is what the c2c term is added to.
+  // p2c: the same with keys in place of queries; its tile is transposed on the way. Columns beyond the keys are padding,
+  // which is hidden afterwards.
+  void near_scores(const Block& block, const float* key_t, int64_t first_key, int64_t all_keys, int64_t columns) {
+    const int64_t last_distance = a_.first_distance + a_.distances - 1;
+    for (int64_t r = 0; r < block.rows; r += kStrip) {
+      const int64_t count = std::min<int64_t>(block.rows - r, kStrip);
+      const Operand strip{query_ + r * size_, size_, 1};
+      const float* start = nullptr;
+      if (a_.pos_key.data) {
+        const int64_t distance = first_key - (block.position + r + count - 1);
+        gemm(count, columns + count - 1, a_.size, strip,
+             a_.key_by_distance_t + block.head * size_ * a_.pitch + (distance - a_.first_distance), a_.pitch, nullptr,
+             0, c2p_, kKeyPitch);
+        start = c2p_ + count - 1;
+      }
+      gemm(count, columns, a_.size, strip, key_t, kTilePitch, start, kKeyPitch - 1, scores_ + r * pitch_, pitch_);
+    }
+    if (a_.pos_query.data == nullptr) return;
+    for (int64_t group = 0; group < all_keys; group += kKeyGroup) {
+      const int64_t keys = std::min(all_keys - group, kKeyGroup), filled = std::min(columns - group, kKeyGroup);
+      // Cell t of key j's row belongs to query i = t + j - (kKeyGroup - 1).
+      const int64_t delta = block.position - (first_key + group) - (kKeyGroup - 1);  // of cell 0
+      const float* table = a_.query_by_distance_t + block.head * size_ * a_.pitch + (delta + last_distance);
+      for (int64_t j = 0; j < keys; j += kStrip) {
+        const int64_t count = std::min<int64_t>(keys - j, kStrip), cell = kKeyGroup - j - count;
+        gemm(count, block.rows + count - 1, a_.size, {key_t + group + j, 1, kTilePitch}, table + cell, a_.pitch,
+             nullptr, 0, p2c_ + j * kQueryPitch + cell, kQueryPitch);
+      }
+      add_transposed(p2c_ + kKeyGroup - 1, kQueryPitch - 1, block.rows, filled, scores_ + group, pitch_);
+    }
+  }
+
+  static constexpr int64_t kKeyPitch = kTilePitch + 16;                           // of c2p
+  static constexpr int64_t kQueryPitch = kMaxBlockRows + kKeyGroup + 2 * kLanes;  // of p2c
+  float *c2p_, *p2c_;  // position scores of a strip of queries and of a group of keys
 };
 
 }  // namespace deberta_fast::DEBERTA_FAST_ISA

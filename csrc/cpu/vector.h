@@ -1,5 +1,5 @@
-// A vector of floats as wide as the registers that this file is compiled for, in the compiler's vector extensions: the
-// same source serves AVX-512, AVX2, SSE2 and NEON.
+// A vector of floats of the register width that this file is compiled for, by the compiler's vector extensions. The same
+// source serves AVX-512, AVX2, SSE2 and NEON.
 #pragma once
 
 #include <cstdint>
@@ -12,11 +12,11 @@
 #error "compile with -DDEBERTA_FAST_ISA=plain, avx2 or avx512"
 #endif
 
-// Kernels of several instruction sets live in one library: each in a namespace of its own.
+// One library has the kernels of several instruction sets, each in its own namespace.
 namespace deberta_fast::DEBERTA_FAST_ISA {
 
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kPanel = 4;  // kPanel: vectors of a row of a product that are summed in registers
+constexpr int kVectorBytes = 64, kPanel = 4;  // kPanel: vectors per row of a product in registers
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32, kPanel = 2;
 #elif defined(__aarch64__)
@@ -31,7 +31,7 @@ typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
-// The same in memory, at any address, under any type.
+// The same in memory at any address, aliasing any type.
 typedef Vector AnyVector __attribute__((aligned(4), may_alias));
 typedef Halves AnyHalves __attribute__((aligned(2), may_alias));
 typedef Bytes AnyBytes __attribute__((aligned(1), may_alias));
@@ -42,13 +42,13 @@ constexpr int64_t round_down(int64_t n, int64_t step) { return n / step * step; 
 
 INLINE Vector load(const float* p) { return *reinterpret_cast<const AnyVector*>(p); }
 INLINE void store(float* p, Vector v) { *reinterpret_cast<AnyVector*>(p) = v; }
-// Not +, which would turn -0 into 0.
+// An addition would turn -0 into 0.
 INLINE Vector broadcast(float x) { return x - Vector{}; }
 INLINE Vector max(Vector a, Vector b) { return a > b ? a : b; }
 
 namespace detail {
 
-// Lanes of (a, b) for one step of a transposition: blocks of `half` lanes, the lower or the upper ones of both.
+// The lane of (a, b) that one step of a transposition puts here. It exchanges blocks of `half` lanes.
 constexpr int exchanged(int lane, int half, bool upper) {
   const int within = lane & (half - 1), block = lane & ~(2 * half - 1);
   return block + within + (upper ? half : 0) + ((lane & half) ? kLanes : 0);
@@ -100,13 +100,13 @@ INLINE float maximum(Vector v) {
   return detail::reduce_steps<kLanes / 2>(v, [](Vector a, Vector b) { return max(a, b); })[0];
 }
 
-// 2^x, to 2e-8 before rounding; 0 below -127, so also for minus infinity. NaN stays NaN.
+// 2^x with a relative error of 2e-8 before rounding; 0 below -127 and for minus infinity. NaN stays NaN.
 INLINE Vector exp2(Vector x) {
-  constexpr float kRound = 0x1.8p23f;  // added, it leaves the nearest integer in the low bits
+  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
   x = x < -127.0f ? broadcast(-127.0f) : x;
   const Vector shifted = x + kRound;
   const Vector f = x - (shifted - kRound);
-  // Minimax in the relative error over [-1/2, 1/2], by Remez's exchange.
+  // The minimax polynomial of the relative error over [-1/2, 1/2], by Remez's algorithm.
   Vector p = f * 0x1.41d334p-13f + 0x1.5f456ap-10f;
   p = p * f + 0x1.3b2dbcp-7f;
   p = p * f + 0x1.c6aed4p-5f;

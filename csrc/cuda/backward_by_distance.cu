@@ -1,18 +1,19 @@
-// Backward of the tables by distance (9): dK^e, the sum of dA^e_i q_i, or dQ^e, the sum of dA^e_j k_j, over near pairs.
+// Backward of the expanded tables (9): dK^e, the sum of dA^e_i q_i, or dQ^e, the sum of dA^e_j k_j, over near pairs.
 //
-// A program owns a diagonal of squares of 64 rows and 64 columns, and walks along it through a share of all sequences.
-// Skewed, a square of dA is 64 rows of distances -63 to 63; its product with the rows has 8 x 4 fragments of 16 x 16, of
-// which 20 meet anything: fragments x and x + 4 of the distances are warp x's, which makes five for each warp.
+// A block of four warps owns a diagonal of squares of 64 rows and 64 columns, and iterates over its share of the squares of
+// all sequences. A skewed square of dA has 64 rows and the distances -63 to 63. Its product with the rows has 8 x 4 fragments
+// of 16 x 16, of which 20 are not zero. Warp x accumulates fragments x and x + 4 of the distances, five of the 20, in
+// registers. Shared memory, Memory::kBytes, holds the square of dA, the rows and the band.
 #include "backward_tile.h"
 
 namespace deberta_fast::cuda {
 namespace {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
-// Rows of dA and of the band, in bytes: 16 more than a multiple of 128.
+// Bytes per row of dA and of the band: 16 more than a multiple of 128, which avoids bank conflicts.
 constexpr int kPitch = kHalf * kSquare + 16, kBandPitch = kHalf * kSpan + 16;
 
-// Row r, column c of a square: distance c - r lies at 64 + c - r.
+// The cell of row r and column c of a square; distance c - r lies at 64 + c - r of its row.
 ANYWHERE int square_band(int row, int column) { return row * (kBandPitch / kHalf - 1) + kSquare + column; }
 
 template <int size>
@@ -22,17 +23,17 @@ struct Memory {
 };
 
 template <class T, int size, bool keys>
-struct Pass {
+struct Mainloop {
   static constexpr int kRowPitch = Memory<size>::kRowPitch;
 
   const TableCall& arguments;
   const BackwardCall& backward;
   const Call& call;
-  const Side &rows, &columns;
+  const Operand &rows, &columns;
   char *square, *own, *band;
   float sums[2][size / 8][4] = {};
 
-  DEVICE explicit Pass(const TableCall& arguments)
+  DEVICE explicit Mainloop(const TableCall& arguments)
       : arguments(arguments),
         backward(arguments.backward),
         call(backward.call),
@@ -41,39 +42,39 @@ struct Pass {
     square = shared_memory(), own = square + kSquare * kPitch, band = own + kSquare * kRowPitch;
   }
 
-  // All squares of the diagonal, this program's share of them.
+  // Processes this block's share of the squares of a diagonal.
   DEVICE void walk(int diagonal, int share) {
     for (int i = thread(); i < kSquare * kBandPitch / 16; i += kThreads) store_shared(band + 16 * i, {});
-    Place place;
-    place.head = backward.first_head + block_y();
-    int turn = 0;  // squares so far, modulo the splits
+    BlockInfo block;
+    block.head = backward.first_head + block_y();
+    int turn = 0;  // number of squares so far, modulo the splits
     for (int s = 0; s < call.batches; ++s) {
-      place.batch = s;
+      block.batch = s;
       if (call.ends == nullptr) {
-        place.base = 0;
-        place.rows = rows.length, place.columns = columns.length;
+        block.base = 0;
+        block.rows = rows.length, block.columns = columns.length;
       } else {
-        place.base = call.ends[s];
-        place.rows = place.columns = call.ends[s + 1] - call.ends[s];
+        block.base = call.ends[s];
+        block.rows = block.columns = call.ends[s + 1] - call.ends[s];
       }
       const int first = diagonal < 0 ? -diagonal : 0;
       const int last =
-          minimum((place.rows + kSquare - 1) / kSquare, (place.columns + kSquare - 1) / kSquare - diagonal);
+          minimum((block.rows + kSquare - 1) / kSquare, (block.columns + kSquare - 1) / kSquare - diagonal);
       const int splits = arguments.splits, count = last > first ? last - first : 0;
       for (int row = first + (share + splits - turn) % splits; row < last; row += splits)
-        meet(place, row * kSquare, (row + diagonal) * kSquare);
+        process_square(block, row * kSquare, (row + diagonal) * kSquare);
       turn = (turn + count) % splits;
     }
   }
 
-  DEVICE void meet(Place& place, int first_row, int first_column) {
+  DEVICE void process_square(BlockInfo& block, int first_row, int first_column) {
     const int distance = first_column / kBackwardRows - first_row / kBackwardRows;
     if (distance < arguments.first_block || distance > arguments.last_block) return;
     const int first_key = keys ? first_row : first_column, first_query = keys ? first_column : first_row;
-    const uint64_t seen = visible_keys(call, place, place.base, first_key, keys ? place.rows : place.columns, kSquare);
+    const uint64_t seen = visible_keys(call, block, block.base, first_key, keys ? block.rows : block.columns, kSquare);
     if (seen == 0) return;
-    place.first_row = first_row;
-    load(place, first_key, first_query, seen);
+    block.first_row = first_row;
+    load(block, first_key, first_query, seen);
     wait_copies<0>();
     sync_block();
     skew();
@@ -82,40 +83,39 @@ struct Pass {
     sync_block();
   }
 
-  // dA by keys: their order, or by position where they are columns. And the rows themselves; what a key that nobody sees
-  // holds is never read.
-  DEVICE void load(const Place& place, int first_key, int first_query, uint64_t seen) const {
-    Place of_keys = place;
+  // Copies dA by key, or by position of the key if keys are columns, and the rows. Hidden keys are never read.
+  DEVICE void load(const BlockInfo& block, int first_key, int first_query, uint64_t seen) const {
+    BlockInfo of_keys = block;
     of_keys.first_row = first_key / kBackwardRows * kBackwardRows;
-    of_keys.rows = keys ? place.rows : place.columns, of_keys.columns = keys ? place.columns : place.rows;
+    of_keys.rows = keys ? block.rows : block.columns, of_keys.columns = keys ? block.columns : block.rows;
     const int near_begin = find_segments(call.key, of_keys, kBackwardRows, kBackwardRows).near_begin;
-    const char* from = near_tile(backward, key_block_of(call, place, first_key), block_y(),
+    const char* from = near_tile(backward, key_block_of(call, block, first_key), block_y(),
                                  first_query / 32 - kTilesPerBlock * near_begin) +
                        64 * (first_key % kBackwardRows);
     EACH(i, kSquare * kSquare / 8 / kThreads) {
       const int item = i * kThreads + thread(), row = item / 8, chunk = item % 8, key = keys ? row : column_at(row);
-      // The last tile of 32 queries may not be there.
-      const bool valid = first_query + 8 * chunk < (keys ? place.columns : place.rows);
+      // The last tile of 32 queries may be absent.
+      const bool valid = first_query + 8 * chunk < (keys ? block.columns : block.rows);
       copy_async(square + row * kPitch + 16 * chunk, from + chunk / 4 * kNearTileBytes + 64 * key + 16 * (chunk % 4),
                  valid);
     }
-    const char* x = row_address(rows.x, place, place.base + place.first_row);
+    const char* x = row_address(rows.x, block, block.base + block.first_row);
     EACH(i, kSquare * size / 8 / kThreads) {
       const int item = i * kThreads + thread(), row = item / (size / 8), chunk = item % (size / 8);
-      const bool exists = keys ? seen >> row & 1 : place.first_row + row < place.rows;
+      const bool exists = keys ? seen >> row & 1 : block.first_row + row < block.rows;
       const bool valid = exists && 8 * chunk < call.size;
       copy_async(own + row * kRowPitch + 16 * chunk, x + kHalf * row * rows.x.row + 16 * chunk, valid);
     }
     commit_copies();
   }
 
-  // Sixteen rows a warp. Eight columns of a row come at once; its cells in the band are always the same ones.
+  // Moves 16 rows per warp from the square to the band, eight columns of a row at a time. Every square writes the same cells.
   DEVICE void skew() const {
     EACH(i, 4) {
       const int half = i / 2, group = 32 * (i % 2), row = 16 * warp() + 8 * half + lane() / 4;
       uint32_t pairs[4];
       if (keys) {
-        const Words words = load_shared(square + row * kPitch + kHalf * group + 16 * (lane() % 4));
+        const Vec16 words = load_shared(square + row * kPitch + kHalf * group + 16 * (lane() % 4));
         EACH(w, 4) pairs[w] = words.x[w];
       } else {
         load_matrices_transposed(pairs, square + (group + lane()) * kPitch + kHalf * (16 * warp() + 8 * half));
@@ -125,7 +125,7 @@ struct Pass {
   }
 
   DEVICE void multiply() {
-    const int both = 3 - warp();  // the step in which both of this warp's fragments meet rows
+    const int both = 3 - warp();  // the step in which both fragments of this warp are nonzero
     for (int step = 0; step < 4; ++step) {
       uint32_t a[2][4];
       EACH(i, 2)
@@ -158,9 +158,9 @@ template <class T, int size, bool keys>
 KERNEL(kThreads, size <= 64 ? 3 : 2)
 by_distance_kernel(GRID_CONSTANT const TableCall arguments) {
   const int diagonal = block_x() / arguments.splits, share = block_x() % arguments.splits;
-  Pass<T, size, keys> pass(arguments);
-  pass.walk(arguments.first_diagonal + diagonal, share);
-  pass.finish(diagonal, share);
+  Mainloop<T, size, keys> mainloop(arguments);
+  mainloop.walk(arguments.first_diagonal + diagonal, share);
+  mainloop.finish(diagonal, share);
 }
 
 }  // namespace

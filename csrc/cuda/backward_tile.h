@@ -1,4 +1,4 @@
-// What the backward passes have in common. Shapes: 128 rows a block, tiles of 32 columns.
+// Shared by the backward kernels, which use blocks of 128 rows and tiles of 32 columns.
 #pragma once
 
 #include "band.h"
@@ -10,47 +10,61 @@ namespace deberta_fast::cuda {
 template <int size>
 using BackwardShape = Shape<size, (size <= 64 ? 2 : 1), (size <= 64 ? 4 : 8), 32>;
 
-// P from the exponent: at most one, though far scores of queries and of keys are rounded in different places, which in
-// float16 can be much. A NaN stays NaN.
+// P from its exponent, at most one: the far scores of backward_query and backward_key are rounded differently from
+// forward's, by much in float16. A NaN stays NaN.
 DEVICE float probability_of(float exponent) { return exp2_fast(exponent > 0 ? 0 : exponent); }
 
-// ---- dA of near pairs, on its way from the pass that owns keys to those that need it again.
+// The index of a query's statistics in lse2 and delta.
+DEVICE int64_t statistic_index(const BackwardCall& arguments, const BlockInfo& block, int query) {
+  return block.head * arguments.statistic_rows + block.batch * arguments.statistic_batch + block.base + query;
+}
+
+// Near and far tiles of 32 columns, cut at pairs of blocks of 128 for queries and keys alike.
+template <class S>
+DEVICE Segments find_backward_segments(const Operand& rows, const BlockInfo& block) {
+  constexpr int tiles = kBackwardRows / S::kBlockN;
+  const Segments near = find_segments(rows, block, kBackwardRows, kBackwardRows);
+  const int end = (block.columns + S::kBlockN - 1) / S::kBlockN;
+  return {minimum(tiles * near.near_begin, end), minimum(tiles * near.near_end, end), end};
+}
+
+// ---- dA of near pairs, which backward_key writes and the later kernels read.
 
 constexpr int kTilesPerBlock = kBackwardRows / 32;
 constexpr int kNearTileBytes = kHalf * kBackwardRows * 32;
 
-// Tile of 32 queries, the first of them `query`, of a block of keys; `key_block` counts over all sequences.
+// The dA of one block of keys and the tile-th tile of 32 queries near to it; `key_block` counts over all sequences.
 DEVICE char* near_tile(const BackwardCall& arguments, int64_t key_block, int head_index, int tile) {
   const int64_t slot = (key_block * arguments.head_count + head_index) * arguments.near_blocks * kTilesPerBlock + tile;
   return arguments.near + slot * kNearTileBytes;
 }
 
-// The block of keys that begins with this one, counted as find_place does.
-DEVICE int64_t key_block_of(const Call& call, const Place& place, int first_key) {
-  const int block = first_key / kBackwardRows;
-  if (call.ends != nullptr) return place.base / kBackwardRows + place.batch + block;
-  return int64_t{place.batch} * ((call.key.length + kBackwardRows - 1) / kBackwardRows) + block;
+// The block of keys that includes this key, numbered as by find_block.
+DEVICE int64_t key_block_of(const Call& call, const BlockInfo& block, int key) {
+  const int within = key / kBackwardRows;
+  if (call.ends != nullptr) return block.base / kBackwardRows + block.batch + within;
+  return int64_t{block.batch} * ((call.key.length + kBackwardRows - 1) / kBackwardRows) + within;
 }
 
-// Whether a block of keys has any that may be attended to. Where it has none, nobody writes or reads its dA.
-DEVICE bool any_visible(const Call& call, const Place& place, int64_t base, int first, int length) {
-  return (visible_keys(call, place, base, first, length, 64) |
-          visible_keys(call, place, base, first + 64, length, 64)) != 0;
+// Whether a block of keys has a visible key. If not, its dA is neither written nor read.
+DEVICE bool any_visible(const Call& call, const BlockInfo& block, int64_t base, int first, int length) {
+  return (visible_keys(call, block, base, first, length, 64) |
+          visible_keys(call, block, base, first + 64, length, 64)) != 0;
 }
 
-// ---- A warp's band of gradients: dA skewed by rows. Tiles that follow one another go through it, each in turn puts its
-// dA there, takes the products of 32 distances that have met all of their pairs, and leaves the others to the next one.
+// ---- A warp's band of gradients: dA skewed by rows. Each of a run of consecutive tiles stores its dA there, multiplies the
+// 32 distances that are complete by their table rows, and leaves the other distances to the next tile.
 
 template <class T, class S>
 struct GradientBand {
   char* band;
-  const char* table;  // the distances that this tile completes
+  const char* table;  // rows of the distances that this tile completes
   EightHalves<true> to;
 
-  DEVICE GradientBand(char* memory, const Place& place, const Side& rows, int first_column)
-      : band(memory), table(nullptr), to(memory, gradient_band(lane() / 4, 8 * (lane() % 4), S::kColumns) - before()) {
-    const int first = first_column - place.first_row - (warp() * S::kWarpRows - before());
-    if (rows.gradient_table != nullptr) table = table_block<S>(rows.gradient_table, rows, place, first - kDistances);
+  DEVICE GradientBand(char* memory, const BlockInfo& block, const Operand& rows, int first_column)
+      : band(memory), table(nullptr), to(memory, gradient_band(lane() / 4, 8 * (lane() % 4), S::kBlockN) - before()) {
+    const int first = first_column - block.first_row - (warp() * S::kWarpRows - before());
+    if (rows.gradient_table != nullptr) table = table_block<S>(rows.gradient_table, rows, block, first - kDistances);
   }
 
   static DEVICE int before() { return warp() * S::kWarpRows % kDistances; }
@@ -59,29 +73,28 @@ struct GradientBand {
     return band + (8 * i + lane() / 4) * S::kRowBandPitch + kHalf * (column + 8 * (lane() % 4));
   }
 
-  // Before the first tile.
+  // Call before the first tile.
   DEVICE void clear() const {
     EACH(i, S::kWarpRows / 8) store_shared(cell(i, 0), {});
     sync_warp();
   }
 
-  // dA of the tile: eight columns of row 16 f + 8 half + lane / 4.
+  // Stores eight columns of dA of the row fragment_row(f, half).
   DEVICE void put(int f, int half, const uint32_t (&pairs)[4]) const {
-    to.store(kHalf * gradient_band(16 * f + 8 * half, 0, S::kColumns) - kHalf * gradient_band(0, 0, S::kColumns),
-             pairs);
+    to.store(kHalf * gradient_band(16 * f + 8 * half, 0, S::kBlockN) - kHalf * gradient_band(0, 0, S::kBlockN), pairs);
   }
 
-  // Once all is put: sums += dA of 32 distances times their rows.
+  // Call after all of put: sums += dA of 32 distances times their table rows.
   DEVICE void take(float (&sums)[S::kFragments][S::kSize / 8][4]) const {
     sync_warp();
     add_table_gradients<T, S>(sums, band, 0, table);
-    Words overhang[S::kWarpRows / 8];
-    EACH(i, S::kWarpRows / 8) overhang[i] = load_shared(cell(i, S::kColumns));
+    Vec16 overhang[S::kWarpRows / 8];
+    EACH(i, S::kWarpRows / 8) overhang[i] = load_shared(cell(i, S::kBlockN));
     sync_warp();
     EACH(i, S::kWarpRows / 8) store_shared(cell(i, 0), overhang[i]);
   }
 
-  // For the tile after the last one: what is left.
+  // Call for the tile after the last one: adds the remaining distances.
   DEVICE void finish(float (&sums)[S::kFragments][S::kSize / 8][4]) const {
     EACH(f, S::kFragments)
       EACH(half, 2) put(f, half, {0, 0, 0, 0});
@@ -89,12 +102,12 @@ struct GradientBand {
   }
 };
 
-// ---- Far pairs (10): t_i, the sums of dA along rows, times the far row of the rows' table; and x_i t_i, summed.
+// ---- Far pairs (10): t_i, the sums of dA along rows, times the far row of the rows' table; and the sums of x_i t_i.
 
-// sums += t (far row). The lanes of a row hold parts of t, and all of it afterwards.
+// sums += t (far row). The four lanes of a row each hold a part of t, and the sum afterwards.
 template <class T, class S>
 DEVICE void add_far_row(float (&sums)[S::kFragments][S::kSize / 8][4], float (&t)[S::kFragments][2], const Call& call,
-                        const Place& place, const Side& rows, int far_row) {
+                        const BlockInfo& block, const Operand& rows, int far_row) {
   EACH(f, S::kFragments)
     EACH(half, 2) {
       t[f][half] += shuffle_xor(t[f][half], 1);
@@ -102,7 +115,7 @@ DEVICE void add_far_row(float (&sums)[S::kFragments][S::kSize / 8][4], float (&t
     }
   if (rows.table.data == nullptr) return;
   const char* row =
-      static_cast<const char*>(rows.table.data) + kHalf * (place.head * rows.table.head + far_row * rows.table.row);
+      static_cast<const char*>(rows.table.data) + kHalf * (block.head * rows.table.head + far_row * rows.table.row);
   EACH(n, S::kSize / 8) {
     if (8 * n >= call.size) break;
     const uint32_t pair = *reinterpret_cast<const uint32_t*>(row + 16 * n + 4 * (lane() % 4));
@@ -114,13 +127,13 @@ DEVICE void add_far_row(float (&sums)[S::kFragments][S::kSize / 8][4], float (&t
   }
 }
 
-// A warp's part of the sum of x_i t_i over its rows, left (0) or right (1), in `far` of a head of `far_count` parts.
+// The address in `far` of a warp's sum of x_i t_i over its rows, left (0) or right (1).
 template <class S>
 DEVICE float* far_sum(float* far, int far_count, int side) {
   return far + ((int64_t{block_y()} * 2 + side) * far_count + int64_t{block_x()} * S::kWarps + warp()) * S::kSize;
 }
 
-// Before anything else, since a block may have no far pairs. Each element belongs to one lane, now and later.
+// Call first, because a block may have no far pairs. The same lane writes an element here and in store_far_sum.
 template <class S>
 DEVICE void clear_far_sums(float* far, int far_count) {
   for (int side = 0; side < 2; ++side)
@@ -130,16 +143,16 @@ DEVICE void clear_far_sums(float* far, int far_count) {
     }
 }
 
-// t passes through the padding of the stage's rows.
+// Writes the sum of x_i t_i. t is exchanged through the padding of the stage's rows.
 template <class T, class S>
 DEVICE void store_far_sum(float* to, char* stage, const float (&t)[S::kFragments][2], const Heads& x, const Call& call,
-                          const Place& place, uint32_t exists) {
+                          const BlockInfo& block, uint32_t exists) {
   EACH(f, S::kFragments)
     EACH(half, 2)
-      store_shared_word(stage + (16 * f + 8 * half + lane() / 4) * S::kPitch + kHalf * S::kSize + 4 * (lane() % 4),
+      store_shared_word(stage + fragment_row(f, half) * S::kPitch + kHalf * S::kSize + 4 * (lane() % 4),
                         float_bits(t[f][half]));
   sync_warp();
-  const char* from = row_address(x, place, place.base + place.first_row + warp() * S::kWarpRows);
+  const char* from = row_address(x, block, block.base + block.first_row + warp() * S::kWarpRows);
   for (int pair = lane(); pair < S::kSize / 2; pair += 32) {
     float sum[2] = {};
     for (int row = 0; row < S::kWarpRows; ++row) {

@@ -1,15 +1,16 @@
-// Position scores of near tiles (6): small products with tables by distance, skewed on their way through shared memory.
+// Position scores of near tiles (6): small products with expanded tables, skewed on their way through shared memory.
 //
-// A product of 32 distances gives a lane eight neighbouring ones of a row, as skew.h orders the table. Row r + 1 lies one
-// cell further than row r, so every other row begins at an odd half: three words and two halves then, and no shuffles.
+// skew.h orders the table such that a product of 32 distances gives a lane eight neighbouring distances of a row. Row r + 1
+// lies one cell further than row r, so every other row begins at an odd cell. A lane stores three words and two halves then,
+// and needs no shuffles.
 #pragma once
 
 #include "tile.h"
 
 namespace deberta_fast::cuda {
 
-// Where a lane writes eight halves, by whether it begins at an odd one: three words, which an odd row takes from the
-// middle, and two halves. Of an even row these are the first two or the last two, whatever means fewer bank conflicts.
+// Where a lane writes eight 16-bit cells: three words and two halves. In an odd row the halves are the first and the last
+// cell. In an even row they are the first two or the last two, whichever has fewer bank conflicts.
 template <bool even_ends_in_halves>
 struct EightHalves {
   char *words, *first, *last;
@@ -36,7 +37,8 @@ struct EightHalves {
     store_shared_half(last + offset, static_cast<uint16_t>(high));
   }
 };
-// Float16 alone is short of room: a band holds b times its scores. Elsewhere the factor costs nothing.
+
+// A band holds b times the scores in float16, whose range is short. In bfloat16 the factor is a constant 1.
 template <class T>
 DEVICE float band_factor(float x) {
   return 1;
@@ -46,7 +48,7 @@ DEVICE float band_factor<Float16>(float x) {
   return x;
 }
 
-// The eight halves of row g + 8 half of a fragment.
+// Packs the eight cells of row g + 8 half of a fragment.
 template <class T>
 DEVICE void as_pairs(uint32_t (&pairs)[4], const float (&products)[4][4], int half, float factor) {
   EACH(k, 4) {
@@ -55,7 +57,7 @@ DEVICE void as_pairs(uint32_t (&pairs)[4], const float (&products)[4][4], int ha
   }
 }
 
-// sums += rows · (32 rows of a table)ᵀ. left(a, step) gives the left operands.
+// sums += rows · (32 rows of a table)ᵀ. left(a, step) loads the left operands.
 template <class T, class S, int fragments, class Left>
 DEVICE void add_table_scores(float (&sums)[fragments][4][4], const char* block, Left left) {
   constexpr int reads = S::kSize / 32;
@@ -64,7 +66,7 @@ DEVICE void add_table_scores(float (&sums)[fragments][4][4], const char* block, 
     uint32_t a[2][fragments][4];
     left(a[0], 2 * read), left(a[1], 2 * read + 1);
     EACH(k, 4) {
-      const Words b = load_global(from + 512 * (k * reads + read));
+      const Vec16 b = load_global(from + 512 * (k * reads + read));
       EACH(f, fragments) {
         multiply_add<T>(sums[f][k], a[0][f], b.x[0], b.x[1]);
         multiply_add<T>(sums[f][k], a[1][f], b.x[2], b.x[3]);
@@ -73,7 +75,7 @@ DEVICE void add_table_scores(float (&sums)[fragments][4][4], const char* block, 
   }
 }
 
-// sums += dA · (32 rows of a table); dA comes from a band by rows, 32 columns of it from `columns` on.
+// sums += dA · (32 rows of a table). dA is columns [columns, columns + 32) of a band by rows.
 template <class T, class S>
 DEVICE void add_table_gradients(float (&sums)[S::kFragments][S::kSize / 8][4], const char* band, int columns,
                                 const char* block) {
@@ -84,7 +86,7 @@ DEVICE void add_table_gradients(float (&sums)[S::kFragments][S::kSize / 8][4], c
                                     kHalf * (columns + 16 * step + 8 * (lane() / 16)));
   const char* from = opaque(block + 16 * lane());
   EACH(n, S::kSize / 8) {
-    const Words b = load_global(from + 512 * n);
+    const Vec16 b = load_global(from + 512 * n);
     EACH(f, S::kFragments) {
       multiply_add<T>(sums[f][n], a[0][f], b.x[0], b.x[1]);
       multiply_add<T>(sums[f][n], a[1][f], b.x[2], b.x[3]);
@@ -92,22 +94,22 @@ DEVICE void add_table_gradients(float (&sums)[S::kFragments][S::kSize / 8][4], c
   }
 }
 
-// The block of a head's table that begins with this distance, 32 times a whole number.
+// The block of a head's expanded table that begins with this distance, a multiple of 32.
 template <class S>
-DEVICE const char* table_block(const char* table, const Side& side, const Place& place, int distance) {
+DEVICE const char* table_block(const char* table, const Operand& rows, const BlockInfo& block, int distance) {
   constexpr int bytes = kHalf * S::kSize;
-  return table + (int64_t{place.head} * side.blocks * kDistances + (distance - side.first_distance)) * bytes;
+  return table + (int64_t{block.head} * rows.blocks * kDistances + (distance - rows.first_distance)) * bytes;
 }
 
-// The band by rows of a warp, for the tile that begins with this column. Tiles that follow one another keep what they
-// share. The block meets before it is read.
+// Writes the band by rows of a warp for the tile that begins with this column. If the tile follows the previous one, the
+// overhang of that one is reused. The block must synchronise before the band is read.
 template <class T, class S, class Left>
-DEVICE void write_row_band(char* band, const Call& call, const Place& place, const Side& rows, int first_column,
+DEVICE void write_row_band(char* band, const Call& call, const BlockInfo& block, const Operand& rows, int first_column,
                            bool follows, Left left) {
-  const int before = warp() * S::kWarpRows % kDistances;  // rows of a group of 32 that the warp before owns
-  const int first = first_column - place.first_row - (warp() * S::kWarpRows - before);
-  const EightHalves<S::kColumns != 64> to(band, row_band(lane() / 4, before + 8 * (lane() % 4), S::kColumns));
-  const char* table = table_block<S>(rows.score_table, rows, place, first);
+  const int before = warp() * S::kWarpRows % kDistances;  // rows of the group of 32 that belong to the warp before
+  const int first = first_column - block.first_row - (warp() * S::kWarpRows - before);
+  const EightHalves<S::kBlockN != 64> to(band, row_band(lane() / 4, before + 8 * (lane() % 4), S::kBlockN));
+  const char* table = table_block<S>(rows.score_table, rows, block, first);
   const auto write = [&](int distance) {
     float sums[S::kFragments][4][4] = {};
     add_table_scores<T, S>(sums, table + distance * kHalf * S::kSize, left);
@@ -115,63 +117,64 @@ DEVICE void write_row_band(char* band, const Call& call, const Place& place, con
       EACH(half, 2) {
         uint32_t pairs[4];
         as_pairs<T>(pairs, sums[f], half, call.band_scale);
-        to.store(kHalf * row_band(16 * f + 8 * half, distance, S::kColumns), pairs);
+        to.store(kHalf * row_band(16 * f + 8 * half, distance, S::kBlockN), pairs);
       }
   };
   if (follows) {
-    Words overhang[S::kWarpRows / 8];
+    Vec16 overhang[S::kWarpRows / 8];
     const auto cell = [&](int i, int column) {
       return band + (8 * i + lane() / 4) * S::kRowBandPitch + kHalf * (column + 8 * (lane() % 4));
     };
-    EACH(i, S::kWarpRows / 8) overhang[i] = load_shared(cell(i, S::kColumns));
+    EACH(i, S::kWarpRows / 8) overhang[i] = load_shared(cell(i, S::kBlockN));
     EACH(i, S::kWarpRows / 8) store_shared(cell(i, 0), overhang[i]);
   } else {
     write(-kDistances);
   }
   sync_warp();
   UNROLL
-  for (int distance = 0; distance < S::kColumns; distance += kDistances) write(distance);
+  for (int distance = 0; distance < S::kBlockN; distance += kDistances) write(distance);
 }
 
-// The band by columns of a block; its warps share the work, in turns, and must meet before they read it.
+// Writes the band by columns of a block. All warps share the work and must synchronise before the band is read. Odd turns
+// begin with the other half of the warps.
 template <class T, class S>
-DEVICE void write_column_band(char* band, const Call& call, const Place& place, const Side& columns,
+DEVICE void write_column_band(char* band, const Call& call, const BlockInfo& block, const Operand& columns,
                               const char* column_tile, int first_column, int turn) {
-  constexpr int blocks = S::kRows / kDistances + 1, groups = S::kColumns / 32;
-  static_assert(S::kWarps % groups == 0, "a warp keeps to its group of columns");
-  const int first = (warp() ^ (turn & 1) * groups) % S::kWarps, group = first % groups;  // odd turns: the other half
+  constexpr int blocks = S::kBlockM / kDistances + 1, groups = S::kBlockN / 32;
+  static_assert(S::kWarps % groups == 0, "a warp stays with one group of columns");
+  const int first = (warp() ^ (turn & 1) * groups) % S::kWarps, group = first % groups;
   const char* tile = column_tile + 32 * group * S::kPitch;
-  // Here the columns are rows, and distances row minus column.
-  const char* table = table_block<S>(columns.score_table, columns, place, place.first_row - first_column - 32 * group);
-  const EightHalves<true> to(band, column_band(32 * group + lane() / 4, 8 * (lane() % 4), S::kRows));
-  // The left operand of all products of a warp, where there are some and registers hold it.
+  // Columns are the rows of this product, so its distances are row minus column.
+  const char* table = table_block<S>(columns.score_table, columns, block, block.first_row - first_column - 32 * group);
+  const EightHalves<true> to(band, column_band(32 * group + lane() / 4, 8 * (lane() % 4), S::kBlockM));
+  // Registers hold the left operand of a warp if it serves several products and is small enough.
   constexpr bool keeps = S::kSize <= 64 && groups * blocks >= 2 * S::kWarps;
   uint32_t left[keeps ? S::kSize / 16 : 1][2][4];
   if constexpr (keeps) {
-    EACH(step, S::kSize / 16) load_left<S>(left[step][0], tile, 0, step), load_left<S>(left[step][1], tile, 1, step);
+    EACH(step, S::kSize / 16) load_left<S>(left[step], tile, step);
   }
   for (int item = first / groups; item < blocks; item += S::kWarps / groups) {
     const int distance = kDistances * (item - 1);
     float sums[2][4][4] = {};
     add_table_scores<T, S>(sums, table + distance * kHalf * S::kSize, [&](uint32_t (&a)[2][4], int step) {
-      EACH(f, 2)
-        if constexpr (keeps) {
+      if constexpr (keeps) {
+        EACH(f, 2)
           EACH(w, 4) a[f][w] = left[step][f][w];
-        } else {
-          load_left<S>(a[f], tile, f, step);
-        }
+      } else {
+        load_left<S>(a, tile, step);
+      }
     });
     EACH(f, 2)
       EACH(half, 2) {
         uint32_t pairs[4];
         as_pairs<T>(pairs, sums[f], half, call.band_scale);
-        const int cell = column_band(16 * f + 8 * half, 0, S::kRows) - column_band(0, 0, S::kRows);
+        const int cell = column_band(16 * f + 8 * half, 0, S::kBlockM) - column_band(0, 0, S::kBlockM);
         to.store(kHalf * (cell + distance), pairs);
       }
   }
 }
 
-// A band of a term that is absent: zeros, once. The block meets before it is read, as for the bands that are written.
+// Clears the band of an absent term. The block must synchronise before the band is read.
 template <class S>
 DEVICE void clear_row_band(char* band) {
   sync_warp();
@@ -183,16 +186,16 @@ DEVICE void clear_column_band(char* band) {
   for (int i = thread(); i < S::kColumnBandBytes / 16; i += S::kThreads) store_shared(band + 16 * i, {});
 }
 
-// Scores begin as the sum of what the bands hold.
+// Initialises scores with the sum of both bands.
 template <class T, class S>
-DEVICE void begin_scores(float (&scores)[S::kFragments][S::kColumns / 8][4], const char* row_band,
+DEVICE void begin_scores(float (&scores)[S::kFragments][S::kBlockN / 8][4], const char* row_band,
                          const char* column_band, float unscale) {
   const char* by_row_from = row_band + lane() / 4 * S::kRowBandPitch + 16 * (lane() % 4);
   const char* by_column_from = column_band + (lane() / 16 * 8 + lane() % 8) * S::kColumnPitch +
                                kHalf * (32 + warp() * S::kWarpRows + 8 * (lane() / 8 % 2));
   EACH(f, S::kFragments)
-    EACH(group, S::kColumns / 32) {
-      Words by_row[2];
+    EACH(group, S::kBlockN / 32) {
+      Vec16 by_row[2];
       EACH(half, 2)
         by_row[half] = load_shared(by_row_from + (16 * f + 8 * half) * S::kRowBandPitch + kHalf * 32 * group);
       UNROLL

@@ -1,4 +1,4 @@
-// Dropout (12): which probabilities to keep, made anew wherever they are needed.
+// Dropout (12): which probabilities to keep. Each kernel generates the mask again.
 #pragma once
 
 #include "arguments.h"
@@ -6,8 +6,8 @@
 
 namespace deberta_fast::cuda {
 
-// Philox-4x32 with 7 rounds: four words, for four neighbouring keys from 4 `group` on.
-DEVICE Words philox(uint32_t seed_low, uint32_t seed_high, uint32_t group, uint32_t query, uint32_t batch_head) {
+// Philox-4x32 with 7 rounds: four words for the keys 4 group to 4 group + 3.
+DEVICE Vec16 philox(uint32_t seed_low, uint32_t seed_high, uint32_t group, uint32_t query, uint32_t batch_head) {
   uint32_t c[4] = {group, query, batch_head, 0}, k0 = seed_low, k1 = seed_high;
   EACH(round, 7) {
     const uint32_t high0 = high_product(0xD2511F53u, c[0]), low0 = 0xD2511F53u * c[0];
@@ -24,19 +24,19 @@ struct Dropout {
 
   DEVICE Dropout(const Call& call, int batch, int head) : call(call), batch_head(batch * call.heads + head) {}
 
-  // Of four neighbouring keys, `key` among them. The seed is read again each time: it would cost registers.
-  DEVICE Words words(int query, int key) const {
+  // The words of the four neighbouring keys that include `key`. Reading the seed each time saves registers.
+  DEVICE Vec16 words(int query, int key) const {
     const uint64_t seed = static_cast<uint64_t>(*call.seed);
     return philox(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), key / 4, query, batch_head);
   }
 
   DEVICE uint32_t keeps(uint32_t word) const { return word >= call.drop_below; }
 
-  // A bit for each of the eight keys from `key`, a multiple of eight, on: whether it is kept.
+  // Bit mask of the kept keys among [key, key + 8), where key is a multiple of eight.
   DEVICE uint32_t keep_eight(int query, int key) const {
     uint32_t bits = 0;
     EACH(group, 2) {
-      const Words four = words(query, key + 4 * group);
+      const Vec16 four = words(query, key + 4 * group);
       EACH(w, 4) bits |= keeps(four.x[w]) << (4 * group + w);
     }
     return bits;

@@ -1,14 +1,8 @@
-// The CUDA operators as torch sees them, on its stable ABI and without any header of CUDA. Tensors become the plain
-// structs of arguments.h; launches go to torch's current stream, on the device of the tensors.
-#include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
+// The CUDA operators on torch's stable ABI. They convert tensors to the plain structs of arguments.h and launch the kernels.
+#include "ops.h"
 
 #include <algorithm>
-#include <optional>
-#include <string>
 
-#include "../given.h"
 #include "plan.h"
 
 namespace deberta_fast::cuda {
@@ -17,57 +11,10 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// An emulator (tests/emulator) runs the same kernels on tensors of the CPU, behind operators of its own.
-#ifdef DEBERTA_FAST_EMULATED
-constexpr bool kEmulated = true;
-#define DEBERTA_FAST_NAMESPACE deberta_fast_emulated
-#define DEBERTA_FAST_DEVICE CPU
-#else
-constexpr bool kEmulated = false;
-#define DEBERTA_FAST_NAMESPACE deberta_fast
-#define DEBERTA_FAST_DEVICE CUDA
-#endif
-
-// Torch's function for its current stream, or null. It is in a library of torch's that is loaded where there is CUDA, and
-// that this one is not linked to, so that it loads elsewhere too. Python keeps torch's libraries to themselves: a weak
-// symbol finds nothing.
-using CurrentStream = AOTITorchError (*)(int32_t, void**);
-CurrentStream current_stream() {
-  static const auto function = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return reinterpret_cast<CurrentStream>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
-  }();
-  return function;
-}
-
-// Asked once, when the package is imported.
-bool finds_torch_stream() { return kEmulated || current_stream() != nullptr; }
-
-// setup.py names the targets that it builds the kernels for: "sm_80 sm_90 compute_80".
-#ifndef DEBERTA_FAST_ARCHITECTURES
-#define DEBERTA_FAST_ARCHITECTURES ""
-#endif
-std::string cuda_architectures() { return DEBERTA_FAST_ARCHITECTURES; }
-
-// Torch's device and stream while kernels are launched.
-class Device {
- public:
-  explicit Device(const Tensor& x) {
-    if (kEmulated) return;
-    STD_TORCH_CHECK(finds_torch_stream(), "deberta_fast: this torch has no libtorch_cuda.so that tells its stream");
-    guard_.emplace(x.get_device_index());
-    STABLE_TORCH_ERROR_CODE_CHECK(current_stream()(x.get_device_index(), &stream));
-  }
-  void* stream = nullptr;
-
- private:
-  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
-};
-
-// In a tile, offsets are 32-bit numbers.
+// Offsets within a tile are 32-bit numbers.
 constexpr int64_t kLargestStride = 1 << 24;
 
-// Kernels read and write 16 bytes at once.
+// Kernels read and write 16 bytes at once, so rows begin at multiples of 16 bytes.
 bool aligned(const Tensor& x) {
   if (reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 != 0) return false;
   for (int64_t d = 0; d + 1 < x.dim(); ++d)
@@ -134,17 +81,19 @@ Request request_of(const Given& given) {
   return request;
 }
 
-// Counts the memory that the launches need, takes it from torch, and launches.
+// Counts the memory that the launches need, allocates it by torch, and launches.
 template <class Launches>
 void run(const Tensor& query, Launches launches) {
   Workspace counted;
   launches(counted, nullptr);
-  const Device device(query);
+  const StreamGuard guard(query);
   Tensor memory = torch::stable::new_empty(query, {counted.bytes()}, ScalarType::Byte);
   Workspace workspace(static_cast<char*>(memory.data_ptr()));
-  const char* error = launches(workspace, device.stream);
+  const char* error = launches(workspace, guard.stream);
   STD_TORCH_CHECK(error == nullptr, "deberta_fast: a kernel did not start: ", error);
 }
+
+}  // namespace
 
 void fused_forward(Tensor output, MaybeTensor lse, DEBERTA_FAST_GIVEN) {
   const Request request = request_of(DEBERTA_FAST_NAMED);
@@ -167,19 +116,6 @@ void fused_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, Maybe
   gradients.grad_pos_key = gradient_of_table(grad_pos_key);
   gradients.grad_pos_query = gradient_of_table(grad_pos_query);
   run(query, [&](Workspace& workspace, void* stream) { return run_backward(request, gradients, workspace, stream); });
-}
-
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(DEBERTA_FAST_NAMESPACE, DEBERTA_FAST_DEVICE, m) {
-  m.impl("fused_forward", TORCH_BOX(&fused_forward));
-  m.impl("fused_backward", TORCH_BOX(&fused_backward));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(DEBERTA_FAST_NAMESPACE, CompositeExplicitAutograd, m) {
-  m.impl("finds_torch_stream", TORCH_BOX(&finds_torch_stream));
-  m.impl("cuda_architectures", TORCH_BOX(&cuda_architectures));
-  m.impl("limit_near_bytes", TORCH_BOX(&limit_near_bytes));
 }
 
 }  // namespace deberta_fast::cuda

@@ -1,4 +1,4 @@
-// What forward and backward have in common: where a block stands, tiles of rows in shared memory, bands of position scores.
+// Shared by forward and backward: where a block of rows lies, which tiles of columns it reads, and tiles in shared memory.
 #pragma once
 
 #include <type_traits>
@@ -8,51 +8,52 @@
 
 namespace deberta_fast::cuda {
 
-constexpr int kHalf = 2;  // bytes of an element
+constexpr int kHalf = 2;  // bytes per element
 
-// How a kernel cuts its work: each of kWarps warps owns 16 kFragments rows.
+// The tile shape of a kernel. Each of kWarps warps owns 16 kFragments rows of the block.
 template <int size, int fragments, int warps, int columns>
 struct Shape {
-  static constexpr int kSize = size;  // D, padded to a multiple of 32
+  static constexpr int kSize = size;  // D rounded up to a multiple of 32
   static constexpr int kFragments = fragments;
   static constexpr int kWarps = warps;
   static constexpr int kWarpRows = 16 * fragments;
-  static constexpr int kRows = kWarpRows * warps;
+  static constexpr int kBlockM = kWarpRows * warps;  // rows of a block
   static constexpr int kThreads = 32 * warps;
-  static constexpr int kColumns = columns;  // met at once
-  // Rows of shared memory are 16 bytes apart modulo 128: eight of them under each other meet all banks once.
+  static constexpr int kBlockN = columns;  // columns of a tile
+  // The pitch is 16 bytes modulo 128, so that eight consecutive rows use every bank once.
   static constexpr int kPitch = kHalf * (size + 8);
   static constexpr int kTileBytes = columns * kPitch;
   static constexpr int kRowBandBytes = kHalf * row_band_halves(kWarpRows, columns);
   static constexpr int kRowBandPitch = kHalf * row_band_pitch(columns);
-  static constexpr int kColumnPitch = kHalf * column_band_pitch(kRows);
+  static constexpr int kColumnPitch = kHalf * column_band_pitch(kBlockM);
   static constexpr int kColumnBandBytes = columns * kColumnPitch;
   static constexpr int kStageBytes = kWarpRows * kPitch;
-  static_assert(kRows % 32 == 0, "tables by distance are read from multiples of 32 on");
+  static_assert(kBlockM % 32 == 0, "tables by distance are read from multiples of 32 on");
 };
 
-// ---- Where a block stands.
+// ---- Blocks and tiles.
 
-struct Place {
+struct BlockInfo {
   int batch;  // batch row or sequence
   int head;
   int first_row;      // of the block, within its sequence
   int rows, columns;  // lengths of the sequence
-  int base;           // where it begins along the length: only packed ones are not at 0
-  bool outside;       // there is no such block
+  int base;           // first row of the sequence in the tensor; 0 unless packed
+  bool outside;       // the sequence has no such block
 };
 
-// Blocks of the first dimension: dense, those of a batch row after those of the one before. Packed, sequence s has room
-// for blocks from (its start / rows a block) + s on, which is enough and needs no table.
-DEVICE Place find_place(const Call& call, const Side& rows, const Side& columns, int block_rows, int first_head = 0) {
-  Place place;
-  place.head = first_head + block_y();
+// Maps block_x to a block of rows. Dense: the blocks of one batch row follow those of the one before. Packed: the blocks of
+// sequence s begin at (its start / block_rows) + s, which leaves enough indices for each sequence without a table.
+DEVICE BlockInfo find_block(const Call& call, const Operand& rows, const Operand& columns, int block_rows,
+                            int first_head = 0) {
+  BlockInfo block;
+  block.head = first_head + block_y();
   if (call.ends == nullptr) {
     const int blocks = (rows.length + block_rows - 1) / block_rows;
-    place.batch = block_x() / blocks;
-    place.first_row = (block_x() % blocks) * block_rows;
-    place.rows = rows.length, place.columns = columns.length;
-    place.base = 0;
+    block.batch = block_x() / blocks;
+    block.first_row = (block_x() % blocks) * block_rows;
+    block.rows = rows.length, block.columns = columns.length;
+    block.base = 0;
   } else {
     int low = 0, high = call.batches;  // the last sequence that begins at or before this block
     while (high - low > 1) {
@@ -60,68 +61,68 @@ DEVICE Place find_place(const Call& call, const Side& rows, const Side& columns,
       (call.ends[middle] / block_rows + middle <= block_x() ? low : high) = middle;
     }
     const int start = call.ends[low];
-    place.batch = low;
-    place.first_row = (block_x() - (start / block_rows + low)) * block_rows;
-    place.rows = place.columns = call.ends[low + 1] - start;
-    place.base = start;
+    block.batch = low;
+    block.first_row = (block_x() - (start / block_rows + low)) * block_rows;
+    block.rows = block.columns = call.ends[low + 1] - start;
+    block.base = start;
   }
-  place.outside = place.first_row >= place.rows;
-  return place;
+  block.outside = block.first_row >= block.rows;
+  return block;
 }
 
-// Tiles of columns that a block of rows meets: far left up to near_begin, near up to near_end, far right up to end (7).
+// Tiles of columns for a block of rows: far left up to near_begin, near up to near_end, far right up to end (7).
 struct Segments {
   int near_begin, near_end, end;
 };
 
-DEVICE Segments find_segments(const Side& rows, const Place& place, int block_rows, int tile_columns) {
+DEVICE Segments find_segments(const Operand& rows, const BlockInfo& block, int block_rows, int tile_columns) {
   const auto tiles = [=](int columns) { return columns <= 0 ? 0 : (columns - 1) / tile_columns + 1; };
   Segments found;
-  found.end = tiles(place.columns);
-  // Distances of tile n: from n tile_columns - (first_row + block_rows - 1) to (n + 1) tile_columns - 1 - first_row.
-  found.near_begin = minimum(tiles(rows.near_after + place.first_row - tile_columns + 2), found.end);
-  found.near_end = minimum(tiles(rows.near_before + place.first_row + block_rows - 1), found.end);
+  found.end = tiles(block.columns);
+  // Tile n has the distances n tile_columns - (first_row + block_rows - 1) to (n + 1) tile_columns - 1 - first_row.
+  found.near_begin = minimum(tiles(rows.near_after + block.first_row - tile_columns + 2), found.end);
+  found.near_end = minimum(tiles(rows.near_before + block.first_row + block_rows - 1), found.end);
   if (found.near_end < found.near_begin) found.near_end = found.near_begin;
   return found;
 }
 
-DEVICE char* row_address(const Heads& x, const Place& place, int64_t row) {
-  return static_cast<char*>(x.data) + kHalf * (place.batch * x.batch + place.head * x.head + row * x.row);
+DEVICE char* row_address(const Heads& x, const BlockInfo& block, int64_t row) {
+  return static_cast<char*>(x.data) + kHalf * (block.batch * x.batch + block.head * x.head + row * x.row);
 }
 
-DEVICE float* statistic_address(const Statistic& x, const Place& place, int64_t row) {
-  return x.data + place.batch * x.batch + place.head * x.head + row * x.row;
+DEVICE float* statistic_address(const Statistic& x, const BlockInfo& block, int64_t row) {
+  return x.data + block.batch * x.batch + block.head * x.head + row * x.row;
 }
 
 ANYWHERE uint64_t first_bits(int count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
 
-// Which of `most` keys, 64 at most, from `first` on exist and may be attended to, a bit each.
-DEVICE uint64_t visible_keys(const Call& call, const Place& place, int64_t base, int first, int length, int most) {
+// Bit mask of the keys [first, first + most) that exist and are visible; most <= 64.
+DEVICE uint64_t visible_keys(const Call& call, const BlockInfo& block, int64_t base, int first, int length, int most) {
   const int count = minimum(length - first, most);
   if (count <= 0) return 0;
   uint64_t bits = first_bits(count);
   if (call.visible != nullptr) {
     const int64_t bit = base + first;
-    const uint32_t* words = call.visible + place.batch * call.visible_batch + bit / 32;
+    const uint32_t* words = call.visible + block.batch * call.visible_batch + bit / 32;
     const int shift = static_cast<int>(bit % 32);
-    const uint64_t low = words[0] | uint64_t{words[1]} << 32;  // two words more than needed are there
+    const uint64_t low = words[0] | uint64_t{words[1]} << 32;  // the mask is padded with two words
     bits &= shift == 0 ? low : low >> shift | uint64_t{words[2]} << (64 - shift);
   }
   return bits;
 }
 
-// Those of a tile of columns.
+// The same for a tile of columns.
 template <class S>
-DEVICE uint64_t visible_in_tile(const Call& call, const Place& place, int tile) {
-  return visible_keys(call, place, place.base, tile * S::kColumns, place.columns, S::kColumns);
+DEVICE uint64_t visible_in_tile(const Call& call, const BlockInfo& block, int tile) {
+  return visible_keys(call, block, block.base, tile * S::kBlockN, block.columns, S::kBlockN);
 }
 
-// The first tile from `tile` on with a key that may be attended to.
+// The first tile from `tile` on that has a visible key, or `end`.
 template <class S>
-DEVICE int next_tile(const Call& call, const Place& place, int tile, int end) {
+DEVICE int next_tile(const Call& call, const BlockInfo& block, int tile, int end) {
   if (call.visible == nullptr) return tile;
   for (; tile < end; tile += 32) {
-    const uint32_t found = ballot(tile + lane() < end && visible_in_tile<S>(call, place, tile + lane()) != 0);
+    const uint32_t found = ballot(tile + lane() < end && visible_in_tile<S>(call, block, tile + lane()) != 0);
     if (found != 0) return tile + lowest_bit(found);
   }
   return end;
@@ -129,34 +130,37 @@ DEVICE int next_tile(const Call& call, const Place& place, int tile, int end) {
 
 // ---- Rows in shared memory.
 
-// A tile of a column side by position, zeros for those whose bit is not set. A block's threads share the work.
+// Copies a tile of columns, ordered by position (skew.h); columns whose bit is not set become zeros. All threads of the
+// block take part.
 template <class S>
-DEVICE void load_columns(char* tile, const Heads& x, const Call& call, const Place& place, int first, uint64_t exists) {
+DEVICE void load_columns(char* tile, const Heads& x, const Call& call, const BlockInfo& block, int first,
+                         uint64_t exists) {
   constexpr int chunks = S::kSize / 8, across = chunks <= 4 ? 4 : chunks <= 8 ? 8 : 16, down = S::kThreads / across;
-  static_assert(S::kColumns % down == 0, "every thread takes as many");
+  static_assert(S::kBlockN % down == 0, "every thread copies equally many");
   const int chunk = thread() % across, position = thread() / across, row = column_at(position);
   if (across > chunks && chunk >= chunks) return;
   char* to = tile + position * S::kPitch + 16 * chunk;
-  const char* from = row_address(x, place, place.base + first + row) + 16 * chunk;
-  const int stride = static_cast<int>(kHalf * x.row);  // as the host has checked
+  const char* from = row_address(x, block, block.base + first + row) + 16 * chunk;
+  const int stride = static_cast<int>(kHalf * x.row);  // fits, the host checks it
   const auto copy = [&](int i, bool valid) {
-    // Positions so far apart are columns that far apart, whatever the thread.
+    // down is a multiple of 8, so these positions are equally far apart as columns for every thread.
     copy_async(to + i * down * S::kPitch, from + column_at(i * down) * stride, valid);
   };
-  if (exists == first_bits(S::kColumns) && call.size == S::kSize) {
-    EACH(i, S::kColumns / down) copy(i, true);
+  if (exists == first_bits(S::kBlockN) && call.size == S::kSize) {
+    EACH(i, S::kBlockN / down) copy(i, true);
   } else {
     const uint64_t wanted = 8 * chunk < call.size ? exists >> row : 0;
-    EACH(i, S::kColumns / down) copy(i, wanted >> column_at(i * down) & 1);
+    EACH(i, S::kBlockN / down) copy(i, wanted >> column_at(i * down) & 1);
   }
 }
 
-// The rows that a warp owns, zeros where they do not exist. Only this warp may read them, after wait_copies and sync_warp.
+// Copies the rows that a warp owns; rows that do not exist become zeros. Only this warp may read them, after wait_copies and
+// sync_warp.
 template <class S>
-DEVICE void load_own_rows(char* stage, const Heads& x, const Call& call, const Place& place, uint32_t exists) {
+DEVICE void load_own_rows(char* stage, const Heads& x, const Call& call, const BlockInfo& block, uint32_t exists) {
   constexpr int chunks = S::kSize / 8;
-  const int first = place.first_row + warp() * S::kWarpRows;
-  const char* from = row_address(x, place, place.base);
+  const int first = block.first_row + warp() * S::kWarpRows;
+  const char* from = row_address(x, block, block.base);
   EACH(i, S::kWarpRows * chunks / 32) {
     const int item = 32 * i + lane(), row = item / chunks, chunk = item % chunks;
     const bool valid = (exists >> row & 1) && 8 * chunk < call.size;
@@ -165,34 +169,48 @@ DEVICE void load_own_rows(char* stage, const Heads& x, const Call& call, const P
   }
 }
 
-// Which of a warp's rows exist.
+// Bit mask of the warp's rows that exist.
 template <class S>
-DEVICE uint32_t own_rows(const Place& place) {
-  const int count = place.rows - place.first_row - warp() * S::kWarpRows;
+DEVICE uint32_t own_rows(const BlockInfo& block) {
+  const int count = block.rows - block.first_row - warp() * S::kWarpRows;
   return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1;
 }
 
-// The left operand of 16 rows: step `step` of 16 elements.
+// The row of a warp that accumulator elements 2 half and 2 half + 1 of fragment f belong to in this lane.
+DEVICE int fragment_row(int f, int half) { return 16 * f + 8 * half + lane() / 4; }
+
+// The same within the sequence.
+template <class S>
+DEVICE int own_row(const BlockInfo& block, int f, int half) {
+  return block.first_row + warp() * S::kWarpRows + fragment_row(f, half);
+}
+
+// The left operand of 16 rows: elements 16 step to 16 step + 15.
 template <class S>
 DEVICE void load_left(uint32_t (&a)[4], const char* rows, int fragment, int step) {
   load_matrices(a, rows + (16 * fragment + lane() % 16) * S::kPitch + 32 * step + 16 * (lane() / 16));
 }
 
-// Far tiles (7): rows of half (x + the other side's far row), in place, and C-less constants x · own far row, which go
-// where the padding of each row is. Halves, so that float16 has room for the sum.
+template <class S, int fragments>
+DEVICE void load_left(uint32_t (&a)[fragments][4], const char* rows, int step) {
+  EACH(f, fragments) load_left<S>(a[f], rows, f, step);
+}
+
+// Far tiles (7): replaces each row x by (x + far row of the columns' table) / 2, and writes the constant x · far row of the
+// rows' table, without C, to the padding of the row. The factor 1/2 keeps the sum within the range of float16.
 template <class T, class S>
-DEVICE void shift_rows(char* stage, const Call& call, const Place& place, const Side& rows, const Side& columns,
-                       int far_row) {
+DEVICE void shift_rows(char* stage, const Call& call, const BlockInfo& block, const Operand& rows,
+                       const Operand& columns, int far_row) {
   if (lane() < S::kWarpRows) {
     char* row = stage + lane() * S::kPitch;
     const auto far = [&](const Table& table) {
-      return static_cast<const char*>(table.data) + kHalf * (place.head * table.head + far_row * table.row);
+      return static_cast<const char*>(table.data) + kHalf * (block.head * table.head + far_row * table.row);
     };
     float constant = 0;
     for (int chunk = 0; 8 * chunk < call.size; ++chunk) {
-      Words x = load_shared(row + 16 * chunk);
-      const Words own = rows.table.data ? load_global(far(rows.table) + 16 * chunk) : Words{};
-      const Words shift = columns.table.data ? load_global(far(columns.table) + 16 * chunk) : Words{};
+      Vec16 x = load_shared(row + 16 * chunk);
+      const Vec16 own = rows.table.data ? load_global(far(rows.table) + 16 * chunk) : Vec16{};
+      const Vec16 shift = columns.table.data ? load_global(far(columns.table) + 16 * chunk) : Vec16{};
       EACH(w, 4) {
         const float x0 = low<T>(x.x[w]), x1 = high<T>(x.x[w]);
         constant = fused_multiply_add(x0, low<T>(own.x[w]), constant);
@@ -206,7 +224,7 @@ DEVICE void shift_rows(char* stage, const Call& call, const Place& place, const 
   sync_warp();
 }
 
-// scores += rows · columnsᵀ for 8 n columns from a position on.
+// scores += rows · columnsᵀ for 8 `products` columns.
 template <class T, class S, int fragments, int products>
 DEVICE void add_products(float (&scores)[fragments][products][4], const uint32_t (&a)[fragments][4],
                          const char* columns, int step) {
@@ -221,7 +239,7 @@ DEVICE void add_products(float (&scores)[fragments][products][4], const uint32_t
   }
 }
 
-// sums += p · columns, where p, 16 columns of it, is a left operand.
+// sums += p · columns for 16 columns, where p is a left operand.
 template <class T, class S, int fragments>
 DEVICE void add_weighted(float (&sums)[fragments][S::kSize / 8][4], const uint32_t (&p)[fragments][4],
                          const char* columns, int first_position) {
@@ -236,15 +254,15 @@ DEVICE void add_weighted(float (&sums)[fragments][S::kSize / 8][4], const uint32
   }
 }
 
-// Sixteen columns of a tile as left operand: products 2 step and 2 step + 1, which are columns by position.
+// Packs 16 columns of a tile, products 2 step and 2 step + 1, as a left operand.
 template <class T, int products>
 DEVICE void as_left(uint32_t (&a)[4], const float (&tile)[products][4], int step) {
   EACH(w, 4) a[w] = pack<T>(tile[2 * step + w / 2][2 * (w % 2)], tile[2 * step + w / 2][2 * (w % 2) + 1]);
 }
 
-// Writes a warp's rows: through its stage, so that 16 bytes go at once. factors: of rows g and g + 8 of each fragment.
+// Writes a warp's rows, scaled by `factors`, through its stage in shared memory, so that each store has 16 bytes.
 template <class T, class S>
-DEVICE void store_own_rows(const Heads& x, char* stage, const Call& call, const Place& place,
+DEVICE void store_own_rows(const Heads& x, char* stage, const Call& call, const BlockInfo& block,
                            const float (&sums)[S::kFragments][S::kSize / 8][4],
                            const float (&factors)[S::kFragments][2]) {
   sync_warp();
@@ -252,13 +270,13 @@ DEVICE void store_own_rows(const Heads& x, char* stage, const Call& call, const 
     EACH(n, S::kSize / 8)
       EACH(half, 2) {
         const float factor = factors[f][half];
-        store_shared_word(stage + (16 * f + 8 * half + lane() / 4) * S::kPitch + 16 * n + 4 * (lane() % 4),
+        store_shared_word(stage + fragment_row(f, half) * S::kPitch + 16 * n + 4 * (lane() % 4),
                           pack<T>(factor * sums[f][n][2 * half], factor * sums[f][n][2 * half + 1]));
       }
   sync_warp();
   constexpr int chunks = S::kSize / 8;
-  const uint32_t exists = own_rows<S>(place);
-  char* to = row_address(x, place, place.base + place.first_row + warp() * S::kWarpRows);
+  const uint32_t exists = own_rows<S>(block);
+  char* to = row_address(x, block, block.base + block.first_row + warp() * S::kWarpRows);
   EACH(i, S::kWarpRows * chunks / 32) {
     const int item = 32 * i + lane(), row = item / chunks, chunk = item % chunks;
     if ((exists >> row & 1) && 8 * chunk < call.size)
@@ -266,28 +284,22 @@ DEVICE void store_own_rows(const Heads& x, char* stage, const Call& call, const 
   }
 }
 
-// Calls the function with the padded head size as a constant; its result.
+// Returns function(the padded head size as a constant).
 template <class Function>
 auto at_size(int padded_size, Function function) {
-  switch (padded_size) {
-    case 32:
-      return function(std::integral_constant<int, 32>{});
-    case 64:
-      return function(std::integral_constant<int, 64>{});
-    case 96:
-      return function(std::integral_constant<int, 96>{});
-    default:
-      return function(std::integral_constant<int, 128>{});
-  }
+  if (padded_size == 32) return function(std::integral_constant<int, 32>{});
+  if (padded_size == 64) return function(std::integral_constant<int, 64>{});
+  if (padded_size == 96) return function(std::integral_constant<int, 96>{});
+  return function(std::integral_constant<int, 128>{});
 }
 
-// Calls the function with the type of elements.
+// Returns function(the element type).
 template <class Function>
 const char* at_element(Element element, Function function) {
   return element == Element::float16 ? function(Float16{}) : function(Bfloat16{});
 }
 
-// Calls the function with all that a pass is compiled for: the type of elements, the padded head size, a flag.
+// Returns function(element type, padded head size, flag), which a kernel is compiled for.
 template <class Function>
 const char* at_variant(Element element, int size, bool flag, Function function) {
   return at_size(padded_size(size), [&](auto padded) {

@@ -1,4 +1,4 @@
-"""Checkpoints: files in and out, and the names that Hugging Face, Microsoft and Keras give to the same tensors."""
+"""Reads and writes checkpoints, and translates the names that Hugging Face, Microsoft and Keras give to tensors."""
 
 from .error import CheckpointError
 from .files import read_tensors, write_tensors

@@ -1,4 +1,4 @@
-"""What every reader of a checkpoint raises."""
+"""The error of all readers of checkpoints."""
 
 
 class CheckpointError(ValueError):

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint: found in a folder or on the hub and read onto the CPU; written as safetensors."""
+"""Finds the weights of a checkpoint and reads them onto the CPU; writes weights as safetensors."""
 
 import json
 import os
@@ -12,25 +12,20 @@ import torch
 from .error import CheckpointError
 from .formats import read_file
 from .hub import Source
-from .replace import ENTRIES, INDEX, SINGLE, alone, publish, settle, unfinished, write_beside
+from .replace import ENTRIES, INDEX, SINGLE, locked, publish, recover, unfinished, write_beside
 
-_LONGEST_NAME = 255  # bytes that file systems take
-_OF_A_SAVE = re.compile(r"model((-[0-9a-f]{8})?-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.unfinished)?")
+_LONGEST_NAME = 255  # bytes, the limit of file systems
+_SAVED_NAME = re.compile(r"model((-[0-9a-f]{8})?-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.unfinished)?")
 
 
 def read_tensors(source: Source, *, weights: str | Sequence[str] | None = None) -> tuple[dict[str, torch.Tensor], str]:
-    """All tensors of a checkpoint, on the CPU and under the file's own names, and the name of that file.
+    """Returns all tensors of a checkpoint, on the CPU and under the file's own names, and the name of that file.
 
-    They may be maps of it: whoever keeps them copies them, lest the file be overwritten below them.
-
-    Args:
-        source: the folder, or the model on the hub.
-        weights: the file to read ("pytorch_model.generator.bin"), or several names of which the first that is there is
-            read; None for model.safetensors, pytorch_model.bin (each in one piece or an index of shards) and
-            tf_model.h5.
+    Tensors may map the file. Copy those that are kept, because the file may be overwritten later. ``weights`` names the
+    file to read, or several files of which the first that exists is read; by default these are ``ENTRIES``.
 
     Raises:
-        FileNotFoundError: none of them is there.
+        FileNotFoundError: none of the files exists.
         CheckpointError: a file is damaged, holds more than tensors, or does not agree with its index.
     """
     sought = ENTRIES if weights is None else (weights,) if isinstance(weights, str) else weights
@@ -38,21 +33,20 @@ def read_tensors(source: Source, *, weights: str | Sequence[str] | None = None) 
         path = source.file(name)
         if path is not None:
             return (_read_shards(source, path) if name.endswith(".index.json") else read_file(path)), name
-    there = ""
+    found = ""
     if source.folder is not None:
-        there = "; there lie " + (", ".join(sorted(x.name for x in source.folder.iterdir())) or "no files at all")
-    raise FileNotFoundError(f"{source} has no weights: looked for {', '.join(sought)}{there}")
+        found = "; there lie " + (", ".join(sorted(x.name for x in source.folder.iterdir())) or "no files at all")
+    raise FileNotFoundError(f"{source} has no weights: looked for {', '.join(sought)}{found}")
 
 
 def _read_shards(source: Source, index: Path) -> dict[str, torch.Tensor]:
     shards: dict[str, set[str]] = {}
     suffix = ".safetensors" if ".safetensors" in index.name else ".bin"
     for name, shard in _weight_map(index).items():
-        # Of the index's own folder: an index that was downloaded does not choose which files are read.
+        # Shards lie in the folder of their index: a downloaded index must not choose which other files are read.
         fits = isinstance(shard, str) and re.fullmatch(r"[^/\\:\0]+", shard) and shard.endswith(suffix)
         if not fits or len(shard.encode(errors="surrogatepass")) > _LONGEST_NAME:
-            what = f"{shard[:80]}..." if isinstance(shard, str) and len(shard) > 80 else shard
-            raise CheckpointError(f"{index}: {name} must lie in a {suffix} file beside the index, not in {what!r}")
+            raise CheckpointError(f"{index}: {name} must lie in a {suffix} file beside the index, not in {shard!r:.80}")
         shards.setdefault(shard, set()).add(name)
     tensors: dict[str, torch.Tensor] = {}
     for shard, promised in shards.items():
@@ -90,24 +84,16 @@ def write_tensors(
     max_shard_bytes: int = 5 * 2**30,
     config: str | None = None,
 ) -> list[str]:
-    """Writes model.safetensors, or shards of it and their index where it would be larger than ``max_shard_bytes``.
+    """Writes model.safetensors, or shards and their index if it would be larger than ``max_shard_bytes``.
 
-    An earlier checkpoint in the folder stays whole until this one is, whatever stops it; see ``replace``. Saves into
-    one folder wait for each other.
-
-    Args:
-        tensors: by name.
-        folder: made if need be.
-        max_shard_bytes: what one file holds at most, unless a single tensor is larger.
-        config: the text of a config.json to write too.
-
-    Returns:
-        The names of the files of weights.
+    ``config`` is the text of a config.json to write too. An earlier checkpoint in the folder stays whole until the new
+    one is complete, even if the save is killed; see ``replace``. Saves into one folder wait for each other. Returns the
+    names of the files of weights.
 
     Raises:
-        ValueError: no tensors, tensors that share memory or have no values, or ``max_shard_bytes`` below 1.
-        ImportError: there is no NumPy, by which safetensors writes.
-        OSError: a file cannot be written; the earlier checkpoint is as it was.
+        ValueError: there are no tensors, tensors share memory or have no values, or ``max_shard_bytes`` is below 1.
+        ImportError: NumPy is not installed, which safetensors needs to write.
+        OSError: a file cannot be written; the earlier checkpoint is unchanged.
     """
     try:
         import numpy  # noqa: F401
@@ -118,11 +104,11 @@ def write_tensors(
     folder.mkdir(parents=True, exist_ok=True)
     shards = _split(tensors, max_shard_bytes)
     entry = SINGLE if len(shards) == 1 else INDEX
-    with alone(folder):
-        settle(folder)
+    with locked(folder):
+        recover(folder)
         try:
             for name, content in shards.items():
-                # Shards have their names from the start: no other save knows them, and no index lists them yet.
+                # Shards get their final names at once: no other save uses these names, and no index lists them yet.
                 path = folder / name
                 _write_shard({x: tensors[x] for x in content}, unfinished(path) if name == SINGLE else path)
             if entry == INDEX:
@@ -132,21 +118,21 @@ def write_tensors(
                 write_beside(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
             publish(folder, entry, None if config is None else config.encode())
         except BaseException:
-            settle(folder)
+            recover(folder)
             if not _published(folder, shards):
                 for name in shards.keys() - {SINGLE}:
                     (folder / name).unlink(missing_ok=True)
             raise
         names = [*shards, entry] if entry == INDEX else [entry]
         for path in list(folder.iterdir()):
-            if _OF_A_SAVE.fullmatch(path.name) and path.name not in names:
+            if _SAVED_NAME.fullmatch(path.name) and path.name not in names:
                 path.unlink()
-        settle(folder)
+        recover(folder)
     return names
 
 
 def _published(folder: Path, shards: dict[str, list[str]]) -> bool:
-    """Whether these shards are those that readers find."""
+    """Whether readers find these shards."""
     index = folder / INDEX
     return index.is_file() and not (folder / SINGLE).exists() and next(iter(shards)).encode() in index.read_bytes()
 
@@ -170,15 +156,15 @@ def _check(tensors: dict[str, torch.Tensor], max_shard_bytes: int) -> None:
 
 
 def _split(tensors: dict[str, torch.Tensor], max_shard_bytes: int) -> dict[str, list[str]]:
-    """Names of the tensors by file, in their order, each file as full as may be."""
+    """Assigns the tensors, in their order, to as few files as possible; returns their names by file."""
     contents: list[list[str]] = []
-    room = 0
+    free = 0
     for name, tensor in tensors.items():
-        if not contents or tensor.nbytes > room:
+        if not contents or tensor.nbytes > free:
             contents.append([])
-            room = max_shard_bytes
+            free = max_shard_bytes
         contents[-1].append(name)
-        room -= tensor.nbytes
+        free -= tensor.nbytes
     if len(contents) == 1:
         return {SINGLE: contents[0]}
     save = os.urandom(4).hex()
@@ -188,7 +174,7 @@ def _split(tensors: dict[str, torch.Tensor], max_shard_bytes: int) -> dict[str, 
 def _write_shard(tensors: dict[str, torch.Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
-    path.unlink(missing_ok=True)  # which may be a link to anywhere
+    path.unlink(missing_ok=True)  # It may be a link, which writing would follow.
     save_file({x: y.detach().cpu().contiguous() for x, y in tensors.items()}, path, metadata={"format": "pt"})
-    with open(path, "rb+") as file:  # on the disk before it takes the place of an earlier one
+    with open(path, "rb+") as file:  # The data must be on the disk before the file replaces an earlier one.
         os.fsync(file.fileno())

@@ -1,10 +1,8 @@
-"""One file of weights, in any of the three formats, as a dict of CPU tensors. Nothing in a file is executed."""
+"""Reads one file of weights, in any of three formats, as a dict of CPU tensors. No code in a file is executed."""
 
-import contextlib
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,20 +13,35 @@ _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 
 
 def read_file(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors, .h5 or (any other name) ``torch.save`` file, under the names that it gives them.
+    """Returns the tensors of a .safetensors, .h5 or (any other name) ``torch.save`` file under the file's own names.
 
     Raises:
-        CheckpointError: the file is damaged, is something else, or holds what is no tensor under a tensor's name.
-        ImportError: .h5 without h5py.
+        CheckpointError: the file is damaged or of another kind, or something under a tensor's name is not a tensor.
+        ImportError: an .h5 file needs h5py.
     """
     head = _head(path)
-    with _explained(path):
+    try:
         if path.suffix == ".safetensors":
-            tensors = _read_safetensors(path)
+            from safetensors.torch import load_file
+
+            tensors = load_file(path)
         elif path.suffix in (".h5", ".hdf5"):
             tensors = _read_keras(path)
         else:
             tensors = _read_torch(path, head)
+    except (CheckpointError, ImportError, MemoryError):
+        raise
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is refused, as it holds more than tensors ({_reason(error)}) and loading it could run code. "
+            "If you trust it, convert it to safetensors where it was made: load it there and call "
+            "safetensors.torch.save_file(state_dict, 'model.safetensors')"
+        ) from None
+    except Exception as error:  # Readers raise many types of errors for a damaged file.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # an error of the file system: no permission, a broken disk
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"{path} is damaged or cut short ({reason})") from error
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors")
     return tensors
@@ -48,45 +61,20 @@ def _head(path: Path) -> bytes:
     return head
 
 
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Whatever the readers stumble over in a damaged file, as an error that names the file."""
-    try:
-        yield
-    except (CheckpointError, ImportError, MemoryError):
-        raise
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is refused, as it holds more than tensors ({_reason(error)}) and loading it could run code. "
-            "If you trust it, convert it to safetensors where it was made: load it there and call "
-            "safetensors.torch.save_file(state_dict, 'model.safetensors')"
-        ) from None
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the file system's own: no permission, a broken disk
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CheckpointError(f"{path} is damaged or cut short ({reason})") from error
-
-
 def _reason(error: Exception) -> str:
-    """What torch objects to, without its advice to load the file all the same."""
+    """Returns torch's reason for refusing a file, without its advice to load the file anyway."""
     reason = str(error).split("\n\nCheck the documentation")[0].splitlines()[-1]
     return re.sub(r"^.*error: |\. Please.*$|\.$", "", reason)
-
-
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
 
 
 def _read_torch(path: Path, head: bytes) -> dict[str, torch.Tensor]:
     mappable = False
     if head.startswith(_ZIP):
-        with zipfile.ZipFile(path) as archive:  # which also notices a cut file; torch would map compressed data as is
+        with zipfile.ZipFile(path) as archive:  # raises if the file was cut short
             entries = archive.infolist()
         if any(entry.filename.endswith("constants.pkl") for entry in entries):
             raise CheckpointError(f"{path} holds a program (TorchScript), not a state dict")
+        # torch would map compressed records as if they were data.
         mappable = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
     elif not head.startswith(_PICKLE):
         raise CheckpointError(f"{path} is no file of torch.save: it begins with {head[:16]!r}")
@@ -102,12 +90,12 @@ def _state_dict(path: Path, content) -> dict[str, torch.Tensor]:
         if isinstance(inner, dict) and not any(isinstance(x, torch.Tensor) for x in dict.values(content)):
             content = inner
     tensors = {}
-    for name, value in dict.items(content):  # dict's own methods: a pickle may shadow those of an OrderedDict
+    for name, value in dict.items(content):  # dict's own methods, because a pickle may shadow those of an OrderedDict
         if isinstance(value, torch.Tensor):
             if not isinstance(name, str):
                 raise CheckpointError(f"{path}: the name of a tensor is no text but {name!r}")
             tensors[name] = _plain(path, name, value)
-        elif isinstance(name, str) and "." in name:  # a weight's name; config, epoch and the like have no dots
+        elif isinstance(name, str) and "." in name:  # Names of weights have dots; "config" or "epoch" have none.
             raise CheckpointError(f"{path}: {name} is no tensor but a {type(value).__name__}")
     return tensors
 
@@ -136,7 +124,7 @@ def _read_keras(path: Path) -> dict[str, torch.Tensor]:
                 if dataset.dtype.kind not in "fiu":
                     raise CheckpointError(f"{path}: {name} holds {dataset.dtype}; expected numbers")
                 tensor = torch.from_numpy(dataset.astype(dataset.dtype.newbyteorder("="))[...])
-                # The head of a masked language model repeats the embeddings that it is tied to.
+                # The head of a masked language model repeats the tied embeddings.
                 if name in tensors and not torch.equal(tensor, tensors[name]):
                     raise CheckpointError(f"{path}: {name} is there twice, with different values")
                 tensors[name] = tensor
@@ -144,7 +132,7 @@ def _read_keras(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _texts(path: Path, group, attribute: str) -> list[str]:
-    """A list of names beside a group; long ones are in pieces, ``weight_names0`` and so on."""
+    """Returns a group's list of names. A long list is split into ``weight_names0``, ``weight_names1`` and so on."""
     pieces = [attribute] if attribute in group.attrs else []
     while not (pieces and pieces[0] == attribute) and f"{attribute}{len(pieces)}" in group.attrs:
         pieces.append(f"{attribute}{len(pieces)}")

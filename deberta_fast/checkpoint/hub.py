@@ -1,63 +1,57 @@
-"""Files of a checkpoint or a tokenizer: in a folder, or of a model on the Hugging Face hub (needs huggingface_hub)."""
+"""Finds files of a checkpoint or a tokenizer in a folder, or on the Hugging Face hub (needs huggingface_hub)."""
 
+import dataclasses
 import os
 from pathlib import Path, PurePath
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class Source:
-    """Where ``from_pretrained`` looks; the keywords are its keywords too.
+    """The folder or model from which ``from_pretrained`` loads. The keywords are also keywords of ``from_pretrained``.
 
     Args:
-        name_or_path: a folder; where there is none of that name, a model on the hub ("microsoft/deberta-v3-base").
+        name_or_path: a folder, or if that does not exist, a model on the hub ("microsoft/deberta-v3-base").
         revision: branch, tag or commit on the hub.
-        cache_dir: where downloads are kept; None for huggingface_hub's own place.
+        cache_dir: folder of downloads; None for that of huggingface_hub.
         token: for private models; None for the one that huggingface_hub has stored.
-        local_files_only: take what was downloaded before, and nothing else.
-        force_download: download again what was downloaded before. It means nothing for a folder.
-        subfolder: the files lie in this folder below ``name_or_path``.
+        local_files_only: uses only files that were downloaded before.
+        force_download: downloads files again. It has no effect on a folder.
+        subfolder: folder of the files below ``name_or_path``.
 
     Raises:
         TypeError: ``name_or_path`` or ``subfolder`` is neither text nor a path.
         ValueError: ``subfolder`` leads out of the folder or the model.
-        FileNotFoundError: there is no such folder or subfolder, and it cannot be a name on the hub.
-        ImportError: it may be one, and huggingface_hub is not installed.
+        FileNotFoundError: the folder or subfolder does not exist, and the name cannot be one on the hub.
+        ImportError: the name may be one on the hub, and huggingface_hub is not installed.
     """
 
     OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
 
-    def __init__(
-        self,
-        name_or_path: str | os.PathLike,
-        *,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-        subfolder: str | os.PathLike | None = None,
-    ):
-        if not isinstance(name_or_path, str | os.PathLike):
-            raise TypeError(f"expected a folder or a name on the hub, got {type(name_or_path).__name__}")
-        if not isinstance(subfolder, str | os.PathLike | None):
-            raise TypeError(f"expected subfolder to be text or a path, got {type(subfolder).__name__}")
-        self.name = os.fspath(name_or_path)
-        self.subfolder = PurePath(subfolder or "")
-        if self.subfolder.is_absolute() or ".." in self.subfolder.parts:
-            raise ValueError(f"expected subfolder to lie below {self.name}, got {os.fspath(subfolder)!r}")
-        self.folder = Path(name_or_path, self.subfolder) if Path(name_or_path).is_dir() else None
-        self._download = dict(
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-            force_download=force_download,
-            subfolder=self.subfolder.as_posix() if self.subfolder.parts else None,
-        )
+    name_or_path: str | os.PathLike
+    _: dataclasses.KW_ONLY
+    revision: str | None = None
+    cache_dir: str | os.PathLike | None = None
+    token: str | bool | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+    subfolder: str | os.PathLike | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.name_or_path, str | os.PathLike):
+            raise TypeError(f"expected a folder or a name on the hub, got {type(self.name_or_path).__name__}")
+        if not isinstance(self.subfolder, str | os.PathLike | None):
+            raise TypeError(f"expected subfolder to be text or a path, got {type(self.subfolder).__name__}")
+        self.name = os.fspath(self.name_or_path)
+        below = PurePath(self.subfolder or "")
+        if below.is_absolute() or ".." in below.parts:
+            raise ValueError(f"expected subfolder to lie below {self.name}, got {os.fspath(self.subfolder)!r}")
+        self.subfolder = below.as_posix() if below.parts else None
+        self.folder = Path(self.name, below) if Path(self.name).is_dir() else None
         if self.folder is not None:
             if not self.folder.is_dir():
-                raise FileNotFoundError(f"there is no subfolder {os.fspath(subfolder)!r} in {self.name}")
+                raise FileNotFoundError(f"there is no subfolder {self.subfolder!r} in {self.name}")
             return
-        if Path(name_or_path).is_file():
+        if Path(self.name).is_file():
             raise NotADirectoryError(f"{self.name} is a file; expected the folder that it lies in")
         try:
             from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -71,10 +65,10 @@ class Source:
             raise FileNotFoundError(f"there is no folder {self.name!r}, and it is no name of the hub's") from None
 
     def __str__(self) -> str:
-        return os.fspath(PurePath(self.name, self.subfolder)) if self.subfolder.parts else self.name
+        return os.fspath(PurePath(self.name, self.subfolder)) if self.subfolder else self.name
 
     def file(self, name: str) -> Path | None:
-        """The path of one file, downloaded where need be; None where there is none of that name.
+        """Returns the path of a file, after a download if necessary; None if there is no such file.
 
         Raises:
             FileNotFoundError: there is no such model on the hub, or no access to it.
@@ -86,10 +80,11 @@ class Source:
         from huggingface_hub import constants, errors, hf_hub_download
 
         try:
-            return Path(hf_hub_download(self.name, name, **self._download))
+            options = {option: getattr(self, option) for option in self.OPTIONS}
+            return Path(hf_hub_download(self.name, name, **options))
         except errors.LocalEntryNotFoundError as error:
-            if self._download["local_files_only"] or constants.HF_HUB_OFFLINE:
-                return None  # not among what was downloaded: as if it did not exist
+            if self.local_files_only or constants.HF_HUB_OFFLINE:
+                return None  # Offline, a file that was not downloaded counts as missing.
             raise ConnectionError(f"{self.name}: the hub does not answer, and {name} was never downloaded") from error
         except errors.EntryNotFoundError:
             return None

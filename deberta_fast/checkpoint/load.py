@@ -1,4 +1,4 @@
-"""Loading: a model is made without memory, and the tensors of a checkpoint become its parameters."""
+"""Makes a model without memory and fills its parameters with the tensors of a checkpoint."""
 
 import contextlib
 import re
@@ -13,10 +13,11 @@ from torch.overrides import TorchFunctionMode
 from .error import CheckpointError
 from .names import to_native
 
-# PyTorch's "encoder.layer.3.", Keras's "encoder/layer_._3/"
+# "encoder.layer.3." in PyTorch, "encoder/layer_._3/" in Keras
 _LAYER = re.compile(r"encoder[./]layer(?:\.|_\._)(\d{1,9})[./]")
-# A tensor that a file lacks may have as many numbers without a question.
+# Up to this number of elements, a tensor that the file lacks may be larger than the file.
 _SMALL = 2**27
+# The field of the configuration that a tensor's size comes from
 _SIZES = {
     "position_embeddings.weight": "max_position_embeddings",
     "token_type_embeddings.weight": "type_vocab_size",
@@ -30,15 +31,15 @@ _SIZES = {
 
 
 class LoadingInfo(NamedTuple):
-    """What ``from_pretrained`` did with the names of a checkpoint and of the model.
+    """The names of a checkpoint and of the model, by what ``from_pretrained`` did with them.
 
     Attributes:
         file: the file that was read.
-        loaded: parameters that it gave.
-        missing: parameters that it lacks; they are initialised.
-        unexpected: tensors that the model has no place for.
+        loaded: parameters that the file holds.
+        missing: parameters that the file lacks; they are initialised.
+        unexpected: tensors that the model does not have.
         ignored: tensors that are known to belong to other models or other libraries.
-        mismatched: tensors of another shape, with ignore_mismatched_sizes; their parameters are initialised.
+        mismatched: parameters of another shape, with ignore_mismatched_sizes; they are initialised.
     """
 
     file: str
@@ -51,13 +52,13 @@ class LoadingInfo(NamedTuple):
 
 @contextlib.contextmanager
 def without_memory():
-    """Models that are made inside lie on the meta device, for ``fill``."""
+    """Makes models on the meta device, for ``fill``."""
     with torch.device("meta"), _WithoutNumbers():
         yield
 
 
 class _WithoutNumbers(TorchFunctionMode):
-    """Nothing is drawn: on the meta device there is nowhere to put it, and torch would import its compiler for that."""
+    """Skips random initialisation. The meta device has no values, and torch would import its compiler for it."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -67,27 +68,13 @@ class _WithoutNumbers(TorchFunctionMode):
 
 
 def check_layers(tensors: dict[str, torch.Tensor], layers: int, file: str) -> None:
-    """Whether a file of weights has layers for all of a configuration's, before they are made.
-
-    Args:
-        tensors: by the names of the file, whoever gave them.
-        layers: num_hidden_layers.
-        file: what the error calls it.
-
-    Raises:
-        ValueError: it has some, and not as many.
-    """
+    """Raises ValueError if a file has layers, under any names, but fewer than the configuration."""
     found = [int(number) for name in tensors for number in _LAYER.findall(name)]
     if found and layers > max(found) + 1:
         raise ValueError(
             f"{file} does not fit the configuration: num_hidden_layers must be at most {max(found) + 1}, the layers "
             f"that the file has, got {layers} (given to from_pretrained, it makes layers that are initialised)"
         )
-
-
-def _said_by(name: str) -> str:
-    field = next((field for ending, field in _SIZES.items() if name.endswith(ending)), None)
-    return f" ({field})" if field else ""
 
 
 def fill(
@@ -103,19 +90,15 @@ def fill(
     device: torch.device | str | int | None,
     ignore_mismatched_sizes: bool,
 ) -> LoadingInfo:
-    """Fills a model that lies on the meta device.
+    """Fills a model on the meta device with copies of ``tensors``, which have the names of ``file``.
 
-    Args:
-        tensors: by the names of the file, which are left as they are; the model gets copies.
-        file: what errors and warnings call it.
-        version, heads, part: as of ``to_native``.
-        initialise: draws the parameters of one module, not of those below it; called where tensors are missing.
-        dtype, device, ignore_mismatched_sizes: as of ``PreTrainedModel.from_pretrained``.
+    ``initialise`` initialises the own parameters of a module of which tensors are missing. The other arguments are
+    those of ``to_native`` and ``PreTrainedModel.from_pretrained``.
 
     Raises:
-        CheckpointError: the tensors do not say what the model's weights are.
+        CheckpointError: the tensors do not determine the model's weights.
         ValueError: a tensor has another shape, or nothing fits the model.
-        TypeError: dtype is no floating-point one.
+        TypeError: dtype is not a floating-point dtype.
     """
     expected = model.state_dict()
     held = sum(x.numel() for x in tensors.values())
@@ -125,14 +108,12 @@ def fill(
         raise CheckpointError(f"{file}: {error}") from None
     mismatched = [name for name, x in tensors.items() if name in expected and x.shape != expected[name].shape]
     if mismatched and not ignore_mismatched_sizes:
-        raise ValueError(
-            f"{file} does not fit {type(model).__name__}: "
-            + "; ".join(
-                f"{name} must be of shape {tuple(expected[name].shape)}, got {tuple(tensors[name].shape)}"
-                for name in mismatched
-            )
-            + " (ignore_mismatched_sizes=True initialises them)"
+        shapes = "; ".join(
+            f"{name} must be of shape {tuple(expected[name].shape)}, got {tuple(tensors[name].shape)}"
+            for name in mismatched
         )
+        model_name = type(model).__name__
+        raise ValueError(f"{file} does not fit {model_name}: {shapes} (ignore_mismatched_sizes=True initialises them)")
     fitting = {name: x for name, x in tensors.items() if name in expected and name not in mismatched}
     info = LoadingInfo(
         file=file,
@@ -145,9 +126,10 @@ def fill(
     if info.missing:
         largest = max(info.missing, key=lambda name: expected[name].numel())
         if expected[largest].numel() > max(held, _SMALL):
+            field = next((f" ({field})" for ending, field in _SIZES.items() if largest.endswith(ending)), "")
             raise ValueError(
                 f"{file} lacks {largest}, which would be of shape {tuple(expected[largest].shape)} by the configuration"
-                f"{_said_by(largest)}, larger than all that the file holds, {held} numbers"
+                f"{field}, larger than all that the file holds, {held} numbers"
             )
     for name, x in fitting.items():
         if not x.is_floating_point():
@@ -156,7 +138,7 @@ def fill(
         names = ", ".join(info.unexpected[:5]) or "no tensor"
         raise ValueError(f"{file} holds no DeBERTa, but {names} ...")
     if dtype == "auto":
-        dtype = next((x.dtype for x in fitting.values() if x.is_floating_point()), torch.float32)
+        dtype = next(iter(fitting.values())).dtype
     elif isinstance(dtype, str):
         dtype = getattr(torch, dtype, dtype)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -167,7 +149,7 @@ def fill(
         if not fitting.keys() >= set(own):
             module.to_empty(device="cpu", recurse=False)
             initialise(module)
-    # Copies: what was read may be a map of the file, which others may write to
+    # Tensors that were read may map the file, which others may overwrite, so the model gets copies.
     fitting = {name: x.to(device=device, dtype=dtype, copy=True).contiguous() for name, x in fitting.items()}
     model.load_state_dict(fitting, strict=False, assign=True)
     model.to(device=device, dtype=dtype)
@@ -178,6 +160,6 @@ def fill(
     }
     parts = [f"{what}: {', '.join(names)}" for what, names in parts.items() if names]
     if parts:
-        # The warning names the line that calls from_pretrained.
+        # The stacklevel attributes the warning to the caller of from_pretrained.
         warnings.warn(f"{file} and {type(model).__name__} differ. {'. '.join(parts)}.", stacklevel=3)
     return info

@@ -1,19 +1,19 @@
-"""Names and layouts of a file's tensors as those of this package's models, and back as Hugging Face's.
+"""Translates names and layouts of a file's tensors into those of this package's models, and back to Hugging Face's.
 
-The package calls everything as Hugging Face's DeBERTa-v2 does, v1 too, with one head for masked language models:
+The package uses the names of Hugging Face's DeBERTa-v2 for v1 too, and one head for masked language models,
 ``lm_predictions.lm_head``.
 """
+
+import re
 
 import torch
 
 from .error import CheckpointError
-from .prefixes import without_prefixes
-from .tf import from_keras
 
 _HEAD = "lm_predictions.lm_head."
 _WORDS = "deberta.embeddings.word_embeddings."
 _POSITIONS = "deberta.embeddings.position_embeddings."
-# What v1 (in TensorFlow v2 as well) calls what has another name here.
+# Names of v1, and of v2 in TensorFlow, that differ from the package's
 _ATTENTION = {
     "attention.self.q_bias": "attention.self.query_proj.bias",
     "attention.self.v_bias": "attention.self.value_proj.bias",
@@ -22,8 +22,13 @@ _ATTENTION = {
 }
 _LEGACY_HEAD = {"cls.predictions.transform.": _HEAD, "cls.predictions.": _HEAD}
 _LAYER_NORM = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+_KERAS = {"kernel": "weight", "gamma": "weight", "beta": "bias", "embeddings": "weight"}
 _QUERY, _KEY, _VALUE = (f"attention.self.{x}_proj.weight" for x in ("query", "key", "value"))
 _IN = "attention.self.in_proj.weight"
+# Wrapping modules: DataParallel, torch.compile, FSDP, activation checkpointing
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_BODY = re.compile(r"((?:.*\.)?)embeddings\.(?:word_embeddings|position_embeddings|token_type_embeddings|LayerNorm)\.")
+_PARTS = {"generator", "discriminator"}  # the two models of replaced token detection, which may share a file
 
 _Found = dict[str, tuple[str, torch.Tensor]]  # by the package's name: the file's name, the tensor
 
@@ -31,22 +36,19 @@ _Found = dict[str, tuple[str, torch.Tensor]]  # by the package's name: the file'
 def to_native(
     tensors: dict[str, torch.Tensor], *, version: int, heads: int, expected: set[str], part: str
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """A file's tensors under the names of the model that is being loaded.
+    """Returns a file's tensors under the model's names, and the file's names of tensors that the model ignores.
+
+    The file's names may be Hugging Face's, Microsoft's or Keras's. Ignored are heads of other models, the other part,
+    and position embeddings that the model does not add; unknown tensors are returned. The result may share memory with
+    ``tensors``.
 
     Args:
-        tensors: by the names of the file, which may be Hugging Face's, Microsoft's or Keras's. Left as they are; what
-            is returned may share their memory.
-        version: 1 or 2 (v3 counts as 2), of the model.
-        heads: attention heads, by which v1 interleaves its projections.
-        expected: the model's own names; those of a bare model have no "deberta." before them.
-        part: "discriminator" or "generator", which of the two to take of a file of pretraining that holds both.
-
-    Returns:
-        The tensors, unknown ones among them, and the file's names of known ones that this model has no use for: other
-        models' heads, the other part, position embeddings that it does not add.
+        version: 1 or 2 (v3 counts as 2).
+        expected: the model's own names; those of a bare model do not begin with "deberta.".
+        part: "discriminator" or "generator": the model to take from a file of pretraining that holds both.
 
     Raises:
-        CheckpointError: the tensors do not say what the model's weights are.
+        CheckpointError: the tensors do not determine the model's weights.
     """
     bare = not any(x.startswith("deberta.") for x in expected)
     wanted = {"deberta." + x for x in expected} if bare else expected
@@ -55,7 +57,7 @@ def to_native(
     if version == 1:
         ignored += _drop_zero_biases(found)
     _split_projections(found, version, heads)
-    _settle_decoder(found, wanted)
+    _resolve_decoder(found, wanted)
     native = {}
     for name, (origin, tensor) in found.items():
         if name not in wanted and _is_of_other_models(name, wanted):
@@ -66,9 +68,9 @@ def to_native(
 
 
 def _found(tensors: dict[str, torch.Tensor], wanted: set[str], part: str) -> tuple[_Found, _Found, list[str]]:
-    """Own tensors, those of the other part, and the file's names of the latter and of what is there twice."""
-    translated = [from_keras(name, tensor) for name, tensor in tensors.items()]
-    names, of_other = without_prefixes([name for name, _ in translated], part)
+    """Returns own tensors, tensors of the other part, and the file's names of the latter and of duplicates."""
+    translated = [_from_keras(name, tensor) for name, tensor in tensors.items()]
+    names, of_other = _without_prefixes([name for name, _ in translated], part)
     found: tuple[_Found, _Found] = {}, {}
     ignored = [origin for origin, is_other in zip(tensors, of_other) if is_other]
     for origin, name, (_, tensor), is_other in zip(tensors, names, translated, of_other):
@@ -82,6 +84,54 @@ def _found(tensors: dict[str, torch.Tensor], wanted: set[str], part: str) -> tup
     return *found, ignored
 
 
+def _without_prefixes(names: list[str], part: str) -> tuple[list[str], list[bool]]:
+    """Returns each name without prefixes, the body's under ``deberta.``, and whether it belongs to the other part.
+
+    The names of its embeddings reveal the body's prefix: deberta, bert, model.deberta or none. Raises CheckpointError
+    if the file holds only the other part, or several models that are not a pair.
+    """
+    if part not in _PARTS:
+        raise ValueError(f"part must be 'discriminator' or 'generator', got {part!r}")
+    names = [".".join(x for x in name.split(".") if x not in _WRAPPERS) for name in names]
+    bodies = sorted({found[1] for x in names if (found := _BODY.match(x))}) or ["deberta."]
+    (other,) = _PARTS - {part}
+    others = [x for x in bodies if other in x.split(".")]
+    own = [x for x in bodies if part in x.split(".")] if others else bodies
+    if not own:
+        raise CheckpointError(f"the file holds a {other} ({others[0]}*), and the {part} was asked for")
+    if len(own) > 1 or len(others) > 1:
+        raise CheckpointError(f"the file holds several models: {', '.join(x + '*' for x in bodies)}")
+    of_other = [bool(others) and x.startswith(_around(others[0])) for x in names]
+    return [_strip(x, others[0] if is_other else own[0]) for x, is_other in zip(names, of_other)], of_other
+
+
+def _strip(name: str, body: str) -> str:
+    if name.startswith(body if body else ("embeddings.", "encoder.")):
+        return "deberta." + name.removeprefix(body)
+    return name.removeprefix(_around(body))
+
+
+def _around(body: str) -> str:
+    """Returns the prefix of the heads beside the body: "model." for "model.deberta."."""
+    *outer, last = body.removesuffix(".").split(".")
+    return "".join(x + "." for x in ([*outer, last] if last in _PARTS else outer))
+
+
+def _from_keras(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """Returns PyTorch's name and layout of a Keras tensor; other tensors stay unchanged.
+
+    ``tf_deberta_model/deberta/encoder/layer_._0/output/dense/kernel:0`` becomes
+    ``tf_deberta_model.deberta.encoder.layer.0.output.dense.weight`` and is transposed. A kernel [in, out] becomes
+    [out, in], and that of a convolution, [width, in, out], becomes [out, in, width].
+    """
+    if "/" not in name:
+        return name, tensor
+    *scopes, last = name.removesuffix(":0").replace("_._", "/").split("/")
+    if last == "kernel":
+        tensor = tensor.permute(*reversed(range(tensor.dim())))
+    return ".".join([*scopes, _KERAS.get(last, last)]), tensor
+
+
 def _replaced(name: str, replacements: dict[str, str]) -> str:
     for old, new in replacements.items():
         name = name.replace(old, new)
@@ -89,9 +139,10 @@ def _replaced(name: str, replacements: dict[str, str]) -> str:
 
 
 def _add_differences(found: _Found, other: _Found, wanted: set[str]) -> list[str]:
-    """E_D = E_G + E_delta: a discriminator trained beside a generator may keep the difference of its embeddings only.
+    """Adds differences of embeddings to the generator's: E_D = E_G + E_delta.
 
-    With the sum there as well, the difference is but left over. Returns the names of those.
+    A discriminator trained beside a generator may save only the difference. Returns the names of differences that are
+    not needed, because the file holds the sum too or the model has no such embeddings.
     """
     left_over = []
     for table in (_WORDS, _POSITIONS):
@@ -117,7 +168,7 @@ def _add_differences(found: _Found, other: _Found, wanted: set[str]) -> list[str
 
 
 def _drop_zero_biases(found: _Found) -> list[str]:
-    """Microsoft's code gives v1's keys, which have no biases, biases of zero. Returns the names of those."""
+    """Removes the zero biases that Microsoft's code saves for v1's keys, which have no biases. Returns their names."""
     zero = [
         name
         for name, (_, tensor) in found.items()
@@ -127,7 +178,7 @@ def _drop_zero_biases(found: _Found) -> list[str]:
 
 
 def _split_projections(found: _Found, version: int, heads: int) -> None:
-    """v1's in_proj [3 * H, H], its rows by head and there by query, key and value."""
+    """Splits v1's in_proj [3 * H, H], whose rows are ordered by head, then by query, key and value."""
     for name in [x for x in found if x.endswith(_IN)]:
         origin, tensor = found.pop(name)
         if version != 1:
@@ -139,15 +190,15 @@ def _split_projections(found: _Found, version: int, heads: int) -> None:
             found[name.removesuffix(_IN) + ending] = origin, projection.flatten(0, 1)
 
 
-def _settle_decoder(found: _Found, wanted: set[str]) -> None:
-    """The decoder of Hugging Face's head: a matrix that may be the word embeddings, and a second name of the bias."""
+def _resolve_decoder(found: _Found, wanted: set[str]) -> None:
+    """Resolves the decoder of Hugging Face's head: a matrix that may be the word embeddings, and a copy of the bias."""
     weight, bias = _HEAD + "decoder.weight", _HEAD + "decoder.bias"
-    if bias in found:  # the one that is added, should both be there and differ
+    if bias in found:  # If both exist and differ, Hugging Face's models add this one.
         found[_HEAD + "bias"] = found.pop(bias)
     if weight not in found or weight in wanted:
         return
     origin, decoder = found[weight]
-    # Whoever leaves out one of two tied tensors may have left out the embeddings.
+    # Of two tied tensors, the file may hold only the decoder.
     words_origin, words = found.setdefault(_WORDS + "weight", (origin, decoder))
     has_head = _HEAD + "bias" in wanted
     if has_head or words_origin == origin:
@@ -160,7 +211,7 @@ def _settle_decoder(found: _Found, wanted: set[str]) -> None:
 
 
 def _is_of_other_models(name: str, wanted: set[str]) -> bool:
-    """A head that this model lacks altogether, or position embeddings that it does not add."""
+    """Whether a tensor belongs to a head that this model lacks, or to position embeddings that it does not add."""
     root = name.split(".", 1)[0] + "."
     if root in ("lm_predictions.", "mask_predictions.", "pooler.", "classifier.", "qa_outputs."):
         return not any(x.startswith(root) for x in wanted)
@@ -168,18 +219,13 @@ def _is_of_other_models(name: str, wanted: set[str]) -> bool:
 
 
 def to_hf(tensors: dict[str, torch.Tensor], *, version: int, heads: int, legacy: bool) -> dict[str, torch.Tensor]:
-    """The package's tensors under the names and in the layouts that Hugging Face's models load.
+    """Returns all tensors of a model under the names and in the layouts that Hugging Face's models load.
 
-    Args:
-        tensors: of a whole model, by the package's names.
-        version: 1 or 2 (v3 counts as 2).
-        heads: attention heads.
-        legacy: the configuration's ``legacy``: the head for masked language models is ``cls.predictions``, and not
-            ``lm_predictions.lm_head``.
+    With ``legacy``, the head for masked language models is ``cls.predictions`` instead of ``lm_predictions.lm_head``.
 
     Raises:
-        ValueError: a decoder of its own, which the head of ``legacy=False`` cannot have; or in v1 a projection without
-            the other two.
+        ValueError: the decoder is not tied, which the head of ``legacy=False`` does not allow; or in v1, one of the
+            three projections is missing.
     """
     if not legacy and _HEAD + "decoder.weight" in tensors:
         raise ValueError(
@@ -198,13 +244,13 @@ def to_hf(tensors: dict[str, torch.Tensor], *, version: int, heads: int, legacy:
         else:
             renamed[_replaced(name, names)] = tensor
     if legacy and _HEAD + "decoder.weight" in tensors:
-        # Hugging Face 5 has two biases then, and adds this one.
+        # transformers 5 has two biases in this case, and adds this one.
         renamed["cls.predictions.decoder.bias"] = tensors[_HEAD + "bias"].clone()
     return renamed
 
 
 def _joined(tensors: dict[str, torch.Tensor], layer: str, heads: int) -> torch.Tensor:
-    """The inverse of ``_split_projections``, for one layer."""
+    """Inverts ``_split_projections`` for one layer."""
     parts = [tensors.get(layer + x) for x in (_QUERY, _KEY, _VALUE)]
     if any(x is None for x in parts):
         raise ValueError(f"{layer}attention.self needs query_proj, key_proj and value_proj, which v1 saves as one")

@@ -1,8 +1,9 @@
-"""How files take the place of earlier ones: whole, or not at all, whatever stops a save and whoever reads meanwhile.
+"""Replaces files atomically, so that a killed save or a concurrent reader never sees half a checkpoint.
 
-A save writes all its files beside those of the earlier one. Then it renames config.json, and in the next step, with one
-rename or removal, the file by which the weights are found becomes the new one. Should it stop between the two, the new
-configuration would describe the old weights; hence the old one is kept until then, and ``config_file`` finds it.
+A save writes all its files beside those of the earlier one. It then renames config.json, and after that, with one
+rename or removal, the file by which readers find the weights. A save that stops between the two steps leaves the new
+configuration beside the old weights. Therefore the old configuration is kept until the second step, and ``config_file``
+returns it.
 """
 
 import contextlib
@@ -15,23 +16,23 @@ from .error import CheckpointError
 from .hub import Source
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-# By which of these the weights are found: by the first that is there.
+# Readers find the weights by the first of these files that exists.
 ENTRIES = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5")
-# A reader that is overtaken by more saves than this reads a folder that is no checkpoint's.
+# Number of times that a reader starts again because a save has replaced the checkpoint.
 _MOST_READS = 100
 _Result = TypeVar("_Result")
 
 
 def unfinished(path: Path) -> Path:
-    """Where a file is written before it takes its place."""
+    """Returns the path where a file is written before it is renamed to ``path``."""
     return path.with_name(path.name + ".unfinished")
 
 
 def write_beside(path: Path, content: bytes) -> None:
-    """Writes ``content`` to ``unfinished(path)``, down to the disk."""
+    """Writes ``content`` to ``unfinished(path)`` and flushes it to the disk."""
     beside = unfinished(path)
     try:
-        beside.unlink(missing_ok=True)  # which may be a link to anywhere
+        beside.unlink(missing_ok=True)  # It may be a link, which writing would follow.
         with open(beside, "xb") as file:
             file.write(content)
             file.flush()
@@ -42,18 +43,14 @@ def write_beside(path: Path, content: bytes) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Makes ``content`` that of the file; a link is replaced, and what it points to is not touched.
-
-    Raises:
-        OSError: it cannot be written; then the earlier file is as it was.
-    """
+    """Replaces a file or a link, not the file that a link points to. If that raises OSError, the file is unchanged."""
     write_beside(path, content)
     os.replace(unfinished(path), path)
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Inside, other saves into the folder wait. Where its file system has no locks they do not."""
+def locked(folder: Path) -> Iterator[None]:
+    """Makes other saves into the folder wait, if its file system supports locks."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -66,14 +63,15 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # by name: a process that was forked meanwhile has it open too
+            # Closing is not enough: a process forked meanwhile may hold the descriptor too.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 
 def publish(folder: Path, entry: str, config: bytes | None) -> None:
-    """Makes ``config``, if any, config.json, and then the unfinished ``entry``, SINGLE or INDEX, the one that counts.
+    """Publishes ``config``, if any, as config.json, and then the unfinished ``entry``, SINGLE or INDEX.
 
-    Where this raises or is killed, ``settle`` must follow.
+    If this raises or is killed, ``recover`` must follow.
     """
     path = folder / CONFIG
     hides = entry == INDEX and (folder / SINGLE).is_file()
@@ -82,7 +80,7 @@ def publish(folder: Path, entry: str, config: bytes | None) -> None:
     if config is not None:
         write_beside(path, config)
         if path.is_file() and path.read_bytes() != config:
-            replace_file(_kept(folder, config), path.read_bytes())
+            replace_file(_old_config(folder, config), path.read_bytes())
         os.replace(unfinished(path), path)
     if hides:
         (folder / SINGLE).unlink()
@@ -91,28 +89,27 @@ def publish(folder: Path, entry: str, config: bytes | None) -> None:
 
 
 def config_file(source: Source) -> Path | None:
-    """The config.json that belongs to the weights that are there; None if there is none."""
+    """Returns the config.json that belongs to the weights in the folder; None if there is none."""
     path = source.file(CONFIG)
-    if path is None or source.folder is None or not _all_kept(source.folder):
+    if path is None or source.folder is None or not _old_configs(source.folder):
         return path
-    kept = _kept(source.folder, path.read_bytes())
-    return kept if kept.is_file() else path
+    old = _old_config(source.folder, path.read_bytes())
+    return old if old.is_file() else path
 
 
-def settle(folder: Path) -> None:
-    """Tidies up behind a save or one that was stopped: the old config.json returns where the old weights still are."""
+def recover(folder: Path) -> None:
+    """Cleans up after a save. If it stopped before it replaced the weights, the old config.json returns."""
     path = config_file(Source(folder))
     if path is not None and path.name != CONFIG:
         os.replace(path, folder / CONFIG)
-    for stale in [*_all_kept(folder), *(unfinished(folder / x) for x in (CONFIG, SINGLE, INDEX))]:
+    for stale in [*_old_configs(folder), *(unfinished(folder / x) for x in (CONFIG, SINGLE, INDEX))]:
         stale.unlink(missing_ok=True)
 
 
 def unmixed(source: Source, read: Callable[[], _Result]) -> _Result:
-    """Returns what ``read`` gives, and reads again where a save has replaced the checkpoint meanwhile.
+    """Calls ``read`` until no save replaces the checkpoint meanwhile, and returns its result.
 
-    Raises:
-        CheckpointError: it was replaced every time.
+    Raises CheckpointError if a save replaces the checkpoint every time.
     """
     for _ in range(_MOST_READS):
         before = _identity(source)
@@ -127,23 +124,23 @@ def unmixed(source: Source, read: Callable[[], _Result]) -> _Result:
     raise CheckpointError(f"{source} was replaced {_MOST_READS} times while it was read")
 
 
-def _kept(folder: Path, config: bytes) -> Path:
-    """Where the configuration before ``config`` is kept until the weights that are there now are replaced.
+def _old_config(folder: Path, config: bytes) -> Path:
+    """Returns the path that keeps the configuration before ``config`` until the weights are replaced.
 
-    The name says which both are, so that it means nothing once others have written to the folder.
+    Its name holds a hash of ``config`` and the weights, so it is ignored once either of them has changed.
     """
-    import hashlib  # which torch does not import, and few need
+    import hashlib  # torch does not import it, and few processes need it.
 
     weights = next(filter(None, (_state(folder / name) for name in ENTRIES)), None)
     return folder / f"{CONFIG}.before-{hashlib.sha256(config + repr(weights).encode()).hexdigest()[:16]}"
 
 
-def _all_kept(folder: Path) -> list[Path]:
+def _old_configs(folder: Path) -> list[Path]:
     return list(folder.glob(f"{CONFIG}.before-*"))
 
 
 def _identity(source: Source) -> list[tuple | None]:
-    """A save changes it: which files are meant by the names that readers begin with."""
+    """Returns the states of the files that readers look for first. Every save changes them."""
     return [] if source.folder is None else [_state(source.folder / name) for name in (CONFIG, *ENTRIES)]
 
 

@@ -1,4 +1,4 @@
-"""Settings that the patched modules of one model share, and the reasons to run Hugging Face's own forward."""
+"""Settings that the patched modules of one model share, and reasons to run Hugging Face's own forward."""
 
 import contextlib
 import warnings
@@ -22,58 +22,52 @@ class Shared:
         self.backend = backend
         self.unpadding = Unpadding(unpad, padding_rows)
         self.warned: set[str] = set()
-        self.left_padding = False
-        self._of_packed_sequences = Unpadding("auto", padding_rows)
+        self._warned_of_left_padding = False
+        self._packed_unpadding = Unpadding("auto", padding_rows)
         self._packed_calls = 0
 
-    def warn(self, reason: str) -> None:
-        if reason in self.warned or torch.compiler.is_compiling():
+    def warn(self, reason: str, once: bool = False) -> None:
+        """Warns of a fallback once per reason; with ``once``, only if nothing has been warned of."""
+        if reason in self.warned or (once and self.warned) or torch.compiler.is_compiling():
             return
         self.warned.add(reason)
         warnings.warn(f"deberta_fast: running Hugging Face's own attention: {reason}", stacklevel=3)
 
     def packing(self, mask: torch.Tensor | Packing | None, encoder: nn.Module) -> Packing | None:
-        """The packing to run the layers of a patched encoder with."""
+        """The packing to run the layers of a patched encoder with; None runs them on the batch."""
         if self._packed_calls:
-            return self._of_packed_sequences.packing(mask, encoder)
-        self.warn_of_left_padding(mask)
+            return self._packed_unpadding.packing(mask, encoder)
+        self._warn_of_left_padding(mask)
         return self.unpadding.packing(mask, encoder)
 
     @contextlib.contextmanager
-    def taking_out_padding(self):
-        """Inside it, padding is taken out: it is there because packed sequences were padded."""
+    def removing_padding(self):
+        """Removes padding from the batches of the with block, which was added to packed sequences."""
         self._packed_calls += 1
         try:
             yield
         finally:
             self._packed_calls -= 1
 
-    def warn_of_left_padding(self, mask: torch.Tensor | None) -> None:
-        """A head that reads the first row would find nothing of the text there, and nobody would notice."""
-        if self.unpadding.padding_rows == "hf" or self.left_padding or mask is None or reason_to_stay(mask) is not None:
+    def _warn_of_left_padding(self, mask: torch.Tensor | None) -> None:
+        """Warns once: with zeros in rows of padding, a head that reads the first row ignores a left-padded text."""
+        done = self._warned_of_left_padding or self.unpadding.padding_rows == "hf"
+        if done or mask is None or reason_to_stay(mask) is not None or mask[:, 0].all():
             return
-        self.left_padding = not mask[:, 0].all()
-        if self.left_padding:
-            warnings.warn(
-                'deberta_fast: padding_rows="zeros" and the first row of a sequence is padding: heads that read it see '
-                'zeros, whatever the text; padding_rows="hf" gives them what Hugging Face\'s model does',
-                stacklevel=3,
-            )
-
-    def warn_unless_warned(self, reason: str) -> None:
-        """For an attention module: the encoder above it may have warned of its own fallback already."""
-        if not self.warned:
-            self.warn(reason)
+        self._warned_of_left_padding = True
+        warnings.warn(
+            'deberta_fast: padding_rows="zeros" and the first row of a sequence is padding: heads that read it see '
+            'zeros, whatever the text; padding_rows="hf" gives them what Hugging Face\'s model does',
+            stacklevel=3,
+        )
 
 
 def encoder_reason(
     encoder: nn.Module, output_attentions: bool, query_states: torch.Tensor | None, relative_pos: torch.Tensor | None
 ) -> str | None:
-    """The reason for which a call of a patched encoder is not fused; None if there is none."""
-    if output_attentions:
-        return "output_attentions=True needs the probabilities, which the fused path never holds"
-    if relative_pos is not None:
-        return "a custom relative_pos is not fused"
+    """The reason why a call of a patched encoder is not fused, or None."""
+    if reason := _call_reason(output_attentions, relative_pos):
+        return reason
     if query_states is not None:
         return "query_states handed to the encoder are not fused"
     if method := overridden(encoder, hf_class(type(encoder))):
@@ -82,8 +76,7 @@ def encoder_reason(
         attention = layer.attention.self
         if not hasattr(attention, MARK):
             return "a layer's attention is not a patched one"
-        reason = module_reason(attention) or _passes_on(layer) or _passes_on(layer.attention)
-        if reason is not None:
+        if reason := module_reason(attention) or _forward_reason(layer) or _forward_reason(layer.attention):
             return reason
     return None
 
@@ -94,18 +87,20 @@ def attention_reason(
     query_states: torch.Tensor | None,
     relative_pos: torch.Tensor | str | None,
 ) -> str | None:
-    """The reason for which a call of a patched attention module is not fused; None if there is none."""
+    """The reason why a call of a patched attention module is not fused, or None."""
     if query_states is not None and is_v1(attention):
         return "query_states of DeBERTa v1 are not fused"
+    return _call_reason(output_attentions, relative_pos) or module_reason(attention)
+
+
+def _call_reason(output_attentions: bool, relative_pos: torch.Tensor | str | None) -> str | None:
     if output_attentions:
         return "output_attentions=True needs the probabilities, which the fused path never holds"
-    if isinstance(relative_pos, torch.Tensor):
-        return "a custom relative_pos is not fused"
-    return module_reason(attention)
+    return None if relative_pos is None or isinstance(relative_pos, str) else "a custom relative_pos is not fused"
 
 
 def module_reason(attention: nn.Module) -> str | None:
-    """The reason for which no call of an attention module is fused."""
+    """The reason why no call of an attention module is fused, or None."""
     if getattr(attention, "talking_head", False):
         return "talking heads are not fused"
     if not inherits_forward(type(attention)):
@@ -119,23 +114,20 @@ def module_reason(attention: nn.Module) -> str | None:
     return None
 
 
-def _passes_on(module: nn.Module) -> str | None:
-    """Whether a layer, or its attention block, hands its arguments on as Hugging Face's does: why not, or None.
+def _forward_reason(module: nn.Module) -> str | None:
+    """The reason why a layer or its attention block may not pass on its arguments as Hugging Face's does, or None.
 
-    torch's wrappers do so too, those of checkpointing, compilation and sharding.
+    torch's wrappers for checkpointing, compilation and sharding pass them on.
     """
     kind = type(module)
-    if kind.__module__.startswith("torch."):
+    if kind.__module__.startswith("torch.") or (inherits_forward(kind) and has_own_forward(module)):
         return None
-    place = place_of_forward(module)
-    if not (inherits_forward(kind) and is_own_forward(module, vars(module).get(place))):
-        return f"a {kind.__name__} has a forward of its own"
-    return None
+    return f"a {kind.__name__} has a forward of its own"
 
 
 @constant
 def _table_reason(position_buckets: int, max_relative_positions: int) -> str | None:
-    """Hugging Face computes numbers from buckets that number no distances."""
+    """Hugging Face also runs with bucket sizes for which ``slot_table`` defines no rows."""
     try:
         slot_table(position_buckets, max_relative_positions)
     except ValueError as error:
@@ -144,18 +136,18 @@ def _table_reason(position_buckets: int, max_relative_positions: int) -> str | N
 
 
 def is_v1(attention: nn.Module) -> bool:
-    """Whether an attention module is v1's: the classes of v1 and v2 have one name."""
+    """Whether an attention module is v1's; the classes of v1 and v2 have the same name."""
     return hasattr(attention, "in_proj")
 
 
 @constant
 def hf_class(kind: type) -> type | None:
-    """The class of Hugging Face's DeBERTa that ``kind`` is or comes from; None if there is none."""
+    """The class of Hugging Face's DeBERTa that ``kind`` is or inherits from, or None."""
     return next((base for base in kind.__mro__ if base.__module__ in _MODULES), None)
 
 
 def inherits_forward(kind: type) -> bool:
-    """Whether a class computes what its class of Hugging Face's computes."""
+    """Whether a class has the unchanged ``forward`` of its Hugging Face class."""
     own = hf_class(kind)
     return own is not None and is_own_code(own.forward, own) and _inherits(kind, own)
 
@@ -169,11 +161,17 @@ def _inherits(kind: type, own: type) -> bool:
     return forward is own.forward
 
 
-def place_of_forward(module: nn.Module) -> str:
+def forward_attribute(module: nn.Module) -> str:
     """The attribute to replace: accelerate's hooks move the original forward to ``_old_forward``."""
     return "_old_forward" if hasattr(module, "_hf_hook") and "_old_forward" in vars(module) else "forward"
 
 
-def is_own_forward(module: nn.Module, forward) -> bool:
-    """Whether an instance's forward is its class's, also where a hook that came and went has left it there."""
+def instance_forward(module: nn.Module):
+    """The forward set on the instance, or None."""
+    return vars(module).get(forward_attribute(module))
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether an instance runs its class's forward. A removed hook may have left that on the instance."""
+    forward = instance_forward(module)
     return forward is None or getattr(forward, "__func__", None) is type(module).forward

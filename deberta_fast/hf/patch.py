@@ -1,11 +1,11 @@
-"""``patch`` and ``unpatch``: they give modules of a Hugging Face model another ``forward``, and take it away again.
+"""``patch`` and ``unpatch`` give modules of a Hugging Face model another ``forward``, and restore the original.
 
-The encoder, every attention module and the linear layers and norms between them get it, on the instance, and so do
-whole models, which take packed sequences then. Parameters, names, hooks, adapters around the projections, train/eval
-and state_dict stay as they are. A call that the fused path cannot serve runs the encoder's original ``forward``, with
-one warning per model and reason.
+The encoder, every attention module, and the linear layers and norms between them get it, on the instance. Whole models
+get it too, and then take packed sequences. Parameters, names, hooks, adapters around the projections, train/eval and
+state_dict stay as they are. A call that the fused path cannot serve runs the encoder's original ``forward``, with one
+warning per model and reason.
 
-transformers is recognised by the names of classes, never imported: whoever has a model to patch has imported it.
+transformers is recognised by the names of classes and never imported: a caller with a model to patch has imported it.
 """
 
 import functools
@@ -15,7 +15,7 @@ from torch import nn
 
 from ..models.attention import AttentionCache
 from ..op import backends
-from .fallback import MARK, Shared, hf_class, inherits_forward, is_own_forward, place_of_forward
+from .fallback import MARK, Shared, forward_attribute, has_own_forward, hf_class, inherits_forward, instance_forward
 from .forwards import FUSED, POINTWISE, prepare_attention
 from .packed import MODELS, run_model, signature_of
 
@@ -35,40 +35,30 @@ def patch(
             wrappers such as GLiNER or sentence-transformers, models with LoRA adapters. transformers 4.48 or newer.
         backend: a name of ``backends.BACKENDS`` that must then serve every call. None chooses the best for each call;
             on a GPU, backends have to prove themselves for half-precision weights now (``set_backend_check``).
-        unpad: True takes padding out between the embeddings and the last layer's output, wherever a (B, L) mask has
-            some: layers see (T, hidden_size). Where padding stays (masks of pairs, captured programs), one warning
-            says so. "auto" does so where it pays, without a warning. Compiled and exported programs keep padding. On a
-            GPU this costs one synchronisation per call.
-        padding_rows: what the encoder gives for rows of padding. With "hf", Hugging Face's values, as losses, pooling
-            over all positions and heads behind left padding read them; with unpad, one row a sequence stands for all
-            of its padding, with one draw of dropout. With "zeros", zeros, for who reads no such row.
-        constant_weights: the promise that no weight will be written through ``.data``, which torch cannot see. In
-            inference, values that depend only on weights are then kept on every device, and no call compares the
-            weights; a copy of the three projections as one matrix is kept too. Writes that torch sees, steps of
-            optimizers, casts, moves and training still count. Without the promise, only projected position tables are
-            kept, on a CPU, with a copy of what they were made of, which every call is compared with.
+        unpad, padding_rows: see ``PreTrainedModel.set_unpad``; here the default keeps padding.
+        constant_weights: promises that weights stay constant, see ``PreTrainedModel.set_constant_weights``.
 
     Returns:
         ``model``. Patching again replaces the earlier settings.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: ``model`` contains nothing to patch, no backend has that name, unpad or padding_rows is another
-            value, or a ``forward`` that another tool put on one of the modules would be lost.
+        TypeError: ``model`` is not a module.
+        ValueError: ``model`` contains nothing to patch, backend, unpad or padding_rows is not as described, or a
+            ``forward`` that another tool put on one of the modules would be lost.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     backends.check_name(backend)
     shared = Shared(backend, unpad, padding_rows)
     unpatch(model)
-    found = [(module, forward) for module in model.modules() if (forward := _fused_forward(module, FUSED)) is not None]
+    found = [(module, FUSED[key]) for module in model.modules() if (key := _own_class(module)) in FUSED]
     if not found:
         raise ValueError(
             f"nothing to patch in {type(model).__name__}: it contains no Hugging Face DeBERTa v1, v2 or v3 encoder or "
             "attention module with its own forward"
         )
     for module, _ in found:
-        if not is_own_forward(module, vars(module).get(place_of_forward(module))):
+        if not has_own_forward(module):
             raise ValueError(
                 f"the forward of a {type(module).__name__} was replaced by other code; undo that, or patch before it"
             )
@@ -76,20 +66,21 @@ def patch(
         _replace(module, functools.partial(forward, module, shared, AttentionCache(constant_weights)))
         prepare_attention(module, backend)
     for module in model.modules():
-        forward = _fused_forward(module, POINTWISE)
-        if forward is not None and is_own_forward(module, vars(module).get(place_of_forward(module))):
-            _replace(module, functools.partial(forward, module))
-        if _is_model(module) and is_own_forward(module, vars(module).get(place_of_forward(module))):
+        key = _own_class(module)
+        if key in POINTWISE and has_own_forward(module):
+            _replace(module, functools.partial(POINTWISE[key], module))
+        if key in MODELS and has_own_forward(module):
             run = functools.partial(run_model, module, shared)
-            run.__signature__ = signature_of(module)  # the Trainer, PEFT and exporters look at it
+            # The Trainer, PEFT and exporters read it.
+            run.__signature__ = signature_of(module)  # type: ignore[attr-defined]
             _replace(module, run)
     return model
 
 
 def _replace(module: nn.Module, forward: Callable) -> None:
-    place = place_of_forward(module)
-    setattr(module, MARK, {place: vars(module)[place]} if place in vars(module) else {})
-    setattr(module, place, forward)
+    name = forward_attribute(module)
+    setattr(module, MARK, {name: vars(module)[name]} if name in vars(module) else {})
+    setattr(module, name, forward)
 
 
 def unpatch(model: nn.Module) -> nn.Module:
@@ -100,40 +91,31 @@ def unpatch(model: nn.Module) -> nn.Module:
     """
     patched = [module for module in model.modules() if MARK in vars(module)]
     for module in patched:
-        # Code that replaced a whole model's forward, as accelerate does, may go on calling it: it runs the original.
-        if not (_is_fused(vars(module).get(place_of_forward(module))) or _is_model(module)):
+        # Code that replaced a whole model's forward, as accelerate does, may still call it: it runs the original.
+        if not (_is_patched(module) or _own_class(module) in MODELS):
             raise ValueError(
                 f"the patched forward of a {type(module).__name__} was replaced by other code; undo that first"
             )
     for module in patched:
-        place, before = place_of_forward(module), getattr(module, MARK)
-        if not _is_fused(vars(module).get(place)):
-            delattr(module, MARK)
-            continue
-        delattr(module, place)
-        if place in before:
-            setattr(module, place, before[place])
-        elif place != "forward":  # a hook came after patch: accelerate calls this attribute
-            setattr(module, place, type(module).forward.__get__(module))
+        name, before = forward_attribute(module), getattr(module, MARK)
+        if _is_patched(module):
+            delattr(module, name)
+            if name in before:
+                setattr(module, name, before[name])
+            elif name != "forward":  # a hook came after patch: accelerate calls this attribute
+                setattr(module, name, type(module).forward.__get__(module))
         delattr(module, MARK)
     return model
 
 
-def _is_fused(forward: Callable | None) -> bool:
+def _is_patched(module: nn.Module) -> bool:
+    forward = instance_forward(module)
     return isinstance(forward, functools.partial) and forward.func in (*FUSED.values(), *POINTWISE.values(), run_model)
 
 
-def _fused_forward(module: nn.Module, forwards: dict) -> Callable | None:
-    return forwards.get(_own_class(module))
-
-
-def _is_model(module: nn.Module) -> bool:
-    return _own_class(module) in MODELS
-
-
-def _own_class(module: nn.Module) -> tuple[str, str] | None:
-    """Module and class of Hugging Face's, as the tables of forwards call them; None for other modules."""
+def _own_class(module: nn.Module) -> str | None:
+    """The name of the Hugging Face class, a key of the tables of forwards; None for other modules."""
     own = hf_class(type(module))
     if own is None or not inherits_forward(type(module)):
-        return None  # a subclass with a forward of its own computes something else
-    return own.__module__.removeprefix("transformers.models."), own.__name__
+        return None  # a subclass with another forward computes something else
+    return own.__name__

@@ -1,5 +1,6 @@
-"""Arguments of ``from_pretrained`` and ``save_pretrained`` under the names that Hugging Face gives them."""
+"""Arguments of ``from_pretrained`` and ``save_pretrained`` under Hugging Face's names."""
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -8,36 +9,21 @@ from torch import nn
 from ..checkpoint.replace import ENTRIES
 
 Device = torch.device | str | int
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def chosen_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | str:
-    """That of the two which is given; float32 if neither is.
-
-    Raises:
-        ValueError: both are given, and differ.
-    """
-    if torch_dtype is None:
-        return torch.float32 if dtype is None else dtype
-    if dtype is not None and _dtype(dtype) != _dtype(torch_dtype):
+    """Returns the one that is given, or float32; "auto" and unknown names stay text."""
+    given = {getattr(torch, x, x) if isinstance(x, str) else x for x in (dtype, torch_dtype) if x is not None}
+    if len(given) > 1:
         raise ValueError(f"torch_dtype is dtype by its older name: got dtype={dtype} and torch_dtype={torch_dtype}")
-    return torch_dtype
-
-
-def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
-    return getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    return given.pop() if given else torch.float32
 
 
 def placement(device: Device | None, device_map: Device | dict | None) -> tuple[Device | None, dict | None]:
-    """The device that a model is loaded to, and what accelerate then spreads it by, or None.
+    """Returns the device to load a model to, and the device map for ``spread``, or None.
 
-    Args:
-        device_map: a device; "auto" for the accelerator that torch finds, the CPU otherwise; or a dictionary of the
-            model's parts and their devices.
-
-    Raises:
-        ValueError: both are given, or device_map is something else.
-        ImportError: accelerate is needed, and not installed.
+    device_map is a device; "auto" for the accelerator that torch finds, or the CPU; or a dictionary from parts of the
+    model to devices, which needs accelerate.
     """
     if device_map is None:
         return device, None
@@ -63,22 +49,17 @@ def placement(device: Device | None, device_map: Device | dict | None) -> tuple[
 
 
 def spread(model: nn.Module, device_map: dict) -> nn.Module:
-    """The model with its parts on several devices, by accelerate's hooks."""
+    """Returns the model with its parts on several devices, connected by accelerate's hooks."""
     from accelerate import dispatch_model
 
     return dispatch_model(model, device_map)
 
 
 def weight_files(weights: str | None, variant: str | None, use_safetensors: bool | None) -> Sequence[str]:
-    """Names of the files to look for, the first one first.
+    """Names of the files to look for, in this order: ``weights``, or the usual names.
 
-    Args:
-        weights: a file by its name.
-        variant: what stands in the usual names before the ending: "fp16" for model.fp16.safetensors.
-        use_safetensors: whether of the usual ones only, or never, safetensors; None for any.
-
-    Raises:
-        ValueError: a file is named, and one of the other two given too.
+    ``variant`` is inserted into the usual names: "fp16" for model.fp16.safetensors. ``use_safetensors`` selects the
+    safetensors among them (True) or the others (False).
     """
     if weights is not None:
         if variant is not None or use_safetensors is not None:
@@ -87,27 +68,17 @@ def weight_files(weights: str | None, variant: str | None, use_safetensors: bool
     names = [x for x in ENTRIES if use_safetensors is None or (".safetensors" in x) == use_safetensors]
     if variant is None:
         return names
-    return [f"{stem}.{variant}{ending}" for stem, ending in map(_divided, names)]
-
-
-def _divided(name: str) -> tuple[str, str]:
-    """A file's name before and after the place of a variant."""
-    stem, dot, ending = name.removesuffix(".index.json").rpartition(".")
-    return (stem, dot + ending) if not name.endswith(".index.json") else (f"{stem}.{ending}", ".index.json")
+    return [re.sub(r"(\.index)?\.\w+$", lambda ending: f".{variant}{ending[0]}", name) for name in names]
 
 
 def byte_count(size: int | str) -> int:
-    """A size in bytes, which may be text such as "500MB".
-
-    Raises:
-        ValueError: it is neither, or not positive.
-    """
+    """Converts a size, which may be text such as "500MB", to bytes."""
     if isinstance(size, str):
-        number, unit = size.rstrip("BbIiKkMmGg "), size.strip().upper()
-        unit = unit[len(number) :].strip()
-        if unit not in _UNITS or not number.replace(".", "", 1).isdigit():
+        parts = re.fullmatch(r"(\d+\.?\d*|\.\d+) *([KMG])(I?)B", size.strip().upper())
+        if parts is None:
             raise ValueError(f'max_shard_size must be a number of bytes or text such as "500MB", got {size!r}')
-        size = int(float(number) * _UNITS[unit])
+        number, unit, binary = parts.groups()
+        size = int(float(number) * (1024 if binary else 1000) ** ("KMG".index(unit) + 1))
     if size < 1:
         raise ValueError(f"max_shard_size must be positive, got {size}")
     return size

@@ -8,11 +8,7 @@ import torch
 from torch import nn
 
 from ..op import selection
-from ..op.api import (
-    disentangled_attention,
-    disentangled_attention_varlen,
-    disentangled_attention_with_probabilities,
-)
+from ..op.api import disentangled_attention, disentangled_attention_varlen, disentangled_attention_with_probabilities
 from ..op.problems import Kind
 from ..op.relative_position import device_tables, slot_table, table_rows
 from .config import DebertaConfig
@@ -24,11 +20,10 @@ from .weight_cache import WeightCache
 
 
 class AttentionCache:
-    """What an attention module keeps between calls in inference.
+    """Values that an attention module caches in inference.
 
-    Attributes:
-        tables: the projected position tables.
-        joint: the three projections as one matrix, kept only where weights are promised to be constant.
+    ``tables`` caches the projected position tables. ``joint`` caches the three projections as one matrix, only where
+    weights are promised to be constant.
     """
 
     def __init__(self, constant: bool = False):
@@ -39,11 +34,11 @@ class PositionTerms(NamedTuple):
     """The parts of an attention module that make its position terms.
 
     Attributes:
-        key_proj: projects the table for content-to-position, hidden_size to H D; None leaves the term out.
-        query_proj: projects the table for position-to-content; None leaves the term out.
+        key_proj, query_proj: project the table for content-to-position and position-to-content, hidden_size to H D.
+            None leaves the term out.
         dropout: runs on the table's rows before they are projected.
-        table: position_buckets, max_relative_positions and far_negative, as ``disentangled_attention`` takes them.
-        cut: as Hugging Face's v1, which projects only as many rows as the lengths ask for; its v2 projects all.
+        table: position_buckets, max_relative_positions and far_negative, see ``disentangled_attention``.
+        cut: project only the rows that the lengths can reach, as Hugging Face's v1 does; its v2 projects all.
     """
 
     key_proj: nn.Module | None
@@ -56,15 +51,12 @@ class PositionTerms(NamedTuple):
     def of(cls, module: nn.Module, names: Collection[str], table: dict) -> "PositionTerms":
         """The terms called ``names`` ("c2p", "p2c") of this library's module, or of Hugging Face's v2."""
         key, query = ("key_proj", "query_proj") if module.share_att_key else ("pos_key_proj", "pos_query_proj")
-        return cls(
-            key_proj=getattr(module, key) if "c2p" in names else None,
-            query_proj=getattr(module, query) if "p2c" in names else None,
-            dropout=module.pos_dropout,
-            table=table,
-        )
+        key_proj = getattr(module, key) if "c2p" in names else None
+        query_proj = getattr(module, query) if "p2c" in names else None
+        return cls(key_proj, query_proj, module.pos_dropout, table)
 
     def window(self, query_length: int, key_length: int) -> tuple[int, int]:
-        """The rows that Hugging Face's code projects, from start to stop."""
+        """The first and last + 1 of the rows that Hugging Face's code projects."""
         longest = self.table["max_relative_positions"]
         if not self.cut:
             return 0, table_rows(self.table["position_buckets"], longest)
@@ -75,9 +67,9 @@ class PositionTerms(NamedTuple):
 class DisentangledSelfAttention(nn.Module):
     """Self-attention with the position terms that the configuration names (He et al., arXiv 2006.03654, equation 4).
 
-    v1 differs from v2 only in biases: keys and the table's keys have none. ``backend`` is a name of
-    ``backends.BACKENDS``; None chooses the best one for each call. With ``padding_rows`` "hf", queries that are padding
-    or see no key get the mean of all values, as in Hugging Face's models.
+    v1 differs from v2 only in biases: keys and the table's keys have none. ``backend`` names one of
+    ``backends.BACKENDS``; None chooses the best for each call. With ``padding_rows`` "hf", queries that are padding or
+    see no key get the mean of all values, as in Hugging Face's models.
     """
 
     def __init__(self, config: DebertaConfig):
@@ -119,7 +111,7 @@ class DisentangledSelfAttention(nn.Module):
         prepare(self, self.attention_head_size, self.terms, self.table, backend)
 
     def dense_reason(self) -> str | None:
-        """Why probabilities have to be made, besides a caller who asks for them; None if there is no reason."""
+        """The reason why attention materialises its probabilities even if nobody asks for them, or None."""
         if self.talking_head:
             return "talking heads"
         reason = why_not_ordinary(self.dropout, nn.Dropout, nn.Identity)
@@ -135,12 +127,12 @@ class DisentangledSelfAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
-            hidden_states: (B, L, hidden_size), of which keys and values are made; or packed, (T, hidden_size).
+            hidden_states: the input of keys and values, (B, L, hidden_size); or packed, (T, hidden_size).
             mask: bool, True where a query may attend; (B, L), or broadcastable to (B, H, L, L). None masks nothing.
-                A ``Packing`` where states are packed; then there are no probabilities.
+                A ``Packing`` for packed states, which cannot return probabilities.
             rel_embeddings: the table of relative positions, (R, hidden_size).
-            query_states: (B, Lq, hidden_size), of which queries are made; None means hidden_states.
-            output_attentions: also return the probabilities, by the dense reference.
+            query_states: the input of queries, (B, Lq, hidden_size); None means hidden_states.
+            output_attentions: also return the probabilities, computed by the dense reference.
 
         Returns:
             (B, Lq, H D), and the probabilities after dropout (B, H, Lq, L) or None.
@@ -174,18 +166,15 @@ class DisentangledSelfAttention(nn.Module):
 
 
 def dropout_of(dropout: nn.Module) -> float:
-    """The probability that torch's Dropout, or an Identity in its place, drops with at the moment."""
+    """The current drop probability of a Dropout, or of an Identity in its place."""
     return dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
 
 
 def prepare(attention: nn.Module, head_size: int, terms: Collection[str], table: dict, backend: str | None) -> None:
-    """Does what a first call would do otherwise and a CUDA graph cannot capture: it copies tables to the device, and
-    chooses a backend where half-precision weights tell the dtype.
+    """Copies tables to the device, and chooses a backend if half-precision weights determine the dtype.
 
-    Args:
-        attention: an attention module, of this library or Hugging Face's.
-        terms, table: as of ``PositionTerms.of``.
-        backend: the one that is named; None where the choice is open.
+    The first call would do this, but cannot while a CUDA graph is captured. ``attention`` is a module of this library
+    or of Hugging Face; ``backend`` is the one that the caller named, or None.
     """
     weight = next(attention.parameters(), None)  # None where the projections are quantised
     if weight is None:
@@ -200,23 +189,16 @@ def prepare(attention: nn.Module, head_size: int, terms: Collection[str], table:
 def project_heads(
     module: nn.Module, hidden_states: torch.Tensor, query_states: torch.Tensor | None, joint: WeightCache
 ) -> Sequence[torch.Tensor]:
-    """Queries, keys and values, (..., H, D), from states (..., hidden_size).
+    """Queries, keys and values, (..., H, D), from states (..., hidden_size); query_states None means hidden_states.
 
-    One product makes all three where ``joint`` may keep their weights as one matrix. To join them in every call would
-    cost as much as it saves.
-
-    Args:
-        module: an attention module with query_proj, key_proj, value_proj and attention_head_size.
-        query_states: the states to make queries from; None means hidden_states.
+    If ``joint`` may cache the three weights as one matrix, one product makes all three. Concatenating them in every
+    call would cost as much as it saves.
     """
     linears, size = (module.query_proj, module.key_proj, module.value_proj), module.attention_head_size
-    if joint.constant and query_states is None:
-        if all(map(is_plain, linears)):
-            weights = [x for linear in linears for x in (linear.weight, linear.bias)]
-            if joint.keeps(weights):
-                weight, bias = joint.get(weights, lambda: _joined(linears))
-                return split_heads(product(hidden_states, weight, bias), size).chunk(3, -2)
-            joint.clear()
+    if joint.constant and query_states is None and all(map(is_plain, linears)):
+        weights = [x for linear in linears for x in (linear.weight, linear.bias)]
+        if (cached := joint.get(weights, lambda: _joined(linears))) is not None:
+            return split_heads(product(hidden_states, *cached), size).chunk(3, -2)
     states = (hidden_states if query_states is None else query_states, hidden_states, hidden_states)
     return [split_heads(project(linear, x), size) for linear, x in zip(linears, states, strict=True)]
 
@@ -243,12 +225,10 @@ def run_attention(
 
     Args:
         heads: queries, keys and values, (B, L, H, D); or packed, (T, H, D).
-        mask: bool, as of ``disentangled_attention``; a ``Packing`` where states are packed.
-        rel_embeddings: the table of relative positions, (R, hidden_size); unused without terms.
+        mask, rel_embeddings, padding_rows: see ``DisentangledSelfAttention``. A ``Packing`` has its own padding_rows.
         terms: None for attention without position terms.
-        cache: keeps the projected tables in inference.
-        scale, dropout_p, backend: as of ``disentangled_attention``.
-        padding_rows: with "hf", queries that are padding or see no key get the mean of V. A ``Packing`` says so itself.
+        cache: caches the projected tables in inference.
+        scale, dropout_p, backend: see ``disentangled_attention``.
 
     Returns:
         (B, Lq, H D); or packed, (T, H D).
@@ -263,15 +243,13 @@ def run_attention(
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | Packing | None, **arguments
 ) -> torch.Tensor:
-    """``disentangled_attention`` of projected states, (B, L, H, D) to (B, L, H D); or packed, (T, H, D) to (T, H D).
+    """``disentangled_attention`` for heads (B, L, H, D), returning (B, L, H D); or packed, (T, H, D) and (T, H D).
 
-    Args:
-        mask: as of ``disentangled_attention``; a ``Packing`` where states are packed.
-        arguments: the others of ``disentangled_attention``.
+    ``mask`` is that of ``run_attention``; ``arguments`` are the other ones of ``disentangled_attention``.
     """
     if isinstance(mask, Packing):
         arguments |= {"cu_seqlens": mask.cu_seqlens, "max_seqlen": mask.max_seqlen, "attention_mask": mask.mask}
-        # The packing was checked when it was made. A check in every layer would launch kernels for nothing.
+        # The values of cu_seqlens were checked when the packing was made; checking again would launch more kernels.
         return disentangled_attention_varlen(query, key, value, **arguments, check_values=False).flatten(1)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return disentangled_attention(query, key, value, attention_mask=mask, **arguments).transpose(1, 2).flatten(2)
@@ -286,7 +264,7 @@ def project_table(
 ) -> dict:
     """Keywords of ``disentangled_attention``: ``terms.table``, and the projected rows that these lengths can reach.
 
-    The arguments are those of ``run_attention``. There are no keywords without terms.
+    The arguments are those of ``run_attention``. Without terms, the result is empty.
     """
     if terms is None:
         return {}
@@ -297,29 +275,30 @@ def project_table(
     def projected(rows: torch.Tensor, project: Callable = project) -> dict[str, torch.Tensor]:
         return {name: split_heads(project(linear, rows), size).transpose(0, 1) for name, linear in projections.items()}
 
-    # A compiled program projects all rows: one graph then serves every length.
+    # A compiled program projects all rows, so that one graph serves every length.
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return {**table, **projected(terms.dropout(rel_embeddings))}
     lengths = (mask.max_seqlen,) * 2 if isinstance(mask, Packing) else (heads[0].shape[1], heads[1].shape[1])
     is_dropout = why_not_ordinary(terms.dropout, nn.Dropout, nn.Identity) is None
     if not (is_dropout and all(map(is_plain, projections.values()))):
-        # Hooks, adapters and the like see what they see in Hugging Face's code: a batch of one table.
+        # Hooks and adapters get the same input as in Hugging Face's code: a batch of one table.
         cache.clear()
         start, stop = terms.window(*lengths)
         rows = terms.dropout(rel_embeddings)[start:stop].unsqueeze(0)
         once = projected(rows, lambda linear, rows: linear(rows).squeeze(0))
         return {**table, "first_slot": start, **once}
-    if not terms.dropout.training:
+    if terms.dropout.training:
+        cache.clear()
+    else:
         weights = [rel_embeddings, *(x for linear in projections.values() for x in (linear.weight, linear.bias))]
-        if cache.keeps(weights):
-            settings = (size, *projections)
-            return {**table, **cache.get(weights, lambda: projected(terms.dropout(rel_embeddings)), settings)}
-    cache.clear()
+        make = lambda: projected(terms.dropout(rel_embeddings))
+        if (cached := cache.get(weights, make, (size, *projections))) is not None:
+            return {**table, **cached}
     start, stop = slot_table(**table).window(*lengths)
     return {**table, "first_slot": start, **projected(terms.dropout(rel_embeddings[start:stop]))}
 
 
 def split_heads(projected: torch.Tensor, size: int) -> torch.Tensor:
-    """(..., H D) to (..., H, D). D is given, as a tensor-parallel projection makes some of the heads only."""
-    # After unflatten, torch.onnx.export(dynamo=False) takes the lengths it sees for constants.
+    """(..., H D) to (..., H, D). H is inferred, because a tensor-parallel projection makes only some of the heads."""
+    # unflatten would make torch.onnx.export(dynamo=False) treat the traced lengths as constants.
     return projected.view(*projected.shape[:-1], projected.shape[-1] // size, size)

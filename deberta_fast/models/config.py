@@ -1,4 +1,4 @@
-"""What a DeBERTa is: the numbers and switches of a ``config.json``, under Hugging Face's names."""
+"""Configurations: the numbers and switches of a ``config.json``, under Hugging Face's names."""
 
 import copy
 import dataclasses
@@ -6,6 +6,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.hub import Source
 from ..checkpoint.json_object import read_object
@@ -14,32 +15,47 @@ from ..op.relative_position import slot_table, table_rows
 from .activation import activation
 
 _TERMS = ("c2p", "p2c", "p2p", "none", "")
-# Beyond all models: what takes time or memory by itself, whatever a file of weights holds.
+# Beyond all models: values that take time or memory by themselves, before any weights are read.
 _AT_MOST = {"num_hidden_layers": 10_000, "num_labels": 2**22, "z_steps": 1000}
 _INTEGERS_BELOW = 2**31
 _PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
+_RANGES = {
+    "must be at least 1": (
+        lambda x: x >= 1,
+        "vocab_size hidden_size num_attention_heads intermediate_size max_position_embeddings num_labels "
+        "pooler_hidden_size embedding_size attention_head_size",
+    ),
+    "must be positive": (lambda x: x > 0, "layer_norm_eps"),
+    "must be in [0, 1)": (
+        lambda x: 0 <= x < 1,
+        "hidden_dropout_prob attention_probs_dropout_prob pooler_dropout cls_dropout",
+    ),
+    "must not be negative": (lambda x: x >= 0, "initializer_range num_hidden_layers type_vocab_size z_steps"),
+}
 
 
 @dataclasses.dataclass(init=False, repr=False, eq=False)
 class DebertaConfig:
-    """DeBERTa v1. Names and defaults are Hugging Face's; unknown ones are kept as attributes, and saved again.
+    """DeBERTa v1. Names and defaults are Hugging Face's. Unknown values are kept as attributes and saved again.
 
     Attributes:
-        relative_attention, max_relative_positions, pos_att_type: the position terms of attention. Below 1,
-            max_relative_positions means max_position_embeddings. pos_att_type is a list, or text such as "c2p|p2c".
-        talking_head: linear maps over the heads of scores and probabilities; attention runs dense then.
+        relative_attention, max_relative_positions, pos_att_type: the position terms of attention. A
+            max_relative_positions below 1 means max_position_embeddings. pos_att_type is a list, or text such as
+            "c2p|p2c".
+        talking_head: linear maps over the heads of scores and probabilities; attention is then computed densely.
         position_biased_input: absolute positions are added to the embeddings.
-        embedding_size: width of the embeddings, hidden_size by default; where they differ, a projection follows.
-        pooler_hidden_size, pooler_dropout, pooler_hidden_act, cls_dropout: of the sequence classifiers.
+        embedding_size: width of the embeddings, hidden_size by default; if they differ, a projection follows.
+        pooler_hidden_size, pooler_dropout, pooler_hidden_act, cls_dropout: settings of the sequence classifiers.
             cls_dropout is hidden_dropout_prob by default.
         tie_word_embeddings: the language model's output uses the word embeddings.
-        legacy: what ``save_pretrained`` calls the language model's head: ``cls.predictions`` (True) or
-            ``lm_predictions.lm_head``, which always uses the word embeddings. Both are loaded, both compute the same.
-        enhanced_mask_decoder: the language model predicts from absolute positions too, as Microsoft's does and Hugging
-            Face's does not (He et al., arXiv 2006.03654, section 3.2), unless position_biased_input has added them.
-        z_steps: how often the last layer runs, where more than once; the states before it stay keys and values.
+        legacy: the name under which ``save_pretrained`` writes the language model's head: ``cls.predictions`` (True)
+            or ``lm_predictions.lm_head``, which always uses the word embeddings. Both load and compute the same.
+        enhanced_mask_decoder: the language model also predicts from absolute positions, as in Microsoft's code but not
+            in Hugging Face's (He et al., arXiv 2006.03654, section 3.2), unless position_biased_input has added them.
+        z_steps: how often the last layer runs, if more than once; its first input remains the keys and values.
         far_negative: "hf" or "ms", the table's row for keys far behind their query (``relative_position``).
-        num_labels, id2label, label2id, problem_type: of the classifiers. Setting num_labels renames the labels.
+        num_labels, id2label, label2id, problem_type: settings of the classifiers. Setting num_labels renames the
+            labels.
 
     Raises:
         TypeError: a value is of the wrong type.
@@ -86,16 +102,17 @@ class DebertaConfig:
     output_hidden_states: bool = False
     return_dict: bool = True
 
-    def __init__(self, **values):
+    def __init__(self, **values: Any) -> None:
         num_labels = values.pop("num_labels", None)
-        places = [values.pop(name, None) for name in ("name_or_path", "_name_or_path")]
-        self.name_or_path = next(filter(None, places), "")
+        origins = [values.pop(name, None) for name in ("name_or_path", "_name_or_path")]
+        self.name_or_path = next(filter(None, origins), "")
         for field in dataclasses.fields(self):
             setattr(self, field.name, values.pop(field.name, field.default))
-        self.pooler_hidden_size = self.hidden_size if self.pooler_hidden_size is None else self.pooler_hidden_size
+        if self.pooler_hidden_size is None:
+            self.pooler_hidden_size = self.hidden_size
         for name, value in values.items():
             if hasattr(type(self), name):
-                raise ValueError(f"{name} is no value of a configuration, but what {type(self).__name__} computes")
+                raise ValueError(f"{name} is no value of a configuration: {type(self).__name__} defines it")
             setattr(self, name, value)
         if isinstance(self.pos_att_type, str):
             self.pos_att_type = [term.strip() for term in self.pos_att_type.lower().split("|")]
@@ -117,35 +134,25 @@ class DebertaConfig:
     def _check_types(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, field.type) or (isinstance(value, bool) and field.type is not bool):
+            if not isinstance(value, field.type) or (  # type: ignore[arg-type]
+                isinstance(value, bool) and field.type is not bool
+            ):
                 expected = getattr(field.type, "__name__", field.type)
                 raise TypeError(f"{field.name} must be of type {expected}, got {value!r}")
             _check_number(field.name, value)
 
     def _check(self) -> None:
-        positive = ["vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings"]
-        for name in [*positive, "num_labels", "pooler_hidden_size", "embedding_size", "attention_head_size"]:
-            if (getattr(self, name, None) or 1) < 1 or getattr(self, name, None) == 0:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.layer_norm_eps <= 0:
-            raise ValueError(f"layer_norm_eps must be positive, got {self.layer_norm_eps}")
-        if self.initializer_range < 0:
-            raise ValueError(f"initializer_range must not be negative, got {self.initializer_range}")
+        for expected, (is_valid, names) in _RANGES.items():
+            for name in names.split():
+                if (value := getattr(self, name, None)) is not None and not is_valid(value):
+                    raise ValueError(f"{name} {expected}, got {value}")
         if self.enhanced_mask_decoder and self.num_hidden_layers < 1:
             raise ValueError("enhanced_mask_decoder needs a layer to run again, got num_hidden_layers=0")
-        for name in ("num_hidden_layers", "type_vocab_size", "z_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout", "cls_dropout"):
-            if not 0 <= (getattr(self, name) or 0) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(f"pad_token_id must be below vocab_size, {self.vocab_size}, got {self.pad_token_id}")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size must be a multiple of num_attention_heads, {self.num_attention_heads}, "
-                f"got {self.hidden_size}"
-            )
+            heads = self.num_attention_heads
+            raise ValueError(f"hidden_size must be a multiple of num_attention_heads, {heads}, got {self.hidden_size}")
         for term in self.pos_att_type or ():
             if term not in _TERMS:
                 raise ValueError(f"pos_att_type may hold c2p and p2c, got {term!r}")
@@ -153,7 +160,7 @@ class DebertaConfig:
             activation(getattr(self, name))
         if self.problem_type not in _PROBLEM_TYPES:
             raise ValueError(f"problem_type must be one of {_PROBLEM_TYPES}, got {self.problem_type!r}")
-        slot_table(**self.table)  # which refuses what describes no table
+        slot_table(**self.table)  # raises ValueError if the values define no table
         if self.generation == 1:
             for name in ("position_buckets", "conv_kernel_size"):
                 if getattr(self, name, 0) > 0:
@@ -168,7 +175,7 @@ class DebertaConfig:
 
     @property
     def name_or_path(self) -> str:
-        """Where the configuration is from, "" if from nowhere. It is not saved."""
+        """Where the configuration was loaded from, "" if it was made. It is not saved."""
         return self._name_or_path
 
     @name_or_path.setter
@@ -177,7 +184,7 @@ class DebertaConfig:
 
     @property
     def num_labels(self) -> int:
-        return len(self.id2label)
+        return len(self.id2label)  # type: ignore[arg-type]  # __post_init__ fills it
 
     @num_labels.setter
     def num_labels(self, number: int) -> None:
@@ -191,18 +198,18 @@ class DebertaConfig:
 
     @property
     def position_terms(self) -> tuple[str, ...]:
-        """Those of c2p and p2c that attention has."""
+        """The position terms of attention: a subset of c2p and p2c."""
         return tuple(x for x in ("c2p", "p2c") if self.relative_attention and x in (self.pos_att_type or ()))
 
     @property
     def scale_terms(self) -> int:
-        """n of the scale 1 / sqrt(D n). Terms count where they are named, also where relative_attention is off."""
+        """n in the scale 1 / sqrt(D n). Named terms count, even where relative_attention is off."""
         named = self.pos_att_type or ()
         return 1 + (len(named) if self.generation == 1 else ("c2p" in named) + ("p2c" in named))
 
     @property
     def table(self) -> dict:
-        """Keywords of ``disentangled_attention`` that say which row of the position table is whose."""
+        """Keywords of ``disentangled_attention`` that assign rows of the position table to distances."""
         longest = self.max_relative_positions
         return dict(
             position_buckets=getattr(self, "position_buckets", -1) if self.generation > 1 else -1,
@@ -215,27 +222,23 @@ class DebertaConfig:
         return table_rows(self.table["position_buckets"], self.table["max_relative_positions"])
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> "DebertaConfig":
-        """Itself, as there is no other part. Trainer and PEFT ask for it."""
+        """Returns itself, because there is no other part. Trainer and PEFT call it."""
         return self
 
     def update(self, values: dict) -> None:
-        """Sets values by name, all or none. Raises what making a configuration of them would."""
+        """Sets values by name, all or none. Raises the errors of the constructor."""
         changes = {"name_or_path": self.name_or_path, **values}
         if changes.pop("model_type", self.model_type) != self.model_type:
             raise ValueError(f"model_type must stay {self.model_type!r}, got {values['model_type']!r}")
         vars(self).update(vars(self.from_dict(self.to_dict(), **changes)))
 
     def to_diff_dict(self) -> dict:
-        """Those of ``to_dict`` that are no defaults, and model_type."""
-        defaults = type(self)().to_dict()
-        return {
-            name: value
-            for name, value in self.to_dict().items()
-            if name == "model_type" or name not in defaults or defaults[name] != value
-        }
+        """The values of ``to_dict`` that differ from their defaults, and model_type."""
+        defaults = {**type(self)().to_dict(), "model_type": None}
+        return {name: x for name, x in self.to_dict().items() if name not in defaults or defaults[name] != x}
 
     def to_dict(self) -> dict:
-        """All values. Nones that are defaults are left out: Hugging Face's code takes them for values."""
+        """All values, except default Nones, which Hugging Face's code would take for set values."""
         values = {name: copy.deepcopy(value) for name, value in vars(self).items() if not name.startswith("_")}
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         values = {name: x for name, x in values.items() if x is not None or defaults.get(name, 0) is not None}
@@ -246,16 +249,16 @@ class DebertaConfig:
 
     @classmethod
     def from_dict(cls, values: dict, **changes) -> "DebertaConfig":
-        """Of the values of a config.json, Hugging Face's or Microsoft's.
+        """Makes a configuration from the values of a config.json, Hugging Face's or Microsoft's.
 
         Raises:
-            TypeError, ValueError: as the class; or the values are those of another kind of model.
+            TypeError, ValueError: see the class; or the values describe another kind of model.
         """
         values = dict(values)
         kind = values.pop("model_type", cls.model_type)
         if kind != cls.model_type:
             raise ValueError(f"model_type is {kind!r}, and {cls.__name__} describes a {cls.model_type!r}")
-        # Microsoft's names
+        # Names of Microsoft's files
         pooling = values.pop("pooling", None)
         for name, value in (pooling if isinstance(pooling, dict) else {}).items():
             values.setdefault(f"pooler_{name}", value)
@@ -267,29 +270,22 @@ class DebertaConfig:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike | Source, **changes) -> "DebertaConfig":
-        """Of the config.json in a folder or on the hub; ``changes`` replace values, or say where to look (``Source``).
+        """Reads the config.json in a folder or on the hub; ``changes`` replace values, or are options of ``Source``.
 
         Raises:
             FileNotFoundError: there is no config.json.
-            TypeError, ValueError: as ``from_dict``; or the file is no JSON object.
+            TypeError, ValueError: see ``from_dict``; or the file is no JSON object.
         """
-        place = {name: changes.pop(name) for name in Source.OPTIONS if name in changes}
-        source = name_or_path if isinstance(name_or_path, Source) else Source(name_or_path, **place)
-        return cls._of_file(*_read_values(source), **{"name_or_path": source.name, **changes})
-
-    @classmethod
-    def _of_file(cls, values: dict, path: Path, **changes) -> "DebertaConfig":
-        try:
-            return cls.from_dict(values, **changes)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{path}: {error}") from error
+        options = {name: changes.pop(name) for name in Source.OPTIONS if name in changes}
+        source = name_or_path if isinstance(name_or_path, Source) else Source(name_or_path, **options)
+        return read_config(source, cls, **changes)
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike) -> "DebertaConfig":
         return cls.from_dict(read_object(path))
 
     def to_json_file(self, path: str | os.PathLike) -> None:
-        """Writes the file, whole or not at all; a link is replaced, and not followed."""
+        """Writes the file atomically; a link is replaced, not followed."""
         replace_file(Path(path), self.to_json_string().encode())
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
@@ -299,7 +295,7 @@ class DebertaConfig:
     def __eq__(self, other) -> bool:
         return type(self) is type(other) and self.to_dict() == other.to_dict()
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {self.to_json_string()}".rstrip()
@@ -310,15 +306,15 @@ class DebertaV2Config(DebertaConfig):
     """DeBERTa v2 and v3.
 
     Attributes:
-        position_buckets: rows of the position table on either side; below 1, a row for every distance.
+        position_buckets: rows of the position table on either side; below 1, one row per distance.
         share_att_key: the table is projected with the weights of keys and queries.
         norm_rel_ebd: "layer_norm" normalises the table, "none" does not.
-        conv_kernel_size, conv_groups, conv_act: the convolution beside the first layer (nGiE); 0 means none.
+        conv_kernel_size, conv_groups, conv_act: the convolution parallel to the first layer (nGiE); 0 means none.
         attention_head_size: hidden_size / num_attention_heads by default.
-        The others: as in ``DebertaConfig``.
+        The others: see ``DebertaConfig``.
 
     Raises:
-        TypeError, ValueError: as ``DebertaConfig``.
+        TypeError, ValueError: see ``DebertaConfig``.
     """
 
     model_type = "deberta-v2"
@@ -363,23 +359,27 @@ def _check_number(name: str, value) -> None:
         raise ValueError(f"{name} must be at most {_AT_MOST[name]}, got {value}")
 
 
-def read_config(source: Source) -> DebertaConfig:
-    """The configuration of a folder or of a model on the hub, a ``DebertaConfig`` or a ``DebertaV2Config``.
+def read_config(source: Source, kind: type[DebertaConfig] | None = None, **changes) -> DebertaConfig:
+    """Reads the config.json of a folder or of a model on the hub.
+
+    Args:
+        kind: the class of the configuration; None chooses it by the file's model_type.
+        changes: replace values of the file.
 
     Raises:
         FileNotFoundError: there is no config.json.
-        TypeError, ValueError: as ``DebertaConfig.from_pretrained``; or it is of another kind of model.
+        TypeError, ValueError: the file, or a value, is not as ``from_dict`` needs it; the message names the file.
     """
-    values, path = _read_values(source)
-    kinds = {kind.model_type: kind for kind in (DebertaConfig, DebertaV2Config)}
-    if values.get("model_type") not in kinds:
-        raise ValueError(f"{path}: model_type must be one of {', '.join(kinds)}, got {values.get('model_type')!r}")
-    return kinds[values["model_type"]]._of_file(values, path, name_or_path=source.name)
-
-
-def _read_values(source: Source) -> tuple[dict, Path]:
-    """The values of a config.json, and the file that they are from."""
     path = config_file(source)
     if path is None:
         raise FileNotFoundError(f"there is no {CONFIG} in {source}")
-    return read_object(path), path
+    values = read_object(path)
+    if kind is None:
+        kinds, name = {x.model_type: x for x in (DebertaConfig, DebertaV2Config)}, values.get("model_type")
+        if name not in kinds:
+            raise ValueError(f"{path}: model_type must be one of {', '.join(kinds)}, got {name!r}")
+        kind = kinds[name]
+    try:
+        return kind.from_dict(values, **{"name_or_path": source.name, **changes})
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path}: {error}") from error

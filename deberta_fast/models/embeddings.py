@@ -1,4 +1,4 @@
-"""From token ids to the states that enter the encoder."""
+"""Embeddings: from token ids to the input of the encoder."""
 
 import torch
 from torch import nn
@@ -8,14 +8,14 @@ from .onednn_linear import project
 
 
 class DebertaEmbeddings(nn.Module):
-    """Words, and where the configuration has them positions and token types; then LayerNorm, mask and dropout."""
+    """Embeddings of words, optionally of positions and token types; then LayerNorm, mask and dropout."""
 
     def __init__(self, config: DebertaConfig):
         super().__init__()
         width = config.embedding_size or config.hidden_size
         self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
         self.position_biased_input = config.position_biased_input
-        # The enhanced mask decoder adds positions after the encoder, where they are not added here
+        # If positions are not added here, the enhanced mask decoder adds them after the encoder
         positions = config.position_biased_input or config.enhanced_mask_decoder
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, width) if positions else None
         types = config.type_vocab_size
@@ -36,7 +36,7 @@ class DebertaEmbeddings(nn.Module):
         Args:
             input_ids: (B, L), or inputs_embeds of shape (B, L, embedding_size).
             token_mask: bool (B, L), False for padding, whose embeddings become zero; None masks nothing.
-            token_type_ids: (B, L), zeros by default; ignored where there are no token types.
+            token_type_ids: (B, L), zeros by default; ignored by models without token types.
             position_ids: (1, L) or (B, L), 0 to L - 1 by default.
 
         Returns:
@@ -55,23 +55,14 @@ class DebertaEmbeddings(nn.Module):
         return self.dropout(states)
 
     def positions(self, length: int, position_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Absolute positions, (1 or B, L, embedding_size).
-
-        Raises:
-            ValueError: the sequence is longer than max_position_embeddings.
-        """
-        weight = self.position_embeddings.weight
+        """Embeddings of absolute positions, (1, L, embedding_size), or those of position_ids, (..., embedding_size)."""
         if position_ids is not None:
             return self.position_embeddings(position_ids)
         self.check_length(length)
-        return weight[:length].unsqueeze(0)
+        return self.position_embeddings.weight[:length].unsqueeze(0)
 
     def check_length(self, length: int) -> None:
-        """Whether there are positions for sequences of this length.
-
-        Raises:
-            ValueError: there are fewer.
-        """
+        """Raises ValueError if sequences of this length exceed max_position_embeddings."""
         longest = self.position_embeddings.num_embeddings
         if length > longest:
             raise ValueError(

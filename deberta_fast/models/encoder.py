@@ -1,4 +1,4 @@
-"""The stack of layers, with the table of relative positions that they share."""
+"""The encoder: a stack of layers that share the table of relative positions."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ from .weight_cache import WeightCache
 
 
 class AddAndNorm(nn.Module):
-    """``add_and_norm`` with its parameters."""
+    """LayerNorm(dropout(W h + b) + input), (..., width) and (..., hidden_size) to (..., hidden_size)."""
 
     def __init__(self, width: int, config: DebertaConfig):
         super().__init__()
@@ -24,19 +24,12 @@ class AddAndNorm(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return add_and_norm(self.dense, self.dropout, self.LayerNorm, x, residual)
-
-
-def add_and_norm(
-    dense: nn.Module, dropout: nn.Module, norm: nn.Module, x: torch.Tensor, residual: torch.Tensor
-) -> torch.Tensor:
-    """LayerNorm(dropout(W x + b) + residual), (..., width) and (..., hidden_size) to (..., hidden_size)."""
-    return norm(dropout(project(dense, x)) + residual)
+    def forward(self, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(self.dropout(project(self.dense, hidden_states)) + input_tensor)
 
 
 class DebertaAttention(nn.Module):
-    """Attention, added to the states that its queries come from."""
+    """Attention, output projection and norm; the residual is the input of the queries."""
 
     def __init__(self, config: DebertaConfig):
         super().__init__()
@@ -49,27 +42,22 @@ class DebertaAttention(nn.Module):
 
 
 class DebertaIntermediate(nn.Module):
-    """The feed-forward layer's first half."""
+    """act(W h + b), (..., hidden_size) to (..., intermediate_size)."""
 
     def __init__(self, config: DebertaConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = activation(config.hidden_act)
+        self.intermediate_act_fn = activation(config.hidden_act)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return intermediate(self.dense, self.activation, x)
-
-
-def intermediate(dense: nn.Module, act: Callable, x: torch.Tensor) -> torch.Tensor:
-    """act(W x + b), (..., hidden_size) to (..., intermediate_size)."""
-    return act(project(dense, x))
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.intermediate_act_fn(project(self.dense, hidden_states))
 
 
 class DebertaLayer(nn.Module):
-    """Attention and feed-forward, normalised after each.
+    """Attention and feed-forward, each followed by a norm.
 
-    Its tensors are positional arguments: reentrant checkpointing detaches only those. Otherwise every layer's backward
-    would walk the graph of the normalised table.
+    Tensors are passed by position, because reentrant checkpointing detaches only those. Otherwise every layer's
+    backward would run through the graph of the normalised table.
     """
 
     def __init__(self, config: DebertaConfig):
@@ -86,7 +74,7 @@ class DebertaLayer(nn.Module):
         query_states: torch.Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Arguments as of ``DisentangledSelfAttention``; returns states and the probabilities or None."""
+        """Takes the arguments of ``DisentangledSelfAttention``; returns states, and the probabilities or None."""
         attended, probabilities = self.attention(hidden_states, mask, rel_embeddings, query_states, output_attentions)
         return self.output(self.intermediate(attended), attended), probabilities
 
@@ -113,18 +101,19 @@ class ConvLayer(nn.Module):
         return output if token_mask is None else output * token_mask.unsqueeze(-1)
 
 
-def normalised_table(weight: torch.Tensor, norm: nn.Module, cache: WeightCache) -> torch.Tensor:
+def position_table(embeddings: nn.Embedding | None, norm: nn.Module | None, cache: WeightCache) -> torch.Tensor | None:
     """The table of relative positions, (R, hidden_size), after its norm.
 
-    It takes less time to make than to compare. ``cache`` keeps it where weights are promised to be constant, so that
-    what is made of it can be kept too.
+    The norm takes less time than comparing the weights, so its result is cached only where these are promised to be
+    constant; that lets values made from it be cached too.
     """
-    if cache.constant and why_not_ordinary(norm, nn.LayerNorm) is None:
-        weights = [weight, norm.weight, norm.bias]
-        if cache.keeps(weights):
-            return cache.get(weights, lambda: norm(weight), (norm.normalized_shape, norm.eps))
-    cache.clear()
-    return norm(weight)
+    if embeddings is None or norm is None:
+        return None if embeddings is None else embeddings.weight
+    if not cache.constant or why_not_ordinary(norm, nn.LayerNorm) is not None:
+        return norm(embeddings.weight)
+    weights = [embeddings.weight, norm.weight, norm.bias]
+    cached = cache.get(weights, lambda: norm(embeddings.weight), (norm.normalized_shape, norm.eps))
+    return norm(embeddings.weight) if cached is None else cached
 
 
 def run_layers(
@@ -143,16 +132,11 @@ def run_layers(
     Args:
         call: ``call(index, states, mask)`` runs one layer; returns its output, and its probabilities or None.
         depth: the number of layers.
-        hidden_states: the embeddings, (B, L, hidden_size); or packed, (T, hidden_size).
-        mask: as of ``DisentangledSelfAttention``.
-        packing: takes the padding out of (B, L, hidden_size) before the first layer; None where it stays.
-        unpadding: says what the rows of padding come out as.
-        conv: v2's convolution of the embeddings, added to the first layer's output; None where there is none.
-        token_mask: what ``conv`` takes, (B, L), 0 for padding; unused where states are packed.
-
-    Returns:
-        Every layer's output, the embeddings first (only the last one without output_hidden_states), and what each
-        layer returned as its probabilities.
+        packing: removes the padding of (B, L, hidden_size) before the first layer; None keeps it.
+        unpadding: restores the rows of padding.
+        conv: v2's convolution of the embeddings, added to the first layer's output; or None.
+        token_mask: the mask for ``conv``, (B, L), 0 for padding; unused for packed states.
+        The others, and the result: see ``DebertaEncoder``.
     """
     shape, given = hidden_states.shape[:2], mask
     if packing is not None:
@@ -177,16 +161,13 @@ class DebertaEncoder(nn.Module):
         normalised = getattr(config, "normalises_table", False)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if normalised else None
         self.conv = ConvLayer(config) if getattr(config, "conv_kernel_size", 0) > 0 else None
-        self.checkpointing: dict | None = None  # torch.utils.checkpoint's keywords, where layers are checkpointed
+        self.checkpointing: dict | None = None  # keywords of torch.utils.checkpoint; None disables checkpointing
         self.checkpoint_every = 1
         self.unpadding = Unpadding("auto")
         self.cache = WeightCache()
 
-    def table(self) -> torch.Tensor | None:
-        """Relative positions, (R, hidden_size)."""
-        if self.rel_embeddings is None or self.LayerNorm is None:
-            return None if self.rel_embeddings is None else self.rel_embeddings.weight
-        return normalised_table(self.rel_embeddings.weight, self.LayerNorm, self.cache)
+    def _table(self) -> torch.Tensor | None:
+        return position_table(self.rel_embeddings, self.LayerNorm, self.cache)
 
     def forward(
         self,
@@ -199,15 +180,14 @@ class DebertaEncoder(nn.Module):
         """
         Args:
             hidden_states: the embeddings, (B, L, hidden_size); or packed, (T, hidden_size).
-            mask: as of ``DisentangledSelfAttention``. With (B, L), ``unpadding`` decides whether padding is taken out.
-            token_mask: bool (B, L), False for padding; not for packed states.
+            mask: see ``DisentangledSelfAttention``. With (B, L), ``unpadding`` decides whether padding is removed.
+            token_mask: bool (B, L), False for padding; unused for packed states.
 
         Returns:
-            Every layer's output, the embeddings first (only the last one without output_hidden_states), and every
+            Every layer's output, starting with the embeddings (only the last without output_hidden_states), and every
             layer's probabilities (none without output_attentions).
         """
-        packing = self._packing(mask, output_attentions)
-        table = self.table()
+        packing, table = self._packing(mask, output_attentions), self._table()
         call = lambda index, states, mask: self._run(index, states, mask, table, None, output_attentions)
         states, attentions = run_layers(
             call, len(self.layer), hidden_states, mask, packing, self.unpadding, self.conv, token_mask,
@@ -216,29 +196,22 @@ class DebertaEncoder(nn.Module):
         return states, attentions if output_attentions else []
 
     def repeat_last_layer(
-        self,
-        hidden_states: torch.Tensor,
-        query_states: torch.Tensor,
-        mask: torch.Tensor | Packing | None,
-        times: int,
+        self, hidden_states: torch.Tensor, query_states: torch.Tensor, mask: torch.Tensor | Packing | None, times: int
     ) -> list[torch.Tensor]:
         """Runs the last layer ``times`` more, for Microsoft's z_steps and enhanced mask decoder.
 
-        Keys and values come from hidden_states each time, queries from the output before; from query_states at first.
+        Keys and values come from hidden_states each time; queries from query_states, then from the previous output.
         """
-        packing, shape, given = self._packing(mask), hidden_states.shape[:2], mask
-        if packing is not None:
-            hidden_states, query_states, mask = packing.pack(hidden_states), packing.pack(query_states), packing
-        table, outputs = self.table(), [query_states]
-        for _ in range(times):
-            output, _ = self._run(len(self.layer) - 1, hidden_states, mask, table, outputs[-1], False)
-            outputs.append(output)
-        return self.unpadding.padded(outputs[1:], packing, given, shape)
+        packing, table, last = self._packing(mask), self._table(), len(self.layer) - 1
+        keys = hidden_states if packing is None else packing.pack(hidden_states)
+        call = lambda _, queries, mask: self._run(last, keys, mask, table, queries, False)
+        states, _ = run_layers(call, times, query_states, mask, packing, self.unpadding, None, None, True)
+        return states[1:]
 
     def _packing(self, mask: torch.Tensor | Packing | None, output_attentions: bool = False) -> Packing | None:
-        reasons = ["output_attentions"] if output_attentions else []
-        reasons += filter(None, (layer.attention.self.dense_reason() for layer in self.layer))
-        return self.unpadding.packing(mask, self, reasons[0] if reasons else None)
+        reasons = (layer.attention.self.dense_reason() for layer in self.layer)
+        dense = "output_attentions" if output_attentions else next(filter(None, reasons), None)
+        return self.unpadding.packing(mask, self, dense)
 
     def _run(self, index: int, *inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
         layer = self.layer[index]

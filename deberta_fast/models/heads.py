@@ -1,4 +1,4 @@
-"""What stands on the encoder in the task models: pooler and language-model head; and the losses."""
+"""Heads of the task models, pooler and language model, and the losses."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from .onednn_linear import project
 
 
 class ContextPooler(nn.Module):
-    """act(W dropout(h_0) + b) of the first token's state, (B, hidden_size) to (B, pooler_hidden_size)."""
+    """act(W dropout(h_0) + b) for the first token's state h_0, (B, hidden_size) to (B, pooler_hidden_size)."""
 
     def __init__(self, config: DebertaConfig):
         super().__init__()
@@ -32,7 +32,7 @@ class LMHead(nn.Module):
         self.activation = activation(config.hidden_act)
         self.LayerNorm = nn.LayerNorm(width, config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        # Of Hugging Face's two heads, only the older can have weights of its own
+        # Only the older of Hugging Face's two heads can have its own weights
         untied = config.legacy and not config.tie_word_embeddings
         self.decoder = nn.Linear(width, config.vocab_size, bias=False) if untied else None
 
@@ -53,11 +53,7 @@ class LMPredictions(nn.Module):
 
 
 def token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of logits (B, L, N) and labels (B, L), those of -100 left out.
-
-    Raises:
-        ValueError: labels are of another shape.
-    """
+    """Mean cross entropy of logits (B, L, N) and labels (B, L) other than -100."""
     if labels.shape != logits.shape[:-1]:
         raise ValueError(f"labels must be of shape {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}")
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
@@ -70,13 +66,10 @@ def span_loss(
     end_positions: torch.Tensor,
     token_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mean of the cross entropies of a span's two ends, logits (B, L), positions (B,) or (B, 1).
+    """Mean cross entropy of a span's start and end, logits (B, L), positions (B,) or (B, 1).
 
-    Positions below 0 count as 0; those outside of the text or in its padding are left out, and so are the logits of
+    Positions below 0 count as 0. Positions outside of the text or in its padding are ignored, and so are the logits of
     padding, where token_mask, bool (B, L), is False.
-
-    Raises:
-        ValueError: positions are of another shape.
     """
     batch, outside = start_logits.shape
     losses = []
@@ -93,10 +86,9 @@ def span_loss(
 
 
 def first_states(states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
-    """Each sequence's first token, (B, L, hidden_size) to (B, hidden_size).
+    """The first token of each sequence, (B, L, hidden_size) to (B, hidden_size).
 
-    Args:
-        token_mask: bool (B, L), False for padding; None takes what lies first, padding or not.
+    ``token_mask`` is bool (B, L), False for padding; None takes the first row, even if it is padding.
     """
     if token_mask is None:
         return states[:, 0]
@@ -105,16 +97,12 @@ def first_states(states: torch.Tensor, token_mask: torch.Tensor | None) -> torch
 
 
 def sequence_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None) -> torch.Tensor:
-    """Loss of logits (B, num_labels) by Hugging Face's DeBERTa's rules.
+    """Loss of logits (B, num_labels) by the rules of Hugging Face's DeBERTa.
 
     With a problem_type: mean squared error ("regression"), cross entropy ("single_label_classification"), binary cross
-    entropy ("multi_label_classification"). Without: mean squared error where there is one label; cross entropy of class
-    numbers, (B,) or (B, 1), negative ones left out, and zero if all are; otherwise cross entropy of probabilities
+    entropy ("multi_label_classification"). Without: mean squared error for one label; cross entropy of class numbers,
+    (B,) or (B, 1), ignoring negative ones, and zero if all are; otherwise cross entropy of probabilities
     (B, num_labels).
-
-    Raises:
-        ValueError: labels are of another shape.
-        TypeError: class numbers are no integers.
     """
     batch, number = logits.shape
     classes = problem_type == "single_label_classification" or (problem_type is None and number > 1)

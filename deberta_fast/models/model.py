@@ -38,22 +38,23 @@ class DebertaModel(PreTrainedModel):
         cu_seqlens: torch.Tensor | Packing | None = None,
         max_seqlen: int | None = None,
     ) -> BaseModelOutput | tuple:
-        """Takes a batch (B, L); or with cu_seqlens the tokens of all sequences one after the other, (T,).
+        """Takes a batch (B, L), or with cu_seqlens the tokens of all sequences one after the other, (T,).
 
-        Packed sequences need no padding, and no token sees another sequence. What is (B, L) below is (T,) for them.
+        Packed sequences need no padding, and no token sees another sequence. Where (B, L) is written below, packed
+        sequences have (T,).
 
         Args:
             input_ids: (B, L) token ids, or inputs_embeds (B, L, embedding_size).
             attention_mask: 1 for tokens and 0 for padding, any dtype, (B, L) or (B, 1, 1, L); or pairwise, which query
-                may attend to which key, (B, L, L) or (B, 1, L, L). Not what is added to scores: anything but 0 counts
-                as 1. Without one, everything is a token. Of packed sequences (T,) alone.
+                may attend to which key, (B, L, L) or (B, 1, L, L). It is not added to scores: anything but 0 counts
+                as 1. Without one, everything is a token. Packed sequences take (T,) only.
             token_type_ids, position_ids: (B, L), zeros and each token's place in its sequence by default.
-            output_attentions: also return every layer's probabilities, (B, H, L, L), computed densely. There are none
-                of packed sequences.
+            output_attentions: also return every layer's probabilities, (B, H, L, L), computed densely; not available
+                for packed sequences.
             output_hidden_states: also return the embeddings and every layer's output.
-            return_dict: False returns a tuple. The three are the configuration's by default.
+            return_dict: False returns a tuple. The three default to the configuration's values.
             cu_seqlens: int32 (n + 1,), on the same device: sequence s lies at rows cu_seqlens[s] to cu_seqlens[s + 1].
-                Or a ``Packing`` of them, as task models give it.
+                Task models pass a ``Packing``.
             max_seqlen: at least the longest sequence's length. None reads it from cu_seqlens, which synchronises with
                 the device; a compiled program needs it given.
 
@@ -61,63 +62,46 @@ class DebertaModel(PreTrainedModel):
             last_hidden_state (B, L, hidden_size) or (T, hidden_size), hidden_states, attentions.
 
         Raises:
-            ValueError: both or neither of input_ids and inputs_embeds, or shapes that do not fit; output_attentions of
-                packed sequences, or a model of them that has talking heads.
+            ValueError: both or neither of input_ids and inputs_embeds are given, shapes do not fit, or packed sequences
+                come with output_attentions or a model that has talking heads.
             TypeError: cu_seqlens or max_seqlen is not as described.
         """
-        packing = given_packing(cu_seqlens, max_seqlen, attention_mask, input_ids, inputs_embeds)
-        if packing is not None:
-            output = self._run_packed(
-                packing, input_ids, token_type_ids, position_ids, inputs_embeds, output_attentions, output_hidden_states
-            )
-            return returned(self, return_dict, output)
-        shape = tuple(input_ids.shape if input_ids is not None else inputs_embeds.shape[:-1])
-        if len(shape) != 2 or shape[1] == 0:
-            name, form = (
-                ("input_ids", "(B, L)") if input_ids is not None else ("inputs_embeds", "(B, L, embedding_size)")
-            )
-            given = tuple((inputs_embeds if input_ids is None else input_ids).shape)
-            hint = "; packed sequences need cu_seqlens" if len(shape) == 1 else ""
-            raise ValueError(f"{name} must be of shape {form} with L at least 1, got {given}{hint}")
-        if attention_mask is None:
-            self._warn_of_padding(input_ids)
-        mask, token_mask = masks(attention_mask, *shape)
-        embedded = self.embeddings(input_ids, token_mask, token_type_ids, position_ids, inputs_embeds)
-        output = self._encode(embedded, mask, token_mask, output_hidden_states, output_attentions)
-        return returned(self, return_dict, output)
-
-    def _run_packed(
-        self, packing, input_ids, token_type_ids, position_ids, inputs_embeds, output_attentions, output_hidden_states
-    ) -> BaseModelOutput:
-        if self.config.output_attentions if output_attentions is None else output_attentions:
-            raise ValueError("output_attentions must be False with cu_seqlens: packed sequences have no probabilities")
-        given = input_ids if input_ids is not None else inputs_embeds
-        for name, x in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
-            if x is not None and x.shape != given.shape[:1]:
-                raise ValueError(f"{name} must be of shape {tuple(given.shape[:1])}, got {tuple(x.shape)}")
-        if position_ids is None and self.embeddings.position_biased_input:
-            position_ids = self._packed_positions(packing, given.shape[0])
-        rows = (
-            None if x is None else x.unsqueeze(0)
-            for x in (input_ids, packing.mask, token_type_ids, position_ids, inputs_embeds)
-        )
-        embedded = self.embeddings(*rows).squeeze(0)
-        return self._encode(embedded, packing, None, output_hidden_states, False)
-
-    def _encode(self, embedded, mask, token_mask, output_hidden_states, output_attentions) -> BaseModelOutput:
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        packing = given_packing(cu_seqlens, max_seqlen, attention_mask, input_ids, inputs_embeds)
+        if packing is None:
+            shape = check_form(input_ids, inputs_embeds, "B", "L", hint="packed sequences need cu_seqlens")
+            if attention_mask is None:
+                self._warn_of_padding(input_ids)
+            mask, token_mask = masks(attention_mask, *shape)
+            embedded = self.embeddings(input_ids, token_mask, token_type_ids, position_ids, inputs_embeds)
+        elif output_attentions:
+            raise ValueError("output_attentions must be False with cu_seqlens: packed sequences have no probabilities")
+        else:
+            mask, token_mask = packing, None
+            embedded = self._embed_packed(packing, input_ids, token_type_ids, position_ids, inputs_embeds)
         repeats = config.z_steps - 1 if config.num_hidden_layers > 0 else 0
         keep_all = output_hidden_states or repeats > 0
         states, attentions = self.encoder(embedded, mask, token_mask, keep_all, output_attentions)
         if repeats > 0:
             states = [*states, *self.encoder.repeat_last_layer(states[-2], states[-1], mask, repeats)]
-        return BaseModelOutput(
+        output = BaseModelOutput(
             last_hidden_state=states[-1],
             hidden_states=tuple(states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
+        return returned(self, return_dict, output)
+
+    def _embed_packed(self, packing, input_ids, token_type_ids, position_ids, inputs_embeds) -> torch.Tensor:
+        tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
+        for name, x in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
+            if x is not None and x.shape != (tokens,):
+                raise ValueError(f"{name} must be of shape {(tokens,)}, got {tuple(x.shape)}")
+        if position_ids is None and self.embeddings.position_biased_input:
+            position_ids = self._packed_positions(packing, tokens)
+        inputs = (input_ids, packing.mask, token_type_ids, position_ids, inputs_embeds)
+        return self.embeddings(*(None if x is None else x.unsqueeze(0) for x in inputs)).squeeze(0)
 
     def _packed_positions(self, packing: Packing, tokens: int) -> torch.Tensor:
         self.embeddings.check_length(packing.max_seqlen)
@@ -126,34 +110,30 @@ class DebertaModel(PreTrainedModel):
     def enhanced_mask_decoder(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | Packing | None = None,
         position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Runs the last layer twice more on the states it was given, with absolute positions in its first queries.
+        """Runs the last layer twice more on its input, with absolute positions in the first queries.
 
-        Keys and values are hidden_states both times; the first queries are hidden_states + positions, the second ones
-        the first output (He et al., arXiv 2006.03654, section 3.2, as Microsoft's code has it).
+        Keys and values are hidden_states both times. The first queries are hidden_states + positions, the second ones
+        the first output (He et al., arXiv 2006.03654, section 3.2, as in Microsoft's code).
 
         Args:
-            hidden_states: the last layer's input, (B, L, hidden_size).
-            attention_mask, position_ids: as of ``forward``.
+            hidden_states: the last layer's input, (B, L, hidden_size) or packed (T, hidden_size).
+            attention_mask, position_ids: see ``forward``. A ``Packing`` for packed states.
 
         Returns:
-            (B, L, hidden_size)
+            (B, L, hidden_size) or (T, hidden_size)
         """
-        positions = self.embeddings.positions(hidden_states.shape[1], position_ids)
+        if isinstance(attention_mask, Packing):
+            mask = attention_mask
+            if position_ids is None:
+                position_ids = self._packed_positions(mask, hidden_states.shape[0])
+        else:
+            mask, _ = masks(attention_mask, *hidden_states.shape[:2])
+        positions = self.embeddings.positions(hidden_states.shape[-2], position_ids)
         queries = hidden_states + self.embeddings.project(positions)
-        mask, _ = masks(attention_mask, *hidden_states.shape[:2])
         return self.encoder.repeat_last_layer(hidden_states, queries, mask, 2)[-1]
-
-    def enhanced_mask_decoder_packed(
-        self, hidden_states: torch.Tensor, packing: Packing, position_ids: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """``enhanced_mask_decoder`` of packed states, (T, hidden_size) to (T, hidden_size)."""
-        if position_ids is None:
-            position_ids = self._packed_positions(packing, hidden_states.shape[0])
-        queries = hidden_states + self.embeddings.project(self.embeddings.position_embeddings(position_ids))
-        return self.encoder.repeat_last_layer(hidden_states, queries, packing, 2)[-1]
 
     def _warn_of_padding(self, input_ids: torch.Tensor | None) -> None:
         """Checks only the first call, because the check synchronises with the device."""
@@ -177,6 +157,28 @@ class DebertaV2Model(DebertaModel):
     config_class = DebertaV2Config
 
 
+def check_form(
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    *dims: str,
+    nonempty: bool = True,
+    hint: str = "",
+) -> torch.Size:
+    """Checks that input_ids have the dimensions ``dims``, or inputs_embeds these and one more, and returns their sizes.
+
+    The last of ``dims`` must not be 0 if ``nonempty``. The error for input_ids of one dimension ends with ``hint``.
+    """
+    name, given, names = "input_ids", input_ids, dims
+    if inputs_embeds is not None:
+        name, given, names = "inputs_embeds", inputs_embeds, (*dims, "embedding_size")
+    if given.dim() != len(names) or (nonempty and given.shape[len(dims) - 1] == 0):
+        form = f"({', '.join(names)}{',' if len(names) == 1 else ''})"
+        least = f" with {dims[-1]} at least 1" if nonempty else ""
+        hint = f"; {hint}" if hint and given.dim() == len(names) - 1 else ""
+        raise ValueError(f"{name} must be of shape {form}{least}, got {tuple(given.shape)}{hint}")
+    return given.shape[: len(dims)]
+
+
 def given_packing(
     cu_seqlens: torch.Tensor | Packing | None,
     max_seqlen: int | None,
@@ -184,26 +186,18 @@ def given_packing(
     input_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
 ) -> Packing | None:
-    """The packing of what ``forward`` is called with; None where that is a batch.
-
-    Raises:
-        TypeError, ValueError: the arguments are not as ``DebertaModel.forward`` describes them.
-    """
+    """Checks which inputs ``DebertaModel.forward`` is given; returns the packing of sequences, or None for a batch."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("exactly one of input_ids and inputs_embeds must be given")
     if isinstance(cu_seqlens, Packing):
         return cu_seqlens
-    if cu_seqlens is None:
-        if max_seqlen is not None:
-            raise ValueError(f"max_seqlen belongs to packed sequences: got max_seqlen={max_seqlen} and no cu_seqlens")
-        return None
-    given = input_ids if input_ids is not None else inputs_embeds
-    if given.dim() != (1 if inputs_embeds is None else 2) or given.shape[0] == 0:
-        name, form = ("input_ids", "(T,)") if inputs_embeds is None else ("inputs_embeds", "(T, embedding_size)")
-        raise ValueError(
-            f"{name} must be of shape {form} with T at least 1 beside cu_seqlens, got {tuple(given.shape)}"
-        )
-    return packed_sequences(cu_seqlens, max_seqlen, attention_mask, given)
+    if cu_seqlens is not None:
+        check_form(input_ids, inputs_embeds, "T")
+        states = input_ids if inputs_embeds is None else inputs_embeds
+        return packed_sequences(cu_seqlens, max_seqlen, attention_mask, states)
+    if max_seqlen is not None:
+        raise ValueError(f"max_seqlen belongs to packed sequences: got max_seqlen={max_seqlen} and no cu_seqlens")
+    return None
 
 
 def base_model(config: DebertaConfig) -> DebertaModel:
@@ -215,13 +209,7 @@ def returned(model: PreTrainedModel, return_dict: bool | None, output: ModelOutp
 
 
 def masks(mask: torch.Tensor | None, batch: int, length: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The mask that attention takes, (B, L) or (B, 1, L, L), and the mask of tokens, (B, L), False for padding.
-
-    Both are bool, as everything below takes them.
-
-    Raises:
-        ValueError: the mask is of another shape.
-    """
+    """The mask for attention, (B, L) or (B, 1, L, L), and the mask of tokens, (B, L), False for padding; both bool."""
     if mask is None:
         return None, None
     mask = mask.bool()

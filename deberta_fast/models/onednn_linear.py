@@ -1,7 +1,7 @@
-"""Linear layers of a patched or native model: oneDNN's product where torch's own choice is far from the fastest.
+"""Linear layers by oneDNN's product where torch's default is much slower.
 
-torch multiplies float32 with MKL, which does not use the whole width of an AMD processor; the oneDNN inside the same
-torch does, forward and in both products of the backward pass. docs/measured.md has the figures behind this module.
+torch multiplies float32 with MKL, which does not use the full vector width of AMD processors. The oneDNN inside the
+same torch does, in forward and in both products of backward. docs/measured.md has the figures.
 """
 
 import functools
@@ -14,17 +14,17 @@ from torch.autograd import forward_ad
 from .ordinary import why_not_ordinary
 
 FEWEST_ROWS = 8  # below, oneDNN's call overhead exceeds its speed-up
-DEEPEST = 1024  # oneDNN accumulates sequentially: deeper products are made in parts, which round less
+DEEPEST = 1024  # oneDNN accumulates sequentially: deeper products are split, which reduces rounding errors
 
 
 def project(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """``linear(x)``, within rounding: whatever makes it more than a plain product runs as it is."""
+    """``linear(x)`` up to rounding. A module that is not plain runs its own forward."""
     return product(x, linear.weight, linear.bias) if is_plain(linear) else linear(x)
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Whether a module is a torch Linear and nothing more: no adapter, hook, parametrization or sharded weight. Not
-    where a program is traced."""
+    """Whether a module is only a torch Linear, without adapter, hook, parametrization or sharded weight; False while
+    a program is traced."""
     return (
         not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         and why_not_ordinary(linear, nn.Linear) is None
@@ -42,19 +42,19 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if bias is not None:
-        bias = bias.contiguous()  # oneDNN reads N numbers from the first one on, whatever the stride
+        bias = bias.contiguous()  # oneDNN ignores the stride
     result = None
     for start in range(0, x.shape[-1], DEEPEST):
         part = weight[:, start : start + DEEPEST]
         if not (part.is_contiguous() or part.t().is_contiguous()):
-            part = part.contiguous()  # or oneDNN would multiply by its slowest code
+            part = part.contiguous()  # otherwise oneDNN uses its slowest kernel
         last = torch.ops.mkldnn._linear_pointwise(x[..., start : start + DEEPEST], part, bias, "none", [], "")
         result, bias = last if result is None else result.add_(last), None
     return result
 
 
 class _Product(torch.autograd.Function):
-    """y = x W^T + b,   dx = dy W,   dW = dy^T x,   db = sum dy: products of the same kind, hence derivatives too."""
+    """y = x W^T + b with dx = dy W, dW = dy^T x, db = sum dy. Backward uses ``product``, so it is differentiable."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -74,7 +74,7 @@ class _Product(torch.autograd.Function):
 
 
 def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    # torch takes what it would broadcast or refuse: oneDNN is called below all checks and below autograd.
+    # torch handles inputs that it would broadcast or refuse, because oneDNN is called below its checks and autograd.
     return (
         _mkl_is_slow()
         and not torch._C._are_functorch_transforms_active()
@@ -94,7 +94,7 @@ def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
 
 @functools.lru_cache(maxsize=1)
 def _mkl_is_slow() -> bool:
-    """Whether torch's MKL meets a processor that it holds back on."""
+    """Whether the processor is one on which MKL is slow, and torch has oneDNN."""
     cpuinfo = Path("/proc/cpuinfo")
     amd = cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
     available = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()

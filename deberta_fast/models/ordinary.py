@@ -1,7 +1,7 @@
-"""Whether a module is its class's and nothing more.
+"""Checks that a module is exactly its class, without hooks or overrides.
 
-Only then may another computation stand in for a call of it, and only then does its output depend on nothing but its
-input, its weights and its settings. Patched and native models ask here before they fuse a module or keep a value.
+Only then may another computation replace a call of it, and its output depends only on its input, weights and settings.
+Patched and native models check this before they fuse a module or cache a value.
 """
 
 import functools
@@ -15,10 +15,10 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def why_not_ordinary(module: nn.Module, *kinds: type) -> str | None:
-    """Says what makes a call of ``module`` more than the ``forward`` of one of ``kinds``; None if nothing does.
+    """The reason why a call of ``module`` may do more than the ``forward`` of one of ``kinds``, or None.
 
-    A subclass is more, and so are a ``forward`` on the instance and hooks of any kind, global ones included. So is a
-    parametrization, as it gives the module a class of its own.
+    Reasons are a subclass, a ``forward`` on the instance, and hooks of any kind, including global ones. A
+    parametrization counts as a subclass, because it changes the module's class.
     """
     if type(module) not in kinds:
         return f"a {type(module).__name__}, not {' or '.join(f'{kind.__module__}.{kind.__name__}' for kind in kinds)}"
@@ -32,14 +32,12 @@ def why_not_ordinary(module: nn.Module, *kinds: type) -> str | None:
 
 
 def overridden(module: nn.Module, base: type) -> str | None:
-    """The first method of ``base`` that somebody has replaced: in the class of ``module``, on the module itself, or in
-    ``base``; None if none is.
+    """The first method of ``base`` that was replaced in the class of ``module``, on it, or in ``base``; or None.
 
-    ``forward`` is left to the caller: on a patched instance it is replaced. Special methods do not count.
+    Special methods do not count, nor does ``forward``, which patching replaces.
     """
     methods = _methods(base)
-    own = methods & vars(module).keys()
-    if own:
+    if own := methods & vars(module).keys():
         return min(own)
     if not torch.compiler.is_compiling():
         for name in methods:
@@ -49,12 +47,12 @@ def overridden(module: nn.Module, base: type) -> str | None:
 
 
 def is_own_code(function: Callable | None, kind: type) -> bool:
-    """Whether a method comes from the module of its class: what others put there does not."""
+    """Whether a method is defined in the module of its class."""
     return getattr(function, "__module__", None) == kind.__module__
 
 
 def constant(function: Callable) -> Callable:
-    """A function of classes and numbers whose result never changes: computed once, and not traced by torch.compile."""
+    """Decorates a function of classes and numbers: the result is cached, and torch.compile does not trace it."""
     cached = functools.lru_cache(maxsize=256)(function)
 
     @functools.wraps(function)

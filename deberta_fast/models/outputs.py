@@ -1,4 +1,4 @@
-"""What the models return: by attribute, by name, or by position, where what is None does not count."""
+"""Outputs of the models, read by attribute, by name, or by position among the values that are not None."""
 
 import dataclasses
 from collections import OrderedDict
@@ -13,9 +13,9 @@ States = tuple[torch.Tensor, ...] | None
 class ModelOutput(OrderedDict):
     """A dictionary of the fields that are not None, in order; ``output[0]`` is the first of them.
 
-    Subclasses are dataclasses. As in Hugging Face's, iteration goes over names, ``to_tuple()`` gives the values. One is
-    also made of a dictionary, or of (name, value) pairs, by which accelerate and DataParallel make another of one.
-    Values are replaced, and not removed.
+    Subclasses are dataclasses. As in Hugging Face's, iteration yields names, and ``to_tuple()`` returns the values. The
+    constructor also takes a dictionary or (name, value) pairs, by which accelerate and DataParallel rebuild outputs.
+    Values can be replaced, but not removed.
     """
 
     def __init_subclass__(cls) -> None:
@@ -32,7 +32,7 @@ class ModelOutput(OrderedDict):
         )
 
     def __post_init__(self) -> None:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
         first = next(iter(fields))
         values = _named_values(fields[first])
         if values is not None:
@@ -60,17 +60,10 @@ class ModelOutput(OrderedDict):
             super().__setitem__(name, value)
         object.__setattr__(self, name, value)
 
-    def __delitem__(self, key):
-        raise TypeError(f"{type(self).__name__} keeps its values, got del of {key!r}")
+    def _refuse_removal(self, *arguments, **keywords):
+        raise TypeError(f"{type(self).__name__} keeps its values: they can be replaced, but not removed")
 
-    def pop(self, *arguments):
-        raise TypeError(f"{type(self).__name__} keeps its values, got pop{arguments}")
-
-    def popitem(self, last: bool = True):
-        raise TypeError(f"{type(self).__name__} keeps its values, got popitem")
-
-    def clear(self):
-        raise TypeError(f"{type(self).__name__} keeps its values, got clear")
+    __delitem__ = pop = popitem = clear = _refuse_removal
 
     def __reduce__(self):
         return _rebuild, (type(self), dict(self))
@@ -84,7 +77,7 @@ def _rebuild(kind: type, values: dict) -> ModelOutput:
 
 
 def _named_values(given) -> list[tuple] | None:
-    """The pairs of a dictionary, or of what yields (name, value) pairs; None of any other value."""
+    """The (name, value) pairs of a dictionary, sequence or iterator; None for any other value."""
     if isinstance(given, Mapping):
         return list(given.items())
     if isinstance(given, list | tuple | Iterator):
@@ -98,7 +91,7 @@ def _named_values(given) -> list[tuple] | None:
 
 @dataclasses.dataclass
 class BaseModelOutput(ModelOutput):
-    """last_hidden_state (B, L, hidden_size); hidden_states, the embeddings and one a layer; attentions (B, H, L, L)."""
+    """last_hidden_state (B, L, hidden_size); hidden_states: embeddings and each layer's; attentions (B, H, L, L)."""
 
     last_hidden_state: torch.Tensor | None = None
     hidden_states: States = None
@@ -106,33 +99,27 @@ class BaseModelOutput(ModelOutput):
 
 
 @dataclasses.dataclass
-class MaskedLMOutput(ModelOutput):
+class _LossAndLogits(ModelOutput):
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hidden_states: States = None
+    attentions: States = None
+
+
+class MaskedLMOutput(_LossAndLogits):
     """loss, a scalar, if there are labels; logits (B, L, vocab_size); the others as ``BaseModelOutput``."""
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    hidden_states: States = None
-    attentions: States = None
 
-
-@dataclasses.dataclass
-class SequenceClassifierOutput(ModelOutput):
+class SequenceClassifierOutput(_LossAndLogits):
     """loss, a scalar, if there are labels; logits (B, num_labels); the others as ``BaseModelOutput``."""
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    hidden_states: States = None
-    attentions: States = None
 
-
-@dataclasses.dataclass
-class TokenClassifierOutput(ModelOutput):
+class TokenClassifierOutput(_LossAndLogits):
     """loss, a scalar, if there are labels; logits (B, L, num_labels); the others as ``BaseModelOutput``."""
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    hidden_states: States = None
-    attentions: States = None
+
+class MultipleChoiceModelOutput(_LossAndLogits):
+    """loss, a scalar, if there are labels; logits (B, choices); the others as ``BaseModelOutput``."""
 
 
 @dataclasses.dataclass
@@ -142,15 +129,5 @@ class QuestionAnsweringModelOutput(ModelOutput):
     loss: torch.Tensor | None = None
     start_logits: torch.Tensor | None = None
     end_logits: torch.Tensor | None = None
-    hidden_states: States = None
-    attentions: States = None
-
-
-@dataclasses.dataclass
-class MultipleChoiceModelOutput(ModelOutput):
-    """loss, a scalar, if there are labels; logits (B, choices); the others as ``BaseModelOutput``."""
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
     hidden_states: States = None
     attentions: States = None

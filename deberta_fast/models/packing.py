@@ -1,34 +1,34 @@
-"""Batches without their padding: the tokens of all sequences one after the other.
+"""Packed batches: the tokens of all sequences one after the other, without padding.
 
-What works token by token (linear layers, norms, activations) takes packed states (T, hidden_size) as it takes any;
-attention needs to know where sequences end, and a convolution must not reach from one into the next.
+Token-wise operations (linear layers, norms, activations) run on packed states (T, hidden_size) unchanged. Attention
+needs the sequences' boundaries, and a convolution must not reach from one sequence into the next.
 """
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from ..op.call import check_cu_seqlens_form, integer
+from ..op.call import check_cu_seqlens_form, check_cu_seqlens_values, integer
 from ..op.schema import checked_cu_seqlens
-from .padding import PackedPadding, check_padding_rows, is_traced
+from .padding import PackedPadding, is_traced
 
-UNPAD = (False, "auto", True)
-# "auto" takes padding out from this share of a batch's rows on: less costs as much as it saves (docs/measured.md).
+# "auto" removes padding that is at least this share of a batch's rows: less costs as much as it saves
+# (docs/measured.md).
 WORTH = 1 / 32
 
 
 class Packing(NamedTuple):
-    """Where the sequences of packed states (T, ...) lie. Attention takes it in the place of a mask.
+    """The sequences of packed states (T, ...). Attention takes it in place of a mask.
 
-    Whoever makes one answers for its cu_seqlens: attention does not check their values.
+    Attention does not check the values of cu_seqlens: ``packed_sequences`` and ``packing_of`` make valid ones.
 
     Attributes:
-        cu_seqlens: int32 (n + 1,), sequence s at rows cu_seqlens[s] to cu_seqlens[s + 1].
+        cu_seqlens: int32 (n + 1,); sequence s lies at rows cu_seqlens[s] to cu_seqlens[s + 1].
         max_seqlen: at least the longest sequence's length.
-        mask: bool (T,), False for tokens that nobody attends to; None where there are none.
-        rows: int64 (T,), for each token its row in the padded batch (B L, ...); None where there is no such batch.
-        padding: where rows of padding get Hugging Face's values; then the last row of a sequence may stand for padding.
+        mask: bool (T,), False for tokens that are not attended to; None if there are none.
+        rows: int64 (T,), the row of each token in the padded batch (B L, ...); None without such a batch.
+        padding: for Hugging Face's values in rows of padding; the last row of a sequence may then stand for padding.
     """
 
     cu_seqlens: torch.Tensor
@@ -44,13 +44,14 @@ class Packing(NamedTuple):
 
     def pack(self, states: torch.Tensor) -> torch.Tensor:
         """(B, L, ...) to (T, ...)."""
-        return states.flatten(0, 1).index_select(0, self.rows)
+        return states.flatten(0, 1).index_select(0, self.rows)  # type: ignore[arg-type]
 
     def pad(self, states: torch.Tensor, batch: int, length: int) -> torch.Tensor:
-        """(T, ...) to (B, L, ...); zeros where there is no token, unless ``padding`` knows better."""
+        """(T, ...) to (B, L, ...). Rows of padding come from ``padding``, or are zero without it."""
         if self.padding is not None:
             return self.padding.pad(states, batch)
-        return _scattered(states, self.rows, batch * length).unflatten(0, (batch, length))
+        rows: Any = self.rows  # None only for sequences that were packed elsewhere
+        return _scattered(states, rows, batch * length).unflatten(0, (batch, length))
 
     def positions(self, tokens: int) -> torch.Tensor:
         """Each token's place in its own sequence, int64 (T,)."""
@@ -70,16 +71,23 @@ class Packing(NamedTuple):
         sequences = torch.arange(self.cu_seqlens.shape[0] - 1, device=self.cu_seqlens.device)
         return self._by_token(sequences, tokens) * self.max_seqlen + self.positions(tokens)
 
-    def convolve(self, layer: torch.nn.Module, embeddings: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """A convolution layer (``encoder.ConvLayer`` or Hugging Face's) of packed states, each sequence for itself.
+    def check_choices(self, choices: int | None) -> None:
+        """Checks that multiple choice with so many choices per question divides the sequences into questions."""
+        sequences = self.cu_seqlens.shape[0] - 1
+        if not isinstance(choices, int) or choices < 1 or sequences % choices:
+            raise ValueError(f"choices must divide the number of sequences, {sequences}, got {choices}")
 
-        Sequences are set as far apart as the kernel reaches beyond its middle, with zeros between: one batch row.
+    def convolve(self, layer: torch.nn.Module, embeddings: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Applies a convolution layer (``encoder.ConvLayer`` or Hugging Face's) to each packed sequence separately.
+
+        The sequences form one batch row, with zeros between them as wide as half the kernel.
 
         Args:
-            embeddings, output: what the layer convolves and what it adds that to, (T, hidden_size).
+            embeddings, output: the layer's input and residual, (T, hidden_size).
         """
         tokens, sequences = embeddings.shape[0], self.cu_seqlens.shape[0] - 1
-        gap = layer.conv.weight.shape[-1] // 2
+        weight: Any = layer.conv.weight  # type: ignore[union-attr]
+        gap = weight.shape[-1] // 2
         shifts = gap * torch.arange(sequences, device=embeddings.device)
         rows = torch.arange(tokens, device=embeddings.device) + self._by_token(shifts, tokens)
         seen = rows.new_ones(tokens) if self.mask is None else self.mask.long()
@@ -97,33 +105,28 @@ class Packing(NamedTuple):
         return values.repeat_interleave(self.lengths, output_size=tokens)
 
 
-def check_unpad(unpad: bool | str) -> bool | str:
-    if not any(unpad is value or (value == "auto" == unpad) for value in UNPAD):
-        raise ValueError(f'unpad must be False, "auto" or True, got {unpad!r}')
-    return unpad
-
-
 class Unpadding:
-    """Decides for every batch whether its padding is taken out.
+    """Decides for every batch whether its padding is removed.
 
     Attributes:
         mode: False, never; "auto", where it pays; True, wherever there is padding, with one warning where it stays.
-        padding_rows: "hf", rows of padding get Hugging Face's values; "zeros", they come out as zeros.
+        padding_rows: "hf" gives rows of padding Hugging Face's values, "zeros" zeros.
     """
 
     def __init__(self, mode: bool | str, padding_rows: str = "hf"):
-        self.mode, self.padding_rows = check_unpad(mode), check_padding_rows(padding_rows)
+        if not (mode is False or mode is True or mode == "auto"):
+            raise ValueError(f'unpad must be False, "auto" or True, got {mode!r}')
+        if padding_rows not in ("hf", "zeros"):
+            raise ValueError(f'padding_rows must be "hf" or "zeros", got {padding_rows!r}')
+        self.mode, self.padding_rows = mode, padding_rows
         self._warned = False
 
     def packing(
         self, mask: torch.Tensor | Packing | None, encoder: torch.nn.Module, dense: str | None = None
     ) -> Packing | None:
-        """The packing to run the layers with, or None to run them on the batch as it is.
+        """The packing to run the layers of ``encoder`` with, or None to run them on the batch, or on packed states.
 
-        Args:
-            mask: bool; a ``Packing`` where states are packed already.
-            encoder: what runs the layers.
-            dense: why attention needs the batch as it is, to make its probabilities; None if it does not.
+        ``dense`` is the reason why attention materialises its probabilities, and needs the batch; or None.
         """
         if not self.mode or mask is None or isinstance(mask, Packing):
             return None
@@ -138,7 +141,7 @@ class Unpadding:
     def padded(
         self, states: list[torch.Tensor], packing: Packing | None, mask: torch.Tensor | Packing | None, shape: tuple
     ) -> list[torch.Tensor]:
-        """What the layers gave, (B, L, hidden_size), where ``shape`` is (B, L) and ``mask`` what they were given."""
+        """Pads the layers' outputs to (B, L, hidden_size); ``shape`` is (B, L), ``mask`` the encoder's argument."""
         if packing is not None:
             states = [packing.pad(x, *shape) for x in states]
         if self.padding_rows == "hf" or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
@@ -147,8 +150,7 @@ class Unpadding:
 
 
 def reason_of_adapters(encoder: torch.nn.Module) -> str | None:
-    """PEFT's ``adapter_names`` give each row of a batch an adapter, by hooks on the layers for one call: then those
-    have to see rows."""
+    """The reason why the layers need the batch's rows, or None: PEFT's ``adapter_names`` choose an adapter per row."""
     for module in encoder.modules():
         for hook in module._forward_pre_hooks.values():
             if "adapter_names" in (getattr(hook, "keywords", None) or ()):
@@ -157,62 +159,47 @@ def reason_of_adapters(encoder: torch.nn.Module) -> str | None:
 
 
 def packing_of(token_mask: torch.Tensor, unpad: bool | str, padding_rows: str) -> Packing | None:
-    """The packing of a padded batch. Each row is kept from its first token to its last; padding between them is masked.
+    """The packing of a batch with token_mask, bool (B, L); None if there is no token, or no padding to remove.
 
-    Synchronises with the device once, to learn how many tokens there are.
-
-    Args:
-        token_mask: bool (B, L), False for padding.
-        unpad: True, or "auto" to leave little padding in.
-        padding_rows: with "hf", a row of padding goes along with every sequence that has some outside of its tokens.
-
-    Returns:
-        None where there is no padding to take out, or no token at all.
+    Each row is kept from its first token to its last; padding between them is masked. padding_rows "hf" adds one row of
+    padding to every sequence that has padding outside of these. Synchronises with the device once.
     """
     batch, length = token_mask.shape
-    places = torch.arange(length, device=token_mask.device)
-    first = torch.where(token_mask, places, length).amin(1)
-    spans = (torch.where(token_mask, places, -1).amax(1) + 1 - first).clamp(min=0)
-    kept = spans + (spans < length) if padding_rows == "hf" else spans
-    lengths, tokens = torch.stack([kept, token_mask.sum(1)]).tolist()
-    total = sum(lengths)
+    positions = torch.arange(length, device=token_mask.device)
+    first = torch.where(token_mask, positions, length).amin(1)
+    spans = (torch.where(token_mask, positions, -1).amax(1) + 1 - first).clamp(min=0)
+    lengths = spans + (spans < length) if padding_rows == "hf" else spans
+    counts, tokens = torch.stack([lengths, token_mask.sum(1)]).tolist()
+    total = sum(counts)
     if not any(tokens) or batch * length - total <= (0 if unpad is True else WORTH * batch * length):
         return None
-    ends = kept.cumsum(0)
-    by_token = lambda values: values.repeat_interleave(kept, output_size=total)
+    ends = lengths.cumsum(0)
+    starts = ends - lengths
+    by_token = lambda values: values.repeat_interleave(lengths, output_size=total)
     sequences = by_token(torch.arange(batch, device=token_mask.device))
-    places = torch.arange(total, device=token_mask.device) - by_token(ends - kept)
-    outside = places == by_token(spans)  # the rows that stand for padding
+    positions = torch.arange(total, device=token_mask.device) - by_token(starts)
+    outside = positions == by_token(spans)  # the rows that stand for padding
     first_outside = torch.where(first > 0, 0, spans)
-    rows = sequences * length + torch.where(outside, by_token(first_outside), places + by_token(first))
+    rows = sequences * length + torch.where(outside, by_token(first_outside), positions + by_token(first))
     mask, padding = token_mask.flatten().index_select(0, rows), None
     if padding_rows == "hf":
-        at = torch.nonzero_static(~mask, size=total - sum(tokens)).squeeze(1)
+        padded = torch.nonzero_static(~mask, size=total - sum(tokens)).squeeze(1)
         source = (ends - 1).repeat_interleave(length, output_size=batch * length)
         source = source.index_copy(0, rows, torch.arange(total, device=rows.device))
         weights = torch.where(outside, by_token(length - spans), 1)
-        padding = PackedPadding(at, sequences, ends - kept, weights, length, source)
-    return Packing(
-        cu_seqlens=torch.nn.functional.pad(ends, (1, 0)).int(),
-        max_seqlen=max(lengths),
-        mask=None if sum(tokens) == total else mask,
-        rows=rows,
-        padding=padding,
-    )
+        padding = PackedPadding(padded, sequences, starts, weights, length, source)
+    cu_seqlens = torch.nn.functional.pad(ends, (1, 0)).int()
+    return Packing(cu_seqlens, max(counts), None if sum(tokens) == total else mask, rows, padding)
 
 
 def packed_sequences(
     cu_seqlens: torch.Tensor, max_seqlen: int | None, attention_mask: torch.Tensor | None, states: torch.Tensor
 ) -> Packing:
-    """The packing of sequences that the caller has packed. This is the one place that checks them.
-
-    Args:
-        cu_seqlens, max_seqlen, attention_mask: as of ``DebertaModel.forward_packed``.
-        states: (T, ...).
+    """Checks the caller's packed sequences, states (T, ...), and returns their packing.
 
     Raises:
-        TypeError, ValueError: an argument is not as described. Where cu_seqlens lie on a device and max_seqlen is
-            given, nobody waits for their values: a device-side assertion checks them.
+        TypeError, ValueError: an argument is not as ``DebertaModel.forward`` describes it. For cu_seqlens on a device
+            with max_seqlen given, a device-side assertion checks the values without synchronising.
     """
     tokens = states.shape[0]
     check_cu_seqlens_form(cu_seqlens, states.device)
@@ -221,23 +208,19 @@ def packed_sequences(
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if max_seqlen is None and traced:
         raise ValueError("max_seqlen must be given where forward_packed is compiled or exported")
-    if not (max_seqlen is None or traced):
-        max_seqlen = integer("max_seqlen", max_seqlen)
-    if not traced and (max_seqlen is None or cu_seqlens.device.type == "cpu"):
-        ends = cu_seqlens.tolist()
-        lengths = [stop - start for start, stop in zip(ends, ends[1:], strict=False)]
-        longest = max(lengths, default=0) if max_seqlen is None else max_seqlen
-        if ends[0] != 0 or ends[-1] != tokens or min(lengths) < 0 or max(lengths) > longest:
-            expected = f"rise from 0 to {tokens} in steps of 0 to max_seqlen={longest}"
-            raise ValueError(f"cu_seqlens must {expected}, got {ends}")
-        max_seqlen, cu_seqlens = longest, cu_seqlens.clone()  # backward reads it again
+    if max_seqlen is None:
+        ends = cu_seqlens.cpu()
+        max_seqlen = max(ends.long().diff().tolist(), default=0)
+        check_cu_seqlens_values(ends, tokens, max_seqlen)
+        cu_seqlens = cu_seqlens.clone()  # backward reads it again
     else:
+        max_seqlen = max_seqlen if traced else integer("max_seqlen", max_seqlen)
         cu_seqlens = checked_cu_seqlens(cu_seqlens, tokens, max_seqlen)
     return Packing(cu_seqlens, max_seqlen, None if attention_mask is None else attention_mask.bool())
 
 
 def reason_to_stay(mask: torch.Tensor) -> str | None:
-    """The reason for which a batch with this mask, bool, keeps its padding; None if there is none."""
+    """The reason why a batch with this mask, bool, keeps its padding, or None."""
     if is_traced():
         return "a traced program cannot depend on how many tokens there are"
     if torch._C._functorch.is_functorch_wrapped_tensor(mask):

@@ -1,10 +1,11 @@
-"""What all models share: loading and saving, embeddings, checkpointing of activations."""
+"""The base class of all models: loading and saving, embeddings, activation checkpointing."""
 
 import copy
 import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
+from types import FrameType
 
 import torch
 from torch import nn
@@ -18,24 +19,23 @@ from .attention import AttentionCache
 from .config import DebertaConfig
 from .heads import LMHead
 from .packing import Unpadding
-from .trainer import folder_of_trainer
 from .weight_cache import WeightCache
 from .wrappers import passes_by_wrapper
 
 
 class PreTrainedModel(nn.Module):
-    """Base of the models: a module with a configuration, which checkpoints give and take."""
+    """Base of the models: a module with a configuration, which loads and saves checkpoints."""
 
     config_class = DebertaConfig
     base_model_prefix = "deberta"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    # Trainer asks: a loss is a mean, so gradient accumulation divides it; nothing is left out of checkpoints.
+    # Read by the Trainer: losses are means, so gradient accumulation divides them; checkpoints omit nothing.
     accepts_loss_kwargs = False
     _keys_to_ignore_on_save = None
-    # accelerate asks: a layer lies on one device.
+    # Read by accelerate: a layer stays on one device.
     _no_split_modules = ["DebertaLayer"]
-    # Which half of a checkpoint of replaced token detection is meant
+    # The half of a replaced-token-detection checkpoint to load
     checkpoint_part = "discriminator"
 
     def __init__(self, config: DebertaConfig):
@@ -52,16 +52,11 @@ class PreTrainedModel(nn.Module):
         max_seqlen: int | None = None,
         **inputs,
     ):
-        """A call of the model with packed sequences. All arguments are those of ``forward``, which returns the same.
-
-        Args:
-            input_ids: (T,) token ids of all sequences.
-            cu_seqlens, max_seqlen: where the sequences lie.
-            inputs: any others.
+        """Calls the model with packed sequences: input_ids (T,), and any other arguments of ``forward``.
 
         Raises:
-            RuntimeError: DistributedDataParallel holds the model, and this call would leave it out.
-            TypeError, ValueError: as ``forward``.
+            RuntimeError: DistributedDataParallel holds the model, and this call would bypass it.
+            TypeError, ValueError: see ``forward``.
         """
         if passes_by_wrapper(self):
             raise RuntimeError(
@@ -94,40 +89,39 @@ class PreTrainedModel(nn.Module):
         trust_remote_code: bool | None = None,
         **changes,
     ):
-        """A model with the weights of a checkpoint: Hugging Face's (safetensors, .bin, sharded or not, tf_model.h5) or
-        Microsoft's.
+        """Loads a checkpoint: Hugging Face's (safetensors, .bin, sharded or not, tf_model.h5) or Microsoft's.
 
         Args:
             name_or_path: a folder, or a name on the hub. None if config and state_dict are given.
-            config: instead of the checkpoint's config.json.
-            state_dict: instead of the checkpoint's tensors, under any names that a checkpoint may use.
-            dtype, torch_dtype: of the parameters, or its name; "auto" for that of the checkpoint, which may be a half
-                one. float32 by default.
-            device: of the parameters, the CPU by default.
-            weights: a file of that name instead of the first of the usual ones.
-            ignore_mismatched_sizes: initialise parameters whose shape in the checkpoint is another one.
+            config: replaces the checkpoint's config.json.
+            state_dict: replaces the checkpoint's tensors; names may be those of any checkpoint.
+            dtype, torch_dtype: dtype of the parameters, or its name; "auto" for the checkpoint's, which may be
+                half-precision. float32 by default.
+            device: device of the parameters, the CPU by default.
+            weights: name of the file to read, instead of the usual names.
+            ignore_mismatched_sizes: initialise parameters whose shape in the checkpoint is different.
             output_loading_info: also return a ``LoadingInfo``.
-            device_map: a device; "auto" for one accelerator if torch finds any, for the CPU otherwise; or a dictionary
-                of parts of the model and their devices, which accelerate spreads them over.
-            variant: read the files with this in their names: "fp16" for model.fp16.safetensors.
-            use_safetensors: True reads safetensors only, False never; by default they come first.
-            attn_implementation: the attention's backend, as of ``set_backend``.
-            low_cpu_mem_usage, weights_only, trust_remote_code: mean nothing. Nothing is made twice, files are never
-                unpickled beyond their tensors, and there is no remote code.
+            device_map: a device; "auto" for an accelerator if torch finds one, for the CPU otherwise; or a dictionary
+                from parts of the model to devices, over which accelerate spreads them.
+            variant: read files with this in their names: "fp16" for model.fp16.safetensors.
+            use_safetensors: True reads only safetensors, False never; by default they come first.
+            attn_implementation: the attention's backend, see ``set_backend``.
+            low_cpu_mem_usage, weights_only, trust_remote_code: accepted and ignored. Parameters are never allocated
+                twice, only tensors are unpickled, and there is no remote code.
             changes: values of the configuration to replace (``num_labels=3``), and revision, cache_dir, token,
-                local_files_only, force_download and subfolder as of ``hub.Source``.
+                local_files_only, force_download and subfolder, see ``hub.Source``.
 
         Returns:
-            The model, in evaluation mode. Names that are missing or unexpected are warned about.
+            The model, in evaluation mode. A warning names missing and unexpected parameters.
 
         Raises:
-            FileNotFoundError: there is no such checkpoint, or a file of it is absent.
-            ValueError: a file is damaged or refused, a tensor has another shape, or nothing in it fits the model; or
+            FileNotFoundError: the checkpoint, or one of its files, does not exist.
+            ValueError: a file is damaged or refused, a tensor has another shape, nothing in it fits the model, or
                 arguments contradict one another.
-            TypeError: ``changes`` names what the configuration does not have, or config is another library's.
+            TypeError: ``changes`` names an unknown value, or config is another library's.
         """
-        place = {name: changes.pop(name) for name in Source.OPTIONS if name in changes}
-        source = None if name_or_path is None else Source(name_or_path, **place)
+        options = {name: changes.pop(name) for name in Source.OPTIONS if name in changes}
+        source = None if name_or_path is None else Source(name_or_path, **options)
         if source is None and (config is None or state_dict is None):
             raise ValueError("without a folder or a name on the hub, config and state_dict must be given")
         cls._check_changes(changes)
@@ -145,15 +139,16 @@ class PreTrainedModel(nn.Module):
             )
 
         config, state_dict, file = read() if source is None else unmixed(source, read)
+        origin = f"{name_or_path}: {file}"
         if "num_hidden_layers" not in changes:
-            check_layers(state_dict, config.num_hidden_layers, f"{name_or_path}: {file}")
+            check_layers(state_dict, config.num_hidden_layers, origin)
         with without_memory():
             model = cls(copy.deepcopy(config))
         model.config.name_or_path = "" if source is None else source.name
         info: LoadingInfo = fill(
             model,
             state_dict,
-            f"{name_or_path}: {file}",
+            origin,
             version=config.generation,
             heads=config.num_attention_heads,
             part=cls.checkpoint_part,
@@ -175,10 +170,9 @@ class PreTrainedModel(nn.Module):
         torch_dtype: torch.dtype | str | None = None,
         attn_implementation: str | None = None,
     ):
-        """A model with random weights. Arguments are as of ``from_pretrained``."""
+        """Makes a model with random weights. The arguments are those of ``from_pretrained``."""
         cls._check_backend(attn_implementation)
-        dtype = chosen_dtype(dtype, torch_dtype)
-        model = cls(config).to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        model = cls(config).to(chosen_dtype(dtype, torch_dtype))
         model.set_backend(attn_implementation)
         return model
 
@@ -228,12 +222,12 @@ class PreTrainedModel(nn.Module):
         """Writes config.json and safetensors under the names that Hugging Face loads.
 
         Args:
-            folder: made if need be. An earlier checkpoint in it is replaced.
-            state_dict: instead of the model's own, under its names (as gathered from a sharded model).
+            folder: created if necessary. An earlier checkpoint in it is replaced.
+            state_dict: replaces the model's state_dict, with the same names (as gathered from a sharded model).
             max_shard_size: bytes, or text such as "500MB"; larger models are split into several files.
             is_main_process: False writes nothing.
             safe_serialization: must be True.
-            save_function: means nothing; safetensors are written by themselves.
+            save_function: ignored; safetensors are written atomically.
             push_to_hub: must be False.
 
         Raises:
@@ -250,14 +244,14 @@ class PreTrainedModel(nn.Module):
         write_tensors(tensors, folder, max_shard_bytes=byte_count(max_shard_size), config=config.to_json_string())
 
     def push_to_hub(self, *arguments, **keywords) -> None:
-        """Raises: huggingface_hub does that."""
+        """Raises ValueError: huggingface_hub uploads checkpoints."""
         raise ValueError(
             "push_to_hub is not supported: huggingface_hub.upload_folder(repo_id=..., folder_path=...) uploads what "
             "save_pretrained has written"
         )
 
     def add_adapter(self, *arguments, **keywords) -> None:
-        """Raises: peft does that."""
+        """Raises TypeError: peft adds adapters."""
         raise TypeError("adapters come from peft: peft.get_peft_model(model, config) adds them to a native model too")
 
     def _config_to_save(self) -> DebertaConfig:
@@ -270,19 +264,18 @@ class PreTrainedModel(nn.Module):
         return to_hf(state, version=config.generation, heads=config.num_attention_heads, legacy=config.legacy)
 
     def state_dict(self, *args, **kwargs) -> dict[str, torch.Tensor]:
-        """As torch's. Hugging Face's Trainer, where it saves, gets what ``save_pretrained`` writes, with a config.json.
-
-        So both libraries load its checkpoints.
+        """Returns torch's state_dict. A Hugging Face Trainer that saves gets the names of ``save_pretrained``, and a
+        config.json beside them, so that both libraries load its checkpoints.
         """
         state = super().state_dict(*args, **kwargs)
-        folder = folder_of_trainer(sys._getframe(1))
+        folder = _trainer_folder(sys._getframe(1))
         if folder is None:
             return state
         self._config_to_save().save_pretrained(folder)
         return self._hf_tensors(state)
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False):
-        """As torch's, and names may be those of any checkpoint: Hugging Face's, as the Trainer saves them, too."""
+        """Loads like torch's; names may be those of any checkpoint, including Hugging Face's from the Trainer."""
         expected = set(self.state_dict())
         if not expected.issuperset(state_dict):
             native, ignored = to_native(
@@ -292,7 +285,7 @@ class PreTrainedModel(nn.Module):
                 expected=expected,
                 part=self.checkpoint_part,
             )
-            # What is known to belong elsewhere is unexpected all the same, as in torch
+            # Tensors of other heads are unexpected here, as in torch
             state_dict = {name: state_dict[name] for name in ignored} | native
         return super().load_state_dict(state_dict, strict, assign)
 
@@ -328,11 +321,11 @@ class PreTrainedModel(nn.Module):
 
     @property
     def name_or_path(self) -> str:
-        """Where the model was loaded from, "" if it was made."""
+        """The folder or hub name that the model was loaded from, or ""."""
         return self.config.name_or_path
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of the parameters, and of the buffers."""
+        """Bytes of the parameters and buffers."""
         return sum(x.nbytes for x in (*self.parameters(), *(self.buffers() if return_buffers else ())))
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
@@ -341,28 +334,30 @@ class PreTrainedModel(nn.Module):
         return sum(p.numel() for p in counted if id(p) not in embeddings)
 
     def set_backend(self, backend: str | None) -> None:
-        """The attention's backend, a name of ``backends.BACKENDS``; None for the best one call by call.
+        """Sets the attention's backend, a name of ``backends.BACKENDS``; None chooses the best for each call.
 
         Raises:
-            ValueError: there is none of that name.
+            ValueError: no backend has that name.
         """
         backends.check_name(backend)
         for layer in self.base_model.encoder.layer:
             layer.attention.self.backend = backend
 
     def set_unpad(self, unpad: bool | str, padding_rows: str = "hf") -> None:
-        """Whether padding is left out between the embeddings and the last layer's output.
+        """Sets whether padding is removed between the embeddings and the last layer's output.
 
         Args:
-            unpad: "auto", the default, where a (B, L) mask holds enough padding to pay; True, wherever it holds any,
-                with a warning where it stays (masks of pairs, output_attentions, captured programs); False, never.
-                Compiled and exported programs keep it. On a GPU, to learn how many tokens there are means to wait.
-            padding_rows: what rows of padding come out as. With "hf", the default, Hugging Face's values, and heads
-                read them as Hugging Face's do. With "zeros", zeros: then the loss of question answering leaves padding
-                out, and classifiers read the first token behind left padding.
+            unpad: "auto", the default, removes padding where a (B, L) mask holds enough to pay: layers then see
+                (T, hidden_size). True removes it wherever there is any, with one warning where it stays (masks of
+                pairs, output_attentions, captured programs). False never does. Compiled and exported programs keep it.
+                On a GPU this costs one synchronisation per call.
+            padding_rows: the output for rows of padding. "hf", the default, gives Hugging Face's values, which losses,
+                pooling over all positions and heads behind left padding read; one row per sequence then stands for all
+                its padding, with one draw of dropout. "zeros" gives zeros: the loss of question answering then leaves
+                padding out, and classifiers read the first token after left padding.
 
         Raises:
-            ValueError: it is another value.
+            ValueError: an argument has another value.
         """
         encoder = self.base_model.encoder
         encoder.unpadding = Unpadding(unpad, padding_rows)
@@ -370,11 +365,12 @@ class PreTrainedModel(nn.Module):
             layer.attention.self.padding_rows = padding_rows
 
     def set_constant_weights(self, constant: bool) -> None:
-        """The promise that no weight will be written through ``.data``, which torch cannot see.
+        """Promises that no weight will be written through ``.data``, which torch cannot see.
 
-        In inference, what depends on weights alone is then kept on every device, without looking at them, and a copy of
-        the projections of queries, keys and values as one matrix too. Writes that torch sees, casts, moves and training
-        still count. Without it, projected position tables alone are kept, on a CPU.
+        In inference, values that depend only on weights are then cached on every device without comparing the weights,
+        and the projections of queries, keys and values are cached as one matrix. Writes that torch sees, steps of
+        optimizers, casts, moves and training still count. Without the promise, only projected position tables are
+        cached, on a CPU, and every call compares the weights with a copy.
         """
         encoder = self.base_model.encoder
         encoder.cache = WeightCache(constant)
@@ -391,19 +387,16 @@ class PreTrainedModel(nn.Module):
         return None
 
     def tie_weights(self) -> None:
-        """Nothing to do, but for a language model."""
+        """Does nothing, except for a language model."""
 
     def resize_token_embeddings(
-        self,
-        new_num_tokens: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        mean_resizing: bool = True,
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """Cuts or extends the word embeddings, and the language model's output with them.
+        """Resizes the word embeddings and the language model's output.
 
         Args:
-            new_num_tokens: rows; None keeps them.
-            pad_to_multiple_of: rounds up.
+            new_num_tokens: rows; None keeps their number.
+            pad_to_multiple_of: rounds the rows up.
             mean_resizing: new rows are the mean of the old ones; False draws them as ``init_weights`` does.
 
         Returns:
@@ -422,9 +415,13 @@ class PreTrainedModel(nn.Module):
             new = nn.Embedding(rows, old.embedding_dim, old.padding_idx, device="meta")
             new.weight = resized(old.weight, rows, self._new_rows(old.weight, rows, mean_resizing))
             self.set_input_embeddings(new)
+        self._resize_output(rows, mean_resizing)
         for config in {id(m.config): m.config for m in (self, self.base_model)}.values():
             config.vocab_size = rows
         return self.get_input_embeddings()
+
+    def _resize_output(self, rows: int, mean: bool) -> None:
+        """Resizes the output of a language model."""
 
     def _new_rows(self, old: torch.Tensor, rows: int, mean: bool) -> torch.Tensor:
         if mean:
@@ -434,11 +431,11 @@ class PreTrainedModel(nn.Module):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
     ) -> None:
-        """Keeps one tensor a layer for backward while training, and computes the rest again.
+        """Stores one tensor per layer for backward in training, and recomputes the rest.
 
         Args:
-            activation_checkpointing_kwargs: of ``torch.utils.checkpoint.checkpoint``; use_reentrant defaults to False.
-            every_n_layers: of the layers 0, n, 2n ... alone; the others keep all they need.
+            activation_checkpointing_kwargs: for ``torch.utils.checkpoint.checkpoint``; use_reentrant defaults to False.
+            every_n_layers: checkpoint only the layers 0, n, 2n ...; the others store everything.
             offload: not supported.
         """
         if every_n_layers < 1:
@@ -465,7 +462,7 @@ class PreTrainedModel(nn.Module):
         return self.base_model.encoder.checkpointing is not None
 
     def enable_input_require_grads(self) -> None:
-        """Gradients flow from the embeddings on, also where those are frozen: for reentrant checkpointing and LoRA."""
+        """Makes the embeddings' output require gradients even if they are frozen: for reentrant checkpointing, LoRA."""
         self.disable_input_require_grads()
         self._input_hook = self.get_input_embeddings().register_forward_hook(_require_gradient)
 
@@ -485,3 +482,16 @@ def resized(old: nn.Parameter, rows: int, new_row: torch.Tensor | float) -> nn.P
         weight[: old.shape[0]] = old[:rows]
         weight[old.shape[0] :] = new_row
     return nn.Parameter(weight, requires_grad=old.requires_grad)
+
+
+def _trainer_folder(caller: FrameType) -> str | None:
+    """The folder into which a Trainer saves if its ``_save`` is the caller, or None.
+
+    A Trainer stores only ``state_dict()`` of a model that is no transformers.PreTrainedModel, and does not tell it the
+    folder.
+    """
+    trainer = sys.modules.get("transformers.trainer")
+    if trainer is None or caller.f_code.co_name != "_save":
+        return None
+    saving = caller.f_locals
+    return saving.get("output_dir") if isinstance(saving.get("self"), trainer.Trainer) else None

@@ -9,7 +9,7 @@ from torch import nn
 
 from .config import DebertaConfig, DebertaV2Config
 from .heads import ContextPooler, LMPredictions, first_states, sequence_loss, span_loss, token_loss
-from .model import base_model, given_packing, masks, returned
+from .model import base_model, check_form, given_packing, masks, returned
 from .outputs import (
     BaseModelOutput,
     MaskedLMOutput,
@@ -24,36 +24,9 @@ from .pretrained import PreTrainedModel, resized
 
 
 class _TaskModel(PreTrainedModel):
-    def _returned(self, outputs: BaseModelOutput, return_dict: bool | None, kind: type, **own) -> ModelOutput | tuple:
-        """The task's output of class ``kind``: its own values, with the encoder's states and probabilities."""
-        output = kind(**own, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
-        return returned(self, return_dict, output)
+    """The encoder and a head. ``_head`` of a subclass returns the loss, or None without targets, and the logits."""
 
-    def _first_tokens(
-        self, states: torch.Tensor, attention_mask: torch.Tensor | None, packing: Packing | None
-    ) -> torch.Tensor:
-        """The first token of every sequence of a batch or of packed ones, (B, hidden_size)."""
-        if packing is not None:
-            return packing.first_tokens(states)
-        return first_states(states, self._read_tokens(attention_mask, states))
-
-    def _read_tokens(self, attention_mask: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor | None:
-        """The tokens that a head reads, bool (B, L); None for all: with ``padding_rows`` "hf", padding too."""
-        if self.deberta.encoder.unpadding.padding_rows == "hf":
-            return None
-        return masks(attention_mask, *states.shape[:2])[1]
-
-
-class DebertaForMaskedLM(_TaskModel):
-    """Language model of masked tokens. With ``enhanced_mask_decoder`` in the configuration, Microsoft's decoder."""
-
-    checkpoint_part = "generator"
-
-    def __init__(self, config: DebertaConfig):
-        super().__init__(config)
-        self.deberta = base_model(config)
-        self.lm_predictions = LMPredictions(config)
-        self.init_weights()
+    output_class: type[ModelOutput]
 
     def forward(
         self,
@@ -68,22 +41,55 @@ class DebertaForMaskedLM(_TaskModel):
         return_dict: bool | None = None,
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int | None = None,
-    ) -> MaskedLMOutput | tuple:
-        """
-        Args:
-            labels: token ids, (B, L) or (T,) as input_ids, -100 where there is nothing to predict.
-            The others: as of ``DebertaModel``.
+    ) -> ModelOutput | tuple:
+        """The class describes labels and logits. The other arguments are those of ``DebertaModel``.
 
         Returns:
-            loss, logits (B, L, vocab_size) or (T, vocab_size), hidden_states, attentions.
+            loss, logits, hidden_states, attentions.
         """
-        states, outputs = self.predicting_states(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
-            output_hidden_states, cu_seqlens, max_seqlen,
-        )  # fmt: skip
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        asked = (output_attentions, output_hidden_states)
+        return self._run(inputs, asked, return_dict, cu_seqlens, max_seqlen, labels=labels)
+
+    def _run(self, inputs, asked, return_dict, cu_seqlens, max_seqlen, **targets) -> ModelOutput | tuple:
+        """Runs the encoder on ``inputs``, the first five arguments of ``forward``, and the head with ``targets``."""
+        packing = given_packing(cu_seqlens, max_seqlen, inputs[1], inputs[0], inputs[4])
+        states, outputs = self._encode(inputs, asked, packing)
+        values = self._head(states, inputs[1], packing, **targets)
+        output = self.output_class(**values, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+        return returned(self, return_dict, output)
+
+    def _encode(self, inputs: tuple, asked: tuple, packing: Packing | None) -> tuple[torch.Tensor, BaseModelOutput]:
+        """The states that the head reads, and the encoder's output."""
+        outputs = self.deberta(*inputs, *asked, True, packing)
+        return outputs.last_hidden_state, outputs
+
+    def _token_mask(self, attention_mask: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor | None:
+        """The tokens that a head reads, bool (B, L); None for all: with ``padding_rows`` "hf", padding too."""
+        if self.deberta.encoder.unpadding.padding_rows == "hf":
+            return None
+        return masks(attention_mask, *states.shape[:2])[1]
+
+
+class DebertaForMaskedLM(_TaskModel):
+    """Language model of masked tokens. With ``enhanced_mask_decoder`` in the configuration, Microsoft's decoder.
+
+    labels are token ids, (B, L) or (T,) as input_ids, -100 where there is nothing to predict. logits are
+    (B, L, vocab_size) or (T, vocab_size).
+    """
+
+    checkpoint_part = "generator"
+    output_class = MaskedLMOutput
+
+    def __init__(self, config: DebertaConfig):
+        super().__init__(config)
+        self.deberta = base_model(config)
+        self.lm_predictions = LMPredictions(config)
+        self.init_weights()
+
+    def _head(self, states, attention_mask, packing, labels):
         logits = self.lm_predictions(states, self.get_input_embeddings())
-        loss = None if labels is None else token_loss(logits, labels)
-        return self._returned(outputs, return_dict, MaskedLMOutput, loss=loss, logits=logits)
+        return {"loss": None if labels is None else token_loss(logits, labels), "logits": logits}
 
     def predicting_states(
         self,
@@ -99,36 +105,26 @@ class DebertaForMaskedLM(_TaskModel):
     ) -> tuple[torch.Tensor, BaseModelOutput]:
         """The states that the head predicts from, (B, L, hidden_size) or (T, hidden_size), and ``deberta``'s output.
 
-        Arguments are as of ``forward``. Scores of a whole vocabulary are large: give ``lm_predictions`` only the states
-        at masks where no others are needed.
+        Arguments are those of ``forward``. Scores of a whole vocabulary are large: pass only the states at masks to
+        ``lm_predictions`` where no others are needed.
         """
-        asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         packing = given_packing(cu_seqlens, max_seqlen, attention_mask, input_ids, inputs_embeds)
-        outputs = self.deberta(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
-            asked or self._decodes, True, packing,
-        )  # fmt: skip
-        states = outputs.last_hidden_state
-        if self._decodes and packing is not None:
-            states = self.deberta.enhanced_mask_decoder_packed(self._last_input(outputs), packing, position_ids)
-        elif self._decodes:
-            states = self.deberta.enhanced_mask_decoder(self._last_input(outputs), attention_mask, position_ids)
-        return states, self._as_asked(outputs, asked)
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        return self._encode(inputs, (output_attentions, output_hidden_states), packing)
 
-    @property
-    def _decodes(self) -> bool:
-        return self.config.enhanced_mask_decoder and not self.config.position_biased_input
-
-    def _last_input(self, outputs: BaseModelOutput) -> torch.Tensor:
-        """The last layer's input, also where z_steps' repetitions have added states behind it."""
-        return outputs.hidden_states[self.config.num_hidden_layers - 1]
-
-    @staticmethod
-    def _as_asked(outputs: BaseModelOutput, asked: bool) -> BaseModelOutput:
-        """The outputs without hidden states, unless the caller has asked for those."""
-        if asked:
-            return outputs
-        return BaseModelOutput(last_hidden_state=outputs.last_hidden_state, attentions=outputs.attentions)
+    def _encode(self, inputs, asked, packing):
+        config = self.config
+        if not config.enhanced_mask_decoder or config.position_biased_input:
+            return super()._encode(inputs, asked, packing)
+        _, attention_mask, _, position_ids, _ = inputs
+        _, outputs = super()._encode(inputs, (asked[0], True), packing)
+        # The last layer's input; the repetitions of z_steps add states behind it.
+        states = outputs.hidden_states[config.num_hidden_layers - 1]
+        mask = attention_mask if packing is None else packing
+        states = self.deberta.enhanced_mask_decoder(states, mask, position_ids)
+        if not (config.output_hidden_states if asked[1] is None else asked[1]):
+            outputs = BaseModelOutput(last_hidden_state=outputs.last_hidden_state, attentions=outputs.attentions)
+        return states, outputs
 
     def get_output_embeddings(self) -> nn.Module:
         """The word embeddings where they are tied; otherwise the decoder, a Linear. Both have a weight (V, width)."""
@@ -136,32 +132,25 @@ class DebertaForMaskedLM(_TaskModel):
         return self.get_input_embeddings() if decoder is None else decoder
 
     def set_output_embeddings(self, embeddings: nn.Module) -> None:
-        """Ties where they are the word embeddings, and is a decoder of its own otherwise."""
+        """Ties the output if given the word embeddings; otherwise ``embeddings`` becomes the decoder."""
         tied = embeddings.weight is self.get_input_embeddings().weight
         self.config.tie_word_embeddings = tied
         self.config.legacy = self.config.legacy or not tied
         self.lm_predictions.lm_head.decoder = None if tied else embeddings
 
     def tie_weights(self) -> None:
-        """The output uses the word embeddings from now on, if the configuration says so."""
+        """Makes the output use the word embeddings, if the configuration says so."""
         if self.config.tie_word_embeddings:
             self.lm_predictions.lm_head.decoder = None
 
-    def resize_token_embeddings(
-        self,
-        new_num_tokens: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        mean_resizing: bool = True,
-    ) -> nn.Embedding:
-        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        head, rows = self.lm_predictions.lm_head, embeddings.num_embeddings
+    def _resize_output(self, rows: int, mean: bool) -> None:
+        head = self.lm_predictions.lm_head
         if rows != head.bias.shape[0]:
             head.bias = resized(head.bias, rows, 0.0)
             if head.decoder is not None:
                 weight = head.decoder.weight
-                head.decoder.weight = resized(weight, rows, self._new_rows(weight, rows, mean_resizing))
+                head.decoder.weight = resized(weight, rows, self._new_rows(weight, rows, mean))
                 head.decoder.out_features = rows
-        return embeddings
 
 
 class DebertaV2ForMaskedLM(DebertaForMaskedLM):
@@ -170,55 +159,45 @@ class DebertaV2ForMaskedLM(DebertaForMaskedLM):
     config_class = DebertaV2Config
 
 
-class DebertaForSequenceClassification(_TaskModel):
-    """Classification or regression of whole texts and pairs, from the first token's state."""
+class _FirstTokenModel(_TaskModel):
+    """A head on the first token's state: pooler, dropout and a linear layer."""
 
-    def __init__(self, config: DebertaConfig):
+    def __init__(self, config: DebertaConfig, outputs: int):
         super().__init__(config)
-        self.num_labels = config.num_labels
         self.deberta = base_model(config)
         self.pooler = ContextPooler(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob if config.cls_dropout is None else config.cls_dropout)
-        self.classifier = nn.Linear(config.pooler_hidden_size, self.num_labels)
+        self.classifier = nn.Linear(config.pooler_hidden_size, outputs)
         self.init_weights()
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-        max_seqlen: int | None = None,
-    ) -> SequenceClassifierOutput | tuple:
-        """
-        Args:
-            labels: (B,) class numbers or values, (B, num_labels) probabilities or values: see ``sequence_loss``. B is
-                the number of sequences, packed ones too.
-            The others: as of ``DebertaModel``.
+    def _logits(self, states, attention_mask, packing) -> torch.Tensor:
+        if packing is None:
+            first = first_states(states, self._token_mask(attention_mask, states))
+        else:
+            first = packing.first_tokens(states)
+        return self.classifier(self.dropout(self.pooler(first)))
 
-        Returns:
-            loss, logits (B, num_labels), hidden_states, attentions. Logits are (B,) where there is one label, labels
-            are given and no problem_type is set.
-        """
-        packing = given_packing(cu_seqlens, max_seqlen, attention_mask, input_ids, inputs_embeds)
-        outputs = self.deberta(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
-            output_hidden_states, True, packing,
-        )  # fmt: skip
-        first = self._first_tokens(outputs.last_hidden_state, attention_mask, packing)
-        logits = self.classifier(self.dropout(self.pooler(first)))
-        loss = None
+
+class DebertaForSequenceClassification(_FirstTokenModel):
+    """Classification or regression of whole texts and pairs, from the first token's state.
+
+    labels are (B,) class numbers or values, or (B, num_labels) probabilities or values: see ``sequence_loss``. B is the
+    number of sequences, packed ones too. logits are (B, num_labels), or (B,) where there is one label, labels are given
+    and no problem_type is set.
+    """
+
+    output_class = SequenceClassifierOutput
+
+    def __init__(self, config: DebertaConfig):
+        super().__init__(config, config.num_labels)
+        self.num_labels = config.num_labels
+
+    def _head(self, states, attention_mask, packing, labels):
+        logits, problem, loss = self._logits(states, attention_mask, packing), self.config.problem_type, None
         if labels is not None:
-            loss = sequence_loss(logits, labels, self.config.problem_type)
-            if self.num_labels == 1 and self.config.problem_type is None:
-                logits = logits.view(-1)
-        return self._returned(outputs, return_dict, SequenceClassifierOutput, loss=loss, logits=logits)
+            loss = sequence_loss(logits, labels, problem)
+            logits = logits.view(-1) if self.num_labels == 1 and problem is None else logits
+        return {"loss": loss, "logits": logits}
 
 
 class DebertaV2ForSequenceClassification(DebertaForSequenceClassification):
@@ -228,7 +207,13 @@ class DebertaV2ForSequenceClassification(DebertaForSequenceClassification):
 
 
 class DebertaForTokenClassification(_TaskModel):
-    """Classification of every token."""
+    """Classification of every token.
+
+    labels are class numbers, (B, L) or (T,) as input_ids, -100 where there is none. logits are (B, L, num_labels) or
+    (T, num_labels).
+    """
+
+    output_class = TokenClassifierOutput
 
     def __init__(self, config: DebertaConfig):
         super().__init__(config)
@@ -238,36 +223,9 @@ class DebertaForTokenClassification(_TaskModel):
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.init_weights()
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-        max_seqlen: int | None = None,
-    ) -> TokenClassifierOutput | tuple:
-        """
-        Args:
-            labels: class numbers, (B, L) or (T,) as input_ids, -100 where there is none.
-            The others: as of ``DebertaModel``.
-
-        Returns:
-            loss, logits (B, L, num_labels) or (T, num_labels), hidden_states, attentions.
-        """
-        packing = given_packing(cu_seqlens, max_seqlen, attention_mask, input_ids, inputs_embeds)
-        outputs = self.deberta(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
-            output_hidden_states, True, packing,
-        )  # fmt: skip
-        logits = self.classifier(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else token_loss(logits, labels)
-        return self._returned(outputs, return_dict, TokenClassifierOutput, loss=loss, logits=logits)
+    def _head(self, states, attention_mask, packing, labels):
+        logits = self.classifier(self.dropout(states))
+        return {"loss": None if labels is None else token_loss(logits, labels), "logits": logits}
 
 
 class DebertaV2ForTokenClassification(DebertaForTokenClassification):
@@ -277,7 +235,9 @@ class DebertaV2ForTokenClassification(DebertaForTokenClassification):
 
 
 class DebertaForQuestionAnswering(_TaskModel):
-    """Where in the text an answer starts and ends."""
+    """Predicts where in the text an answer starts and ends."""
+
+    output_class = QuestionAnsweringModelOutput
 
     def __init__(self, config: DebertaConfig):
         super().__init__(config)
@@ -302,29 +262,29 @@ class DebertaForQuestionAnswering(_TaskModel):
     ) -> QuestionAnsweringModelOutput | tuple:
         """
         Args:
-            start_positions, end_positions: (B,), counted in each sequence, packed ones too; beyond its end they do
-                not count.
-            The others: as of ``DebertaModel``.
+            start_positions, end_positions: (B,), counted within each sequence, packed ones too; positions beyond its
+                end are ignored.
+            The others: see ``DebertaModel``.
 
         Returns:
             loss, start_logits and end_logits (B, L) or (T,), hidden_states, attentions.
         """
-        packing = given_packing(cu_seqlens, max_seqlen, attention_mask, input_ids, inputs_embeds)
-        outputs = self.deberta(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
-            output_hidden_states, True, packing,
-        )  # fmt: skip
-        start_logits, end_logits = (x.contiguous() for x in self.qa_outputs(outputs.last_hidden_state).unbind(-1))
-        loss = None
-        if start_positions is not None and end_positions is not None and packing is not None:
-            spans = (packing.by_sequence(x, 0.0) for x in (start_logits, end_logits))
-            tokens = torch.ones_like(start_logits, dtype=torch.bool) if packing.mask is None else packing.mask
-            loss = span_loss(*spans, start_positions, end_positions, packing.by_sequence(tokens, False))
-        elif start_positions is not None and end_positions is not None:
-            read = self._read_tokens(attention_mask, start_logits)
-            loss = span_loss(start_logits, end_logits, start_positions, end_positions, read)
-        logits = {"start_logits": start_logits, "end_logits": end_logits}
-        return self._returned(outputs, return_dict, QuestionAnsweringModelOutput, loss=loss, **logits)
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        asked, positions = (output_attentions, output_hidden_states), (start_positions, end_positions)
+        return self._run(inputs, asked, return_dict, cu_seqlens, max_seqlen, positions=positions)
+
+    def _head(self, states, attention_mask, packing, positions):
+        logits = [x.contiguous() for x in self.qa_outputs(states).unbind(-1)]
+        values = {"loss": None, "start_logits": logits[0], "end_logits": logits[1]}
+        if positions[0] is None or positions[1] is None:
+            return values
+        if packing is None:
+            token_mask = self._token_mask(attention_mask, states)
+        else:
+            tokens = torch.ones_like(logits[0], dtype=torch.bool) if packing.mask is None else packing.mask
+            token_mask = packing.by_sequence(tokens, False)
+            logits = [packing.by_sequence(x, 0.0) for x in logits]
+        return {**values, "loss": span_loss(*logits, *positions, token_mask)}
 
 
 class DebertaV2ForQuestionAnswering(DebertaForQuestionAnswering):
@@ -333,18 +293,14 @@ class DebertaV2ForQuestionAnswering(DebertaForQuestionAnswering):
     config_class = DebertaV2Config
 
 
-class DebertaV2ForMultipleChoice(_TaskModel):
-    """Which of several continuations fits, each scored by its first token's state."""
+class DebertaV2ForMultipleChoice(_FirstTokenModel):
+    """Predicts which of several continuations fits, each scored by its first token's state."""
 
     config_class = DebertaV2Config
+    output_class = MultipleChoiceModelOutput
 
     def __init__(self, config: DebertaV2Config):
-        super().__init__(config)
-        self.deberta = base_model(config)
-        self.pooler = ContextPooler(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob if config.cls_dropout is None else config.cls_dropout)
-        self.classifier = nn.Linear(config.pooler_hidden_size, 1)
-        self.init_weights()
+        super().__init__(config, 1)
 
     def forward(
         self,
@@ -363,7 +319,7 @@ class DebertaV2ForMultipleChoice(_TaskModel):
     ) -> MultipleChoiceModelOutput | tuple:
         """
         Args:
-            input_ids and the others of ``DebertaModel``: with a dimension of choices behind the batch, (B, C, L); or
+            input_ids and the others of ``DebertaModel``: with a dimension of choices after the batch, (B, C, L); or
                 packed, the first question's choices, then the second one's.
             labels: (B,), numbers of the right choices.
             choices: C, of packed sequences only.
@@ -374,20 +330,15 @@ class DebertaV2ForMultipleChoice(_TaskModel):
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         packing = given_packing(cu_seqlens, max_seqlen, attention_mask, input_ids, inputs_embeds)
         if packing is not None:
-            sequences = packing.lengths.shape[0]
-            if choices is None or choices < 1 or sequences % choices:
-                raise ValueError(f"choices must divide the number of sequences, {sequences}, got {choices}")
+            packing.check_choices(choices)
         elif choices is not None:
             raise ValueError(f"choices belongs to packed sequences: got choices={choices} and no cu_seqlens")
         else:
-            given = input_ids if input_ids is not None else inputs_embeds
-            if given.dim() != (3 if inputs_embeds is None else 4):
-                name, form = ("input_ids", "(B, C, L)") if inputs_embeds is None else ("inputs_embeds", "(B, C, L, E)")
-                raise ValueError(f"{name} must be of shape {form}, got {tuple(given.shape)}")
-            choices = given.shape[1]
-            inputs = [None if x is None else x.flatten(0, 1) for x in inputs]
-        outputs = self.deberta(*inputs, output_attentions, output_hidden_states, True, packing)
-        first = self._first_tokens(outputs.last_hidden_state, inputs[1], packing)
-        logits = self.classifier(self.dropout(self.pooler(first))).view(-1, choices)
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-        return self._returned(outputs, return_dict, MultipleChoiceModelOutput, loss=loss, logits=logits)
+            _, choices, _ = check_form(input_ids, inputs_embeds, "B", "C", "L", nonempty=False)
+            inputs = tuple(None if x is None else x.flatten(0, 1) for x in inputs)
+        asked = (output_attentions, output_hidden_states)
+        return self._run(inputs, asked, return_dict, packing, max_seqlen, labels=labels, choices=choices)
+
+    def _head(self, states, attention_mask, packing, labels, choices):
+        logits = self._logits(states, attention_mask, packing).view(-1, choices)
+        return {"loss": None if labels is None else nn.functional.cross_entropy(logits, labels), "logits": logits}

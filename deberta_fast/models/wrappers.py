@@ -1,4 +1,4 @@
-"""Which DistributedDataParallel holds a model: past it, every process trains with gradients of its own."""
+"""Detects a DistributedDataParallel that holds a model: calls that bypass it would train with unreduced gradients."""
 
 import gc
 import weakref
@@ -15,21 +15,21 @@ def _note(owner: nn.Module, name: str, module: nn.Module | None) -> None:
         _wrappers.add(owner)
 
 
-# A wrapped module looks as it did before: the wrapper is seen only while it is made.
+# A module has no reference to its wrapper, so the wrapper is recorded when it registers the module.
 register_module_module_registration_hook(_note)
 
 
 def passes_by_wrapper(model: nn.Module) -> bool:
-    """Whether a call of ``model`` from here on would train it without the DistributedDataParallel that holds it."""
+    """Whether a call of ``model`` here would bypass the DistributedDataParallel that holds it, and train."""
     if torch.compiler.is_compiling() or not _wrappers or not torch.is_grad_enabled():
         return False
     if nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None or not _held(model):
         return False
-    gc.collect()  # a wrapper that nobody has any more may be part of a cycle
+    gc.collect()  # an unused wrapper may still be alive in a reference cycle
     return _held(model)
 
 
 def _held(model: nn.Module) -> bool:
-    # With the reducer in Python, the wrapper's forward does nothing that training needs
+    # With the reducer in Python, training does not need the wrapper's forward
     wrappers = [wrapper for wrapper in _wrappers if not wrapper._use_python_reducer]
     return any(module is model for wrapper in wrappers for module in wrapper.modules())

@@ -5,6 +5,8 @@
 Source: He et al., DeBERTa (arXiv 2006.03654), equations 2 to 4; sigma is ``relative_position``'s.
 """
 
+from typing import Any
+
 import torch
 
 from . import backends, selection
@@ -29,7 +31,7 @@ def disentangled_attention(
     first_slot: int = 0,
     return_lse: bool = False,
     backend: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | Any:  # Any: with return_lse a pair; callers without it need no cast
     """Computes disentangled attention: content-to-content, content-to-position and position-to-content terms.
 
     Args:
@@ -126,7 +128,7 @@ def disentangled_attention_varlen(
     return_lse: bool = False,
     backend: str | None = None,
     check_values: bool = True,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | Any:  # Any: with return_lse a pair; callers without it need no cast
     """Computes ``disentangled_attention`` over packed sequences without padding: each attends only within itself.
 
     Args:
@@ -166,5 +168,5 @@ def _run(call: Call, return_lse: bool, backend: str | None):
         with call.outside_autocast():
             output, lse = backends.reference.attention(call)
     else:
-        output, lse = attend(call, name, return_lse)
+        output, lse = attend(call, name, return_lse)  # type: ignore[assignment]  # lse is None unless it is asked for
     return (output, lse) if return_lse else output

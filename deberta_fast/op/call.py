@@ -5,7 +5,7 @@ import functools
 import math
 import operator
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -56,7 +56,8 @@ class Call(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Call":
         """Returns the same call with its tensors on a device."""
-        return Call(*(None if x is None else x.to(device) for x in self[:TENSORS]), *self[TENSORS:])
+        tensors: Any = [None if x is None else x.to(device) for x in self[:TENSORS]]  # type: ignore[union-attr]
+        return Call(*tensors, *self[TENSORS:])
 
     @property
     def has_positions(self) -> bool:
@@ -124,6 +125,7 @@ class Call(NamedTuple):
 
         Reads cu_seqlens on the host, which synchronises with its device.
         """
+        assert self.cu_seqlens is not None
         ends = self.cu_seqlens.tolist()
         return [self._slice(start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
 
@@ -221,7 +223,8 @@ def checked_call(
         query, key, value, pos_key, pos_query = (
             x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value, pos_key, pos_query)
         )
-    dtype, tensors = query.dtype, [query, key, value, pos_key, pos_query]
+    dtype = query.dtype
+    tensors: list[Any] = [query, key, value, pos_key, pos_query]
     for index, x in enumerate(tensors):
         if x is None:
             continue
@@ -232,22 +235,21 @@ def checked_call(
     if packed:  # backends get one batch row
         tensors[:3] = [x.transpose(0, 1).unsqueeze(0) for x in tensors[:3]]
     if attention_mask is not None:
-        whole = (1 if packed else shape[0], heads, shape[0] if packed else shape[2], tensors[1].shape[2])
-        attention_mask = _check_mask(attention_mask[None] if packed else attention_mask, device, whole)
-    return Call(
-        *tensors, attention_mask, cu_seqlens, new_seed(device) if dropout_p > 0 else None, position_buckets,
-        max_relative_positions, far_negative, first_slot, query_offset, lengths[0], scale, dropout_p,
-    )  # fmt: skip
+        pairs = (1 if packed else shape[0], heads, shape[0] if packed else shape[2], tensors[1].shape[2])
+        attention_mask = _check_mask(attention_mask[None] if packed else attention_mask, device, pairs)
+    tensors += [attention_mask, cu_seqlens, new_seed(device) if dropout_p > 0 else None]
+    rest: Any = (*numbering, first_slot, query_offset, lengths[0], scale, dropout_p)
+    return Call(*tensors, *rest)
 
 
-def integer(name: str, value) -> int:
+def integer(name: str, value: Any) -> int:
     """Returns an argument as an integer.
 
     Raises:
         TypeError: it is a float, text, None, or a tensor of another dtype.
     """
     if isinstance(value, torch.SymInt):
-        return value
+        return value  # type: ignore[return-value]  # an int to everybody but mypy
     try:
         return operator.index(value)
     except TypeError:
@@ -256,7 +258,7 @@ def integer(name: str, value) -> int:
 
 def _real(name: str, value) -> float:
     if isinstance(value, torch.SymFloat):
-        return value
+        return value  # type: ignore[return-value]
     if not hasattr(value, "__float__"):  # rejects text, which float() accepts
         raise TypeError(f"{name} must be a number, got {value!r}")
     return float(value)
@@ -295,7 +297,7 @@ def _check_heads(query, key, value, ndim: int) -> None:
 def _check_tables(pos_key, pos_query, device, whole, numbering, first_slot, lengths, query_offset) -> None:
     """Checks that pos_key and pos_query are (H, R, D) and have the rows that these lengths read."""
     heads, rows, size = whole
-    start, stop = slot_table(*numbering).window(*lengths, query_offset)
+    start, stop = slot_table(*numbering).window(lengths[0], lengths[1], query_offset)
     given = None
     for name, table in (("pos_key", pos_key), ("pos_query", pos_query)):
         if table is None:

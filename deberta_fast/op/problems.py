@@ -1,7 +1,7 @@
-"""Small calls of disentangled attention that between them meet every kind of tile a fused backend has.
+"""Small calls of disentangled attention that together reach every kind of tile of a fused backend.
 
-Tiles are at most 128 x 128. With a table that is constant from distance 32 on, 400 rows have tiles that are far before
-the diagonal, on it and far behind it, and a last one that is cut; a mask of keys hides whole tiles, at either end.
+Tiles are at most 128 x 128. With a table that is constant from distance 32 on, 400 rows have far-left, near and
+far-right tiles and a partial last one. A mask of keys hides whole tiles at either end.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from .relative_position import slot_table
 
 
 class Kind(NamedTuple):
-    """These settings decide, besides dtype and head size, which code of a backend a call runs.
+    """The settings that, with dtype and head size, decide which code of a backend a call runs.
 
     ``mask`` is "none", "keys" (the same for all heads and queries) or "pairs".
     """
@@ -37,7 +37,7 @@ class Kind(NamedTuple):
         return ", ".join([terms, *masks, *["packed"] * self.packed, *["dropout"] * self.dropout])
 
 
-# The models of this package and of Hugging Face make calls of these kinds: 19 problems.
+# The kinds of calls that the models of this package and of Hugging Face make: 19 problems.
 COMMON = (
     Kind(),
     Kind(mask="keys"),
@@ -50,7 +50,7 @@ COMMON = (
 
 
 class Problem(NamedTuple):
-    """One call. Dense: ``batch`` times ``lengths`` = (Lq, Lk). Packed: a sequence for each of ``lengths``."""
+    """The shape of one call: dense, ``batch`` times ``lengths`` = (Lq, Lk), or packed, one sequence per length."""
 
     name: str
     kind: Kind
@@ -61,7 +61,7 @@ class Problem(NamedTuple):
     longest: int = 32
     far_negative: str = "hf"
     offset: int = 0
-    hidden: str = "right"  # the keys a mask hides: "right" or "left" padding, "holes" and a whole row, or "nothing"
+    hidden: str = "right"  # keys that a mask hides: "right" or "left" padding, "holes" and a whole row, or "nothing"
 
     def __str__(self) -> str:
         masked = {"none": "", "keys": self.hidden if self.hidden == "holes" else f"{self.hidden} padding"}
@@ -70,11 +70,11 @@ class Problem(NamedTuple):
 
 
 def problems(kind: Kind) -> list[Problem]:
-    """Those that a backend has to solve before it is trusted with calls of this kind: two or three."""
+    """Returns the two or three problems that a backend must solve before it is trusted with calls of this kind."""
     if kind.packed:
         return [
             Problem("packed, far left to far right", kind, (1, 130, 0, 400, 64), batch=1, far_negative="ms"),
-            Problem("packed, a row a distance", kind, (300, 17, 129), batch=1, buckets=-1, longest=40, hidden="left"),
+            Problem("packed, a row per distance", kind, (300, 17, 129), batch=1, buckets=-1, longest=40, hidden="left"),
         ]
     return [
         Problem("short", kind, (100, 100), batch=6, hidden="holes"),
@@ -84,12 +84,12 @@ def problems(kind: Kind) -> list[Problem]:
 
 
 def call_of(problem: Problem, dtype: torch.dtype, head_size: int, draw: int = 1) -> Call:
-    """Unit-variance inputs of a problem, always the same, on the CPU."""
+    """Makes the unit-variance inputs of a problem on the CPU; the same ``draw`` gives the same numbers."""
     random = torch.Generator().manual_seed(draw)
     kind, heads, lengths = problem.kind, problem.heads, problem.lengths
     rows, keys = (sum(lengths),) * 2 if kind.packed else lengths
 
-    def normal(*shape):
+    def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=random, dtype=torch.float32).to(dtype)
 
     table = slot_table(problem.buckets, problem.longest, problem.far_negative)
@@ -129,7 +129,7 @@ def _mask(problem: Problem, rows: int, keys: int, random: torch.Generator) -> to
     if kind.packed or problem.hidden == "holes":
         visible = _uniform(random, batch, keys) > 0.4
         if batch > 1:
-            visible[-1] = False  # a text of nothing but padding
+            visible[-1] = False  # a text that is all padding
     else:
         lengths = torch.tensor([keys * 3 // 5 - 50 * b for b in range(batch)])
         visible = torch.arange(keys) < lengths[:, None]
@@ -138,5 +138,5 @@ def _mask(problem: Problem, rows: int, keys: int, random: torch.Generator) -> to
 
 
 def _uniform(random: torch.Generator, *shape: int) -> torch.Tensor:
-    # The numbers are the same under every default dtype
+    # With an explicit dtype the numbers do not depend on torch's default dtype
     return torch.rand(*shape, generator=random, dtype=torch.float32)

@@ -186,8 +186,8 @@ def _copied_to_device(key: tuple) -> DeviceTables:
         for row, distance in enumerate(first)
     ]
     with torch.inference_mode(False):  # later calls use the cached tensors under autograd
-        tensors = (torch.tensor(x, dtype=torch.int32, device=device) for x in (table.slots, first))
-        tables = DeviceTables(*tensors, table.far_past, table.far_future, table.slots[-1], table.slots[0])
+        slots, first_of_slot = (torch.tensor(x, dtype=torch.int32, device=device) for x in (table.slots, first))
+        tables = DeviceTables(slots, first_of_slot, table.far_past, table.far_future, table.slots[-1], table.slots[0])
     # Tensors of a traced program have no data to cache.
     if not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()):
         while len(_on_devices) >= _MOST_ON_DEVICES:

@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 
@@ -39,6 +39,9 @@ class Place(NamedTuple):
 
     def __str__(self) -> str:
         return f"{name_of(self.device)} in {str(self.dtype).removeprefix('torch.')}, head size {self.head_size}"
+
+
+_Result = TypeVar("_Result")
 
 
 class Decision(NamedTuple):
@@ -142,17 +145,18 @@ def _order(*key) -> tuple[str, ...]:
 
 # The result is a constant of a compiled program, and the arguments have to be constants.
 # torch.compiler.assume_constant_result does the same, but imports Dynamo, which takes a second.
-_order._dynamo_marked_constant = True
+_order._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _look_up(device_type: str, index: int | None, dtype: torch.dtype, head_size: int, *fields) -> tuple[str, ...]:
     if _check is not True:
         return (_check,) if _check else ()
-    device, kind = torch.device(device_type, index), Kind(*fields)
-    place = Place(device, dtype, head_size)
+    device = torch.device(device_type) if index is None else torch.device(device_type, index)
+    place, kind = Place(device, dtype, head_size), Kind(*fields)
+    key = (device_type, index, dtype, head_size, *fields)
     with _lock:
         if (place, kind) in _decisions:
-            order = _orders[(device_type, index, dtype, head_size, *fields)] = _decisions[place, kind].order
+            order = _orders[key] = _decisions[place, kind].order
             return order
     if torch.onnx.is_in_onnx_export() or not _exists(device) or dtype == torch.float64:
         return ()
@@ -206,7 +210,7 @@ def _checked(place: Place, kind: Kind) -> Decision:
         # By the geometric mean, short calls count as much as long ones.
         cost = {name: statistics.geometric_mean(times[name].values()) for name in passed}
         cost[passed[0]] *= CLEARLY_FASTER
-        passed.sort(key=cost.get)
+        passed.sort(key=cost.__getitem__)
     return Decision(tuple(passed), verdicts)
 
 
@@ -226,7 +230,7 @@ def _warn(place: Place, kind: Kind, decision: Decision, failures: dict[str, str]
         warnings.warn(f"deberta_fast: no fused backend serves {place} ({kind}): {reasons}; {taken}, which is slower")
 
 
-def in_a_thread(function: Callable[[], Decision]) -> Decision:
+def in_a_thread(function: Callable[[], _Result]) -> _Result:
     """Runs a function outside the caller's autocast, inference mode, fake tensors, functorch and saved-tensor hooks.
 
     All of these are thread-local.

@@ -1,7 +1,8 @@
-"""What the pipelines share: windows of inputs, batches of rows of similar length, results in the inputs' order."""
+"""Base of the pipelines: sorts windows of inputs into batches of similar length, returns results in input order."""
 
 import contextlib
 import dataclasses
+import importlib.util
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,12 +12,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..models.pretrained import PreTrainedModel
 
-# Padded tokens a batch where no batch_size is given: a CPU has had enough soon, a GPU wants more to do at once.
+# Padded tokens per batch when no batch_size is given. A GPU needs larger batches than a CPU.
 TOKENS = {"cpu": 1024}
 TOKENS_ELSEWHERE = 16384
-# Inputs that are sorted by length together; of an iterator, first so many that results come soon.
+# Inputs that are sorted by length together. The windows of an iterator start small, so that results come soon.
 WINDOW, FIRST_WINDOW = 1024, 16
-# A bar appears where the results take longer than this many seconds.
+# Seconds after which a progress bar appears.
 PATIENCE = 3
 
 
@@ -38,18 +39,24 @@ class InputError(ValueError):
 
 @dataclasses.dataclass
 class Row:
-    """What the model gets for an input, or for a part of it; ``about`` is what the task needs to read the output."""
+    """One sequence for the model: an input, or a part of it.
+
+    Attributes:
+        about: what the task needs to read the output.
+        output: what ``Pipeline.outputs`` gave for this row.
+    """
 
     input_ids: list[int]
     token_type_ids: list[int] | None
     about: Any = None
+    output: Any = None
 
 
 class Pipeline:
     """A model, its tokenizer and the options of a task. Made by ``pipeline``, which documents the arguments.
 
-    A task says how inputs become rows (``rows``), what is kept of the model's output (``outputs``), and how that
-    becomes a result (``answer``).
+    A task turns inputs into rows (``rows``), says what to keep of the model's output (``outputs``), and makes a result
+    of that (``answer``).
     """
 
     task: str
@@ -59,33 +66,33 @@ class Pipeline:
     def __init__(self, model, tokenizer, *, batch_size: int | None = None, progress: bool | None = None, **options):
         if not isinstance(model, self.head):
             raise TypeError(f"{self.task} needs a {self.head.__name__} or its V2, got {type(model).__name__}")
-        if progress:
-            _tqdm()
-        self.model, self.tokenizer, self.progress = model.eval(), tokenizer, progress
-        self.batch_size = _checked_size(batch_size)
+        if progress and importlib.util.find_spec("tqdm") is None:
+            raise ImportError("a progress bar needs tqdm: pip install tqdm")
+        check_optional("batch_size", batch_size, 1)
+        self.model, self.tokenizer, self.progress, self.batch_size = model.eval(), tokenizer, progress, batch_size
         self.options = self.changed(options)
 
     def __call__(self, inputs, *, batch_size: int | None = None, **options):
         """
         Args:
-            inputs: one input; a list or tuple of them; or any other iterable, which is read as results are asked for.
-            batch_size, options: for this call, instead of those of the pipeline.
+            inputs: one input; a list or tuple of inputs; or any other iterable, which is read as results are asked for.
+            batch_size, options: override those of the pipeline for this call.
 
         Returns:
-            One result, a list, or an iterator of them, in the order of the inputs.
+            One result, a list, or an iterator of results, in the order of the inputs.
 
         Raises:
-            InputError: an input is of the wrong type, empty, or too long; it says which.
+            InputError: an input is of the wrong type, empty, or too long; the message says which input.
             TypeError, ValueError: an option is unknown or out of range.
         """
         changed = self.resolved(self.changed(options, self.options))
-        batch_size = self.batch_size if batch_size is None else _checked_size(batch_size)
+        check_optional("batch_size", batch_size, 1)
+        batch_size = batch_size or self.batch_size
         if self.is_one(inputs, changed):
             [result] = self._results([inputs], WINDOW, changed, batch_size, contextlib.nullcontext())
-            return self.alone(inputs, result, options)
+            return self.single_result(inputs, result, options)
         if isinstance(inputs, list | tuple):
-            bar = self._bar(len(inputs))
-            return self.listed(list(self._results(inputs, WINDOW, changed, batch_size, bar)))
+            return self.list_result(list(self._results(inputs, WINDOW, changed, batch_size, self._bar(len(inputs)))))
         try:
             inputs = iter(inputs)
         except TypeError:
@@ -95,7 +102,7 @@ class Pipeline:
 
     @classmethod
     def changed(cls, changes: dict, options=None):
-        """Options of the task, of the defaults or of others. Raises TypeError or ValueError."""
+        """Returns ``options``, by default those of the task, with changes. Raises TypeError or ValueError."""
         known = [field.name for field in dataclasses.fields(cls.Options)]
         unknown = [name for name in changes if name not in known]
         if unknown:
@@ -103,55 +110,51 @@ class Pipeline:
         return dataclasses.replace(options or cls.Options(), **changes)
 
     def is_one(self, inputs, options) -> bool:
-        """Whether it is one input, none of the kinds that hold several."""
+        """Whether ``inputs`` is a single input, not a collection."""
         return isinstance(inputs, str | dict)
 
-    def alone(self, item, result, given: dict):
-        """What a call with one input returns; ``given`` are the options of the call."""
+    def single_result(self, item, result, given: dict):
+        """Returns what a call with one input returns; ``given`` are the options of the call."""
         return result
 
-    def listed(self, results: list):
-        """What a call with a list of inputs returns."""
+    def list_result(self, results: list):
+        """Returns what a call with a list of inputs returns."""
         return results
 
     def resolved(self, options):
-        """The options, checked against model and tokenizer."""
+        """Checks the options against model and tokenizer and returns them."""
         return options
 
     def checked(self, item, options):
-        """The input, or what ``rows`` and ``answer`` get instead of it. Raises TypeError or ValueError."""
+        """Returns the input in the form that ``rows`` and ``answer`` get. Raises TypeError or ValueError."""
         return text_of(item)
 
     def rows(self, items: list, options) -> list[list[Row]]:
-        """What the model gets, for every input. Raises InputError, whose index counts from the first of ``items``."""
+        """Returns the rows of every input. Raises InputError, whose index counts from the first of ``items``."""
         raise NotImplementedError
 
     def outputs(self, inputs: dict, rows: list[Row], options) -> Iterable:
-        """What ``answer`` needs of the model's output for each row, off the model's device.
+        """Runs the model and returns, for each row, what ``answer`` needs, on the CPU.
 
         Args:
-            inputs: as ``call`` takes them: the rows one after the other, with cu_seqlens; or a batch (B, L), with an
-                attention_mask where it holds padding.
+            inputs: arguments of the model: packed rows with cu_seqlens; or a batch (B, L), with an attention_mask if it
+                holds padding.
         """
         raise NotImplementedError
 
     def answer(self, item, rows: list[Row], outputs: list, options):
-        """The result of an input."""
+        """Returns the result of one input."""
         raise NotImplementedError
-
-    def call(self, inputs: dict):
-        """The model's output."""
-        return self.model(**inputs)
 
     @staticmethod
     def unpadded(values: torch.Tensor, inputs: dict) -> torch.Tensor:
-        """The output's values of tokens, (T, ...) or (B, L, ...), as (T, ...): row after row, without padding."""
+        """Returns values per token, (T, ...) or (B, L, ...), as (T, ...): row after row, without padding."""
         if "cu_seqlens" in inputs:
             return values
         return values[inputs["attention_mask"]] if "attention_mask" in inputs else values.flatten(0, 1)
 
     def encode(self, pairs: list[tuple[str, str | None]], **options) -> list[Row]:
-        """Rows of texts and pairs; options as the tokenizer takes them."""
+        """Returns the rows of texts and pairs; ``options`` are the tokenizer's."""
         rows = [None] * len(pairs)
         for is_pair in (False, True):
             chosen = [i for i, pair in enumerate(pairs) if (pair[1] is not None) == is_pair]
@@ -159,21 +162,19 @@ class Pipeline:
                 texts = [pairs[i][0] for i in chosen]
                 seconds = [pairs[i][1] for i in chosen] if is_pair else None
                 encoding = self.tokenizer(texts, seconds, return_attention_mask=False, **options)
-                for n, i in enumerate(chosen):
-                    rows[i] = Row(encoding["input_ids"][n], types_of(encoding, n))
+                for i, row in zip(chosen, rows_of(encoding)):
+                    rows[i] = row
         return rows
 
+    def encode_texts(self, texts: list[str], options, keywords: dict | None) -> list[Row]:
+        """Returns the rows of texts; ``keywords`` of the tokenizer override the options truncation and max_length."""
+        given = {"truncation": options.truncation, "max_length": options.max_length, **(keywords or {})}
+        return self.encode([(text, None) for text in texts], **{**given, "padding": False})
+
     def _bar(self, total: int | None):
-        if self.progress is False:
-            return contextlib.nullcontext()
-        try:
-            tqdm = _tqdm()
-        except ImportError:
-            return contextlib.nullcontext()
-        if self.progress:
-            return tqdm(total=total, unit=" inputs")
-        # disable=None: unless stderr is a terminal
-        return tqdm(total=total, unit=" inputs", delay=PATIENCE, disable=None)
+        # disable=None: only if stderr is a terminal
+        automatic = {} if self.progress else {"delay": PATIENCE, "disable": None}
+        return progress_bar(self.progress is not False, total=total, unit=" inputs", **automatic)
 
     def _results(self, inputs: Iterable, size: int, options, batch_size: int | None, bar) -> Iterator:
         inputs, done = iter(inputs), 0
@@ -195,15 +196,21 @@ class Pipeline:
             self._check_lengths(rows)
         except InputError as error:
             raise InputError(first + error.index, error.reason) from error.__cause__
-        places = [(i, n) for i in range(len(items)) for n in range(len(rows[i]))]
-        outputs, left, results = [[None] * len(own) for own in rows], [len(own) for own in rows], [None] * len(items)
-        for batch in self._batches(places, rows, batch_size):
-            for (i, n), output in zip(batch, self._outputs([rows[i][n] for i, n in batch], options)):
-                outputs[i][n] = output
-                left[i] -= 1
-                if not left[i]:
-                    results[i] = self.answer(items[i], rows[i], outputs[i], options)
-                    outputs[i] = None
+        # The longest come first: if memory does not suffice, the first batch fails.
+        queue = [(index, row) for index, own in enumerate(rows) for row in own]
+        queue.sort(key=lambda entry: len(entry[1].input_ids), reverse=True)
+        tokens = TOKENS.get(self.model.device.type, TOKENS_ELSEWHERE)
+        unanswered, results = [len(own) for own in rows], [None] * len(items)
+        while queue:
+            size = batch_size or max(1, tokens // len(queue[0][1].input_ids))
+            batch, queue = queue[:size], queue[size:]
+            outputs = self._outputs([row for _, row in batch], options)
+            for (index, row), output in zip(batch, outputs):
+                row.output = output
+                unanswered[index] -= 1
+                if not unanswered[index]:
+                    own, rows[index] = rows[index], None  # frees the outputs
+                    results[index] = self.answer(items[index], own, [row.output for row in own], options)
                     if shown is not None:
                         shown.update()
         return results
@@ -219,16 +226,6 @@ class Pipeline:
                     "has truncation, truncation=True and max_length shorten it",
                 )
 
-    def _batches(self, places: list, rows: list[list[Row]], batch_size: int | None) -> Iterator[list]:
-        """Places of rows, the longest first: what memory does not suffice for fails at once."""
-        length = lambda place: len(rows[place[0]][place[1]].input_ids)
-        places = sorted(places, key=length, reverse=True)
-        while places:
-            tokens = TOKENS.get(self.model.device.type, TOKENS_ELSEWHERE)
-            size = batch_size or max(1, tokens // length(places[0]))
-            yield places[:size]
-            places = places[size:]
-
     @torch.no_grad()
     def _outputs(self, rows: list[Row], options) -> list:
         lengths = lengths_of(rows)
@@ -242,7 +239,7 @@ class Pipeline:
                 f"the tokenizer gives token {highest}, and the model has {self.model.config.vocab_size}: they "
                 "do not belong together, or resize_token_embeddings(len(tokenizer)) was forgotten"
             )
-        # Rows of one length are a batch without padding, and some backends are faster with a batch
+        # Rows of one length form a batch without padding, which some backends compute faster than packed rows.
         ragged = min(lengths) < longest
         packed = ragged and self._packs()
         if packed:
@@ -258,14 +255,14 @@ class Pipeline:
         return list(self.outputs(inputs, rows, options))
 
     def _packs(self) -> bool:
-        """Whether packed sequences give the model's output."""
+        """Whether the model can run on packed sequences and give the same output."""
         config, base = self.model.config, self.model.base_model
         dense = config.talking_head or config.output_attentions or base.encoder.unpadding.mode is False
         return not dense and _is_plain(self.model) and _is_plain(base)
 
 
 def _is_plain(module: torch.nn.Module) -> bool:
-    """Whether a call runs this package's forward, which takes packed sequences: no hook, program or subclass's."""
+    """Whether a call runs this package's forward and nothing else: no hook, compiled program or subclass's forward."""
     owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
     around = (module._forward_hooks, module._forward_pre_hooks, module._compiled_call_impl, vars(module).get("forward"))
     return owner.__module__.partition(".")[0] == __name__.partition(".")[0] and not any(around)
@@ -275,26 +272,26 @@ def lengths_of(rows: list[Row]) -> list[int]:
     return [len(row.input_ids) for row in rows]
 
 
-def text_of(item, name: str = "text") -> str:
-    """The text of an input that is one, or an object with one."""
+def rows_of(encoding) -> list[Row]:
+    """Returns the rows of a tokenizer's batch encoding, with token types if it has any."""
+    ids = encoding["input_ids"]
+    return list(map(Row, ids, encoding.get("token_type_ids") or [None] * len(ids)))
+
+
+def text_of(item) -> str:
+    """Returns the text of an input, which is a text or an object that holds one."""
     if isinstance(item, dict):
-        if set(item) != {name}:
-            raise ValueError(f"expected a text or {{{name!r}: text}}, got an object with {', '.join(map(repr, item))}")
-        item = item[name]
-    return checked_text(item, name)
+        if set(item) != {"text"}:
+            raise ValueError(f"expected a text or {{'text': text}}, got an object with {', '.join(map(repr, item))}")
+        item = item["text"]
+    return checked_text(item, "text")
 
 
 def checked_text(value, name: str) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a string, got {type(value).__name__}")
-    value.encode()  # a lone surrogate is a ValueError here and a crash in some tokenizers
+    value.encode()  # A lone surrogate is a ValueError here and a crash in some tokenizers.
     return value
-
-
-def types_of(encoding, row: int) -> list[int] | None:
-    """Token types where the tokenizer gives some."""
-    types = encoding.get("token_type_ids")
-    return None if types is None else types[row]
 
 
 def check_number(name: str, value, least: int) -> None:
@@ -302,15 +299,15 @@ def check_number(name: str, value, least: int) -> None:
         raise ValueError(f"{name} must be a number from {least} on, got {value!r}")
 
 
-def _checked_size(batch_size: int | None) -> int | None:
-    if batch_size is not None:
-        check_number("batch_size", batch_size, 1)
-    return batch_size
+def check_optional(name: str, value, least: int) -> None:
+    if value is not None:
+        check_number(name, value, least)
 
 
-def _tqdm():
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        raise ImportError("a progress bar needs tqdm: pip install tqdm") from None
-    return tqdm
+def progress_bar(wanted: bool, **options):
+    """Returns tqdm's bar, or a context of None if no bar is wanted or tqdm is not installed."""
+    if not wanted or importlib.util.find_spec("tqdm") is None:
+        return contextlib.nullcontext()
+    from tqdm import tqdm
+
+    return tqdm(**options)

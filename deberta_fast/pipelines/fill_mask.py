@@ -1,4 +1,4 @@
-"""fill-mask: what may stand where the masks are."""
+"""fill-mask: the likeliest tokens in the places of masks."""
 
 import dataclasses
 import itertools
@@ -14,9 +14,9 @@ from .base import InputError, Pipeline, Row, check_number, lengths_of
 class FillMaskPipeline(Pipeline):
     """The likeliest tokens for every mask of a text.
 
-    A result is a list of ``{"score", "token", "token_str", "sequence"}``, the likeliest first; of a text with several
-    masks a list of such lists, one a mask, where ``sequence`` keeps the other masks. As in Hugging Face's, a list of
-    one text gives that text's result.
+    A result is a list of ``{"score", "token", "token_str", "sequence"}``, the likeliest first. A text with several
+    masks gives one such list per mask, and ``sequence`` keeps the other masks. As in Hugging Face's pipeline, a list
+    of one text gives that text's result.
     """
 
     task = "fill-mask"
@@ -25,9 +25,9 @@ class FillMaskPipeline(Pipeline):
     @dataclasses.dataclass(frozen=True)
     class Options:
         """
-        top_k: how many tokens a mask.
-        targets: tokens to choose from, one or a list; of a text that is no token, its first token.
-        truncation, max_length: as of the tokenizer, which shortens nothing by default.
+        top_k: number of tokens per mask.
+        targets: tokens to choose from, one or a list; the first token stands for a text that is not a token.
+        truncation, max_length: the tokenizer's, which shortens nothing by default.
         tokenizer_kwargs: the same two under Hugging Face's name, and other options of the tokenizer.
         """
 
@@ -45,12 +45,11 @@ class FillMaskPipeline(Pipeline):
             raise ValueError("fill-mask needs a tokenizer with a mask_token")
         return options if options.targets is None else dataclasses.replace(options, targets=self._ids(options.targets))
 
-    def listed(self, results):
+    def list_result(self, results):
         return results[0] if len(results) == 1 else results
 
     def rows(self, items, options):
-        more = {"truncation": options.truncation, "max_length": options.max_length, **(options.tokenizer_kwargs or {})}
-        rows = self.encode([(text, None) for text in items], **{**more, "padding": False})
+        rows = self.encode_texts(items, options, options.tokenizer_kwargs)
         mask = self.tokenizer.mask_token_id
         for index, row in enumerate(rows):
             row.about = [place for place, token in enumerate(row.input_ids) if token == mask]
@@ -63,25 +62,23 @@ class FillMaskPipeline(Pipeline):
         numbers = [len(row.about) for row in rows]
         starts = itertools.accumulate(lengths_of(rows), initial=0)
         places = torch.tensor([start + place for start, row in zip(starts, rows) for place in row.about])
-        scores = self._logits(inputs, places.to(self.model.device)).float().softmax(-1)
+        # The head runs on the masked places only: scores of all tokens of a long batch would fill many gigabytes.
+        states, _ = self.model.predicting_states(**inputs)
+        states = self.unpadded(states, inputs)[places.to(self.model.device)]
+        scores = self.model.lm_predictions(states, self.model.get_input_embeddings()).float().softmax(-1)
         if options.targets is not None:
             scores = scores[:, options.targets]
         top = scores.topk(min(options.top_k, scores.shape[1]))
         tokens = top.indices if options.targets is None else torch.tensor(options.targets)[top.indices.cpu()]
         return zip(top.values.cpu().split(numbers), tokens.cpu().split(numbers))
 
-    def _logits(self, inputs: dict, places: torch.Tensor) -> torch.Tensor:
-        """(masks, vocab_size): of a long batch, the scores of all tokens would fill many gigabytes."""
-        states, _ = self.model.predicting_states(**inputs)
-        return self.model.lm_predictions(self.unpadded(states, inputs)[places], self.model.get_input_embeddings())
-
     def answer(self, item, rows, outputs, options):
         [row], [(scores, tokens)] = rows, outputs
         single = len(row.about) == 1
         result = []
-        for place, *best in zip(row.about, scores.tolist(), tokens.tolist()):
+        for place, best_scores, best_tokens in zip(row.about, scores.tolist(), tokens.tolist()):
             result.append([])
-            for score, token in zip(*best):
+            for score, token in zip(best_scores, best_tokens):
                 ids = [*row.input_ids[:place], token, *row.input_ids[place + 1 :]]
                 ids = [x for x in ids if x != self.tokenizer.pad_token_id]
                 result[-1].append(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..models.task_models import DebertaForQuestionAnswering
-from .base import InputError, Pipeline, Row, check_number, checked_text, lengths_of
+from .base import InputError, Pipeline, Row, check_number, check_optional, checked_text, lengths_of
 
 MAX_SEQ_LEN, DOC_STRIDE = 384, 128
 
@@ -16,9 +16,9 @@ MAX_SEQ_LEN, DOC_STRIDE = 384, 128
 class Part(NamedTuple):
     """The tokens of a context that a row holds.
 
-    first: the row's first token of them.
-    offsets: the characters of each.
-    words: the word of each; None of a token that is of none.
+    first: index in the row of the first of these tokens.
+    offsets: start and end of each token in characters.
+    words: index of each token's word, or None.
     """
 
     first: int
@@ -29,10 +29,10 @@ class Part(NamedTuple):
 class QuestionAnsweringPipeline(Pipeline):
     """The passage of a context that answers a question, of ``{"question": ..., "context": ...}``.
 
-    A result is ``{"score", "start", "end", "answer"}``, start and end in characters of the context; with a top_k beyond
-    1 a list of them, the likeliest first. The probabilities of equal answers are added up. As in Hugging Face's, a list
-    of one question gives that question's result. With a slow tokenizer, answers are whole words, of what stands between
-    white space.
+    A result is ``{"score", "start", "end", "answer"}``, with start and end in characters of the context. top_k beyond 1
+    gives a list of results, the likeliest first. The probabilities of equal answers are added up. As in Hugging Face's
+    pipeline, a list of one question gives that question's result. With a slow tokenizer, answers are whole words,
+    which white space separates.
     """
 
     task = "question-answering"
@@ -41,13 +41,13 @@ class QuestionAnsweringPipeline(Pipeline):
     @dataclasses.dataclass(frozen=True)
     class Options:
         """
-        top_k: how many answers at most.
-        doc_stride: tokens by which parts of a long context overlap; half of max_seq_len, at most 128, by default.
+        top_k: largest number of answers.
+        doc_stride: tokens by which parts of a long context overlap; by default half of max_seq_len, at most 128.
         max_answer_len: tokens of the longest answer.
-        max_seq_len: tokens of question and part together; 384 by default, or the tokenizer's model_max_length.
-        max_question_len: tokens to which a question is cut; by default it is not.
-        handle_impossible_answer: the empty answer, of start and end 0, is one of those to choose from.
-        align_to_words: answers are whole words.
+        max_seq_len: tokens of question and part together; by default 384, or the tokenizer's smaller model_max_length.
+        max_question_len: tokens to which a question is cut; by default it is not cut.
+        handle_impossible_answer: allows the empty answer, with start and end 0.
+        align_to_words: extends answers to whole words.
         """
 
         top_k: int = 1
@@ -59,15 +59,15 @@ class QuestionAnsweringPipeline(Pipeline):
         align_to_words: bool = True
 
         def __post_init__(self):
-            for name in ("top_k", "max_answer_len", "max_seq_len", "max_question_len"):
-                if getattr(self, name) is not None:
-                    check_number(name, getattr(self, name), 1)
-            if self.doc_stride is not None:
-                check_number("doc_stride", self.doc_stride, 0)
+            for name in ("top_k", "max_answer_len"):
+                check_number(name, getattr(self, name), 1)
+            for name in ("max_seq_len", "max_question_len"):
+                check_optional(name, getattr(self, name), 1)
+            check_optional("doc_stride", self.doc_stride, 0)
 
     def __call__(self, inputs=None, context=None, *, question=None, **options):
-        """As other pipelines; or question="...", context="...", or both by position. Lists of either are paired up, and
-        one context serves a list of questions."""
+        """Takes inputs as other pipelines do; or question="...", context="...", or both by position. Lists of both are
+        paired up, and one context serves a list of questions."""
         question = inputs if context is not None and question is None else question
         if (question is None) != (context is None):
             raise TypeError("question and context must be given together")
@@ -81,7 +81,7 @@ class QuestionAnsweringPipeline(Pipeline):
                 inputs = {"question": question, "context": context}
         return super().__call__(inputs, **options)
 
-    def listed(self, results):
+    def list_result(self, results):
         return results[0] if len(results) == 1 else results
 
     def checked(self, item, options):
@@ -95,33 +95,33 @@ class QuestionAnsweringPipeline(Pipeline):
         return item
 
     def rows(self, items, options):
-        questions = self.tokenizer([item["question"] for item in items], add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
+        questions = [item["question"] for item in items]
+        questions = self.tokenizer(questions, add_special_tokens=False, verbose=False)["input_ids"]
         contexts = self._contexts([item["context"] for item in items])
         longest = options.max_seq_len or min(self.tokenizer.model_max_length, MAX_SEQ_LEN)
         result = []
         for index, (question, context) in enumerate(zip(questions, contexts)):
             question = question[: options.max_question_len]
-            room = longest - len(question) - self.tokenizer.num_special_tokens_to_add(pair=True)
+            size = longest - len(question) - self.tokenizer.num_special_tokens_to_add(pair=True)
+            if size < 1:
+                reason = f"the question has {len(question)} tokens, which leaves none of max_seq_len={longest} for the"
+                raise InputError(index, f"{reason} context; max_question_len cuts it")
             stride = options.doc_stride
             if stride is None:
                 stride = min(longest // 2, DOC_STRIDE)
-                stride = stride if stride < room else room // 2
-            if room < 1:
-                raise InputError(
-                    index,
-                    f"the question has {len(question)} tokens, which leaves none of max_seq_len={longest} for the "
-                    "context; max_question_len cuts it",
-                )
-            if stride >= room:
-                reason = f"doc_stride must be less than {room}, the tokens of a part of the context, got {stride}"
+                stride = stride if stride < size else size // 2
+            if stride >= size:
+                reason = f"doc_stride must be less than {size}, the tokens of a part of the context, got {stride}"
                 raise InputError(index, reason)
-            result.append([self._row(question, *part) for part in _parts(context, room, room - stride)])
+            result.append([])
+            for ids, offsets, words in _parts(context, size, size - stride):
+                row = self.tokenizer.build_inputs_with_special_tokens(question, ids)
+                types = self.tokenizer.create_token_type_ids_from_sequences(question, ids)
+                result[-1].append(Row(row, types, Part(len(row) - 1 - len(ids), offsets, words)))
         return result
 
     def _contexts(self, texts: list[str]) -> list[tuple[list[int], list, list]]:
-        """Tokens, their offsets and words, of every text."""
+        """Returns token ids, their offsets and their words for every text."""
         if self.tokenizer.is_fast:
             encoding = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             columns = encoding["input_ids"], encoding["offset_mapping"], map(encoding.word_ids, range(len(texts)))
@@ -129,30 +129,27 @@ class QuestionAnsweringPipeline(Pipeline):
         result = []
         for text in texts:
             spans = [match.span() for match in re.finditer(r"\S+", text)]
-            # Byte-level tokens differ behind a space
+            # Byte-level tokenizers give other tokens after a space.
             pieces = [" " * (start > 0) + text[start:end] for start, end in spans]
             ids = self.tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"] if pieces else []
             words = [word for word, own in enumerate(ids) for _ in own]
             result.append(([token for own in ids for token in own], [spans[word] for word in words], words))
         return result
 
-    def _row(self, question: list[int], ids: list[int], offsets: list, words: list) -> Row:
-        row = self.tokenizer.build_inputs_with_special_tokens(question, list(ids))
-        types = self.tokenizer.create_token_type_ids_from_sequences(question, list(ids))
-        return Row(row, types, Part(len(row) - 1 - len(ids), offsets, words))
-
     def outputs(self, inputs: dict, rows: list[Row], options) -> Iterable:
-        output = self.call(inputs)
+        output = self.model(**inputs)
         logits = (self.unpadded(x, inputs).float().cpu() for x in (output.start_logits, output.end_logits))
         return zip(*(x.split(lengths_of(rows)) for x in logits))
 
     def answer(self, item, rows, outputs, options):
         text, answers, impossible = item["context"], {}, float("inf")
-        # Of several spans of the same words, one answer is left
+        # Several spans within the same words become one answer.
         number = 2 * options.top_k + 10 if options.align_to_words else options.top_k
         for row, logits in zip(rows, outputs):
             part = row.about
-            starts, ends = (_probabilities(x, part) for x in logits)
+            # [CLS], which stands for no answer, and the part's tokens
+            chosen = [0, *range(part.first, part.first + len(part.offsets))]
+            starts, ends = (x[chosen].softmax(0) for x in logits)
             impossible = min(impossible, (starts[0] * ends[0]).item())
             for score, first, last in _best_spans(starts[1:], ends[1:], options.max_answer_len, number):
                 start, end = part.offsets[first][0], part.offsets[last][1]
@@ -171,24 +168,20 @@ class QuestionAnsweringPipeline(Pipeline):
         return answers[0] if options.top_k == 1 else answers
 
 
-def _parts(context: tuple[list, list, list], room: int, step: int):
-    """Slices of tokens, offsets and words, ``room`` long, until the last token is in one."""
+def _parts(context: tuple[list, list, list], size: int, step: int):
+    """Yields slices of ids, offsets and words, of ``size`` tokens, until one holds the last token."""
     for start in range(0, max(len(context[0]), 1), step):
-        yield tuple(column[start : start + room] for column in context)
-        if start + room >= len(context[0]):
+        yield tuple(list(column[start : start + size]) for column in context)
+        if start + size >= len(context[0]):
             return
 
 
-def _probabilities(logits: torch.Tensor, part: Part) -> torch.Tensor:
-    """Of [CLS], which stands for no answer, and of the part's tokens."""
-    return torch.cat([logits[:1], logits[part.first : part.first + len(part.offsets)]]).softmax(0)
-
-
 def _best_spans(starts: torch.Tensor, ends: torch.Tensor, longest: int, number: int):
-    """Probability, first and last token of the best spans, best first; spans are at most ``longest`` tokens."""
+    """Yields probability, first and last token of the best spans of at most ``longest`` tokens, best first."""
     longest = min(longest, len(starts))
     if not longest:
         return
+    # scores[i, j] belongs to the span from i to i + j; it is negative if that is past the end.
     scores = starts[:, None] * torch.nn.functional.pad(ends, (0, longest - 1), value=-1).unfold(0, longest, 1)
     spans = len(starts) * longest - longest * (longest - 1) // 2
     best = scores.flatten().topk(min(number, spans))

@@ -1,4 +1,4 @@
-"""text-classification: the class of texts and pairs of texts."""
+"""text-classification: the class of a text or a pair of texts."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -15,8 +15,8 @@ BEST = "best"
 class TextClassificationPipeline(Pipeline):
     """The class of a text, or of a pair ``{"text": ..., "text_pair": ...}``.
 
-    A result is ``{"label", "score"}``, and with top_k a list of them, the likeliest first. As in Hugging Face's, a
-    string that comes alone gives a list in either case, and a pair that comes alone does not without top_k.
+    A result is ``{"label", "score"}``, and with top_k a list of them, the likeliest first. As in Hugging Face's
+    pipeline, a call with a single string always gives a list, and one with a single pair only with top_k.
     """
 
     task = "text-classification"
@@ -25,11 +25,11 @@ class TextClassificationPipeline(Pipeline):
     @dataclasses.dataclass(frozen=True)
     class Options:
         """
-        top_k: how many labels, None for all; by default the best one alone, and not in a list.
-        function_to_apply: to the logits: "sigmoid", "softmax" or "none". By default that of the configuration's
-            problem_type; without one softmax, or of a single label sigmoid.
-        truncation, max_length: as of the tokenizer, which shortens nothing by default.
-        padding: has no effect; taken because Hugging Face's takes it.
+        top_k: number of labels, None for all; by default only the best one, not in a list.
+        function_to_apply: "sigmoid", "softmax" or "none", applied to the logits. The default follows the
+            configuration's problem_type; without one it is softmax, or sigmoid for a single label.
+        truncation, max_length: the tokenizer's, which shortens nothing by default.
+        padding: has no effect; accepted because Hugging Face's pipeline accepts it.
         """
 
         top_k: int | str | None = BEST
@@ -46,7 +46,7 @@ class TextClassificationPipeline(Pipeline):
                     f"function_to_apply must be one of {', '.join(FUNCTIONS)}, got {self.function_to_apply!r}"
                 )
 
-    def alone(self, item, result, given):
+    def single_result(self, item, result, given):
         return [result] if isinstance(item, str) and "top_k" not in given else result
 
     def checked(self, item, options):
@@ -63,7 +63,7 @@ class TextClassificationPipeline(Pipeline):
         return [[row] for row in self.encode(items, truncation=options.truncation, max_length=options.max_length)]
 
     def outputs(self, inputs: dict, rows: list[Row], options) -> Iterable:
-        return FUNCTIONS[options.function_to_apply or self._function()](self.call(inputs).logits.float()).tolist()
+        return FUNCTIONS[options.function_to_apply or self._function()](self.model(**inputs).logits.float()).tolist()
 
     def _function(self) -> str:
         kind, number = self.model.config.problem_type, self.model.config.num_labels

@@ -1,4 +1,4 @@
-"""zero-shot-classification: labels chosen at the call, each asked of a model of natural language inference."""
+"""zero-shot-classification: labels given at the call, scored by a model of natural language inference."""
 
 import dataclasses
 import warnings
@@ -11,7 +11,7 @@ from .base import Pipeline, Row, text_of
 
 
 class ZeroShotClassificationPipeline(Pipeline):
-    """How well labels fit a text: how much the text entails the template filled with each.
+    """How well labels fit a text: how strongly the text entails the template filled with each label.
 
     A result is ``{"sequence", "labels", "scores"}``, the likeliest label first.
     """
@@ -24,7 +24,7 @@ class ZeroShotClassificationPipeline(Pipeline):
         """
         candidate_labels: a list of labels, or text with commas between them.
         hypothesis_template: with {} where the label goes.
-        multi_label: each label is scored by itself, against contradiction; else they share a probability of 1.
+        multi_label: scores each label by itself, against contradiction; otherwise the scores of all labels add up to 1.
         """
 
         candidate_labels: str | list[str] | None = None
@@ -75,17 +75,16 @@ class ZeroShotClassificationPipeline(Pipeline):
 
     def _pairs(self, pairs: list[tuple[str, str]]) -> list[Row]:
         try:
-            # What there is to shorten is the text
             return self.encode(pairs, truncation="only_first", verbose=False)
         except Exception:
-            # A label alone is too long: its row is not shortened then, as in Hugging Face's. Errors of all other kinds
-            # come again
+            # A hypothesis that is too long by itself stays as it is, as in Hugging Face's pipeline. Any other error
+            # is raised again.
             if len(pairs) > 1:
                 return [row for pair in pairs for row in self._pairs([pair])]
             return self.encode(pairs, truncation=False, verbose=False)
 
     def outputs(self, inputs: dict, rows: list[Row], options) -> Iterable:
-        return self.call(inputs).logits.float().cpu()
+        return self.model(**inputs).logits.float().cpu()
 
     def answer(self, item, rows, outputs, options):
         logits = torch.stack(outputs)

@@ -1,41 +1,50 @@
-"""What all tokenizers have in common."""
+"""``TokenizerBase``, the common part of all tokenizers."""
 
-from abc import abstractmethod
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from .batch_encoding import BatchEncoding
 from .files import Files
 from .model_inputs import SIDES, ModelInputs, Options, check_choice, make_options
-from .special_tokens import AddedToken, SpecialTokens, as_added_token
+from .special_tokens import NAMES, AddedToken, SpecialTokens, as_added_token
+
+# Python text may hold them, UTF-8 may not.
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class TokenizerBase(SpecialTokens, ModelInputs, Files):
-    """Text to ids and back.
+    """Converts text to ids and back.
 
-    A subclass has ``tokenize``, ``_token_to_id``, ``_id_to_token``, ``_add_tokens``, ``convert_tokens_to_string`` and
-    what is abstract below.
+    A subclass has ``is_fast``, ``vocab_size`` (without added tokens), ``added_tokens_decoder``, ``get_vocab``,
+    ``tokenize``, ``convert_tokens_to_string``, ``_token_to_id``, ``_id_to_token``, ``_add_tokens``, and
+
+    * ``_add_first_tokens(decoder)``, which adds the tokens of ``decoder`` and the special tokens;
+    * ``_encode(examples, single, options)``, which encodes pairs (text, second text or None); if ``single``, there is
+      one pair and the result has no batch axis;
+    * ``_decode(ids, skip_special_tokens, spaces_between_special_tokens)``.
 
     Args:
+        settings: a subclass's own settings, which become attributes and are saved.
         bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token: text or ``AddedToken``; those that
             the vocabulary lacks are added.
         additional_special_tokens: more special tokens.
-        extra_special_tokens: the same, under their other name; a dict of them too.
+        extra_special_tokens: another name of ``additional_special_tokens``; may be a dict.
         added_tokens_decoder: tokens that are never split, by id.
-        model_max_length: what ``truncation=True`` and ``padding="max_length"`` take for ``max_length``; None for no
-            limit (1e30).
+        model_max_length: ``max_length`` of ``truncation=True`` and ``padding="max_length"``; None for no limit (1e30).
         padding_side, truncation_side: "right" or "left".
-        model_input_names: what ``__call__`` returns, ids first.
-        clean_up_tokenization_spaces: ``decode`` takes away the spaces before English punctuation and contractions.
-        split_special_tokens: special tokens in a text are split like the rest.
-        name_or_path: where it comes from.
+        model_input_names: items that ``__call__`` returns, ids first.
+        clean_up_tokenization_spaces: ``decode`` removes the spaces before English punctuation and contractions.
+        split_special_tokens: special tokens in a text are split like other text.
+        name_or_path: where the tokenizer comes from.
         verbose: warn of options that do nothing.
     """
 
     model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
-    is_fast: bool
 
     def __init__(
         self,
+        settings: dict,
+        /,
         *,
         bos_token: str | AddedToken | None = "[CLS]",
         eos_token: str | AddedToken | None = "[SEP]",
@@ -56,17 +65,11 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
         name_or_path: str = "",
         verbose: bool = True,
     ):
+        for name, value in settings.items():
+            setattr(self, name, value)
+        named = (bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token)
         self._special_tokens = {
-            name: None if token is None else as_added_token(token, special=True)
-            for name, token in {
-                "bos_token": bos_token,
-                "eos_token": eos_token,
-                "unk_token": unk_token,
-                "sep_token": sep_token,
-                "pad_token": pad_token,
-                "cls_token": cls_token,
-                "mask_token": mask_token,
-            }.items()
+            name: None if token is None else as_added_token(token, special=True) for name, token in zip(NAMES, named)
         }
         if isinstance(extra_special_tokens, Mapping):
             extra_special_tokens = list(extra_special_tokens.values())
@@ -75,50 +78,19 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
         self.model_max_length = int(1e30 if model_max_length is None else model_max_length)
         self.padding_side = check_choice("padding_side", padding_side, SIDES)
         self.truncation_side = check_choice("truncation_side", truncation_side, SIDES)
-        if model_input_names is not None:
-            self.model_input_names = list(model_input_names)
+        self.model_input_names = list(self.model_input_names if model_input_names is None else model_input_names)
         self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
         self.split_special_tokens = split_special_tokens
         self.name_or_path = str(name_or_path)
         self.verbose = verbose
-        # Which warnings were given. Collators of transformers write here, hence the name.
+        # The topics that were warned of. Collators of transformers write here, hence the name.
         self.deprecation_warnings: dict[str, bool] = {}
         self._add_first_tokens({int(i): as_added_token(token) for i, token in (added_tokens_decoder or {}).items()})
-        # What save_pretrained writes beside the special tokens; subclasses add theirs.
-        self.init_kwargs = {}
-        for name, default in (
-            ("padding_side", "right"),
-            ("truncation_side", "right"),
-            ("model_input_names", type(self).model_input_names),
-            ("split_special_tokens", False),
-        ):
-            if getattr(self, name) != default:
-                self.init_kwargs[name] = getattr(self, name)
-
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int:
-        """How many tokens there are without those that were added behind them."""
-
-    @property
-    @abstractmethod
-    def added_tokens_decoder(self) -> dict[int, AddedToken]:
-        """The tokens that are never split, by id."""
-
-    @abstractmethod
-    def get_vocab(self) -> dict[str, int]:
-        """The id of every token."""
-
-    @abstractmethod
-    def _add_first_tokens(self, decoder: dict[int, AddedToken]):
-        """Makes those of ``decoder`` and the special tokens tokens that are never split."""
-
-    @abstractmethod
-    def _encode(self, examples: list[tuple], single: bool, options: Options) -> BatchEncoding:
-        """Rows of pairs (text, second text or None); for ``single`` the only one, without an axis for rows."""
-
-    @abstractmethod
-    def _decode(self, ids: list[int], skip_special_tokens: bool, spaces_between_special_tokens: bool) -> str: ...
+        defaults = dict(padding_side="right", truncation_side="right", split_special_tokens=False)
+        defaults["model_input_names"] = type(self).model_input_names
+        changed = {name: getattr(self, name) for name, default in defaults.items() if getattr(self, name) != default}
+        # The settings that save_pretrained writes beside the special tokens.
+        self.init_kwargs = changed | settings
 
     @property
     def vocab(self) -> dict[str, int]:
@@ -130,12 +102,12 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
         return {token.content: index for index, token in self.added_tokens_decoder.items()}
 
     def get_added_vocab(self) -> dict[str, int]:
-        """The ids of the tokens that are never split."""
+        """Returns the ids of the tokens that are never split."""
         return self.added_tokens_encoder
 
     @property
     def max_len_single_sentence(self) -> int:
-        return self.model_max_length - self.num_special_tokens_to_add(pair=False)
+        return self.model_max_length - self.num_special_tokens_to_add()
 
     @property
     def max_len_sentences_pair(self) -> int:
@@ -172,129 +144,129 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
         text_pair_target: str | Sequence | None = None,
         **options,
     ) -> BatchEncoding:
-        """What a model gets for one text or pair of texts, or for a list of them.
+        """Encodes one text or pair of texts, or a list of them, as inputs of a model.
 
         Args:
-            text: a text, a list of texts, or a list of pairs of texts; with ``is_split_into_words`` a list of words
-                stands for every text.
-            text_pair: the second text, or as many of them as of the first.
-            add_special_tokens: [CLS] A [SEP] or [CLS] A [SEP] B [SEP] instead of A or A B.
-            padding: True or "longest": as long as the longest row; "max_length": as long as ``max_length``; False or
+            text: a text, a list of texts, or a list of pairs of texts; with ``is_split_into_words`` each text is a list
+                of words.
+            text_pair: the second text, or a list of as many as ``text`` has.
+            add_special_tokens: make [CLS] A [SEP] or [CLS] A [SEP] B [SEP] instead of A or A B.
+            padding: True or "longest": to the length of the longest row; "max_length": to ``max_length``; False or
                 "do_not_pad".
             truncation: True or "longest_first": to ``max_length``, token by token from the longer text; "only_first",
-                "only_second": from that text; False or "do_not_truncate". None: True where there is a ``max_length``
-                and no padding.
-            max_length: in tokens, special ones too; None: ``model_max_length``.
-            stride: how many tokens of a row those that overflow begin with.
+                "only_second": from that text; False or "do_not_truncate". None: True if there is a ``max_length`` and
+                no padding.
+            max_length: number of tokens, including special ones; None: ``model_max_length``.
+            stride: number of tokens that overflowing rows repeat.
             is_split_into_words: texts are lists of words.
-            pad_to_multiple_of: make the padded length a multiple of it.
+            pad_to_multiple_of: round the padded length up to a multiple of it.
             padding_side: "right" or "left"; None: the tokenizer's.
             return_tensors: "pt" or "np"; None: lists.
-            text_target, text_pair_target: encoded as ``text`` and ``text_pair`` are. Their ids are the item "labels"
-                beside what ``text`` gives; without ``text`` they are all there is.
+            text_target, text_pair_target: encoded as ``text`` and ``text_pair`` are. Their ids become the item
+                "labels"; without ``text`` they are the whole result.
             options: return_token_type_ids, return_attention_mask (None: if ``model_input_names`` has them),
                 return_special_tokens_mask (1 for special tokens), return_length, return_offsets_mapping (characters of
-                each token, fast tokenizers only), return_overflowing_tokens (a slow tokenizer gives them and
+                each token, fast tokenizers only), return_overflowing_tokens (a slow tokenizer returns them and
                 num_truncated_tokens as items, a fast one as more rows, with overflow_to_sample_mapping),
                 split_special_tokens (None: the tokenizer's), add_prefix_space (slow tokenizers only), verbose.
 
         Raises:
             TypeError: texts are of another type, or there is no such option.
-            ValueError: there are not as many second texts as first ones, options have impossible values or do not fit
+            ValueError: the numbers of first and second texts differ, options have impossible values or do not fit
                 together, ``max_length`` leaves no room, or rows of different lengths do not make a tensor.
-            NotImplementedError: offsets are asked of a slow tokenizer.
+            NotImplementedError: a slow tokenizer cannot return offsets.
         """
-        options = dict(
-            options,
-            add_special_tokens=add_special_tokens,
-            padding=padding,
-            truncation=truncation,
-            max_length=max_length,
-            stride=stride,
-            is_split_into_words=is_split_into_words,
-            pad_to_multiple_of=pad_to_multiple_of,
-            padding_side=padding_side,
-            return_tensors=return_tensors,
-        )
-        if text_target is not None:
-            labels = self(text_target, text_pair_target, **options)
-            if text is None:
-                return labels
-            inputs = self(text, text_pair, **options)
-            inputs["labels"] = labels["input_ids"]
-            return inputs
-        if text_pair_target is not None:
+        options = make_options(
+            options, add_special_tokens, padding, truncation, max_length, stride, is_split_into_words,
+            pad_to_multiple_of, padding_side, return_tensors,
+        )  # fmt: skip
+        if text_target is None and text_pair_target is not None:
             raise ValueError("text_pair_target needs a text_target")
+        if text_target is None:
+            return self._encode_any(text, text_pair, options)
+        labels = self._encode_any(text_target, text_pair_target, options)
+        if text is None:
+            return labels
+        inputs = self._encode_any(text, text_pair, options)
+        inputs["labels"] = labels["input_ids"]
+        return inputs
+
+    def _encode_any(self, text, text_pair, options: Options) -> BatchEncoding:
+        """Tells single texts from batches."""
         rows = (list, tuple)
         if not isinstance(text, (str, *rows)):
             raise TypeError(f"expected text to be a str, a list of str or a list of pairs, got {type(text).__name__}")
-        if isinstance(text, rows) and (not is_split_into_words or (len(text) > 0 and isinstance(text[0], rows))):
-            if text_pair is None:
-                return self.batch_encode_plus(text, **options)
-            if not isinstance(text_pair, rows):
-                raise TypeError(f"expected text_pair to be a list, as text is, got {type(text_pair).__name__}")
-            if len(text) != len(text_pair):
-                raise ValueError(f"got {len(text)} texts, but {len(text_pair)} as text_pair")
-            return self._encode_batch(list(zip(text, text_pair)), options)
-        return self.encode_plus(text, text_pair, **options)
+        words = options.is_split_into_words
+        if isinstance(text, str) or (words and not (text and isinstance(text[0], rows))):
+            return self._encode_checked([(text, text_pair)], True, options)
+        if text_pair is None:
+            return self._encode_batch(text, options)
+        if not isinstance(text_pair, rows):
+            raise TypeError(f"expected text_pair to be a list, as text is, got {type(text_pair).__name__}")
+        if len(text) != len(text_pair):
+            raise ValueError(f"got {len(text)} texts, but {len(text_pair)} as text_pair")
+        return self._encode_checked(list(zip(text, text_pair)), False, options)
 
     def encode(self, text: str, text_pair: str | None = None, add_special_tokens: bool = True, **options) -> list[int]:
-        """The ids of a text or pair of texts; for ``options`` see ``__call__``."""
+        """Returns the ids of a text or pair of texts; for ``options`` see ``__call__``."""
         return self.encode_plus(text, text_pair, add_special_tokens=add_special_tokens, **options)["input_ids"]
 
     def encode_plus(self, text: str, text_pair: str | None = None, **options) -> BatchEncoding:
-        """``__call__`` for one text or pair of texts. A slow tokenizer takes lists of tokens or ids too."""
-        options = self._resolve(make_options(options), text_pair is not None)
-        self._check_single("text", text, options)
-        if text_pair is not None:
-            self._check_single("text_pair", text_pair, options)
-        return self._encode([(text, text_pair)], True, options)
+        """Encodes one text or pair of texts. A slow tokenizer takes lists of tokens or ids too."""
+        return self._encode_checked([(text, text_pair)], True, make_options(options))
 
     def batch_encode_plus(self, batch_text_or_text_pairs: Sequence, **options) -> BatchEncoding:
-        """``__call__`` for a list of texts, or of pairs of texts."""
+        """Encodes a list of texts, or of pairs of texts."""
         if not isinstance(batch_text_or_text_pairs, list | tuple):
             raise TypeError(f"expected a list of texts or pairs, got {type(batch_text_or_text_pairs).__name__}")
-        part = (list, tuple) if options.get("is_split_into_words") else str
+        return self._encode_batch(batch_text_or_text_pairs, make_options(options))
+
+    def _encode_batch(self, rows: Sequence, options: Options) -> BatchEncoding:
+        part = (list, tuple) if options.is_split_into_words else str
         examples = []
-        for row in batch_text_or_text_pairs:
+        for row in rows:
             pair = isinstance(row, list | tuple) and len(row) == 2 and all(isinstance(text, part) for text in row)
             examples.append(tuple(row) if pair else (row, None))
-        return self._encode_batch(examples, options)
+        return self._encode_checked(examples, False, options)
 
-    def _encode_batch(self, examples: list[tuple], options: dict) -> BatchEncoding:
-        options = self._resolve(make_options(options), any(second is not None for _, second in examples))
+    def _encode_checked(self, examples: list[tuple], single: bool, options: Options) -> BatchEncoding:
+        options = self._resolve(options, any(second is not None for _, second in examples))
         for i, (first, second) in enumerate(examples):
-            self._check_text(f"text {i} of the batch", first, options)
-            if second is not None:
-                self._check_text(f"text_pair {i} of the batch", second, options)
+            where = "" if single else f" {i} of the batch"
+            for name, text in (("text", first), ("text_pair", second)):
+                if (text is not None or name == "text") and not (single and self._is_encoded(text, options)):
+                    self._check_text(f"{name}{where}", text, options)
         if not examples:
             names = [name for name in ("token_type_ids", "attention_mask") if name in self.model_input_names]
             empty = {name: [] for name in ("input_ids", *names)}
             return BatchEncoding(empty, tensor_type=options.return_tensors)
-        return self._encode(examples, False, options)
+        return self._encode(examples, single, options)
 
-    def _check_single(self, what: str, text, options: Options):
-        self._check_text(what, text, options)
+    def _is_encoded(self, text, options: Options) -> bool:
+        """Whether ``text`` is a list of tokens or ids, which ``encode_plus`` of slow tokenizers takes."""
+        if self.is_fast or options.is_split_into_words or not isinstance(text, list | tuple) or not text:
+            return False
+        return all(isinstance(item, str) for item in text) or all(isinstance(item, int) for item in text)
 
     def _check_text(self, what: str, text, options: Options):
-        if not options.is_split_into_words:
-            if not isinstance(text, str):
-                raise TypeError(f"expected {what} to be a str, got {kind_of(text)}")
-            _check_characters(what, text)
-        elif not isinstance(text, list | tuple) or not all(isinstance(word, str) for word in text):
-            raise TypeError(f"expected {what} to be a list of words (str), got {kind_of(text)}")
-        else:
-            for word in text:
-                _check_characters(what, word)
+        expected, parts = "a str", [text]
+        if options.is_split_into_words:
+            expected, parts = "a list of words (str)", text if isinstance(text, list | tuple) else [None]
+        if not all(isinstance(part, str) for part in parts):
+            raise TypeError(f"expected {what} to be {expected}, got {_describe(text)}")
+        for part in parts:
+            lone = None if part.isascii() else _LONE_SURROGATE.search(part)
+            if lone:
+                raise ValueError(f"{what} has half a surrogate pair, {lone[0]!r} at {lone.start()}: no UTF-8")
 
     def convert_tokens_to_ids(self, tokens: str | Iterable[str] | None) -> int | list[int] | None:
-        """The id of a token, or those of several; that of ``unk_token`` for unknown ones."""
+        """Returns the id of a token or of several; unknown tokens have the id of ``unk_token``."""
         if tokens is None or isinstance(tokens, str):
             return None if tokens is None else self._token_to_id(tokens)
         return [self._token_to_id(token) for token in tokens]
 
     def convert_ids_to_tokens(self, ids: int | Iterable[int], skip_special_tokens: bool = False) -> str | list[str]:
-        """The token of an id, or those of several (a tensor or list)."""
+        """Returns the token of an id, or of several (a tensor or list)."""
         ids = _to_ids(ids)
         if isinstance(ids, int):
             return self._id_to_token(ids)
@@ -308,17 +280,17 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
         clean_up_tokenization_spaces: bool | None = None,
         spaces_between_special_tokens: bool = True,
     ) -> str:
-        """The text of ids.
+        """Returns the text of ids.
 
         Args:
             token_ids: one row: a list or tensor of ids, or one id.
-            skip_special_tokens: leave the special tokens out.
-            clean_up_tokenization_spaces: take away the spaces before English punctuation and contractions; None: as the
-                tokenizer does.
-            spaces_between_special_tokens: write a space around tokens that were added (slow tokenizers only).
+            skip_special_tokens: leave out the special tokens.
+            clean_up_tokenization_spaces: remove the spaces before English punctuation and contractions; None: the
+                tokenizer's setting.
+            spaces_between_special_tokens: write a space around added tokens (slow tokenizers only).
 
         Raises:
-            TypeError: ``token_ids`` are several rows, or no ids.
+            TypeError: ``token_ids`` is a batch of rows, or holds no ids.
             ValueError: an id is negative.
         """
         ids = _to_ids(token_ids)
@@ -331,12 +303,12 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
         return text
 
     def batch_decode(self, sequences, skip_special_tokens: bool = False, **options) -> list[str]:
-        """The texts of several rows of ids; for ``options`` see ``decode``."""
+        """Returns the texts of several rows of ids; for ``options`` see ``decode``."""
         return [self.decode(row, skip_special_tokens=skip_special_tokens, **options) for row in sequences]
 
     @staticmethod
     def clean_up_tokenization(out_string: str) -> str:
-        """``out_string`` without the spaces before English punctuation and contractions."""
+        """Removes the spaces before English punctuation and contractions."""
         for mark in (".", "?", "!", ","):
             out_string = out_string.replace(f" {mark}", mark)
         out_string = out_string.replace(" ' ", "'")
@@ -345,20 +317,9 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
         return out_string
 
 
-def _check_characters(what: str, text: str):
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            wrong = text[error.start]
-            raise ValueError(f"{what} has half a surrogate pair, {wrong!r} at {error.start}: no UTF-8") from None
-
-
-def kind_of(value) -> str:
-    if isinstance(value, list | tuple):
-        kinds = sorted({type(item).__name__ for item in value})
-        return f"a {type(value).__name__} of {', '.join(kinds) or 'nothing'}"
-    return type(value).__name__
+def _describe(value) -> str:
+    kinds = sorted({type(item).__name__ for item in value}) if isinstance(value, list | tuple) else None
+    return type(value).__name__ if kinds is None else f"a {type(value).__name__} of {', '.join(kinds) or 'nothing'}"
 
 
 def _to_ids(ids) -> int | list[int]:

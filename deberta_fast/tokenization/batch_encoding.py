@@ -1,4 +1,4 @@
-"""``BatchEncoding``: what a tokenizer returns."""
+"""``BatchEncoding``, the result of a tokenizer."""
 
 import warnings
 from collections import UserDict
@@ -22,17 +22,21 @@ class TokenSpan(NamedTuple):
 
 
 class BatchEncoding(UserDict):
-    """A dict of what a model gets ("input_ids", ...), whose items are attributes too.
+    """A dict of model inputs ("input_ids", ...), whose items are attributes too.
 
-    What a fast tokenizer made also knows which characters and words each token is of. The methods that answer this take
-    the index of a row first; with one index only, that of row 0 is meant. Rows and tokens may be counted from the end.
+    The result of a fast tokenizer also maps tokens to characters and words. Methods for this take the index of a row
+    first; given one index only, they use row 0. Indices of rows and tokens may count from the end.
 
     Args:
         data: the items.
-        encoding: the ``tokenizers.Encoding`` of every row (or of the one row), where a fast tokenizer made them.
-        tensor_type: "pt" or "np" to make tensors of the items.
-        prepend_batch_axis: make tensors with one row of items that have no rows.
-        n_sequences: 1 or 2 (pairs) texts a row.
+        encoding: the ``tokenizers.Encoding`` of every row (or of a single row), if a fast tokenizer made them.
+        tensor_type: "pt" or "np" to convert the items to tensors.
+        prepend_batch_axis: convert a single row to tensors with a batch axis.
+        n_sequences: number of texts per row, 1 or 2 (pairs).
+
+    Attributes:
+        encodings: the ``tokenizers.Encoding`` of every row; None if no fast tokenizer made the rows.
+        n_sequences: number of texts per row, 1 or 2 (pairs); None if it is unknown.
     """
 
     def __init__(
@@ -46,123 +50,111 @@ class BatchEncoding(UserDict):
         super().__init__(data)
         if encoding is not None and not isinstance(encoding, list | tuple):
             encoding = [encoding]
-        self._encodings = encoding
-        self._n_sequences = encoding[0].n_sequences if n_sequences is None and encoding else n_sequences
+        self.encodings = encoding
+        self.n_sequences = encoding[0].n_sequences if n_sequences is None and encoding else n_sequences
         self.convert_to_tensors(tensor_type, prepend_batch_axis)
 
     @property
-    def n_sequences(self) -> int | None:
-        """1 or 2 (pairs) texts a row; None where that is unknown."""
-        return self._n_sequences
-
-    @property
     def is_fast(self) -> bool:
-        """Whether a fast tokenizer made it."""
-        return self._encodings is not None
-
-    @property
-    def encodings(self) -> list | None:
-        """The ``tokenizers.Encoding`` of every row; None where no fast tokenizer made them."""
-        return self._encodings
+        """Whether a fast tokenizer made the rows."""
+        return self.encodings is not None
 
     def __getitem__(self, item):
-        """The item of that name; for an index or slice the encodings of these rows (without a fast tokenizer a slice
-        gives a dict of the rows of every item)."""
+        """Returns the item of that name. For an index or slice, returns the encodings of these rows; without a fast
+        tokenizer, a slice returns a dict of the rows of every item."""
         if isinstance(item, str):
             return self.data[item]
-        if self._encodings is not None:
-            return self._encodings[item]
+        if self.encodings is not None:
+            return self.encodings[item]
         if isinstance(item, slice):
             return {name: value[item] for name, value in self.data.items()}
         raise KeyError(f"expected a name or a slice, got {item!r}; rows by index need a fast tokenizer")
 
     def __getattr__(self, name: str):
-        data = self.__dict__.get("data", {})  # which is not there yet while one is unpickled
+        data = self.__dict__.get("data", {})  # unpickling asks for attributes before data is set
         if name in data:
             return data[name]
         raise AttributeError(f"{type(self).__name__} has no attribute or item {name!r}")
 
-    def __getstate__(self) -> dict:
-        return self.__dict__.copy()
-
-    def __setstate__(self, state: dict):
-        self.__dict__.update(state)
-
     def tokens(self, batch_index: int = 0) -> list[str]:
-        """The tokens of a row."""
+        """Returns the tokens of a row."""
         return self._row(batch_index, "tokens").tokens
 
     def word_ids(self, batch_index: int = 0) -> list[int | None]:
-        """The index of every token's word in its text; None for special tokens that the tokenizer added."""
+        """Returns the index of every token's word in its text; None for special tokens that the tokenizer added."""
         return self._row(batch_index, "word_ids").word_ids
 
     def sequence_ids(self, batch_index: int = 0) -> list[int | None]:
-        """0 (first text) or 1 (second text) for every token; None for special tokens that the tokenizer added."""
+        """Returns 0 (first text) or 1 (second text) per token; None for special tokens that the tokenizer added."""
         return self._row(batch_index, "sequence_ids").sequence_ids
 
     def token_to_sequence(self, batch_or_token_index: int, token_index: int | None = None) -> int | None:
-        """0 (first text) or 1 (second text), or None for a special token."""
-        row, token = self._row_and_token("token_to_sequence", batch_or_token_index, token_index)
-        return row.token_to_sequence(token)
+        """Returns 0 (first text) or 1 (second text), or None for a special token."""
+        return self._find("token_to_sequence", batch_or_token_index, token_index)
 
     def token_to_word(self, batch_or_token_index: int, token_index: int | None = None) -> int | None:
-        """The index of a token's word in its text, or None for a special token."""
-        row, token = self._row_and_token("token_to_word", batch_or_token_index, token_index)
-        return row.token_to_word(token)
+        """Returns the index of a token's word in its text, or None for a special token."""
+        return self._find("token_to_word", batch_or_token_index, token_index)
 
     def token_to_chars(self, batch_or_token_index: int, token_index: int | None = None) -> CharSpan | None:
-        """The characters of a token in its text, or None for a special token."""
-        row, token = self._row_and_token("token_to_chars", batch_or_token_index, token_index)
-        span = row.token_to_chars(token)
-        return None if span is None else CharSpan(*span)
+        """Returns the characters of a token in its text, or None for a special token."""
+        return self._find("token_to_chars", batch_or_token_index, token_index, span=CharSpan)
 
     def word_to_tokens(
         self, batch_or_word_index: int, word_index: int | None = None, sequence_index: int = 0
     ) -> TokenSpan | None:
-        """The tokens of a word of the first (second: ``sequence_index=1``) text, or None where it has none."""
-        row, word = self._row_and_index("word_to_tokens", batch_or_word_index, word_index)
-        span = row.word_to_tokens(word, sequence_index)
-        return None if span is None else TokenSpan(*span)
+        """Returns the tokens of a word of text ``sequence_index``, or None if it has none."""
+        return self._find("word_to_tokens", batch_or_word_index, word_index, sequence_index, span=TokenSpan)
 
     def word_to_chars(
         self, batch_or_word_index: int, word_index: int | None = None, sequence_index: int = 0
     ) -> CharSpan | None:
-        """The characters of a word of the first (second: ``sequence_index=1``) text, or None where it has none."""
-        row, word = self._row_and_index("word_to_chars", batch_or_word_index, word_index)
-        span = row.word_to_chars(word, sequence_index)
-        return None if span is None else CharSpan(*span)
+        """Returns the characters of a word of text ``sequence_index``, or None if it has none."""
+        return self._find("word_to_chars", batch_or_word_index, word_index, sequence_index, span=CharSpan)
 
     def char_to_token(
         self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0
     ) -> int | None:
-        """The token of a character of the first (second: ``sequence_index=1``) text, or None where it is in none."""
-        row, char = self._row_and_index("char_to_token", batch_or_char_index, char_index)
-        return row.char_to_token(char, sequence_index)
+        """Returns the token of a character of text ``sequence_index``, or None if it is in none."""
+        return self._find("char_to_token", batch_or_char_index, char_index, sequence_index)
 
     def char_to_word(
         self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0
     ) -> int | None:
-        """The word of a character of the first (second: ``sequence_index=1``) text, or None where it is in none."""
-        row, char = self._row_and_index("char_to_word", batch_or_char_index, char_index)
-        return row.char_to_word(char, sequence_index)
+        """Returns the word of a character of text ``sequence_index``, or None if it is in none."""
+        return self._find("char_to_word", batch_or_char_index, char_index, sequence_index)
+
+    def _row(self, index: int, asked: str):
+        if self.encodings is None:
+            raise ValueError(f"{asked} needs what a fast tokenizer (DebertaV2TokenizerFast, DebertaTokenizerFast) made")
+        return self.encodings[index]
+
+    def _find(self, method: str, first: int, second: int | None, *sequence: int, span: type | None = None):
+        """Calls a method of a row's ``Encoding``. The indices are row and item, or an item of row 0."""
+        row, index = (self._row(0, method), first) if second is None else (self._row(first, method), second)
+        if method.startswith("token") and index < 0:
+            index += len(row)
+        found = getattr(row, method)(index, *sequence)
+        return found if span is None or found is None else span(*found)
 
     def convert_to_tensors(self, tensor_type: str | None = None, prepend_batch_axis: bool = False) -> "BatchEncoding":
-        """Makes tensors of the items that are none, in place.
+        """Converts the items to tensors, in place.
 
         Args:
             tensor_type: "pt", "np", or None to change nothing.
-            prepend_batch_axis: make tensors with one row.
+            prepend_batch_axis: add a batch axis of one row.
 
         Raises:
             ValueError: ``tensor_type`` is another one, or rows differ in length.
         """
-        tensor_type = getattr(tensor_type, "value", tensor_type)  # an enumeration of transformers'
+        tensor_type = getattr(tensor_type, "value", tensor_type)  # transformers has an enumeration of them
         if tensor_type is None:
             return self
         if tensor_type == "pt":
             convert, kind = _torch_tensor, torch.Tensor
         elif tensor_type == "np":
-            numpy = _numpy()
+            import numpy
+
             convert = lambda value: numpy.asarray(value, dtype=numpy.int64 if _empty(value) else None)
             kind = numpy.ndarray
         else:
@@ -177,39 +169,17 @@ class BatchEncoding(UserDict):
         return self
 
     def to(self, device: str | int | torch.device, *, non_blocking: bool = False) -> "BatchEncoding":
-        """Moves the tensors to ``device``, in place. Not for other dtypes: ids stay integers."""
-        if isinstance(device, str | int | torch.device):
-            self.data = {
-                name: value.to(device=device, non_blocking=non_blocking) if isinstance(value, torch.Tensor) else value
-                for name, value in self.data.items()
-            }
-        else:
+        """Moves the tensors to ``device``, in place. It converts no dtypes: ids stay integers."""
+        if not isinstance(device, str | int | torch.device):
             warnings.warn(f"a BatchEncoding stays as it is: expected a device, got {device}")
+            return self
+        tensors = {name: value for name, value in self.data.items() if isinstance(value, torch.Tensor)}
+        self.data |= {name: value.to(device, non_blocking=non_blocking) for name, value in tensors.items()}
         return self
-
-    def _row(self, index: int, asked: str):
-        if self._encodings is None:
-            raise ValueError(f"{asked} needs what a fast tokenizer (DebertaV2TokenizerFast, DebertaTokenizerFast) made")
-        return self._encodings[index]
-
-    def _row_and_index(self, asked: str, first: int, second: int | None):
-        return (self._row(0, asked), first) if second is None else (self._row(first, asked), second)
-
-    def _row_and_token(self, asked: str, first: int, second: int | None):
-        row, token = self._row_and_index(asked, first, second)
-        return row, token + len(row) if token < 0 else token
-
-
-def _numpy():
-    try:
-        import numpy
-    except ImportError:
-        raise ImportError('return_tensors="np" needs numpy: pip install numpy') from None
-    return numpy
 
 
 def _empty(value) -> bool:
-    """Whether there is no number in it, so that no dtype follows from it."""
+    """Whether ``value`` holds no number, so that it determines no dtype."""
     return isinstance(value, list | tuple) and all(map(_empty, value))
 
 

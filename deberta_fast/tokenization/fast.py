@@ -1,44 +1,53 @@
-"""Tokenizers on the ``tokenizers`` library: ``FastTokenizer``."""
+"""``FastTokenizer``, the base of tokenizers that run on the ``tokenizers`` library."""
 
 import json
 import sys
 import threading
 import warnings
 from collections.abc import Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..checkpoint.replace import replace_file
-from .backends import without_panics
+from .backends import tokenizers_library, without_panics
 from .base import TokenizerBase
 from .batch_encoding import BatchEncoding
-from .files import TOKENIZER
+from .files import TOKENIZER, path_in
 from .model_inputs import Options
-from .special_tokens import NAMES, AddedToken, as_added_token
-
-DEFAULTS = dict(zip(NAMES, ("[CLS]", "[SEP]", "[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")))
+from .special_tokens import AddedToken, as_added_token
 
 
 class FastTokenizer(TokenizerBase):
-    """A tokenizer whose work a ``tokenizers.Tokenizer`` does.
+    """A tokenizer that runs on a ``tokenizers.Tokenizer``.
 
     Args:
-        backend: the ``tokenizers.Tokenizer``; it becomes this object's own.
-        options: see ``TokenizerBase``.
+        backend: the ``tokenizers.Tokenizer``, which this object then owns.
+        from_vocabulary: the backend was made from a vocabulary, so the flags of added tokens are those of ``options``;
+            otherwise the backend's flags count.
+        settings, options: see ``TokenizerBase``.
     """
 
     is_fast = True
 
-    def __init__(self, backend, /, **options):
+    def __init__(self, backend, from_vocabulary: bool, settings: dict, /, **options):
         self._tokenizer = backend
-        # Padding and truncation are settings of the backend: threads must not change them under each other.
+        self._from_vocabulary = from_vocabulary
+        # Padding and truncation are settings of the backend, which threads must not change under each other.
         self._lock = threading.Lock()
-        # A tokenizer.json may hold the settings that were in force when it was written.
-        for name, settings in (("truncation_side", backend.truncation), ("padding_side", backend.padding)):
-            if settings is not None:
-                options.setdefault(name, settings["direction"].lower())
+        # A tokenizer.json may hold the padding and truncation that were set when it was written.
+        for name, saved in (("truncation_side", backend.truncation), ("padding_side", backend.padding)):
+            if saved is not None:
+                options.setdefault(name, saved["direction"].lower())
         self._reset_backend()
-        super().__init__(**options)
+        super().__init__(settings, **options)
         backend.encode_special_tokens = self.split_special_tokens
+        single, pair = self._template(pair=False), self._template(pair=True)
+        special = {name for name, _ in single + pair} - {"$A", "$B"}
+        backend.post_processor = tokenizers_library().processors.TemplateProcessing(
+            single=[f"{name}:{kind}" for name, kind in single],
+            pair=[f"{name}:{kind}" for name, kind in pair],
+            special_tokens=[(token, backend.token_to_id(token)) for token in special],
+        )
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
@@ -71,18 +80,18 @@ class FastTokenizer(TokenizerBase):
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     def _add_first_tokens(self, decoder: dict[int, AddedToken]):
-        present = {token.content: token for token in self.added_tokens_decoder.values()}
-        # The backend's own know best how they are found.
+        tokens = [token for _, token in sorted(decoder.items())]
+        known = {token.content for token in tokens}
+        tokens += [token for token in self.all_special_tokens_extended if token.content not in known]
+        if not self._from_vocabulary:
+            known = self.added_tokens_encoder
+            tokens = [token for token in tokens if token.content not in known]
+        special = set(self.all_special_tokens)
+        self._add_tokens([replace(token, special=token.special or token.content in special) for token in tokens])
+        own = {token.content: token for token in self.added_tokens_decoder.values()}
         for name, token in self._special_tokens.items():
             if token is not None:
-                self._special_tokens[name] = present.get(token.content, token)
-        named = set(self.all_special_tokens)
-        tokens = [token for _, token in sorted(decoder.items()) if token.content not in present]
-        tokens += [token for token in self.all_special_tokens_extended if token.content not in present]
-        with self._without_panics():
-            self._tokenizer.add_tokens(
-                [backend_token(token, token.special or token.content in named) for token in dict.fromkeys(tokens)]
-            )
+                self._special_tokens[name] = own.get(token.content, token)
         for index, token in decoder.items():
             own = self._tokenizer.token_to_id(token.content)
             if own != index:
@@ -90,23 +99,21 @@ class FastTokenizer(TokenizerBase):
 
     def _add_tokens(self, tokens: list[AddedToken]) -> int:
         with self._lock, self._without_panics():
-            return self._tokenizer.add_tokens([backend_token(token, token.special) for token in tokens])
+            return self._tokenizer.add_tokens([backend_token(token) for token in tokens])
 
     def _token_to_id(self, token: str) -> int | None:
         index = self._tokenizer.token_to_id(token)
-        if index is None and self.unk_token is not None:
-            return self._tokenizer.token_to_id(self.unk_token)
-        return index
+        return self._tokenizer.token_to_id(self.unk_token) if index is None and self.unk_token is not None else index
 
     def _id_to_token(self, index: int) -> str | None:
         return self._tokenizer.id_to_token(index)
 
     def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **options) -> list[str]:
-        """The tokens of a text (of two, one behind the other), as text; for ``options`` see ``__call__``."""
+        """Returns the tokens of a text, or of two texts in a row, as text; for ``options`` see ``__call__``."""
         return self.encode_plus(text, pair, add_special_tokens=add_special_tokens, **options).tokens()
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """The text of tokens."""
+        """Returns the text of tokens."""
         with self._without_panics():
             return self._tokenizer.decoder.decode(tokens)
 
@@ -120,22 +127,19 @@ class FastTokenizer(TokenizerBase):
     def _encode(self, examples: list[tuple], single: bool, options: Options) -> BatchEncoding:
         if options.add_prefix_space is not None:
             raise TypeError("a fast tokenizer takes add_prefix_space when it is made, not with a text")
-        encodings = self._encodings(examples, options)
-        data: dict[str, list] = {}
         rows, samples = [], []
-        for i, encoding in enumerate(encodings):
-            more = encoding.overflowing if options.return_overflowing_tokens else []
-            rows += [encoding, *more]
-            samples += [i] * (1 + len(more))
-        data["input_ids"] = [row.ids for row in rows]
-        if self._wants("token_type_ids", options.return_token_type_ids):
-            data["token_type_ids"] = [row.type_ids for row in rows]
-        if self._wants("attention_mask", options.return_attention_mask):
-            data["attention_mask"] = [row.attention_mask for row in rows]
-        if options.return_special_tokens_mask:
-            data["special_tokens_mask"] = [row.special_tokens_mask for row in rows]
-        if options.return_offsets_mapping:
-            data["offset_mapping"] = [row.offsets for row in rows]
+        for i, encoding in enumerate(self._encodings(examples, options)):
+            found = [encoding, *(encoding.overflowing if options.return_overflowing_tokens else ())]
+            rows += found
+            samples += [i] * len(found)
+        columns = {
+            "ids": ("input_ids", True),
+            "type_ids": ("token_type_ids", self._wants("token_type_ids", options.return_token_type_ids)),
+            "attention_mask": ("attention_mask", self._wants("attention_mask", options.return_attention_mask)),
+            "special_tokens_mask": ("special_tokens_mask", options.return_special_tokens_mask),
+            "offsets": ("offset_mapping", options.return_offsets_mapping),
+        }
+        data = {item: [getattr(row, name) for row in rows] for name, (item, wanted) in columns.items() if wanted}
         if options.return_length:
             data["length"] = [len(row) for row in rows]
         if options.return_overflowing_tokens:
@@ -149,45 +153,40 @@ class FastTokenizer(TokenizerBase):
     def _encodings(self, examples: list[tuple], options: Options) -> list:
         inputs = [first if second is None else (first, second) for first, second in examples]
         if options.truncation != "do_not_truncate":
-            self._check_stride(options, examples)
+            special = self.num_special_tokens_to_add(pair=False) if options.add_special_tokens else 0
+            room = options.max_length - special
+            if options.stride and options.stride >= room:
+                raise ValueError(
+                    f"stride is {options.stride}: max_length leaves room for {room} tokens, which must be more"
+                )
         split = options.split_special_tokens
         with self._lock, self._without_panics():
             self._set_backend(options)
             self._tokenizer.encode_special_tokens = self.split_special_tokens if split is None else split
             try:
-                encodings = self._tokenizer.encode_batch(
+                return self._tokenizer.encode_batch(
                     inputs, is_pretokenized=options.is_split_into_words, add_special_tokens=options.add_special_tokens
                 )
-            except BaseException as error:
+            except BaseException as error:  # a PanicException too
                 if "Truncation error" in str(error):
                     why = "the text that it may shorten is too short"
-                elif type(error).__name__ == "PanicException" and "stride" in str(error):  # a BaseException
+                elif type(error).__name__ == "PanicException" and "stride" in str(error):
                     why = f"stride={options.stride} is no less than the tokens that a row has room for"
                 else:
                     raise
-            else:
-                return encodings
         raise ValueError(f"truncation={options.truncation!r} to max_length={options.max_length}: {why}")
 
-    def _check_stride(self, options: Options, examples: list[tuple]):
-        room = options.max_length - (self.num_special_tokens_to_add(False) if options.add_special_tokens else 0)
-        if options.stride and options.stride >= room:
-            raise ValueError(
-                f"stride is {options.stride}: max_length leaves room for {room} tokens, which must be more"
-            )
-
     def _set_backend(self, options: Options):
-        backend = self._tokenizer
-        truncation = padding = None
+        self._reset_backend()
         if options.truncation != "do_not_truncate":
-            truncation = dict(
+            self._tokenizer.enable_truncation(
                 max_length=min(int(options.max_length), sys.maxsize),
                 stride=int(options.stride),
                 strategy=options.truncation,
                 direction=self.truncation_side,
             )
         if options.padding != "do_not_pad":
-            padding = dict(
+            self._tokenizer.enable_padding(
                 length=int(options.max_length) if options.padding == "max_length" else None,
                 direction=options.padding_side or self.padding_side,
                 pad_id=self.pad_token_id,
@@ -195,10 +194,6 @@ class FastTokenizer(TokenizerBase):
                 pad_type_id=self.pad_token_type_id,
                 pad_to_multiple_of=options.pad_to_multiple_of,
             )
-        if backend.truncation != truncation:
-            backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
-        if backend.padding != padding:
-            backend.no_padding() if padding is None else backend.enable_padding(**padding)
 
     def _reset_backend(self):
         self._tokenizer.no_truncation()
@@ -206,7 +201,7 @@ class FastTokenizer(TokenizerBase):
 
     @property
     def can_save_slow_tokenizer(self) -> bool:
-        """Whether there is what the slow tokenizer needs."""
+        """Whether the slow tokenizer's vocabulary is at hand."""
         return True
 
     def _saved_class(self) -> str:
@@ -220,16 +215,16 @@ class FastTokenizer(TokenizerBase):
         if legacy_format is not False and self.can_save_slow_tokenizer:
             paths = super()._save_backend(folder, None, filename_prefix)
         if not legacy_format:
-            path = str(folder / f"{f'{filename_prefix}-' if filename_prefix else ''}{TOKENIZER}")
+            path = path_in(folder, filename_prefix, TOKENIZER)
             with self._lock:
                 self._reset_backend()
-                replace_file(Path(path), self._tokenizer.to_str(pretty=True).encode())
-            paths = (*paths, path)
+                replace_file(path, self._tokenizer.to_str(pretty=True).encode())
+            paths = (*paths, str(path))
         return paths
 
     @classmethod
     def _tokens_of_backend_file(cls, source) -> dict[int, AddedToken]:
-        return {}  # the backend has them
+        return {}  # the backend already has them
 
     def train_new_from_iterator(
         self,
@@ -239,17 +234,16 @@ class FastTokenizer(TokenizerBase):
         new_special_tokens: list | None = None,
         **options,
     ):
-        """A tokenizer like this one with a vocabulary of other texts.
+        """Trains a tokenizer like this one on other texts.
 
         Args:
             text_iterator: the texts, or lists of them.
-            vocab_size: how many tokens.
-            length: how many texts there are, for a progress bar.
+            vocab_size: number of tokens.
+            length: number of texts, for a progress bar.
             new_special_tokens: special tokens besides those of this tokenizer.
             options: of the trainer (``tokenizers.trainers``).
         """
-        import tokenizers
-
+        tokenizers = tokenizers_library()
         description = json.loads(self._tokenizer.to_str())
         model = description["model"]
         unigram = model["type"] == "Unigram"
@@ -258,74 +252,25 @@ class FastTokenizer(TokenizerBase):
             options["unk_token"] = self.unk_token
         else:
             model["vocab"], model["merges"] = {}, []
-            if description["normalizer"] is None:  # bytes, all of which must be there
+            if description["normalizer"] is None:  # byte-level: every byte needs a letter
                 options["initial_alphabet"] = tokenizers.pre_tokenizers.ByteLevel.alphabet()
         description.update(added_tokens=[], post_processor=None)
         backend = tokenizers.Tokenizer.from_str(json.dumps(description))
-        special = [token for token in self.added_tokens_decoder.values() if token.special or unigram]
-        special += [as_added_token(token, special=True) for token in new_special_tokens or ()]
+        new = [as_added_token(token, special=True) for token in new_special_tokens or ()]
+        special = [token for token in self.added_tokens_decoder.values() if token.special or unigram] + new
         kind = tokenizers.trainers.UnigramTrainer if unigram else tokenizers.trainers.BpeTrainer
-        trainer = kind(
-            vocab_size=vocab_size, special_tokens=[backend_token(token, True) for token in special], **options
-        )
+        special = [backend_token(replace(token, special=True)) for token in special]
+        trainer = kind(vocab_size=vocab_size, special_tokens=special, **options)
         with self._without_panics():
             backend.train_from_iterator(text_iterator, trainer=trainer, length=length)
-        more = self._additional_special_tokens + [as_added_token(t, special=True) for t in new_special_tokens or ()]
         settings = {name: value for name, value in self.init_kwargs.items() if name in self._arguments()}
         settings.update(self._special_tokens, model_max_length=self.model_max_length)
-        return type(self)(tokenizer_object=backend, additional_special_tokens=more, **settings)
+        return type(self)(
+            tokenizer_object=backend, additional_special_tokens=self._additional_special_tokens + new, **settings
+        )
 
 
-def backend_library():
-    try:
-        import tokenizers
-    except ImportError:
-        raise ImportError("this tokenizer needs tokenizers: pip install tokenizers") from None
-    return tokenizers
-
-
-def backend_tokens(options: dict) -> dict:
-    """The tokens among arguments of a tokenizer, as the functions of ``backends`` take them, which add them.
-
-    Tokens get their ids in the order in which they are added: first those that had one, then the special ones by name.
-    """
-    decoder = {int(index): token for index, token in (options.get("added_tokens_decoder") or {}).items()}
-    added = [as_added_token(token) for _, token in sorted(decoder.items())]
-    known = {token.content for token in added}
-    named = {name: options.get(name, default) for name, default in DEFAULTS.items()}
-    named = {name: None if token is None else as_added_token(token, special=True) for name, token in named.items()}
-    added += [token for token in named.values() if token is not None and token.content not in known]
-    special = {token.content for token in named.values() if token is not None}
-    tokens = {name: None if token is None else backend_token(token, True) for name, token in named.items()}
-    del tokens["bos_token"], tokens["eos_token"]
-    return {
-        "added_tokens": [backend_token(token, token.special or token.content in special) for token in added],
-        **tokens,
-    }
-
-
-def set_template(backend, tokenizer):
-    """Makes ``backend`` build rows as ``tokenizer`` does: [CLS] A [SEP], of type 0, and for two texts as it says."""
-    from tokenizers.processors import TemplateProcessing
-
-    pair = tokenizer._pair_parts()
-    single = [(tokenizer.cls_token, 0), ("$A", 0), (tokenizer.sep_token, 0)]
-    tokens = {name for name, _ in [*single, *pair]} - {"$A", "$B"}
-    backend.post_processor = TemplateProcessing(
-        single=[f"{name}:{kind}" for name, kind in single],
-        pair=[f"{name}:{kind}" for name, kind in pair],
-        special_tokens=[(token, backend.token_to_id(token)) for token in tokens],
-    )
-
-
-def backend_token(token: AddedToken, special: bool):
-    from tokenizers import AddedToken as BackendToken
-
-    return BackendToken(
-        token.content,
-        single_word=token.single_word,
-        lstrip=token.lstrip,
-        rstrip=token.rstrip,
-        normalized=token.normalized,
-        special=special,
-    )
+def backend_token(token: AddedToken):
+    """Converts ``token`` to the ``tokenizers.AddedToken`` with the same flags."""
+    flags = asdict(token)
+    return tokenizers_library().AddedToken(flags.pop("content"), **flags)

@@ -1,27 +1,41 @@
-"""Reading and writing a tokenizer's files."""
+"""Reads and writes the files of a tokenizer."""
 
 import inspect
 import json
 import os
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 from ..checkpoint.hub import Source
 from ..checkpoint.json_object import read_object
 from ..checkpoint.replace import replace_file
-from .special_tokens import NAMES, AddedToken, as_added_token, as_dict
+from .special_tokens import NAMES, AddedToken, as_added_token
 
 CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
 TOKENIZER = "tokenizer.json"
-# Of transformers 5's tokenizer_config.json: how that version loads, and no setting of the tokenizer.
+# transformers 5 writes these into tokenizer_config.json for its own loading; they are no settings of the tokenizer.
 FOREIGN_SETTINGS = ("tokenizer_class", "backend", "is_local", "local_files_only", "transformers_version")
 
 
 def write_json(path: Path, content: dict):
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     replace_file(path, text.encode())
+
+
+def path_in(folder: str | os.PathLike, prefix: str | None, name: str) -> Path:
+    """Returns the path of a file to save. Raises NotADirectoryError if there is no such folder."""
+    if not Path(folder).is_dir():
+        raise NotADirectoryError(f"expected a folder to save in, got {os.fspath(folder)}")
+    return Path(folder, f"{prefix}-{name}" if prefix else name)
+
+
+def existing(path: str | os.PathLike) -> str:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no file {os.fspath(path)}")
+    return os.fspath(path)
 
 
 def missing(source: Source, *names: str) -> FileNotFoundError:
@@ -31,8 +45,8 @@ def missing(source: Source, *names: str) -> FileNotFoundError:
 class Files:
     """``from_pretrained`` and ``save_pretrained``.
 
-    A subclass has ``vocab_files_names`` (names of files by argument of its ``__init__``), ``_find_files(source)``
-    (arguments with the files there are), ``save_vocabulary``, and what ``TokenizerBase`` has.
+    A subclass has what ``TokenizerBase`` has, ``vocab_files_names`` (names of files by argument of ``__init__``),
+    ``_find_files(source)`` (arguments for the files that exist) and ``save_vocabulary``.
     """
 
     vocab_files_names: dict[str, str]
@@ -47,14 +61,14 @@ class Files:
         trust_remote_code: bool | None = None,
         **overrides,
     ):
-        """The tokenizer of a checkpoint.
+        """Loads the tokenizer of a checkpoint.
 
         Args:
-            pretrained_model_name_or_path: a folder, or a model's name on the hub (needs huggingface_hub).
-            use_fast: the class itself says whether it is fast; another value is warned about.
-            trust_remote_code: means nothing, since no code is loaded.
-            overrides: arguments of ``__init__``, which take the place of those in tokenizer_config.json; and revision,
-                cache_dir, token, local_files_only, force_download and subfolder as of ``hub.Source``.
+            pretrained_model_name_or_path: a folder, or the name of a model on the hub (needs huggingface_hub).
+            use_fast: the class decides this; a value that contradicts it raises a warning.
+            trust_remote_code: has no effect, since no code is loaded.
+            overrides: arguments of ``__init__``, which take precedence over those in tokenizer_config.json; and
+                revision, cache_dir, token, local_files_only, force_download and subfolder as in ``hub.Source``.
 
         Raises:
             FileNotFoundError: there is no such folder or model, or it lacks a file that is needed.
@@ -73,9 +87,9 @@ class Files:
         path = source.file(CONFIG)
         config = {} if path is None else read_object(path)
         try:
-            return cls._of_files(source, config, overrides, known)
+            return cls._from_files(source, config, overrides, known)
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-            # Those that say where they are from, and those of what the caller gave
+            # Errors that name the file, and errors about the caller's arguments
             if any(name in str(error) for name in (str(source), *overrides)):
                 raise
             if overrides and isinstance(error, TypeError):
@@ -84,57 +98,44 @@ class Files:
             raise ValueError(f"{path or source} cannot be used: {reason}") from error
 
     @classmethod
-    def _of_files(cls, source: Source, config: dict, overrides: dict, known: set[str]):
-        cls._check_config(source, config)
-        # Paths that a config may hold are those of the machine that wrote it.
-        saved = {
-            name: value for name, value in config.items() if name not in (*cls.vocab_files_names, "tokenizer_file")
-        }
+    def _from_files(cls, source: Source, config: dict, overrides: dict, known: set[str]):
+        saved_by = str(config.get("tokenizer_class") or "").removesuffix("Fast")
+        if saved_by.startswith("Deberta") and saved_by != cls.__name__.removesuffix("Fast"):
+            saved_by = config["tokenizer_class"]
+            raise ValueError(f"{source} holds a {saved_by}, according to its {CONFIG}; {cls.__name__} cannot read it")
+        # Paths in a config are those of the machine that wrote it.
+        paths = (*cls.vocab_files_names, "tokenizer_file")
+        saved = {name: value for name, value in config.items() if name not in paths}
         settings = {name: value for name, value in saved.items() if name in known}
         if "max_len" in config:  # the older name
             settings.setdefault("model_max_length", config["max_len"])
         settings.update(cls._saved_tokens(source, config, overrides))
         settings.update(cls._find_files(source))
         settings.update(overrides, name_or_path=source.name)
-        decoder = settings.get("added_tokens_decoder", {})
-        by_content = {token.content: token for token in decoder.values()}
+        by_content = {token.content: token for token in settings.get("added_tokens_decoder", {}).values()}
         for name in NAMES:
-            content = settings.get(name)
-            content = content.get("content") if isinstance(content, dict) else content
-            if str(content) in by_content:
-                settings[name] = by_content[str(content)]
+            if (content := _content(settings.get(name))) in by_content:
+                settings[name] = by_content[content]
         tokenizer = cls(**settings)
-        # Settings of others stay in the file when it is saved again.
+        # Settings of other libraries stay in the file when it is saved again.
         others = {name: value for name, value in saved.items() if name not in (*known, *FOREIGN_SETTINGS)}
         tokenizer.init_kwargs = {**others, **tokenizer.init_kwargs}
         return tokenizer
 
     @classmethod
     def _arguments(cls) -> set[str]:
-        """Names of the arguments of ``__init__``."""
+        """Returns the names of the arguments of ``__init__``."""
         inits = [vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base) and base is not object]
-        names = {
-            name
-            for init in inits
-            for name, p in inspect.signature(init).parameters.items()
-            if p.kind not in (p.VAR_KEYWORD, p.POSITIONAL_ONLY)
-        }
-        return names - {"self"}
-
-    @classmethod
-    def _check_config(cls, source: Source, config: dict):
-        saved = str(config.get("tokenizer_class") or "")
-        ours = cls.__name__.removesuffix("Fast")
-        if saved.startswith("Deberta") and saved.removesuffix("Fast") != ours:
-            raise ValueError(f"{source} holds a {saved}, according to its {CONFIG}; {cls.__name__} cannot read it")
+        parameters = [p for init in inits for p in inspect.signature(init).parameters.values()]
+        return {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.POSITIONAL_ONLY)} - {"self"}
 
     @classmethod
     def _saved_tokens(cls, source: Source, config: dict, overrides: dict) -> dict:
-        """Special and added tokens of the files, as arguments of ``__init__``."""
+        """Reads the special and added tokens of the files, as arguments of ``__init__``."""
         if "added_tokens_decoder" in config:
             saved = config["added_tokens_decoder"]
             return {"added_tokens_decoder": {int(index): as_added_token(token) for index, token in saved.items()}}
-        # So it was written by a version before 4.34, or by 5; these have the tokens in other files.
+        # transformers before 4.34 and transformers 5 write the tokens into other files.
         settings, decoder = {}, {}
         path = source.file(SPECIAL_TOKENS)
         for name, value in ({} if path is None else read_object(path)).items():
@@ -145,11 +146,10 @@ class Files:
                 more += [_special(token) for token in value]
                 settings[name] = list({token.content: token for token in more}.values())
             elif name in NAMES:
-                settings[name] = None if value is None else _special(value) if isinstance(value, dict) else value
+                settings[name] = _special(value) if isinstance(value, dict) else value
         path = source.file(ADDED_TOKENS)
         if path is not None:
-            named = [{**config, **settings, **overrides}.get(name) for name in NAMES]
-            special = {str(token.get("content") if isinstance(token, dict) else token) for token in named}
+            special = {_content({**config, **settings, **overrides}.get(name)) for name in NAMES}
             special |= {str(token) for token in settings.get("additional_special_tokens", ())}
             for content, index in read_object(path).items():
                 decoder[index] = AddedToken(content, special=content in special)
@@ -157,7 +157,7 @@ class Files:
 
     @classmethod
     def _tokens_of_backend_file(cls, source: Source) -> dict[int, AddedToken]:
-        """The added tokens in tokenizer.json, for tokenizers that do not load that file as a whole."""
+        """Reads the added tokens of tokenizer.json, for tokenizers that do not load that file as a whole."""
         path = source.file(TOKENIZER)
         if path is None:
             return {}
@@ -171,19 +171,19 @@ class Files:
         *,
         push_to_hub: bool = False,
     ) -> tuple[str, ...]:
-        """Writes all files of the tokenizer, which ``from_pretrained`` and transformers read.
+        """Writes all files of the tokenizer; ``from_pretrained`` and transformers read them.
 
         Args:
-            save_directory: is made where it does not exist.
+            save_directory: is made if it does not exist.
             legacy_format: for a fast tokenizer, True: without tokenizer.json; False: without the slow one's vocabulary.
-            filename_prefix: the files' names begin with it and "-".
-            push_to_hub: only False; huggingface_hub uploads folders.
+            filename_prefix: the names of the files begin with it and "-".
+            push_to_hub: must be False; huggingface_hub uploads folders.
 
         Returns:
             The paths of the files.
 
         Raises:
-            NotADirectoryError: there is a file of that name.
+            NotADirectoryError: ``save_directory`` is a file.
             ValueError: ``legacy_format`` is impossible for this tokenizer, or ``push_to_hub`` is True.
         """
         if push_to_hub:
@@ -192,44 +192,45 @@ class Files:
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"expected a folder to save in, and {folder} is a file")
         folder.mkdir(parents=True, exist_ok=True)
-        prefix = f"{filename_prefix}-" if filename_prefix else ""
-        written = [folder / f"{prefix}{CONFIG}", folder / f"{prefix}{SPECIAL_TOKENS}"]
-        write_json(written[0], self._config())
+        paths = [path_in(folder, filename_prefix, name) for name in (CONFIG, SPECIAL_TOKENS)]
+        write_json(paths[0], self._config())
         tokens = {
             name: [_flags(token) for token in value] if isinstance(value, list) else _flags(value)
             for name, value in self.special_tokens_map_extended.items()
         }
-        write_json(written[1], tokens)
-        return (*map(str, written), *self._save_backend(folder, legacy_format, filename_prefix))
+        write_json(paths[1], tokens)
+        return (*map(str, paths), *self._save_backend(folder, legacy_format, filename_prefix))
 
     def _save_backend(self, folder: Path, legacy_format: bool | None, filename_prefix: str | None) -> tuple[str, ...]:
-        """The slow tokenizer's files: vocabulary and added tokens."""
+        """Writes the files of the slow tokenizer: vocabulary and added tokens."""
         if legacy_format is False:
             raise ValueError("legacy_format=False is for fast tokenizers: a slow one has no tokenizer.json")
-        paths = ()
+        paths = self.save_vocabulary(folder, filename_prefix)
         added = {token: index for token, index in self.added_tokens_encoder.items() if index >= self.vocab_size}
-        if added:
-            path = folder / f"{f'{filename_prefix}-' if filename_prefix else ''}{ADDED_TOKENS}"
-            write_json(path, added)
-            paths = (str(path),)
-        return (*self.save_vocabulary(folder, filename_prefix), *paths)
+        if not added:
+            return paths
+        path = path_in(folder, filename_prefix, ADDED_TOKENS)
+        write_json(path, added)
+        return (*paths, str(path))
 
     def _config(self) -> dict:
-        config = {name: getattr(self, name, value) for name, value in self.init_kwargs.items()}
-        config.update(self.special_tokens_map)
-        config.update(
-            model_max_length=self.model_max_length,
-            clean_up_tokenization_spaces=self.clean_up_tokenization_spaces,
-            extra_special_tokens={},
-            added_tokens_decoder={str(index): as_dict(token) for index, token in self.added_tokens_decoder.items()},
-            tokenizer_class=self._saved_class(),
-        )
-        for name in NAMES:  # those that are unset, so that they stay so
-            config.setdefault(name, None)
-        return config
+        return {
+            **dict.fromkeys(NAMES),  # tokens that are not set must stay so
+            **{name: getattr(self, name, value) for name, value in self.init_kwargs.items()},
+            **self.special_tokens_map,
+            "model_max_length": self.model_max_length,
+            "clean_up_tokenization_spaces": self.clean_up_tokenization_spaces,
+            "extra_special_tokens": {},
+            "added_tokens_decoder": {str(index): asdict(token) for index, token in self.added_tokens_decoder.items()},
+            "tokenizer_class": self._saved_class(),
+        }
 
     def _saved_class(self) -> str:
         return type(self).__name__
+
+
+def _content(token: dict | AddedToken | str | None) -> str:
+    return str(token.get("content") if isinstance(token, dict) else token)
 
 
 def _special(token: dict | str) -> AddedToken:
@@ -237,6 +238,4 @@ def _special(token: dict | str) -> AddedToken:
 
 
 def _flags(token: AddedToken) -> dict:
-    flags = as_dict(token)
-    del flags["special"]
-    return flags
+    return {name: value for name, value in asdict(token).items() if name != "special"}

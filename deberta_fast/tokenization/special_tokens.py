@@ -1,21 +1,21 @@
-"""Tokens that are never split: ``AddedToken``, and the part of a tokenizer that knows the special ones by name."""
+"""Tokens that are never split: ``AddedToken``, and ``SpecialTokens``, which gives the special ones their names."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True, repr=False)
 class AddedToken:
-    """A token that is found in the text as it stands, before the model splits the rest.
+    """A token that is found in the text before the model splits the rest.
 
     Args:
         content: the text.
-        single_word: only where it is no part of a longer word.
+        single_word: does not match within a longer word.
         lstrip, rstrip: takes the white space on its left (right) along.
-        normalized: looked for in the normalized text; None: unless it is special.
-        special: left out by ``decode(skip_special_tokens=True)``.
+        normalized: is looked for in the normalized text; None: if it is not special.
+        special: ``decode(skip_special_tokens=True)`` omits it.
     """
 
     content: str
@@ -39,14 +39,11 @@ class AddedToken:
 
 
 def as_added_token(token, **flags) -> AddedToken:
-    """``token`` as an ``AddedToken``.
+    """Converts a token to an ``AddedToken``.
 
     Args:
-        token: text, which gets ``flags``; a dict, as the files of a tokenizer have it; an ``AddedToken`` of ours or of
-            tokenizers.
-
-    Raises:
-        TypeError: it is something else.
+        token: text, which gets ``flags``; a dict, as in the files of a tokenizer; an ``AddedToken`` of this package or
+            of tokenizers. Others raise TypeError.
     """
     if isinstance(token, AddedToken):
         return token
@@ -58,10 +55,6 @@ def as_added_token(token, **flags) -> AddedToken:
     if all(hasattr(token, name) for name in names):
         return AddedToken(**{name: getattr(token, name) for name in names})
     raise TypeError(f"expected a token as text or AddedToken, got {type(token).__name__}: {token!r}")
-
-
-def as_dict(token: AddedToken) -> dict:
-    return {name: value for name, value in sorted(asdict(token).items())}
 
 
 def _token(name: str) -> property:
@@ -77,19 +70,18 @@ def _token(name: str) -> property:
 
 def _token_id(name: str) -> property:
     def get(self) -> int | None:
-        token = self._special_tokens[name]
-        return None if token is None else self.convert_tokens_to_ids(token.content)
+        return self.convert_tokens_to_ids(getattr(self, name))
 
     def set(self, index: int | None):
         setattr(self, name, None if index is None else self.convert_ids_to_tokens(index))
 
-    return property(get, set, doc=f"Id of the {name[:-6]} token, or None where there is no such token.")
+    return property(get, set, doc=f"Id of the {name[:-6]} token, or None if there is no such token.")
 
 
 class SpecialTokens:
     """The special tokens of a tokenizer, by name and together.
 
-    A tokenizer has ``convert_tokens_to_ids``, ``convert_ids_to_tokens`` and ``_add_tokens(tokens) -> int``.
+    A subclass has ``convert_tokens_to_ids``, ``convert_ids_to_tokens`` and ``_add_tokens(tokens) -> int``.
     """
 
     _special_tokens: dict[str, AddedToken | None]
@@ -106,7 +98,7 @@ class SpecialTokens:
 
     @property
     def additional_special_tokens(self) -> list[str]:
-        """The special tokens that have no name of their own."""
+        """The special tokens without a name of their own."""
         return [token.content for token in self._additional_special_tokens]
 
     @additional_special_tokens.setter
@@ -137,9 +129,9 @@ class SpecialTokens:
     @property
     def all_special_tokens_extended(self) -> list[AddedToken]:
         """All special tokens, each once."""
-        named = [token for token in self._special_tokens.values() if token is not None]
+        tokens = filter(None, [*self._special_tokens.values(), *self._additional_special_tokens])
         first = {}
-        for token in [*named, *self._additional_special_tokens]:
+        for token in tokens:
             first.setdefault(token.content, token)
         return list(first.values())
 
@@ -153,22 +145,25 @@ class SpecialTokens:
         return self.convert_tokens_to_ids(self.all_special_tokens)
 
     def add_special_tokens(self, special_tokens_dict: Mapping, replace_additional_special_tokens: bool = True) -> int:
-        """Names special tokens, and adds those that the vocabulary does not have.
+        """Names special tokens, and adds those that the vocabulary lacks.
 
         Args:
             special_tokens_dict: tokens by name ("pad_token", ...); a list of them for "additional_special_tokens".
-            replace_additional_special_tokens: the additional ones there were are special no longer.
+            replace_additional_special_tokens: the earlier additional tokens are no longer special.
 
         Returns:
-            How many the vocabulary got; the embeddings of a model must have ``len(tokenizer)`` rows.
+            The number of tokens that the vocabulary gained; a model needs embeddings of ``len(tokenizer)`` rows.
 
         Raises:
-            ValueError: a name is none of a special token's.
+            ValueError: a name is not that of a special token.
             TypeError: a token is neither text nor ``AddedToken``.
         """
         tokens = []
         for name, value in special_tokens_dict.items():
-            if name == "additional_special_tokens":
+            if name in NAMES:
+                tokens.append(as_added_token(value, special=True))
+                setattr(self, name, tokens[-1])
+            elif name == "additional_special_tokens":
                 new = [as_added_token(token, special=True) for token in _as_list(value)]
                 if not replace_additional_special_tokens:
                     new = [token for token in new if token.content not in self.additional_special_tokens]
@@ -176,37 +171,32 @@ class SpecialTokens:
                 elif new:
                     self._additional_special_tokens = new
                 tokens += new
-            elif name in NAMES:
-                token = as_added_token(value, special=True)
-                setattr(self, name, token)
-                tokens.append(token)
             else:
                 raise ValueError(f"expected {', '.join(NAMES)} or additional_special_tokens, got {name!r}")
         return self.add_tokens(tokens, special_tokens=True)
 
     def add_tokens(self, new_tokens, special_tokens: bool = False) -> int:
-        """Adds tokens to the vocabulary, behind its last id; those that it has are from now on never split.
+        """Adds tokens after the last id of the vocabulary. Tokens that it already has are never split from now on.
 
         Args:
             new_tokens: text or ``AddedToken``, one or a list of them.
-            special_tokens: they are special.
+            special_tokens: the tokens are special.
 
         Returns:
-            How many the vocabulary got; the embeddings of a model must have ``len(tokenizer)`` rows.
+            The number of tokens that the vocabulary gained; a model needs embeddings of ``len(tokenizer)`` rows.
 
         Raises:
             TypeError: a token is neither text nor ``AddedToken``.
         """
-        tokens = [as_added_token(token, special=special_tokens) for token in _as_list(new_tokens, single=True)]
+        if not isinstance(new_tokens, list | tuple):
+            new_tokens = [new_tokens] if new_tokens else []
+        tokens = [as_added_token(token, special=special_tokens) for token in new_tokens]
         if special_tokens:
-            # Not dataclasses.replace's default for normalized, which depends on special.
-            tokens = [AddedToken(**asdict(token) | {"special": True}) for token in tokens]
+            tokens = [replace(token, special=True) for token in tokens]
         return self._add_tokens([token for token in tokens if token.content])
 
 
-def _as_list(tokens, single: bool = False) -> list:
-    if isinstance(tokens, list | tuple):
-        return list(tokens)
-    if single:
-        return [tokens] if tokens else []
-    raise TypeError(f"expected a list of tokens, got {type(tokens).__name__}")
+def _as_list(tokens) -> list:
+    if not isinstance(tokens, list | tuple):
+        raise TypeError(f"expected a list of tokens, got {type(tokens).__name__}")
+    return list(tokens)

@@ -107,24 +107,6 @@ def test_kernels_are_told_apart(bench):
     assert bench("cuda_kernels").per_kernel(events, 2) == {"expand_kernel": (2, 10.0), "forward_kernel": (1, 200.0)}
 
 
-def test_metrics_of_ncu(bench):
-    names = {
-        "ID": "", "Kernel Name": "", "gpu__time_duration.sum": "ns",
-        "smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio": "inst",
-        "smsp__average_warps_issue_stalled_barrier_not_issued_per_issue_active.ratio": "inst",
-        "sm__inst_executed_pipe_tensor_op_hmma.avg.pct_of_peak_sustained_active": "%", "breakdown": "",
-    }  # fmt: skip
-    first = ["0", "forward_kernel", "1,234", "0.5", "0.25", "55.5", "a, b"]
-    second = ["1", "forward_kernel", "1,300", "0", "0", "n/a", ""]
-    text = "\n".join(",".join(f'"{x}"' for x in line) for line in (names, names.values(), first, second))
-    rows = bench("cuda_kernels").read_metrics(f"==PROF== a line of its own\n{text}\n")
-    assert [(row["launch"], row["metric"].split("_")[-1], row["value"]) for row in rows] == [
-        (1, "duration.sum", 1234), (1, "hmma.avg.pct_of_peak_sustained_active".split("_")[-1], 55.5),
-        (1, "active.ratio", 0.5), (2, "duration.sum", 1300),
-    ]  # fmt: skip
-    assert {row["kernel"] for row in rows} == {"forward_kernel"} and bench("cuda_kernels").read_metrics("") == []
-
-
 def test_kernels_of_a_backend_that_cannot_serve(bench, tmp_path):
     with pytest.raises(SystemExit, match="cannot serve this call: .*tensors must be on an NVIDIA GPU"):
         bench("cuda_kernels").main(["--device", "cpu", "--tokens", "32", "--lengths", "16", "--out", str(tmp_path)])

@@ -111,7 +111,9 @@ def test_other_results(dry):
         assert {"cuda", "triton", "eager"} <= passed
     assert [row["MiB"] for row in rows_of(dry, "cuda-workspace")] == [160, 24, 32, 40]
     assert all("ms" in row for name in ("triton-bands", "triton-tiles") for row in rows_of(dry, name))
-    assert {row["metric"] for row in rows_of(dry, "cuda-ncu")} == {"gpu__time_duration.sum"}
+    assert [(results / f"cuda-ncu-L16.{kind}").exists() for kind in ("csv", "txt")] == [True] * 2
+    heads, units, values = (results / "cuda-ncu-L16.csv").read_text().splitlines()
+    assert "gpu__time_duration.sum" in heads and "forward_kernel" in values
     for tool in ("memcheck", "racecheck"):
         assert [("SUMMARY" in (results / f"cuda-{tool}-{i}.txt").read_text()) for i in range(2)] == [True] * 2
 

@@ -10,7 +10,6 @@
 #include "machine.h"
 
 #define DEVICE inline
-#define ANYWHERE constexpr inline
 #define KERNEL(threads, blocks_at_once) inline void
 #define GRID_CONSTANT
 #define UNROLL
@@ -37,13 +36,13 @@ inline void sync_warp(Site site = Site::here()) { the_machine->sync_warp(site); 
 inline char* shared_memory() { return the_machine->shared(); }
 inline char* shared_memory_anew() { return the_machine->shared(); }
 
-inline Words load_shared(const void* from, Site site = Site::here()) {
+inline Vec16 load_shared(const void* from, Site site = Site::here()) {
   the_machine->reads(Kind::load_shared, site, from, 16);
-  Words words;
+  Vec16 words;
   std::memcpy(&words, from, 16);
   return words;
 }
-inline void store_shared(void* to, Words words, Site site = Site::here()) {
+inline void store_shared(void* to, Vec16 words, Site site = Site::here()) {
   the_machine->writes(Kind::store_shared, site, to, 16);
   std::memcpy(to, &words, 16);
 }
@@ -62,16 +61,16 @@ inline void store_shared_half(void* to, uint16_t half, Site site = Site::here())
   std::memcpy(to, &half, 2);
 }
 
-inline Words load_global(const void* from, Site site = Site::here()) {
+inline Vec16 load_global(const void* from, Site site = Site::here()) {
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0) {
     the_machine->fail("load_global at " + site.text() + ": not aligned to 16");
   }
-  Words words;
+  Vec16 words;
   std::memcpy(&words, from, 16);
   return words;
 }
 
-inline void store_global(void* to, Words words, Site site = Site::here()) {
+inline void store_global(void* to, Vec16 words, Site site = Site::here()) {
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0)
     the_machine->fail("store_global at " + site.text() + ": not aligned to 16");
   std::memcpy(to, &words, 16);
@@ -215,7 +214,6 @@ inline uint32_t ballot(bool x, Site site = Site::here()) {
 inline uint32_t float_bits(float x) { return emulator::as_bits(x); }
 inline float bits_float(uint32_t x) { return emulator::as_float(x); }
 inline const char* opaque(const char* address) { return address; }
-inline int minimum(int a, int b) { return a < b ? a : b; }
 
 // ---- Launches. The blocks have run when it returns; where something was wrong, what it returns is kept until the next
 // launch that fails.

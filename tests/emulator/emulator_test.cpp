@@ -205,10 +205,10 @@ KERNEL(64, 1) copies(Arguments arguments) {
   commit_copies();
   wait_copies<1>();
   if (arguments.variant == 4) load_shared(at + 1024);
-  const Words first = load_shared(at);
+  const Vec16 first = load_shared(at);
   if (arguments.variant != 1) wait_copies<0>();
   if (arguments.variant != 2) sync_block();
-  const Words second = load_shared(shared_memory() + 1024 + (thread() ^ 32) * 16);
+  const Vec16 second = load_shared(shared_memory() + 1024 + (thread() ^ 32) * 16);
   if (arguments.variant == 6) sync_block();
   if (arguments.variant >= 5) copy_async(at + 1024, in, true);
   uint32_t* out = static_cast<uint32_t*>(arguments.out) + thread() * 2;
@@ -217,7 +217,7 @@ KERNEL(64, 1) copies(Arguments arguments) {
 }
 
 void test_copies() {
-  std::vector<Words> in(128);
+  std::vector<Vec16> in(128);
   for (uint32_t i = 0; i < 128; i++) in[i] = {{i, i + 1000, i + 2000, i + 3000}};
   std::vector<uint32_t> out(128);
   CHECK(!run(copies, 64, 2048, in.data(), out.data()));
@@ -239,7 +239,7 @@ void test_copies() {
 KERNEL(32, 1) landing(Arguments arguments) {
   char* at = shared_memory() + thread() * 16;
   uint32_t* out = static_cast<uint32_t*>(arguments.out) + thread() * 3;
-  store_shared(at, Words{});
+  store_shared(at, Vec16{});
   copy_async(at, arguments.in, true);
   out[0] = load_shared_word(at);
   wait_copies<0>();
@@ -250,7 +250,7 @@ KERNEL(32, 1) landing(Arguments arguments) {
 }
 
 void test_landing() {
-  const Words in = {{5, 6, 7, 8}};
+  const Vec16 in = {{5, 6, 7, 8}};
   std::vector<uint32_t> out(96);
   emulator::options().check_races = false;
   CHECK(!run(landing, 32, 512, &in, out.data()));
@@ -324,7 +324,7 @@ KERNEL(64, 1) accesses(Arguments arguments) {
       if (thread() == 40) store_shared_word(shared, 1);
       break;
     case 3:  // A barrier of a warp orders nothing for the other.
-      if (warp() == 0) store_shared(shared + lane() * 16, Words{{1, 2, 3, 4}});
+      if (warp() == 0) store_shared(shared + lane() * 16, Vec16{{1, 2, 3, 4}});
       sync_warp();
       if (warp() == 1) load_shared(shared + lane() * 16);
       break;
@@ -376,7 +376,7 @@ KERNEL(64, 1) accesses(Arguments arguments) {
 }
 
 void test_accesses() {
-  Words in = {};
+  Vec16 in = {};
   std::vector<uint32_t> out(64);
   const char* const expected[] = {nullptr,         "race with a write", "race with a",
                                   "race with a",   "race with a",       nullptr,
@@ -459,7 +459,7 @@ KERNEL(32, 1) banks(Arguments arguments) {
       load_shared_word(shared + 64);
       break;
     case 3:
-      store_shared(shared + lane() * 16, Words{});
+      store_shared(shared + lane() * 16, Vec16{});
       break;
     case 4:
       load_shared(shared + lane() * 32);
@@ -494,7 +494,7 @@ void test_banks() {
   };
   const Expected expected[] = {{1, 1, 1}, {1, 32, 1}, {1, 1, 1}, {1, 4, 4},  {1, 8, 4}, {1, 32, 4},
                                {1, 4, 4}, {1, 1, 1},  {1, 1, 1}, {1, 16, 4}, {2, 34, 2}};
-  Words in = {};
+  Vec16 in = {};
   emulator::options().count_conflicts = true;
   for (int variant = 0; variant < 11; variant++) {
     emulator::clear_conflicts();

@@ -1,4 +1,4 @@
-// The emulator's switches and results, for Python.
+// The emulator's options and results as C functions, for Python.
 #include <string>
 
 #include "emulator.h"
@@ -32,12 +32,12 @@ EXPORTED const char* emulator_conflicts() {
   return table.c_str();
 }
 
-// Of a block, in forward and in backward.
+// Shared memory per block of forward or backward.
 EXPORTED int emulator_shared_bytes(int padded_size, bool backward) {
   return backward ? cuda::backward_shared_bytes(padded_size) : cuda::forward_shared_bytes(padded_size);
 }
 
-// Device memory of a call with both terms beside its tensors; packed where `ends` are not null.
+// Device memory that a call with both terms needs besides its tensors; packed if `ends` is not null.
 EXPORTED int64_t emulator_workspace_bytes(int batches, int heads, int length, int size, const int32_t* ends,
                                           int far_past, int far_future, int table_rows, bool backward) {
   static char something[16];

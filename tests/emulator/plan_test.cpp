@@ -1,14 +1,13 @@
 // Checks csrc/cuda/plan.cpp against what the kernels take from it, without any kernel: which pairs they take for far, which
 // blocks of tables by distance they read, where dA of near pairs lies, and that every head and distance has its turn.
-#include "backward_tile.h"
+#include "plan.cpp"
 
-#define DEBERTA_FAST_NEAR_BYTES (int64_t{1} << 20)  // so that heads come in shares
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 #include <vector>
 
-#include "plan.cpp"
+#include "backward_tile.h"
 
 namespace deberta_fast::cuda {
 namespace {
@@ -18,8 +17,7 @@ struct Launched {
   std::vector<Expansion> expansions;
   std::vector<ForwardCall> forward;
   std::vector<BackwardCall> delta, key, query;
-  std::vector<TableCall> by_distance;
-  std::vector<RowCall> by_row;
+  std::vector<TableCall> by_distance, by_row;
 } launched;
 
 template <class Call>
@@ -39,8 +37,8 @@ const char* backward_delta(const BackwardCall& call, void*) { return keep(launch
 const char* backward_key(const BackwardCall& call, void*) { return keep(launched.key, call); }
 const char* backward_query(const BackwardCall& call, void*) { return keep(launched.query, call); }
 const char* backward_by_distance(const TableCall& call, void*) { return keep(launched.by_distance, call); }
-const char* backward_by_row(const RowCall& call, void*) { return keep(launched.by_row, call); }
-int64_t far_count(const Call& call, const Side& rows) { return block_count(call, rows, kBackwardRows) * kWarps; }
+const char* backward_by_row(const TableCall& call, void*) { return keep(launched.by_row, call); }
+int64_t far_count(const Call& call, const Operand& rows) { return block_count(call, rows, kBackwardRows) * kWarps; }
 
 namespace {
 
@@ -64,16 +62,16 @@ constexpr int kPastRow = 11, kFutureRow = 3;
 
 // One side's view: delta = offset + direction times distance.
 struct View {
-  const Side &rows, &columns;
+  const Operand &rows, &columns;
   int direction;
-  Place place;
+  BlockInfo block;
 
   // Tiles of `tile_columns` from `begin` to `end`, none of which is near to the block of rows, at most.
   void check_far(int begin, int end, int tile_columns, int row) const {
-    const int first = tile_columns * begin, last = std::min(tile_columns * end, place.columns) - 1;
+    const int first = tile_columns * begin, last = std::min(tile_columns * end, block.columns) - 1;
     if (first > last) return;
-    const int last_row = std::min(place.first_row + kBackwardRows, place.rows) - 1;
-    for (int distance : {first - last_row, last - place.first_row}) {
+    const int last_row = std::min(block.first_row + kBackwardRows, block.rows) - 1;
+    for (int distance : {first - last_row, last - block.first_row}) {
       const int delta = problem.offset + direction * distance;
       CHECK(delta >= problem.past ? row == kPastRow : delta <= problem.future && row == kFutureRow);
     }
@@ -81,41 +79,41 @@ struct View {
 };
 
 // A block of 32 distances from this one on is in the table.
-void check_block(const Side& side, int distance) {
+void check_block(const Operand& side, int distance) {
   const int from_first = distance - side.first_distance;
   CHECK(from_first >= 0 && from_first % kDistances == 0 && from_first / kDistances < side.blocks);
 }
 
 // Groups of 32 rows, from which warps count distances, whether they own 16 rows or 32.
 template <class Function>
-void for_groups(const Place& place, int first_column, Function function) {
-  for (int group = 0; group < kBackwardRows; group += 32) function(first_column - place.first_row - group);
+void for_groups(const BlockInfo& block, int first_column, Function function) {
+  for (int group = 0; group < kBackwardRows; group += 32) function(first_column - block.first_row - group);
 }
 
 // As write_row_band and write_column_band read.
 void check_score_tables(const View& view, int first_column, int tile_columns) {
   if (view.rows.table.data != nullptr)
-    for_groups(view.place, first_column, [&](int first) {
+    for_groups(view.block, first_column, [&](int first) {
       for (int distance = -32; distance < tile_columns; distance += 32) check_block(view.rows, first + distance);
     });
   if (view.columns.table.data != nullptr)
     for (int group = 0; group < tile_columns; group += 32)
       for (int distance = -32; distance < kBackwardRows; distance += 32)
-        check_block(view.columns, view.place.first_row - first_column - group + distance);
+        check_block(view.columns, view.block.first_row - first_column - group + distance);
 }
 
 // As GradientBand reads: at each tile of 32 and, to finish, after any of them.
 void check_gradient_table(const View& view, int begin, int end) {
   if (view.rows.table.data == nullptr || begin >= end) return;
   for (int tile = begin; tile <= end; ++tile)
-    for_groups(view.place, 32 * tile, [&](int first) { check_block(view.rows, first - 32); });
+    for_groups(view.block, 32 * tile, [&](int first) { check_block(view.rows, first - 32); });
 }
 
 void check_forward(View view) {
-  for (view.place.first_row = 0; view.place.first_row < view.place.rows; view.place.first_row += 128) {
-    const Segments found = find_segments(view.rows, view.place, 128, 64);
+  for (view.block.first_row = 0; view.block.first_row < view.block.rows; view.block.first_row += 128) {
+    const Segments found = find_segments(view.rows, view.block, 128, 64);
     CHECK(0 <= found.near_begin && found.near_begin <= found.near_end && found.near_end <= found.end);
-    CHECK(found.end == (view.place.columns + 63) / 64);
+    CHECK(found.end == (view.block.columns + 63) / 64);
     view.check_far(0, found.near_begin, 64, view.rows.far_left);
     view.check_far(found.near_end, found.end, 64, view.rows.far_right);
     for (int tile = found.near_begin; tile < found.near_end; ++tile) check_score_tables(view, 64 * tile, 64);
@@ -127,12 +125,12 @@ using Near = std::vector<std::vector<bool>>;
 
 Near check_backward(View view, const BackwardCall& backward, bool keys) {
   Near near;
-  for (view.place.first_row = 0; view.place.first_row < view.place.rows; view.place.first_row += kBackwardRows) {
-    const Segments found = find_segments(view.rows, view.place, kBackwardRows, kBackwardRows);
+  for (view.block.first_row = 0; view.block.first_row < view.block.rows; view.block.first_row += kBackwardRows) {
+    const Segments found = find_segments(view.rows, view.block, kBackwardRows, kBackwardRows);
     CHECK(0 <= found.near_begin && found.near_begin <= found.near_end && found.near_end <= found.end);
     view.check_far(0, found.near_begin, kBackwardRows, view.rows.far_left);
     view.check_far(found.near_end, found.end, kBackwardRows, view.rows.far_right);
-    const int tiles = (view.place.columns + 31) / 32;
+    const int tiles = (view.block.columns + 31) / 32;
     const int begin = std::min(4 * found.near_begin, tiles), end = std::min(4 * found.near_end, tiles);
     check_gradient_table(view, begin, end);
     if (keys) {
@@ -238,20 +236,22 @@ void check_problem(const Problem& given) {
   const TableCall* tables[2] = {};
   for (size_t term = 0; term < terms; ++term) {
     check_shares(launched.key.size(), [&](size_t i) { return of(launched.by_distance[terms * i + term].backward); });
-    check_shares(launched.key.size(), [&](size_t i) {
-      const RowCall& x = launched.by_row[terms * i + term];
-      return std::pair(x.first_head, x.head_count);
-    });
+    check_shares(launched.key.size(), [&](size_t i) { return of(launched.by_row[terms * i + term].backward); });
     const TableCall& table = launched.by_distance[term];
-    const RowCall& by_row = launched.by_row[term];
+    const TableCall& by_row = launched.by_row[term];
     tables[table.keys] = &table;
     CHECK(by_row.first_diagonal == table.first_diagonal && by_row.diagonals == table.diagonals);
     CHECK(by_row.splits == table.splits && table.splits > 0 && by_row.sums == table.sums);
-    const Side& rows = table.keys ? table.backward.call.key : table.backward.call.query;
-    CHECK(by_row.left_row == rows.far_left && by_row.right_row == rows.far_right);
-    const BackwardCall& backward = table.backward;
-    CHECK(by_row.far_sums == (table.keys ? backward.far_key_sums : backward.far_query_sums));
-    CHECK(by_row.far_count == (table.keys ? backward.key_far_count : backward.query_far_count));
+    const Operand& rows = table.keys ? table.backward.call.key : table.backward.call.query;
+    CHECK(by_row.keys == table.keys && by_row.table_rows == request.table_rows);
+    const Call& by_row_call = by_row.backward.call;
+    const Operand& by_row_rows = table.keys ? by_row_call.key : by_row_call.query;
+    CHECK(by_row_rows.far_left == rows.far_left && by_row_rows.far_right == rows.far_right);
+    const BackwardCall &backward = table.backward, &by_row_backward = by_row.backward;
+    CHECK(by_row_backward.far_key_sums == backward.far_key_sums);
+    CHECK(by_row_backward.far_query_sums == backward.far_query_sums);
+    CHECK(by_row_backward.key_far_count == backward.key_far_count);
+    CHECK(by_row_backward.query_far_count == backward.query_far_count);
   }
   if (terms == 0) return;
   check_memory(launched.key[0], tables);
@@ -260,12 +260,12 @@ void check_problem(const Problem& given) {
   const std::vector<int> shorter = {1, problem.queries / 2, problem.queries - 1, problem.queries};
   for (int length : problem.packed ? shorter : std::vector{0}) {
     const int queries = problem.packed ? length : problem.queries, keys = problem.packed ? length : problem.keys;
-    Place of_queries = {}, of_keys = {};
+    BlockInfo of_queries = {}, of_keys = {};
     of_queries.rows = of_keys.columns = queries, of_queries.columns = of_keys.rows = keys;
     const Call& forward = launched.forward[0].call;
     check_forward({forward.query, forward.key, -1, of_queries});
     const BackwardCall& backward = launched.key[0];
-    const Side &query = backward.call.query, &key = backward.call.key;
+    const Operand &query = backward.call.query, &key = backward.call.key;
     const Near by_query = check_backward({query, key, -1, of_queries}, backward, false);
     const Near by_key = check_backward({key, query, 1, of_keys}, backward, true);
     for (size_t i = 0; i < by_query.size(); ++i)
@@ -307,6 +307,7 @@ void test_more(int problems) {
 }  // namespace deberta_fast::cuda
 
 int main() {
+  deberta_fast::cuda::limit_near_bytes(int64_t{1} << 20);  // several launches share the heads
   deberta_fast::cuda::test_edges();
   deberta_fast::cuda::test_more(2000);
   std::puts("ok");

@@ -1,37 +1,38 @@
-"""The CUDA backend where an emulator (tests/emulator) makes up for the GPU that is not there: built, loaded, put in."""
+"""Builds the CUDA kernels for an emulator on the CPU (tests/emulator), and makes the CUDA backend use them."""
 
 import hashlib
 import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 ROOT = Path(__file__).parents[2]
 BUILT = ROOT / "build/emulated"
 TORCH = Path(torch.__file__).parent
+# register.cpp of the emulator replaces that of the GPU.
 SOURCES = [
-    *sorted((ROOT / "csrc/cuda").glob("*.c*")),
-    ROOT / "tests/emulator/options.cpp",
+    *sorted(path for path in (ROOT / "csrc/cuda").glob("*.c*") if path.name != "register.cpp"),
+    *(ROOT / "tests/emulator" / name for name in ("options.cpp", "register.cpp")),
 ]
 HEADERS = [path for folder in ("csrc", "csrc/cuda", "tests/emulator") for path in (ROOT / folder).glob("*.h")]
 FLAGS = [
     *"-x c++ -std=c++17 -fPIC -fvisibility=hidden -g1".split(),
-    *"-DTORCH_TARGET_VERSION=0x020b000000000000 -DDEBERTA_FAST_EMULATED".split(),
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
     *(f"-I{ROOT / folder}" for folder in ("tests/emulator", "csrc/cuda")),
     *("-isystem", TORCH / "include"),
 ]
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined".split()
-# Under sanitizers, backward takes one head after the other, as it does where dA of more would be too much.
 BUILDS = {
     "plain": ["-O2"],
-    "sanitized": ["-O1", "-fno-omit-frame-pointer", *SANITIZERS, "-DDEBERTA_FAST_NEAR_BYTES=1"],
+    "sanitized": ["-O1", "-fno-omit-frame-pointer", *SANITIZERS],
 }
 
 
 def run(*command, timeout=900, **environment) -> tuple[int, str]:
-    """Exit status and output."""
+    """Runs a command and returns its exit status and output."""
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, cwd=ROOT / "tests/op",
         env=os.environ | environment,
@@ -40,7 +41,7 @@ def run(*command, timeout=900, **environment) -> tuple[int, str]:
 
 
 def built(name: str, pool: ThreadPoolExecutor) -> Path:
-    """A library of the kernels and the emulator, by the flags of that name."""
+    """Returns the library of the kernels and the emulator, built with BUILDS[name]."""
     compiler, folder = ["g++", *BUILDS[name]], BUILT / name
     make_one = lambda source: _made(
         folder / f"{source.name}.o", [source, *HEADERS], *compiler, *FLAGS, "-c", source
@@ -51,7 +52,7 @@ def built(name: str, pool: ThreadPoolExecutor) -> Path:
 
 
 def _made(target: Path, sources: list[Path], *command) -> Path:
-    """The command's result, made anew if it or its sources have changed."""
+    """Returns the command's output file, built again if the command or its sources have changed."""
     key = hashlib.sha256(repr(command).encode())
     for path in sources:
         key.update(path.read_bytes())
@@ -66,22 +67,25 @@ def _made(target: Path, sources: list[Path], *command) -> Path:
 
 
 def load(library: Path | str):
-    """The library's operators, and the backend on CPU tensors by them. What is returned has to be kept."""
+    """Loads the library and makes the CUDA backend run it on CPU tensors. The caller must keep the result alive."""
     from deberta_fast.op.backends import cuda, extension
 
     defined = torch.library.Library("deberta_fast_emulated", "DEF")
     for schema in extension.SCHEMAS:
         defined.define(schema)
     torch.ops.load_library(library)
-    stand_in(cuda, torch.ops.deberta_fast_emulated)
+    operators = torch.ops.deberta_fast_emulated
+    stand_in(cuda)
+    cuda.extension = SimpleNamespace(
+        fused_forward=operators.fused_forward.default,
+        fused_backward=operators.fused_backward.default,
+        arguments=extension.arguments,
+    )
     return defined
 
 
-def stand_in(cuda, operators=None, patch=setattr) -> None:
-    """Tensors of the CPU count as the GPU's; ``operators`` take the place of the extension's."""
-    of_a_gpu = cuda.device_reasons
+def stand_in(cuda, patch=setattr) -> None:
+    """Makes the CUDA backend accept CPU tensors as if they were on a GPU."""
+    device_reasons = cuda.device_reasons
     patch(cuda, "MISSING", None)
-    patch(cuda, "device_reasons", lambda device, size: [] if device.type == "cpu" else of_a_gpu(device, size))
-    if operators is not None:
-        for name in ("fused_forward", "fused_backward", "limit_near_bytes"):
-            patch(cuda, name, getattr(operators, name).default)
+    patch(cuda, "device_reasons", lambda device, size: [] if device.type == "cpu" else device_reasons(device, size))

@@ -13,6 +13,7 @@ from torch.utils import _pytree
 from deberta_fast.models import outputs
 
 KINDS = [x for x in vars(outputs).values() if isinstance(x, type) and issubclass(x, outputs.ModelOutput)][1:]
+KINDS = [kind for kind in KINDS if not kind.__name__.startswith("_")]
 STATES = (torch.ones(2, 3), torch.zeros(2, 3))
 
 

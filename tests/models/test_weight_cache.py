@@ -256,17 +256,17 @@ def test_nothing_is_kept_in_training(projected):
     model = build("v3", hidden_dropout_prob=0.5)
     run(model)
     kept = model.encoder.layer[0].attention.self.cache.tables
-    assert kept._kept is not None
+    assert kept._cached is not None
     for _ in range(2):
         projected.clear()
         model(**tokens("right", 37)).last_hidden_state.sum().backward()
-        assert len(projected) == 4 and kept._kept is None  # once a layer
+        assert len(projected) == 4 and kept._cached is None  # once a layer
     assert model.encoder.rel_embeddings.weight.grad is not None
     run(model)
-    assert kept._kept is not None
+    assert kept._cached is not None
     torch.manual_seed(0)
     first, second = run(model.train()), run(model)
-    assert kept._kept is None and not torch.equal(first, second)  # dropout on the rows of the table
+    assert kept._cached is None and not torch.equal(first, second)  # dropout on the rows of the table
 
 
 def test_gradients_after_inference_mode():
@@ -368,9 +368,9 @@ def test_three_projections_as_one(name, length):
     with torch.no_grad():
         for _ in range(2):
             torch.testing.assert_close(model(**inputs).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
-    assert model.encoder.layer[1].attention.self.cache.joint._kept is not None
+    assert model.encoder.layer[1].attention.self.cache.joint._cached is not None
     torch.testing.assert_close(model(**inputs).last_hidden_state, expected, rtol=1e-5, atol=1e-5)  # for training
-    assert model.encoder.layer[1].attention.self.cache.joint._kept is None
+    assert model.encoder.layer[1].attention.self.cache.joint._cached is None
 
 
 def test_queries_of_other_states():

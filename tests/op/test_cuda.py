@@ -37,7 +37,7 @@ def emulated():
             more, which = dict(PYTHONPATH=str(ROOT), EMULATED_LIBRARY=str(library)), []
             if name == "sanitized":
                 more |= dict(LD_PRELOAD=f"{asan} libstdc++.so.6", ASAN_OPTIONS="detect_leaks=0")
-                more |= dict(UBSAN_OPTIONS="print_stacktrace=1")
+                more |= dict(UBSAN_OPTIONS="print_stacktrace=1", NEAR_BYTES="1")
                 which = ["--capture=sys", "-k", SOME]
             started[name] = pool.submit(run, *command, *which, "cuda_emulated.py", **more)
         yield started

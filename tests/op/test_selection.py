@@ -13,8 +13,8 @@ from stand_ins import FAULTS, StandIn, cpu_as_accelerator, fault, rolled
 
 import deberta_fast
 from deberta_fast.op import proof, selection, speed
+from deberta_fast.op.precision import Precision
 from deberta_fast.op.problems import COMMON, Kind, call_of, problems
-from deberta_fast.op.testing import Precision
 
 SIZE = 16
 

@@ -16,6 +16,7 @@ from tokenizer_files import (
     SPACES,
     bpe_encoder,
     byte_level,
+    byte_level_files,
     processor,
     save_bpe_encoder,
     spm_model,
@@ -23,10 +24,19 @@ from tokenizer_files import (
     texts_with_specials,
 )
 
-from deberta_fast.tokenization.backends import byte_level_backend, load_backend, unigram_backend
+from deberta_fast.tokenization import DebertaTokenizerFast, DebertaV2TokenizerFast, backends
+from deberta_fast.tokenization.backends import load_backend
 from deberta_fast.tokenization.bpe_encoder import read_bpe_encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pieces for single bytes")
+
+
+def unigram_backend(path, **options):
+    return DebertaV2TokenizerFast(path, **options).backend_tokenizer
+
+
+def byte_level_backend(**options):
+    return DebertaTokenizerFast(*byte_level_files(), **options).backend_tokenizer
 
 
 def parts(backend):
@@ -99,14 +109,14 @@ def test_added_tokens():
     assert parts(backend)["added_tokens"] == first + sorted(symbols, key=lambda symbol: symbol["id"])
     assert backend.encode("a<entity>b [MASK]", add_special_tokens=False).ids.count(pieces["<entity>"]) == 1
 
-    more = [tokenizers.AddedToken("[MASK]", special=True), tokenizers.AddedToken("<more>")]
-    backend = unigram_backend(spm_model(), added_tokens=more, pad_token="<pad>")
+    more = {size: tokenizers.AddedToken("[MASK]", special=True), size + 1: tokenizers.AddedToken("<more>")}
+    backend = unigram_backend(spm_model(), added_tokens_decoder=more, pad_token="<pad>")
     assert [backend.token_to_id(piece) for piece in ("[MASK]", "<more>", "<pad>")] == [size, size + 1, size + 2]
 
     # The names are free; those that are no pieces come last.
     backend = unigram_backend(spm_model(), cls_token="<s>", sep_token="</s>", mask_token=tokenizers.AddedToken("<m>"))
-    assert [backend.token_to_id(piece) for piece in ("<s>", "</s>", "<m>")] == [size, size + 1, size + 2]
-    assert backend.encode("a", "b").ids[0] == size and backend.encode("a", "b").type_ids[-1] == 1
+    assert [backend.token_to_id(piece) for piece in ("</s>", "<s>", "<m>")] == [size, size + 1, size + 2]
+    assert backend.encode("a", "b").ids[0] == size + 1 and backend.encode("a", "b").type_ids[-1] == 1
 
 
 def test_ids():
@@ -172,7 +182,7 @@ def test_offsets():
 
 def test_byte_level_steps():
     vocab, merges = byte_level()
-    backend = byte_level_backend(vocab, merges)
+    backend = byte_level_backend()
     state = parts(backend)
     assert state["model"]["vocab"] == vocab
     assert [tuple(x.split()) if isinstance(x, str) else tuple(x) for x in state["model"]["merges"]] == merges
@@ -185,12 +195,12 @@ def test_byte_level_steps():
         token("[MASK]", vocab["[MASK]"], lstrip=True, normalized=True),
     ]
     assert template(backend) == TEMPLATE
-    assert parts(byte_level_backend(vocab, merges, add_prefix_space=True))["pre_tokenizer"]["add_prefix_space"] is True
+    assert parts(byte_level_backend(add_prefix_space=True))["pre_tokenizer"]["add_prefix_space"] is True
 
 
 def test_byte_level_ids():
     vocab, merges = byte_level()
-    backend = byte_level_backend(vocab, merges)
+    backend = byte_level_backend()
     oracle = tokenizers.ByteLevelBPETokenizer(vocab, merges)
     for text in texts():
         encoding = backend.encode(text)
@@ -202,7 +212,7 @@ def test_byte_level_ids():
 
 def test_merges_without_pieces():
     with pytest.raises(ValueError, match="vocab and merges"):
-        byte_level_backend({"a": 0}, [("a", "b")])
+        backends.byte_level_backend({"a": 0}, [("a", "b")])
 
 
 # Files
@@ -210,7 +220,7 @@ def test_merges_without_pieces():
 
 def test_tokenizer_json(tmp_path):
     path = tmp_path / "tokenizer.json"
-    for backend in (unigram_backend(spm_model("world")), byte_level_backend(*byte_level())):
+    for backend in (unigram_backend(spm_model("world")), byte_level_backend()):
         backend.save(str(path))
         loaded = load_backend(path)
         state, loaded_state = parts(backend), parts(loaded)

@@ -57,8 +57,8 @@ def choose(name: str | None, call: Call, order: Iterable[str] = BACKENDS) -> str
                     if reason is not None:
                         tell(reason)
                 return candidate
-        reasons = "; ".join(f"{candidate}: {', '.join(why)}" for candidate, why in why_not(call).items())
-        raise RuntimeError(f"no backend can serve this call: {reasons}")
+        listed = "; ".join(f"{candidate}: {', '.join(why)}" for candidate, why in why_not(call).items())
+        raise RuntimeError(f"no backend can serve this call: {listed}")
     check_name(name)
     reasons = reasons_against(name, call)
     if reasons:
@@ -108,7 +108,8 @@ def tell(reason: str) -> None:
 def forward(call: Call, backend: str, with_lse: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Returns output (B, H, Lq, D) and log-sum-exp (B, H, Lq) or None, outside autograd."""
     output, lse = call.new_output(), call.new_lse() if with_lse else None
-    BACKENDS[backend].forward(call, output, cpu.with_statistics(lse) if backend == "cpu" and with_lse else lse)
+    own = cpu.with_statistics(lse) if backend == "cpu" and lse is not None else lse
+    BACKENDS[backend].forward(call, output, own)
     return output, lse
 
 

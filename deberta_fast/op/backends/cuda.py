@@ -17,8 +17,6 @@ SHARED_BYTES = {32: 76032, 64: 96512, 96: 117504, 128: 137984}  # of a block, by
 LARGEST_STRIDE = 1 << 24  # from row to row, in elements
 LONGEST = 1 << 28  # positions and distances are 32-bit numbers in the kernels
 
-# The operators, which the tests replace by those of their emulator.
-fused_forward, fused_backward = extension.fused_forward, extension.fused_backward
 limit_near_bytes = torch.ops.deberta_fast.limit_near_bytes.default  # csrc/cuda/plan.h; for benchmarks
 
 
@@ -93,7 +91,7 @@ def device_reasons(device: torch.device, head_size: int) -> list[str]:
 
 def forward(call: Call, output: torch.Tensor, lse: torch.Tensor | None) -> None:
     """Fills output (B, H, Lq, D) and, unless it is None, log-sum-exp (B, H, Lq)."""
-    fused_forward(output, call.new_lse() if lse is None else lse, *arguments(call))
+    extension.fused_forward(output, call.new_lse() if lse is None else lse, *arguments(call))
 
 
 def backward(
@@ -105,7 +103,7 @@ def backward(
     grads: list[torch.Tensor | None],
 ) -> None:
     """Fills the gradients of query, key, value, pos_key and pos_query; None where a table's is not wanted."""
-    fused_backward(*grads, _aligned(output), lse, _aligned(grad_output), grad_lse, *arguments(call))
+    extension.fused_backward(*grads, _aligned(output), lse, _aligned(grad_output), grad_lse, *arguments(call))
 
 
 def arguments(call: Call) -> tuple:

@@ -5,7 +5,7 @@ import torch
 from cases import BY_NAME, make_inputs
 
 from deberta_fast.op.backends import reference
-from deberta_fast.op.testing import assert_as_precise, hf_style_attention, hf_style_scores
+from deberta_fast.op.precision import assert_as_precise, hf_style_attention, hf_style_scores
 
 
 @pytest.mark.parametrize("name", ["ragged-L129-D64", "short-query-offset-at-end", "table-window-L20", "dropout-L140"])

@@ -1,13 +1,13 @@
-"""How precise an implementation of disentangled attention has to be: twice as wrong as Hugging Face's way at most.
+"""The precision rule: an implementation may be at most twice as wrong as Hugging Face's eager code in the same dtype.
 
     max  |got - exact|  <=  2 max  |eager - exact|  +  eps / 2 max |exact|                      (1)
     mean |got - exact|  <=  2 mean |eager - exact|                                              (2)
 
-exact is computed in float64, eager in the dtype of got by ``hf_style_attention``; eps is that dtype's. A bound on the
-maximum alone misses a wrong row in a large tensor, and a bound on the mean alone misses a wrong element. Unit-variance
-inputs make the position terms matter: with small ones, a wrong table hides behind rounding.
+exact is computed in float64, eager in the dtype of got by ``hf_style_attention``; eps is that dtype's. The maximum
+catches a wrong element, and the mean a wrong row of a large tensor. Inputs must have unit variance: with small ones the
+position terms are small too, and a wrong table hides behind rounding.
 
-Tests and benchmarks judge by this rule, and so does the check that a fused backend has to pass on a device (``proof``).
+Tests and benchmarks use this rule, and so does the check that a fused backend has to pass on a device (``proof``).
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from .relative_position import distance_slots
 def hf_style_attention(inputs: Call, first_batch: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention in the order of operations of Hugging Face's eager code, in the dtype of the inputs throughout.
 
-    Dense: everything is of size Lq x Lk a head. Differentiable by torch's autograd.
+    It holds Lq x Lk scores per head, and torch's autograd differentiates it.
 
     Args:
         inputs: a call without cu_seqlens, any floating dtype; query (B, H, Lq, D), key and value (B, H, Lk, D).
@@ -34,7 +34,7 @@ def hf_style_attention(inputs: Call, first_batch: int = 0) -> tuple[torch.Tensor
     """
     scores = hf_style_scores(inputs)
     probabilities = torch.softmax(scores, -1)
-    if inputs.dropout_p > 0:
+    if inputs.seed is not None and inputs.dropout_p > 0:
         batch, heads, rows, keys = scores.shape
         batch_head = torch.arange(batch * heads, device=scores.device).view(batch, heads, 1, 1) + first_batch * heads
         row = torch.arange(rows, device=scores.device)[:, None]
@@ -49,9 +49,9 @@ def hf_style_scores(inputs: Call, slots: tuple[torch.Tensor, torch.Tensor] | Non
     The keys are divided by the scale before the content product, the position terms after product and gather.
 
     Args:
-        inputs: as there.
+        inputs: as in ``hf_style_attention``.
         slots: rows of pos_key by query and key, (Lq, Lk), and of pos_query by key and query, (Lk, Lq), int64; None
-            makes them from the distances. Hugging Face's encoder makes most of them once for all layers.
+            computes them from the distances. Hugging Face's encoder computes most of them once for all layers.
     """
     query, key = inputs.query, inputs.key
     scale = torch.tensor(1 / inputs.scale, dtype=torch.float32).to(query.dtype)
@@ -74,7 +74,7 @@ def _slots(inputs: Call) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Precision(NamedTuple):
-    """One tensor's errors, and what equations (1) and (2) allow."""
+    """The errors of one tensor, and its error budget by equations (1) and (2)."""
 
     largest: float
     largest_allowed: float
@@ -83,9 +83,9 @@ class Precision(NamedTuple):
 
     @property
     def share(self) -> float:
-        """The error as a share of its bound, the worse of the two; above 1 it is too large."""
+        """The larger of both errors as a share of its bound; above 1 it is too large."""
         pairs = (self.largest, self.largest_allowed), (self.mean, self.mean_allowed)
-        # Where eager is no number, nothing is allowed.
+        # A NaN in eager makes the bound NaN, which allows no error.
         return max(error / allowed if allowed > 0 else float("inf") if error else 0.0 for error, allowed in pairs)
 
     def __str__(self) -> str:
@@ -95,19 +95,19 @@ class Precision(NamedTuple):
 
 
 def precision(name: str, got: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> Precision:
-    """Equations (1) and (2), for one tensor of an attention call: the output, the log-sum-exp or a gradient.
+    """Measures one tensor of an attention call by equations (1) and (2): the output, the log-sum-exp or a gradient.
 
-    The first dimension counts draws of random inputs. The largest error is averaged over them: that of a single draw is
-    a matter of luck, and of two equally precise computations one is beyond twice the other once in a hundred times.
+    The first dimension counts draws of random inputs. The largest error is averaged over the draws, because that of one
+    draw is noisy: one of two equally precise computations exceeds twice the other in one draw out of a hundred.
 
     Args:
-        name: of the tensor, for the message.
-        got: (draws, ...), what is judged.
+        name: name of the tensor, for the message.
+        got: (draws, ...), the tensor to judge.
         eager: the same shape and dtype, by ``hf_style_attention``.
         exact: the same shape, float64, from the same inputs.
 
     Raises:
-        AssertionError: shapes or dtypes differ, or an element is not finite; names which.
+        AssertionError: shapes or dtypes differ, or an element is not finite; the message names the tensor.
     """
     _require(got.shape == exact.shape, f"{name} is of shape {tuple(got.shape)}, not {tuple(exact.shape)}")
     _require(got.dtype == eager.dtype, f"{name} is of dtype {got.dtype}, not {eager.dtype}")
@@ -118,22 +118,22 @@ def precision(name: str, got: torch.Tensor, eager: torch.Tensor, exact: torch.Te
     # Half a unit in the last place of the largest value: the rounding of the result itself.
     rounding = 0.5 * torch.finfo(got.dtype).eps * exact.abs().flatten(1).amax(1).mean()
     largest, largest_allowed = (x.amax(1).mean() for x in (error, allowed))
-    # The mean has no slack of its own; a term far below the rounding of any entry keeps exact zeros comparable.
+    # The mean gets no slack. The term far below one rounding lets tensors pass that are zero everywhere.
     figures = largest, 2 * largest_allowed + rounding, error.mean(), 2 * allowed.mean() + 1e-3 * rounding
     return Precision(*(float(x) for x in figures))
 
 
 def assert_as_precise(name: str, got: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> None:
-    """Equations (1) and (2), as ``precision`` measures them.
+    """Requires equations (1) and (2), as ``precision`` measures them.
 
     Raises:
-        AssertionError: as ``precision``, or an error is too large; names which.
+        AssertionError: as ``precision``, or an error is too large; the message names the tensor.
     """
     measured = precision(name, got, eager, exact)
     _require(measured.share <= 1, f"{name}: {measured}")
 
 
 def _require(condition: bool, message: str) -> None:
-    # Not an assert statement, which python -O leaves out.
+    # python -O removes assert statements.
     if not condition:
         raise AssertionError(message)
