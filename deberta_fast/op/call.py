@@ -211,9 +211,7 @@ def checked_call(
     ):
         _check_tables(pos_key, pos_query, device, whole, numbering, first_slot, lengths, query_offset)
     if not -FARTHEST <= query_offset <= FARTHEST:
-        # Every pair reads the same rows from here on, and no sum of positions exceeds 32 bits.
-        most = 0 if pos_key is None and pos_query is None else slot_table(*numbering).reach + max(lengths)
-        query_offset = max(-most, min(most, query_offset))
+        query_offset = _near_offset(query_offset, pos_key, pos_query, numbering, lengths)
     if scale is None:
         scale = (size * (1 + (pos_key is not None) + (pos_query is not None))) ** -0.5
     elif type(scale) is not float:
@@ -264,6 +262,12 @@ def _real(name: str, value) -> float:
     if not hasattr(value, "__float__"):  # rejects text, which float() accepts
         raise TypeError(f"{name} must be a number, got {value!r}")
     return float(value)
+
+
+def _near_offset(query_offset: int, pos_key, pos_query, numbering, lengths) -> int:
+    """Returns an offset for which every pair reads the same rows, and no sum of positions exceeds 32 bits."""
+    most = 0 if pos_key is None and pos_query is None else slot_table(*numbering).reach + max(lengths)
+    return max(-most, min(most, query_offset))
 
 
 def _check_heads(query, key, value, ndim: int) -> None:
@@ -350,12 +354,16 @@ def check_cu_seqlens_values(cu_seqlens: torch.Tensor, total: int, max_seqlen: in
     """
     expected = f"cu_seqlens must rise from 0 to {total} in steps of 0 to max_seqlen={max_seqlen}"
     if cu_seqlens.device.type != "cpu":
-        wide = cu_seqlens.long()  # differences of int32 wrap
-        lengths = wide.diff()
-        rises = (wide[0] == 0) & (wide[-1] == total) & ((lengths >= 0) & (lengths <= max_seqlen)).all()
-        torch._assert_async(rises, expected)
+        torch._assert_async(_rises(cu_seqlens, total, max_seqlen), expected)
         return
     ends = cu_seqlens.tolist()
     steps = zip(ends, ends[1:], strict=False)
     if ends[0] != 0 or ends[-1] != total or not all(0 <= stop - start <= max_seqlen for start, stop in steps):
         raise ValueError(f"{expected}, got {ends}")
+
+
+def _rises(cu_seqlens: torch.Tensor, total: int, max_seqlen: int) -> torch.Tensor:
+    """Returns the outcome of the same check as a bool on the device."""
+    ends = cu_seqlens.long()  # differences of int32 wrap
+    lengths = ends.diff()
+    return (ends[0] == 0) & (ends[-1] == total) & ((lengths >= 0) & (lengths <= max_seqlen)).all()

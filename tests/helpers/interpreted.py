@@ -10,7 +10,7 @@ def serve_cpu() -> None:
     from triton.runtime import interpreter
 
     from deberta_fast.op.backends import triton
-    from deberta_fast.op.backends.triton import configuration, plan
+    from deberta_fast.op.backends.triton import configuration
 
     device_reasons, create_dot = triton.device_reasons, interpreter.InterpreterBuilder.create_dot
 
@@ -18,14 +18,8 @@ def serve_cpu() -> None:
         """The interpreter's own products of bfloat16 are wrong."""
         return create_dot(self, *(self.cast_impl(x, tl.float32) for x in (a, b)), *arguments)
 
-    def run(launch):
-        """Nothing is compiled, hence nothing cached."""
-        if 0 not in launch.grid:
-            launch.kernel[launch.grid](**launch.arguments)
-
     triton.device_reasons = lambda device: [] if device.type == "cpu" else device_reasons(device)
     interpreter.InterpreterBuilder.create_dot = upcast_dot
-    plan.Launch.run = run
     configuration.target_of = lambda device, *sizes: configuration.Target("interpreter", *sizes)
     # The interpreter takes as long for a small tile as for a large one.
     configuration.default = lambda target: configuration.Configuration(64, *[configuration.Tiles(64, 64, 4, 1)] * 5)

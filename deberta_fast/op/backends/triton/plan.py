@@ -48,7 +48,9 @@ class Launch(NamedTuple):
         if self.compiled:
             self.compiled[0][(*self.grid, 1, 1)[:3]](*self.arguments.values())
             return
-        self.compiled.append(self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages))
+        compiled = self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages)
+        if compiled is not None:  # as with Triton's interpreter and with hooks that prevent a compilation
+            self.compiled.append(compiled)
 
     def of(self, part: "Part") -> "Launch":
         """Returns this launch for another part of the same size."""
