@@ -72,7 +72,7 @@ struct Mainloop {
     load_columns<S>(memory.dout, arguments.grad_output, call, block, first, there);
     commit_copies();
     if (thread() < S::kBlockN) {
-      const int64_t at = statistic_index(arguments, block, first + thread());
+      const int64_t at = statistic_index(arguments, block, first) + thread();
       const bool valid = there >> thread() & 1;
       // An infinite log-sum-exp makes P = 0 for a query that does not exist.
       store_shared_word(memory.statistics + 4 * thread(), float_bits(valid ? arguments.lse2[at] : infinity()));
@@ -157,7 +157,7 @@ struct Mainloop {
           EACH(half, 2) {
             uint32_t pairs[4];
             as_pairs<T>(pairs, dp[f], half, 1);
-            const int row = warp() * S::kWarpRows + fragment_row(f, half);
+            const int row = warp() * S::kWarpRows + 16 * f + 8 * half + lane() / 4;
             store_global(out + 64 * row + 16 * (lane() % 4), {{pairs[0], pairs[1], pairs[2], pairs[3]}});
             if (p2c) band.put(f, half, pairs);
           }

@@ -182,7 +182,7 @@ DEVICE int fragment_row(int f, int half) { return 16 * f + 8 * half + lane() / 4
 // The same within the sequence.
 template <class S>
 DEVICE int own_row(const BlockInfo& block, int f, int half) {
-  return block.first_row + warp() * S::kWarpRows + fragment_row(f, half);
+  return block.first_row + warp() * S::kWarpRows + 16 * f + 8 * half + lane() / 4;
 }
 
 // The left operand of 16 rows: elements 16 step to 16 step + 15.
