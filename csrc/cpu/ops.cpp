@@ -44,17 +44,10 @@ void use_instruction_set(std::string name) {
 }
 
 Element element_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return Element::float32;
-    case ScalarType::BFloat16:
-      return Element::bfloat16;
-    case ScalarType::Half:
-      return Element::float16;
-    default:
-      STD_TORCH_CHECK(false, "deberta_fast: dtype must be float32, bfloat16 or float16");
-      return Element::float32;
-  }
+  if (x.scalar_type() == ScalarType::Float) return Element::float32;
+  if (x.scalar_type() == ScalarType::BFloat16) return Element::bfloat16;
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half, "deberta_fast: dtype must be float32, bfloat16 or float16");
+  return Element::float16;
 }
 
 // The stride of a dimension with at most one element is arbitrary, also in an empty tensor.

@@ -164,14 +164,20 @@ DEVICE uint32_t pack(float low, float high) {
 
 template <class T>
 DEVICE float low(uint32_t pair) {
-  if constexpr (kIsBfloat16<T>) return __uint_as_float(pair << 16);
-  return __half2float(__ushort_as_half(static_cast<unsigned short>(pair)));
+  if constexpr (kIsBfloat16<T>) {
+    return __uint_as_float(pair << 16);
+  } else {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(pair)));
+  }
 }
 
 template <class T>
 DEVICE float high(uint32_t pair) {
-  if constexpr (kIsBfloat16<T>) return __uint_as_float(pair & 0xffff0000u);
-  return __half2float(__ushort_as_half(static_cast<unsigned short>(pair >> 16)));
+  if constexpr (kIsBfloat16<T>) {
+    return __uint_as_float(pair & 0xffff0000u);
+  } else {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(pair >> 16)));
+  }
 }
 
 template <class T>
