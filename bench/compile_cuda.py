@@ -41,7 +41,7 @@ RARE = (
     "void hide(",  # keys that are masked or do not exist
     "write(-kDistances);",  # begins the band by rows
     "if (c2p && tile != expected) {",  # begins the band of gradients
-    "if (ballot(rises) != 0) {",  # moves the peak, which later scores seldom pass by 2^8
+    "if (ballot(rises) != 0) {",  # moves row_max, which later scores seldom pass by 2^8
 )
 
 
@@ -277,7 +277,7 @@ void each_call(const char* (*pass)(const A&, void*)) {
 }
 template <class S>
 void shape(const char* kernel, int size) {
-  std::printf("shape %s %d %d %d %d\\n", kernel, size, S::kRows, S::kColumns, S::kWarps);
+  std::printf("shape %s %d %d %d %d\\n", kernel, size, S::kBlockM, S::kBlockN, S::kWarps);
 }
 int main() {
   BODY

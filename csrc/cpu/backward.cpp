@@ -1,9 +1,10 @@
 // Gradients, (8) to (11), for blocks of queries over tiles of keys, with P computed again:
 //
-//     P = 2^(Z - row_max) / row_sum    dP = dO V^T    dA = P o (dP - Delta + dlse)    Delta_i = dO_i . O_i    dV = P^T dO
+//     P = 2^(Z - row_max) / row_sum    dP = dO V^T    dV = P^T dO
+//     Delta_i = dO_i . O_i    dA = P o (dP - Delta + dlse)
 //
-// Near tiles add the position terms of (9) as products along the diagonals of dA: the operand is dA itself, read with skewed
-// strides (gemm.h). A margin of zeros around dA stands for the pairs outside of the tile.
+// Near tiles add the position terms of (9) as products along the diagonals of dA: the operand is dA itself, read with
+// skewed strides (gemm.h). A margin of zeros around dA stands for the pairs outside of the tile.
 #include <cmath>
 
 #include "dropout.h"
@@ -142,8 +143,8 @@ class BackwardPass : ScoreTiles {
     for (int64_t r = 0; r < block.rows; ++r) {
       const auto given = [&](const Statistic& x) { return *at(x, sequence.batch, head_, first + r); };
       grad_lse_[r] = b_.grad_lse.data ? given(b_.grad_lse) : 0.0f;
-      // 2^row_max row_sum is the sum of the row. Two numbers hold it where one float32 would round it off. They belong to
-      // this row only if they make up its log-sum-exp.
+      // 2^row_max row_sum is the sum of the row. Two numbers hold it where one float32 would round it off. They belong
+      // to this row only if they make up its log-sum-exp.
       const float lse = given(b_.lse);
       const bool none = lse == -kInfinity;
       double row_max = lse * kLog2e, row_sum = 1, log_sum = 0;
@@ -153,8 +154,8 @@ class BackwardPass : ScoreTiles {
           row_max = given(b_.row_max), row_sum = given(b_.row_sum), log_sum = logarithm;
         }
       }
-      // P = 2^(Z - shift) factor. The shift is closer to most scores than the log-sum-exp, so Z - shift is rounded less.
-      // A row without a visible key has 2^(-inf - 0) times 0; scores of minus infinity are multiplied by a NaN.
+      // P = 2^(Z - shift) factor. The shift is closer to most scores than the log-sum-exp, so Z - shift is rounded
+      // less. A row without a visible key has 2^(-inf - 0) times 0; scores of minus infinity are multiplied by a NaN.
       shift_[r] = none ? 0.0f : static_cast<float>(row_max + log_sum - log_keys);
       factor_[r] = static_cast<float>(none ? 0 * row_sum : std::exp2(shift_[r] - row_max) / row_sum);
     }
@@ -229,8 +230,8 @@ class BackwardPass : ScoreTiles {
     int64_t count, stride;
   };
 
-  // (9) for rows x, queries or keys: dx_i += sum_e dA^e_i T^e by strips of rows, and dT^e += sum_i dA^e_i x_i by strips of
-  // distances, if dT is wanted. T and dT begin at the first distance of the tile.
+  // (9) for rows x, queries or keys: dx_i += sum_e dA^e_i T^e by strips of rows, and dT^e += sum_i dA^e_i x_i by strips
+  // of distances, if dT is wanted. T and dT begin at the first distance of the tile.
   void add_distance_gradients(Dimension rows, Dimension columns, const float* table, const float* x, float* dx,
                               float* grad_table) {
     for (int64_t r = 0; r < rows.count; r += kStrip) {

@@ -79,7 +79,8 @@ void copy_rows(Row row, int64_t count, int64_t size, float scale, float* to, int
   }
 }
 
-// Transposes rows: to[d][r] = scale * row(r)[d]. Both counts are rounded up to whole vectors, with zeros in the padding.
+// Transposes rows: to[d][r] = scale * row(r)[d]. Both counts are rounded up to whole vectors, with zeros in the
+// padding.
 template <class E, class Row>
 void transpose_rows(Row row, int64_t count, int64_t size, float scale, float* to, int64_t pitch) {
   for (int64_t r = 0; r < count; r += kLanes) {

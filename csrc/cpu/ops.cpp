@@ -1,5 +1,5 @@
-// The CPU operators on torch's stable ABI, so that one build serves torch 2.11 and newer. They convert tensors to the plain
-// structs of params.h and run the kernels by torch's parallel_for.
+// The CPU operators on torch's stable ABI, so that one build serves torch 2.11 and newer. They convert tensors to the
+// plain structs of params.h and run the kernels by torch's parallel_for.
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 #include <torch/csrc/stable/library.h>

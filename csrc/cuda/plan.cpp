@@ -8,16 +8,16 @@ namespace {
 
 constexpr int kNever = 1 << 29;  // a distance beyond any
 
-// The bands of a near pair of blocks read distances up to this far beyond the distance that makes the pair near. Backward
-// needs 223 with blocks of 128 (tests/emulator/plan_test.cpp).
+// The bands of a near pair of blocks read distances up to this far beyond the distance that makes the pair near.
+// Backward needs 223 with blocks of 128 (tests/emulator/plan_test.cpp).
 constexpr int kMargin = 224;
 
 int64_t floor_divide(int64_t x, int64_t y) { return x >= 0 ? x / y : -div_up(-x, y); }
 
 int clamp_distance(int64_t x) { return static_cast<int>(std::clamp<int64_t>(x, -kNever, kNever)); }
 
-// Sets the near range and the expanded table of this operand, and launches the kernel that fills the table. `direction`:
-// delta = offset + direction x distance.
+// Sets the near range and the expanded table of this operand, and launches the kernel that fills the table.
+// `direction`: delta = offset + direction x distance.
 const char* prepare_operand(Operand& rows, const Operand& columns, const Request& request, int direction,
                             bool gradients, Workspace& workspace, void* stream) {
   // As distances, past and future swap if the direction is -1.
