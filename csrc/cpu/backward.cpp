@@ -1,9 +1,10 @@
 // Gradients, (8) to (11), for blocks of queries over tiles of keys, with P computed again:
 //
-//     P = 2^(Z - row_max) / row_sum    dP = dO V^T    dA = P o (dP - Delta + dlse)    Delta_i = dO_i . O_i    dV = P^T dO
+//     P = 2^(Z - row_max) / row_sum    dP = dO V^T    dV = P^T dO
+//     Delta_i = dO_i . O_i    dA = P o (dP - Delta + dlse)
 //
-// Near tiles add the position terms of (9) as products along the diagonals of dA: the operand is dA itself, read with skewed
-// strides (gemm.h). A margin of zeros around dA stands for the pairs outside of the tile.
+// Near tiles add the position terms of (9) as products along the diagonals of dA: the operand is dA itself, read with
+// skewed strides (gemm.h). A margin of zeros around dA stands for the pairs outside of the tile.
 #include <cmath>
 
 #include "dropout.h"
@@ -142,8 +143,8 @@ class BackwardPass : ScoreTiles {
     for (int64_t r = 0; r < block.rows; ++r) {
       const auto given = [&](const Statistic& x) { return *at(x, sequence.batch, head_, first + r); };
       grad_lse_[r] = b_.grad_lse.data ? given(b_.grad_lse) : 0.0f;
-      // 2^row_max row_sum is the sum of the row. Two numbers hold it where one float32 would round it off. They belong to
-      // this row only if they make up its log-sum-exp.
+      // 2^row_max row_sum is the sum of the row. Two numbers hold it where one float32 would round it off. They belong
+      // to this row only if they make up its log-sum-exp.
       const float lse = given(b_.lse);
       const bool none = lse == -kInfinity;
       double row_max = lse * kLog2e, row_sum = 1, log_sum = 0;
@@ -153,8 +154,8 @@ class BackwardPass : ScoreTiles {
           row_max = given(b_.row_max), row_sum = given(b_.row_sum), log_sum = logarithm;
         }
       }
-      // P = 2^(Z - shift) factor. The shift is closer to most scores than the log-sum-exp, so Z - shift is rounded less.
-      // A row without a visible key has 2^(-inf - 0) times 0; scores of minus infinity are multiplied by a NaN.
+      // P = 2^(Z - shift) factor. The shift is closer to most scores than the log-sum-exp, so Z - shift is rounded
+      // less. A row without a visible key has 2^(-inf - 0) times 0; scores of minus infinity are multiplied by a NaN.
       shift_[r] = none ? 0.0f : static_cast<float>(row_max + log_sum - log_keys);
       factor_[r] = static_cast<float>(none ? 0 * row_sum : std::exp2(shift_[r] - row_max) / row_sum);
     }
@@ -207,45 +208,47 @@ class BackwardPass : ScoreTiles {
     }
   }
 
-  // (9): dq_i += sum_e dA^e_i K^e by strips of queries, dK^e += sum_i dA^e_i q_i by strips of distances.
+  // The terms of (9) with queries and K^e.
   void add_c2p_gradients(const Block& block, int64_t key, int64_t count) {
-    const int64_t first = key - (block.position + block.rows - 1) - a_.first_distance;  // that of the lower left pair
-    const float* table = a_.key_by_distance + (head_ * a_.distances + first) * size_;
-    for (int64_t r = 0; r < block.rows; r += kStrip) {
-      const int64_t strip = std::min<int64_t>(block.rows - r, kStrip);
-      gemm_add(strip, size_, count + strip - 1, {da_ + r * kGradPitch - (strip - 1), kGradPitch + 1, 1},
-               table + (block.rows - r - strip) * size_, size_, dq_ + r * size_, size_);
-    }
-    if (b_.pos_key_sums == nullptr) return;
-    float* const grad = grad_key_by_distance_ + first * size_;
-    const int64_t distances = block.rows + count - 1;
-    for (int64_t m = 0; m < distances; m += kStrip) {
-      const int64_t strip = std::min<int64_t>(distances - m, kStrip);
-      const int64_t from = std::max<int64_t>(block.rows - m - strip, 0), to = std::min(block.rows, distances - m);
-      gemm_add(strip, size_, to - from, {da_ + from * (kGradPitch + 1) + m - (block.rows - 1), 1, kGradPitch + 1},
-               query_ + from * size_, size_, grad + m * size_, size_);
-    }
+    const int64_t first = key - (block.position + block.rows - 1) - a_.first_distance;  // of the lower left pair
+    add_distance_gradients({block.rows, kGradPitch}, {count, 1},
+                           a_.key_by_distance + (head_ * a_.distances + first) * size_, query_, dq_,
+                           b_.pos_key_sums ? grad_key_by_distance_ + first * size_ : nullptr);
   }
 
-  // (9): dk_j += sum_e dA^e_j Q^e by strips of keys, dQ^e += sum_j dA^e_j k_j by strips of distances.
-  void add_p2c_gradients(const Block& block, int64_t key, int64_t count, float* grad_key) {
+  // The terms of (9) with keys and Q^e.
+  void add_p2c_gradients(const Block& block, int64_t key, int64_t count, float* dk) {
     const int64_t last_distance = a_.first_distance + a_.distances - 1;
-    const int64_t first = block.position - (key + count - 1) + last_distance;  // that of the upper right pair
-    const float* table = a_.query_by_distance + (head_ * a_.distances + first) * size_;
-    for (int64_t j = 0; j < count; j += kStrip) {
-      const int64_t strip = std::min<int64_t>(count - j, kStrip);
-      gemm_add(strip, size_, block.rows + strip - 1, {da_ - (strip - 1) * kGradPitch + j, kGradPitch + 1, kGradPitch},
-               table + (count - j - strip) * size_, size_, grad_key + j * size_, size_);
+    const int64_t first = block.position - (key + count - 1) + last_distance;  // of the upper right pair
+    add_distance_gradients(
+        {count, 1}, {block.rows, kGradPitch}, a_.query_by_distance + (head_ * a_.distances + first) * size_,
+        key_ + (key - first_key_) * size_, dk, b_.pos_query_sums ? grad_query_by_distance_ + first * size_ : nullptr);
+  }
+
+  // A dimension of the tile dA.
+  struct Dimension {
+    int64_t count, stride;
+  };
+
+  // (9) for rows x, queries or keys: dx_i += sum_e dA^e_i T^e by strips of rows, and dT^e += sum_i dA^e_i x_i by strips
+  // of distances, if dT is wanted. T and dT begin at the first distance of the tile.
+  void add_distance_gradients(Dimension rows, Dimension columns, const float* table, const float* x, float* dx,
+                              float* grad_table) {
+    for (int64_t r = 0; r < rows.count; r += kStrip) {
+      const int64_t strip = std::min<int64_t>(rows.count - r, kStrip);
+      gemm_add(strip, size_, columns.count + strip - 1,
+               {da_ + r * rows.stride - (strip - 1) * columns.stride, kGradPitch + 1, columns.stride},
+               table + (rows.count - r - strip) * size_, size_, dx + r * size_, size_);
     }
-    if (b_.pos_query_sums == nullptr) return;
-    float* const grad = grad_query_by_distance_ + first * size_;
-    const int64_t distances = block.rows + count - 1;
+    if (grad_table == nullptr) return;
+    const int64_t distances = rows.count + columns.count - 1;
     for (int64_t m = 0; m < distances; m += kStrip) {
       const int64_t strip = std::min<int64_t>(distances - m, kStrip);
-      const int64_t from = std::max<int64_t>(count - m - strip, 0), to = std::min(count, distances - m);
-      gemm_add(strip, size_, to - from,
-               {da_ + from * (kGradPitch + 1) + (m - (count - 1)) * kGradPitch, kGradPitch, kGradPitch + 1},
-               key_ + (key - first_key_ + from) * size_, size_, grad + m * size_, size_);
+      const int64_t from = std::max<int64_t>(rows.count - m - strip, 0), to = std::min(rows.count, distances - m);
+      gemm_add(
+          strip, size_, to - from,
+          {da_ + from * (kGradPitch + 1) + (m - (rows.count - 1)) * columns.stride, columns.stride, kGradPitch + 1},
+          x + from * size_, size_, grad_table + m * size_, size_);
     }
   }
 

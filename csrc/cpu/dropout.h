@@ -14,8 +14,8 @@ INLINE void multiply(Words a, uint32_t b, Words& upper, Words& lower) {
   lower = (Words)((even & 0xffffffffull) | (odd << 32));
 }
 
-// Writes the dropout factors, 0 or 1 / (1 - p), of a query and the keys [key, key + columns), rounded up to 4 kLanes. key is
-// a multiple of 4. batch_head: batch row (or packed sequence) * H + head.
+// Writes the dropout factors, 0 or 1 / (1 - p), of a query and the keys [key, key + columns), rounded up to 4 kLanes.
+// key is a multiple of 4. batch_head: batch row (or packed sequence) * H + head.
 inline void keep_row(const Attention& a, int64_t batch_head, int64_t query, int64_t key, int64_t columns, float* keep) {
   Words lane;
   for (int l = 0; l < kLanes; ++l) lane[l] = l;

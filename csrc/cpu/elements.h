@@ -48,14 +48,9 @@ struct Float16 {
 // Calls f with an instance of the element type.
 template <class F>
 INLINE void with_element(Element element, F f) {
-  switch (element) {
-    case Element::float32:
-      return f(Float32{});
-    case Element::bfloat16:
-      return f(Bfloat16{});
-    case Element::float16:
-      return f(Float16{});
-  }
+  if (element == Element::float32) return f(Float32{});
+  if (element == Element::bfloat16) return f(Bfloat16{});
+  return f(Float16{});
 }
 
 // Loads the first `count` elements, at most kLanes; the other lanes are zero.
@@ -84,7 +79,8 @@ void copy_rows(Row row, int64_t count, int64_t size, float scale, float* to, int
   }
 }
 
-// Transposes rows: to[d][r] = scale * row(r)[d]. Both counts are rounded up to whole vectors, with zeros in the padding.
+// Transposes rows: to[d][r] = scale * row(r)[d]. Both counts are rounded up to whole vectors, with zeros in the
+// padding.
 template <class E, class Row>
 void transpose_rows(Row row, int64_t count, int64_t size, float scale, float* to, int64_t pitch) {
   for (int64_t r = 0; r < count; r += kLanes) {

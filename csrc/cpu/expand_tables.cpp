@@ -1,7 +1,7 @@
-// Expands the tables to K^e = K^r[sigma(-e)] and log2(e) s Q^e, one row per distance e = j - i (6), so that neighbouring
-// pairs read neighbouring cells without a lookup. They are transposed, (D, distances), as right operands of products; for
-// backward also in rows. Q^e is stored by growing i - j, the order in which it is read. Distances that no pair has are
-// padding with zeros.
+// Expands the tables to K^e = K^r[sigma(-e)] and log2(e) s Q^e, one row per distance e = j - i (6), so that
+// neighbouring pairs read neighbouring cells without a lookup. They are transposed, (D, distances), as right operands
+// of products; for backward also in rows. Q^e is stored by growing i - j, the order in which it is read. Distances that
+// no pair has are padding with zeros.
 #include <cstring>
 
 #include "tile.h"

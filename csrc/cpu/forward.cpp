@@ -1,9 +1,10 @@
-// O = softmax(A) V and its log-sum-exp, (1) to (3), for blocks of queries over tiles of keys, by an online softmax in base 2:
+// O = softmax(A) V and its log-sum-exp, (1) to (3), for blocks of queries over tiles of keys, by an online softmax in
+// base 2:
 //
 //     m' = max(m, max_j Z_ij)   l' = l 2^(m - m') + sum_j 2^(Z_ij - m')   O' = O 2^(m - m') + sum_j 2^(Z_ij - m') v_j
 //
-// A thread processes consecutive blocks. The keys of a head and sequence, transposed, and its values stay in float32 from
-// one block to the next.
+// A thread processes consecutive blocks. The keys of a head and sequence, transposed, and its values stay in float32
+// from one block to the next.
 #include <cmath>
 
 #include "dropout.h"

@@ -1,5 +1,5 @@
-// The CPU operators on torch's stable ABI, so that one build serves torch 2.11 and newer. They convert tensors to the plain
-// structs of params.h and run the kernels by torch's parallel_for.
+// The CPU operators on torch's stable ABI, so that one build serves torch 2.11 and newer. They convert tensors to the
+// plain structs of params.h and run the kernels by torch's parallel_for.
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
@@ -44,17 +44,10 @@ void use_instruction_set(std::string name) {
 }
 
 Element element_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return Element::float32;
-    case ScalarType::BFloat16:
-      return Element::bfloat16;
-    case ScalarType::Half:
-      return Element::float16;
-    default:
-      STD_TORCH_CHECK(false, "deberta_fast: dtype must be float32, bfloat16 or float16");
-      return Element::float32;
-  }
+  if (x.scalar_type() == ScalarType::Float) return Element::float32;
+  if (x.scalar_type() == ScalarType::BFloat16) return Element::bfloat16;
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half, "deberta_fast: dtype must be float32, bfloat16 or float16");
+  return Element::float16;
 }
 
 // The stride of a dimension with at most one element is arbitrary, also in an empty tensor.

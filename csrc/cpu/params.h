@@ -24,21 +24,22 @@ struct Attention {
 
   const Sequence* sequences;
   int64_t sequence_count, longest_key;
-  // The queries of a sequence are divided into stretches of at most kMaxBlockRows. Forward and backward tell near from far
-  // keys for a whole stretch, so that a score has the same bits in both.
+  // The queries of a sequence are divided into stretches of at most kMaxBlockRows. Forward and backward tell near from
+  // far keys for a whole stretch, so that a score has the same bits in both.
   int64_t parts;              // of a sequence's queries and keys in backward; divides the number of its stretches
   int64_t blocks_of_stretch;  // in forward
   int64_t blocks_per_head;    // of all sequences
 
-  // The row of the tables is sigma(delta) = slots[clamp(delta, -reach, reach) + reach] - first_slot, in [0, table_rows).
+  // The row of the tables is sigma(delta) = slots[clamp(delta, -reach, reach) + reach] - first_slot, in [0,
+  // table_rows).
   Table pos_key, pos_query;
   const int32_t* slots;
   int64_t reach, first_slot, table_rows;
   int64_t far_past, far_future;       // sigma is constant for delta >= far_past and for delta <= far_future
   int64_t first_used_row, used_rows;  // the rows that distances within these lengths read
 
-  // The tables expanded to one row per distance e = j - i from first_distance on (6): K^e and log2(e) s Q^e, transposed for
-  // the products that make scores. Q^e is stored in the order of -e, so that both are read forwards.
+  // The tables expanded to one row per distance e = j - i from first_distance on (6): K^e and log2(e) s Q^e, transposed
+  // for the products that make scores. Q^e is stored in the order of -e, so that both are read forwards.
   int64_t first_distance, distances, pitch;        // pitch of the transposed tables in floats
   int64_t first_reached, reached;                  // the distances that pairs have; the other rows are zero
   float *key_by_distance_t, *query_by_distance_t;  // (H, D, pitch)
@@ -66,9 +67,9 @@ struct Backward {
   Heads grad_query, grad_key, grad_value;
   void *grad_pos_key, *grad_pos_query;  // (H, table_rows, D), contiguous; null if not wanted
 
-  // Work is divided by shape, never by the number of threads, so that sums do not depend on it. An item is a head, a group
-  // of sequences, and one of `parts` of their queries. In wave w it reads part (its own + w) of their keys, so that no two
-  // items of a wave add to the same gradient.
+  // Work is divided by shape, never by the number of threads, so that sums do not depend on it. An item is a head, a
+  // group of sequences, and one of `parts` of their queries. In wave w it reads part (its own + w) of their keys, so
+  // that no two items of a wave add to the same gradient.
   int64_t groups;
   const int64_t* group_ends;    // (groups) sequences
   const int64_t* query_starts;  // (sequence_count) rows of all sequences before

@@ -89,8 +89,8 @@ INLINE float dot(const float* x, const float* y, int64_t size) {
   return sum(total);
 }
 
-// to[r] = x_r . y_r for rows (count, D), summed in the order of `gemm`, so that dP - Delta is exactly 0 if P is 1. Reads
-// whole squares of lanes.
+// to[r] = x_r . y_r for rows (count, D), summed in the order of `gemm`, so that dP - Delta is exactly 0 if P is 1.
+// Reads whole squares of lanes.
 inline void row_dots(const float* x, const float* y, int64_t count, int64_t size, float* to) {
   for (int64_t r = 0; r < count; r += kLanes) {
     Vector total{};
@@ -120,8 +120,8 @@ struct Segment {
   Side side;
 };
 
-// Divides the keys [start, stop) into segments by whether they are near to any query of a stretch, in whole vectors. Without
-// position terms all keys are far.
+// Divides the keys [start, stop) into segments by whether they are near to any query of a stretch, in whole vectors.
+// Without position terms all keys are far.
 inline void cut_segments(const Attention& a, const Block& stretch, int64_t start, int64_t stop,
                          Segment (&segments)[3]) {
   int64_t near_start = stop, near_stop = stop;
@@ -268,8 +268,8 @@ class ScoreTiles {
   }
 
   // Calls use(side, key, count) for each tile of the keys [start, stop) that has a visible pair, with its scores in
-  // scores_. A tile has at most tile_keys keys and ends at a multiple of tile_keys from first_key on. key_t has the keys
-  // from first_key on. The scores of a far tile lack the constants far_constant_ (7).
+  // scores_. A tile has at most tile_keys keys and ends at a multiple of tile_keys from first_key on. key_t has the
+  // keys from first_key on. The scores of a far tile lack the constants far_constant_ (7).
   template <class Use>
   void for_each_tile(const Block& block, const Block& stretch, const float* key_t, int64_t first_key, int64_t start,
                      int64_t stop, int64_t tile_keys, Use use) {
@@ -321,9 +321,9 @@ class ScoreTiles {
   // (6): scores (rows, columns) for the keys [first_key, first_key + all_keys).
   //
   // c2p: a strip of kStrip queries has columns + kStrip - 1 consecutive distances, and query r of it starts one cell
-  // further left than query r - 1. Read with a pitch one less, that product is what the c2c term is added to.
-  // p2c: the same with keys in place of queries; its tile is transposed on the way. Columns beyond the keys are padding,
-  // which is hidden afterwards.
+  // further left than query r - 1. Read with a pitch one less, that product is what the c2c term is added to. p2c: the
+  // same with keys in place of queries; its tile is transposed on the way. Columns beyond the keys are padding, which
+  // is hidden afterwards.
   void near_scores(const Block& block, const float* key_t, int64_t first_key, int64_t all_keys, int64_t columns) {
     const int64_t last_distance = a_.first_distance + a_.distances - 1;
     for (int64_t r = 0; r < block.rows; r += kStrip) {

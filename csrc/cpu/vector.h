@@ -1,5 +1,5 @@
-// A vector of floats of the register width that this file is compiled for, by the compiler's vector extensions. The same
-// source serves AVX-512, AVX2, SSE2 and NEON.
+// A vector of floats of the register width that this file is compiled for, by the compiler's vector extensions. The
+// same source serves AVX-512, AVX2, SSE2 and NEON.
 #pragma once
 
 #include <cstdint>

@@ -12,12 +12,12 @@ struct Operand {
   int length = 0;  // dense: of every batch row; packed: of the longest sequence
   // Relative-position table, K^r for queries and Q^r for keys; null if the term is absent.
   Table table;
-  // The table expanded to one row per distance from first_distance on, in the order of skew.h, in chunks of 16 bytes. Each
-  // head has `blocks` blocks of 32 distances.
+  // The table expanded to one row per distance from first_distance on, in the order of skew.h, in chunks of 16 bytes.
+  // Each head has `blocks` blocks of 32 distances.
   const char *score_table = nullptr, *gradient_table = nullptr;
   int first_distance = 0, blocks = 0;
-  // With this operand as rows, pairs at a distance <= near_after read row far_left of both tables, and pairs at a distance
-  // >= near_before read row far_right.
+  // With this operand as rows, pairs at a distance <= near_after read row far_left of both tables, and pairs at a
+  // distance >= near_before read row far_right.
   int near_after = 0, near_before = 0, far_left = 0, far_right = 0;
 };
 

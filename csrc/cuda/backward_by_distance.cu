@@ -1,9 +1,9 @@
 // Backward of the expanded tables (9): dK^e, the sum of dA^e_i q_i, or dQ^e, the sum of dA^e_j k_j, over near pairs.
 //
-// A block of four warps owns a diagonal of squares of 64 rows and 64 columns, and iterates over its share of the squares of
-// all sequences. A skewed square of dA has 64 rows and the distances -63 to 63. Its product with the rows has 8 x 4 fragments
-// of 16 x 16, of which 20 are not zero. Warp x accumulates fragments x and x + 4 of the distances, five of the 20, in
-// registers. Shared memory, Memory::kBytes, holds the square of dA, the rows and the band.
+// A block of four warps owns a diagonal of squares of 64 rows and 64 columns, and iterates over its share of the
+// squares of all sequences. A skewed square of dA has 64 rows and the distances -63 to 63. Its product with the rows
+// has 8 x 4 fragments of 16 x 16, of which 20 are not zero. Warp x accumulates fragments x and x + 4 of the distances,
+// five of the 20, in registers. Shared memory, Memory::kBytes, holds the square of dA, the rows and the band.
 #include "backward_tile.h"
 
 namespace deberta_fast::cuda {
@@ -109,7 +109,8 @@ struct Mainloop {
     commit_copies();
   }
 
-  // Moves 16 rows per warp from the square to the band, eight columns of a row at a time. Every square writes the same cells.
+  // Moves 16 rows per warp from the square to the band, eight columns of a row at a time. Every square writes the same
+  // cells.
   DEVICE void skew() const {
     EACH(i, 4) {
       const int half = i / 2, group = 32 * (i % 2), row = 16 * warp() + 8 * half + lane() / 4;

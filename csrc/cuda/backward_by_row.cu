@@ -1,8 +1,8 @@
-// Backward, last pass: the gradients of the tables' rows (11), which sum over the distances that read a row and over far
-// pairs (10).
+// Backward, last pass: the gradients of the tables' rows (11), which sum over the distances that read a row and over
+// far pairs (10).
 //
-// A block of 256 threads owns one row of one head. Each thread sums two elements over a share of the terms; the shares are
-// added in order, in 8 bytes of shared memory per thread.
+// A block of 256 threads owns one row of one head. Each thread sums two elements over a share of the terms; the shares
+// are added in order, in 8 bytes of shared memory per thread.
 #include "kernels.h"
 #include "tile.h"
 

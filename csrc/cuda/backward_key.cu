@@ -1,9 +1,9 @@
 // Backward of keys: dK and dV by (8) to (10), and dA of near pairs for the later kernels.
 //
-// A block owns 128 keys of a head and iterates over tiles of 32 queries from left to right; each warp owns 16 kFragments
-// keys. Rows are keys, so tiles are transposed: S = K Qᵀ, dP = V dOᵀ, dV += P dO, dK += dA Q. dK and dV accumulate in
-// registers. Shared memory, Memory::kBytes, holds Q, dO and the band by columns per block, and K, V and two bands by rows per
-// warp. dA is written as tiles of (128 keys, 32 queries), in rows of 64 bytes.
+// A block owns 128 keys of a head and iterates over tiles of 32 queries from left to right; each warp owns 16
+// kFragments keys. Rows are keys, so tiles are transposed: S = K Qᵀ, dP = V dOᵀ, dV += P dO, dK += dA Q. dK and dV
+// accumulate in registers. Shared memory, Memory::kBytes, holds Q, dO and the band by columns per block, and K, V and
+// two bands by rows per warp. dA is written as tiles of (128 keys, 32 queries), in rows of 64 bytes.
 #include "backward_tile.h"
 
 namespace deberta_fast::cuda {
@@ -47,8 +47,8 @@ struct Mainloop {
         memory(shared_memory()),
         exists(exists) {}
 
-  // Loads V and K, and shifts K for far tiles. The constants of rows, minus infinity for hidden keys, stay in the padding of
-  // K to save registers.
+  // Loads V and K, and shifts K for far tiles. The constants of rows, minus infinity for hidden keys, stay in the
+  // padding of K to save registers.
   template <bool near>
   DEVICE void load_rows(int far_row) {
     load_own_rows<S>(memory.keys, call.key.x, call, block, exists);
@@ -72,7 +72,7 @@ struct Mainloop {
     load_columns<S>(memory.dout, arguments.grad_output, call, block, first, there);
     commit_copies();
     if (thread() < S::kBlockN) {
-      const int64_t at = statistic_index(arguments, block, first + thread());
+      const int64_t at = statistic_index(arguments, block, first) + thread();
       const bool valid = there >> thread() & 1;
       // An infinite log-sum-exp makes P = 0 for a query that does not exist.
       store_shared_word(memory.statistics + 4 * thread(), float_bits(valid ? arguments.lse2[at] : infinity()));
@@ -80,8 +80,9 @@ struct Mainloop {
     }
   }
 
-  // Whether dropout keeps the row fragment_row(f, half) for each of the queries [query, query + 8); bit 4 q for query q. One
-  // call of the generator serves four neighbouring keys, the rows of four lanes, so each lane makes it for two queries.
+  // Whether dropout keeps the row fragment_row(f, half) for each of the queries [query, query + 8); bit 4 q for query
+  // q. One call of the generator serves four neighbouring keys, the rows of four lanes, so each lane makes it for two
+  // queries.
   DEVICE uint32_t keep(int f, int half, int query) const {
     const int own = lane() / 4 % 4, key = own_row<S>(block, f, half);
     uint32_t all = 0;
@@ -157,7 +158,7 @@ struct Mainloop {
           EACH(half, 2) {
             uint32_t pairs[4];
             as_pairs<T>(pairs, dp[f], half, 1);
-            const int row = warp() * S::kWarpRows + fragment_row(f, half);
+            const int row = warp() * S::kWarpRows + 16 * f + 8 * half + lane() / 4;
             store_global(out + 64 * row + 16 * (lane() % 4), {{pairs[0], pairs[1], pairs[2], pairs[3]}});
             if (p2c) band.put(f, half, pairs);
           }

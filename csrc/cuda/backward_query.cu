@@ -1,9 +1,9 @@
 // Backward of queries: dQ by (8) to (10).
 //
-// A block owns 128 queries of a head and iterates over tiles of 32 keys from left to right; each warp owns 16 kFragments
-// queries, whose dQ accumulates in registers. Far tiles compute P and dA again. Near tiles read dA from backward_key, stored
-// as tiles of (128 keys, 32 queries). Shared memory, Memory::kBytes, holds K and V per block, and Q, dO, a band of gradients
-// and a tile of dA per warp.
+// A block owns 128 queries of a head and iterates over tiles of 32 keys from left to right; each warp owns 16
+// kFragments queries, whose dQ accumulates in registers. Far tiles compute P and dA again. Near tiles read dA from
+// backward_key, stored as tiles of (128 keys, 32 queries). Shared memory, Memory::kBytes, holds K and V per block, and
+// Q, dO, a band of gradients and a tile of dA per warp.
 #include "backward_tile.h"
 
 namespace deberta_fast::cuda {

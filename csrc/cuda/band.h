@@ -1,16 +1,16 @@
 // Position scores of near tiles (6): small products with expanded tables, skewed on their way through shared memory.
 //
-// skew.h orders the table such that a product of 32 distances gives a lane eight neighbouring distances of a row. Row r + 1
-// lies one cell further than row r, so every other row begins at an odd cell. A lane stores three words and two halves then,
-// and needs no shuffles.
+// skew.h orders the table such that a product of 32 distances gives a lane eight neighbouring distances of a row. Row r
+// + 1 lies one cell further than row r, so every other row begins at an odd cell. A lane stores three words and two
+// halves then, and needs no shuffles.
 #pragma once
 
 #include "tile.h"
 
 namespace deberta_fast::cuda {
 
-// Where a lane writes eight 16-bit cells: three words and two halves. In an odd row the halves are the first and the last
-// cell. In an even row they are the first two or the last two, whichever has fewer bank conflicts.
+// Where a lane writes eight 16-bit cells: three words and two halves. In an odd row the halves are the first and the
+// last cell. In an even row they are the first two or the last two, whichever has fewer bank conflicts.
 template <bool even_ends_in_halves>
 struct EightHalves {
   char *words, *first, *last;
@@ -101,8 +101,8 @@ DEVICE const char* table_block(const char* table, const Operand& rows, const Blo
   return table + (int64_t{block.head} * rows.blocks * kDistances + (distance - rows.first_distance)) * bytes;
 }
 
-// Writes the band by rows of a warp for the tile that begins with this column. If the tile follows the previous one, the
-// overhang of that one is reused. The block must synchronise before the band is read.
+// Writes the band by rows of a warp for the tile that begins with this column. If the tile follows the previous one,
+// the overhang of that one is reused. The block must synchronise before the band is read.
 template <class T, class S, class Left>
 DEVICE void write_row_band(char* band, const Call& call, const BlockInfo& block, const Operand& rows, int first_column,
                            bool follows, Left left) {
@@ -135,8 +135,8 @@ DEVICE void write_row_band(char* band, const Call& call, const BlockInfo& block,
   for (int distance = 0; distance < S::kBlockN; distance += kDistances) write(distance);
 }
 
-// Writes the band by columns of a block. All warps share the work and must synchronise before the band is read. Odd turns
-// begin with the other half of the warps.
+// Writes the band by columns of a block. All warps share the work and must synchronise before the band is read. Odd
+// turns begin with the other half of the warps.
 template <class T, class S>
 DEVICE void write_column_band(char* band, const Call& call, const BlockInfo& block, const Operand& columns,
                               const char* column_tile, int first_column, int turn) {

@@ -1,9 +1,9 @@
 // Forward: O and its log-sum-exp by (1) to (3), with near and far tiles of keys by (6) and (7).
 //
-// A block owns kBlockM = 128 queries of a head, each warp 16 kFragments of them, and iterates over tiles of kBlockN = 64 keys
-// from left to right: far left, near, far right. Scores, probabilities and O stay in registers. Shared memory,
-// Memory::kBytes, holds K, V and the band by columns per block, and the band by rows per warp. K of the next tile is copied
-// while V is used, and V while K is used.
+// A block owns kBlockM = 128 queries of a head, each warp 16 kFragments of them, and iterates over tiles of kBlockN =
+// 64 keys from left to right: far left, near, far right. Scores, probabilities and O stay in registers. Shared memory,
+// Memory::kBytes, holds K, V and the band by columns per block, and the band by rows per warp. K of the next tile is
+// copied while V is used, and V while K is used.
 #include "band.h"
 #include "dropout.h"
 #include "kernels.h"
@@ -14,8 +14,8 @@ namespace {
 template <int size>
 using ForwardShape = Shape<size, (size <= 64 ? 2 : 1), (size <= 64 ? 4 : 8), 64>;
 
-// The layout of shared memory. A warp loads its rows of Q through a stage. If registers hold Q afterwards, the stage shares its
-// memory with the warp's band.
+// The layout of shared memory. A warp loads its rows of Q through a stage. If registers hold Q afterwards, the stage
+// shares its memory with the warp's band.
 template <class S>
 struct Memory {
   static constexpr bool kRowsInRegisters = S::kSize <= 64;
@@ -148,9 +148,9 @@ struct Mainloop {
       }
   }
 
-  // Turns scores into probabilities and rescales the sums by alpha. All in base 2: Z = C score for near tiles, and
-  // Z = C (2 score + constant) for far tiles, whose scores are halved.
-  // Any number near the largest score serves as row_max, so row_max rises only if a probability would exceed 2^kHeadroom.
+  // Turns scores into probabilities and rescales the sums by alpha. All in base 2: Z = C score for near tiles, and Z =
+  // C (2 score + constant) for far tiles, whose scores are halved. Any number near the largest score serves as row_max,
+  // so row_max rises only if a probability would exceed 2^kHeadroom.
   static constexpr float kHeadroom = 8;
   static constexpr float kLowest = -3.0e38f;  // the first row_max; finite, because infinities would cancel to NaN
   template <bool near>

@@ -21,8 +21,8 @@ struct Expansion {
 };
 const char* expand_table(const Expansion& expansion, void* stream);
 
-// Packs the mask of keys into bits, `words` 32-bit words per row. The bits after the last key are zero; two of the words
-// are padding, so that an unaligned 64-bit read stays in bounds.
+// Packs the mask of keys into bits, `words` 32-bit words per row. The bits after the last key are zero; two of the
+// words are padding, so that an unaligned 64-bit read stays in bounds.
 struct MaskBits {
   const uint8_t* mask;
   int64_t mask_batch, mask_key;
@@ -52,8 +52,8 @@ struct BackwardCall {
   // Per query, (H, statistic_rows): the log-sum-exp in base 2, infinite if the query sees no key, and Delta (8).
   float *lse2, *delta;
   int64_t statistic_rows, statistic_batch;  // per head, per batch row
-  // dA of near pairs in 16 bits: for each block of keys, head, and near block of queries in turn, four tiles of (128 keys,
-  // 32 queries).
+  // dA of near pairs in 16 bits: for each block of keys, head, and near block of queries in turn, four tiles of (128
+  // keys, 32 queries).
   char* near;
   int near_blocks;             // near blocks of queries that `near` has space for
   int first_head, head_count;  // the heads of this launch

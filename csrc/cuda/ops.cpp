@@ -1,4 +1,5 @@
-// The CUDA operators on torch's stable ABI. They convert tensors to the plain structs of arguments.h and launch the kernels.
+// The CUDA operators on torch's stable ABI. They convert tensors to the plain structs of arguments.h and launch the
+// kernels.
 #include "ops.h"
 
 #include <algorithm>

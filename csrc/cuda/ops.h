@@ -1,5 +1,5 @@
-// The CUDA operators as functions, and what they need from the device. register.cpp implements the latter on torch's CUDA
-// streams and registers the operators; the tests' emulator has a file of its own in its place.
+// The CUDA operators as functions, and what they need from the device. register.cpp implements the latter on torch's
+// CUDA streams and registers the operators; the tests' emulator has a file of its own in its place.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>

@@ -8,16 +8,16 @@ namespace {
 
 constexpr int kNever = 1 << 29;  // a distance beyond any
 
-// The bands of a near pair of blocks read distances up to this far beyond the distance that makes the pair near. Backward
-// needs 223 with blocks of 128 (tests/emulator/plan_test.cpp).
+// The bands of a near pair of blocks read distances up to this far beyond the distance that makes the pair near.
+// Backward needs 223 with blocks of 128 (tests/emulator/plan_test.cpp).
 constexpr int kMargin = 224;
 
 int64_t floor_divide(int64_t x, int64_t y) { return x >= 0 ? x / y : -div_up(-x, y); }
 
 int clamp_distance(int64_t x) { return static_cast<int>(std::clamp<int64_t>(x, -kNever, kNever)); }
 
-// Sets the near range and the expanded table of this operand, and launches the kernel that fills the table. `direction`:
-// delta = offset + direction x distance.
+// Sets the near range and the expanded table of this operand, and launches the kernel that fills the table.
+// `direction`: delta = offset + direction x distance.
 const char* prepare_operand(Operand& rows, const Operand& columns, const Request& request, int direction,
                             bool gradients, Workspace& workspace, void* stream) {
   // As distances, past and future swap if the direction is -1.
@@ -91,20 +91,6 @@ BlockRange near_blocks(const Operand& rows, const Operand& columns) {
           static_cast<int>(std::min<int64_t>(last, blocks_of(columns.length) - 1))};
 }
 
-// Launches kernels one after the other until one fails.
-class Launches {
- public:
-  explicit Launches(bool counts) : counts_(counts) {}
-  template <class Launch>
-  void add(Launch launch) {
-    if (!counts_ && error == nullptr) error = launch();
-  }
-  const char* error = nullptr;
-
- private:
-  bool counts_;
-};
-
 // Chosen, not measured yet (docs/measured.md).
 std::atomic<int64_t> near_bytes{int64_t{160} << 20};  // of dA at once; one head may exceed it
 constexpr int kPrograms = 512;                        // aimed at per launch over diagonals
@@ -144,8 +130,11 @@ const char* run_forward(const Request& request, const Heads& output, const Stati
 const char* run_backward(const Request& request, const Gradients& gradients, Workspace& workspace, void* stream) {
   BackwardCall backward;
   Call& call = backward.call;
-  Launches launches(workspace.counts());
-  launches.error = prepare(call, request, true, workspace, stream);
+  const char* error = prepare(call, request, true, workspace, stream);
+  // Launches kernels one after the other until one fails.
+  const auto launch = [&](auto kernel, const auto& arguments) {
+    if (!workspace.counts() && error == nullptr) error = kernel(arguments, stream);
+  };
   backward.output = unpacked(gradients.output, call), backward.grad_output = unpacked(gradients.grad_output, call);
   backward.grad_query = unpacked(gradients.grad_query, call), backward.grad_key = unpacked(gradients.grad_key, call);
   backward.grad_value = unpacked(gradients.grad_value, call);
@@ -154,7 +143,7 @@ const char* run_backward(const Request& request, const Gradients& gradients, Wor
   backward.statistic_rows = call.ends == nullptr ? int64_t{call.batches} * call.query.length : call.packed_rows;
   backward.lse2 = workspace.take<float>(call.heads * backward.statistic_rows);
   backward.delta = workspace.take<float>(call.heads * backward.statistic_rows);
-  launches.add([&] { return backward_delta(backward, stream); });
+  launch(backward_delta, backward);
 
   const bool c2p = call.query.table.data != nullptr, p2c = call.key.table.data != nullptr;
   const BlockRange near = near_blocks(call.key, call.query);
@@ -180,16 +169,16 @@ const char* run_backward(const Request& request, const Gradients& gradients, Wor
 
   for (int first = 0; first < call.heads; first += heads) {
     backward.first_head = first, backward.head_count = std::min(heads, call.heads - first);
-    launches.add([&] { return backward_key(backward, stream); });
-    launches.add([&] { return backward_query(backward, stream); });
+    launch(backward_key, backward);
+    launch(backward_query, backward);
     for (const bool keys : {false, true}) {
       if (grad_tables[keys] == nullptr) continue;
       tables[keys].backward = backward;
-      launches.add([&] { return backward_by_distance(tables[keys], stream); });
-      launches.add([&] { return backward_by_row(tables[keys], stream); });
+      launch(backward_by_distance, tables[keys]);
+      launch(backward_by_row, tables[keys]);
     }
   }
-  return launches.error;
+  return error;
 }
 
 }  // namespace deberta_fast::cuda

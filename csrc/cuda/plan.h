@@ -30,8 +30,8 @@ class Workspace {
 const char* run_forward(const Request& request, const Heads& output, const Statistic& lse, Workspace& workspace,
                         void* stream);
 
-// The tensors that backward reads and writes. The gradients of tables are (H, table_rows, D), contiguous, or null if they
-// are not wanted.
+// The tensors that backward reads and writes. The gradients of tables are (H, table_rows, D), contiguous, or null if
+// they are not wanted.
 struct Gradients {
   Heads output, grad_output, grad_query, grad_key, grad_value;
   Statistic lse, grad_lse;
@@ -39,8 +39,8 @@ struct Gradients {
 };
 const char* run_backward(const Request& request, const Gradients& gradients, Workspace& workspace, void* stream);
 
-// Limits the bytes of dA that backward holds at once, for all threads; for benchmarks. Must not run while another thread is
-// in run_backward, which counts its memory first and takes it afterwards.
+// Limits the bytes of dA that backward holds at once, for all threads; for benchmarks. Must not run while another
+// thread is in run_backward, which counts its memory first and takes it afterwards.
 void limit_near_bytes(int64_t bytes);
 
 }  // namespace deberta_fast::cuda

@@ -1,5 +1,5 @@
-// Prepares what the other kernels read: tables expanded to one row per distance (4), in the order of skew.h, and masks of
-// keys as bits. A block of 128 threads expands 32 distances of a head, or packs four words of a mask.
+// Prepares what the other kernels read: tables expanded to one row per distance (4), in the order of skew.h, and masks
+// of keys as bits. A block of 128 threads expands 32 distances of a head, or packs four words of a mask.
 #include "kernels.h"
 #include "tile.h"
 

@@ -1,6 +1,6 @@
-// The only interface between the kernels and the GPU: PTX, collectives of a warp or a block, shared memory, launches. Under
-// a compiler other than nvcc, an emulator on the CPU (tests/emulator) implements the same functions and runs the same
-// kernels, so a kernel must not use a CUDA built-in directly.
+// The only interface between the kernels and the GPU: PTX, collectives of a warp or a block, shared memory, launches.
+// Under a compiler other than nvcc, an emulator on the CPU (tests/emulator) implements the same functions and runs the
+// same kernels, so a kernel must not use a CUDA built-in directly.
 #pragma once
 
 #include <atomic>
@@ -71,8 +71,8 @@ DEVICE char* shared_memory() {
   return bytes;
 }
 
-// The same address, opaque to the compiler: in a loop it recomputes derived addresses instead of keeping more of them than
-// there are registers.
+// The same address, opaque to the compiler: in a loop it recomputes derived addresses instead of keeping more of them
+// than there are registers.
 DEVICE char* shared_memory_anew() {
   int zero = 0;
   asm volatile("" : "+r"(zero));
@@ -92,8 +92,8 @@ DEVICE Vec16 load_global(const void* from) {
 }
 DEVICE void store_global(void* to, Vec16 words) { *static_cast<Vec16*>(to) = words; }
 
-// ---- Asynchronous copies of 16 bytes from global to shared memory. A copy that is not valid writes zeros and does not read
-// `global`. The issuing thread sees the data after wait_copies, other threads after wait_copies and a barrier.
+// ---- Asynchronous copies of 16 bytes from global to shared memory. A copy that is not valid writes zeros and does not
+// read `global`. The issuing thread sees the data after wait_copies, other threads after wait_copies and a barrier.
 
 DEVICE uint32_t shared_address(const void* shared) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
 
@@ -111,8 +111,8 @@ DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// ---- Tensor cores. With g = lane / 4 and t = lane % 4, a lane holds the elements (g, 2t) and (g, 2t + 1) of a matrix of
-// 8 x 8 16-bit elements in one word.
+// ---- Tensor cores. With g = lane / 4 and t = lane % 4, a lane holds the elements (g, 2t) and (g, 2t + 1) of a matrix
+// of 8 x 8 16-bit elements in one word.
 
 // Loads four matrices from shared memory: lane l gives the address of row l % 8, 16 bytes, of matrix l / 8.
 #define DEBERTA_FAST_LDMATRIX(transposed)                                                       \
@@ -126,8 +126,8 @@ DEVICE void load_matrices_transposed(uint32_t (&to)[4], const void* row) { DEBER
 #undef DEBERTA_FAST_LDMATRIX
 
 // c += a b, where a is 16 x 16, b is 16 x 8 and c is 16 x 8. The words of a are its quarters (rows 0-7, columns 0-7),
-// (8-15, 0-7), (0-7, 8-15), (8-15, 8-15) in the layout above. b0 and b1 are rows 0-7 and 8-15 of b, transposed: a lane holds
-// rows 2t and 2t + 1 of column g. c has the elements (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+// (8-15, 0-7), (0-7, 8-15), (8-15, 8-15) in the layout above. b0 and b1 are rows 0-7 and 8-15 of b, transposed: a lane
+// holds rows 2t and 2t + 1 of column g. c has the elements (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
 #define DEBERTA_FAST_MMA(type)                                               \
   asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
       ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
@@ -164,14 +164,20 @@ DEVICE uint32_t pack(float low, float high) {
 
 template <class T>
 DEVICE float low(uint32_t pair) {
-  if constexpr (kIsBfloat16<T>) return __uint_as_float(pair << 16);
-  return __half2float(__ushort_as_half(static_cast<unsigned short>(pair)));
+  if constexpr (kIsBfloat16<T>) {
+    return __uint_as_float(pair << 16);
+  } else {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(pair)));
+  }
 }
 
 template <class T>
 DEVICE float high(uint32_t pair) {
-  if constexpr (kIsBfloat16<T>) return __uint_as_float(pair & 0xffff0000u);
-  return __half2float(__ushort_as_half(static_cast<unsigned short>(pair >> 16)));
+  if constexpr (kIsBfloat16<T>) {
+    return __uint_as_float(pair & 0xffff0000u);
+  } else {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(pair >> 16)));
+  }
 }
 
 template <class T>

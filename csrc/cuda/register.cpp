@@ -10,8 +10,8 @@
 namespace deberta_fast::cuda {
 namespace {
 
-// Torch's function for its current stream, or null. It is in libtorch_cuda.so, which this library is not linked to, so that
-// it loads without CUDA. Python loads torch's libraries with local symbols, so a weak symbol would not find it.
+// Torch's function for its current stream, or null. It is in libtorch_cuda.so, which this library is not linked to, so
+// that it loads without CUDA. Python loads torch's libraries with local symbols, so a weak symbol would not find it.
 using CurrentStream = AOTITorchError (*)(int32_t, void**);
 CurrentStream current_stream() {
   static const auto function = [] {

@@ -6,8 +6,8 @@
 
 namespace deberta_fast {
 
-// Permutes columns so that each lane has eight neighbouring ones. Tensor cores give lane 4g + t the columns 2t and 2t + 1 of
-// eight, so the four products that make up 32 columns take them in this order: position 8k + 2t + s holds column
+// Permutes columns so that each lane has eight neighbouring ones. Tensor cores give lane 4g + t the columns 2t and 2t +
+// 1 of eight, so the four products that make up 32 columns take them in this order: position 8k + 2t + s holds column
 // 8t + 2k + s. Shared memory holds columns by position.
 ANYWHERE int column_at(int position) {
   return (position & ~31) | (position & 6) << 2 | (position & 24) >> 2 | (position & 1);
@@ -16,10 +16,10 @@ ANYWHERE int column_at(int position) {
 // ---- Bands: position scores of a tile, and in backward the gradients of its scores.
 
 // By rows: row r of a warp at distance w, counted from the first row's tile, lies under column w + r (6). A tile of 64
-// columns brings 64 new distances to each row. Those beyond the tile, the overhang, belong to the next tile. Those before
-// the tile fall on the end of the row above, which is written later; the first row has a margin. Tables are read from a
-// multiple of 32 distances on, so if a warp owns 16 rows, `row` counts from the warp before for every other warp. The
-// pitches have the fewest bank conflicts.
+// columns brings 64 new distances to each row. Those beyond the tile, the overhang, belong to the next tile. Those
+// before the tile fall on the end of the row above, which is written later; the first row has a margin. Tables are read
+// from a multiple of 32 distances on, so if a warp owns 16 rows, `row` counts from the warp before for every other
+// warp. The pitches have the fewest bank conflicts.
 constexpr int kRowBandMargin = 32;
 ANYWHERE int row_band_pitch(int columns) { return columns + (columns == 64 ? 32 : 40); }
 ANYWHERE int row_band(int row, int distance, int columns) { return row * (row_band_pitch(columns) + 1) + distance; }
@@ -30,8 +30,8 @@ ANYWHERE int gradient_band(int row, int column, int columns) {
   return row * (row_band_pitch(columns) - 1) + 32 + column;
 }
 
-// By columns: cells are (position of the column, row of the block). Distances run from -32 to the last row. Scores outside
-// of the rows go to the margins, which are never read.
+// By columns: cells are (position of the column, row of the block). Distances run from -32 to the last row. Scores
+// outside of the rows go to the margins, which are never read.
 ANYWHERE int column_band_pitch(int rows) { return 32 + rows + 32 + 8; }
 ANYWHERE int column_band(int position, int distance, int rows) {
   return position * column_band_pitch(rows) + 32 + distance + column_at(position & 31);

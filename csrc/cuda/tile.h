@@ -1,4 +1,5 @@
-// Shared by forward and backward: where a block of rows lies, which tiles of columns it reads, and tiles in shared memory.
+// Shared by forward and backward: where a block of rows lies, which tiles of columns it reads, and tiles in shared
+// memory.
 #pragma once
 
 #include <type_traits>
@@ -42,8 +43,9 @@ struct BlockInfo {
   bool outside;       // the sequence has no such block
 };
 
-// Maps block_x to a block of rows. Dense: the blocks of one batch row follow those of the one before. Packed: the blocks of
-// sequence s begin at (its start / block_rows) + s, which leaves enough indices for each sequence without a table.
+// Maps block_x to a block of rows. Dense: the blocks of one batch row follow those of the one before. Packed: the
+// blocks of sequence s begin at (its start / block_rows) + s, which leaves enough indices for each sequence without a
+// table.
 DEVICE BlockInfo find_block(const Call& call, const Operand& rows, const Operand& columns, int block_rows,
                             int first_head = 0) {
   BlockInfo block;
@@ -154,8 +156,8 @@ DEVICE void load_columns(char* tile, const Heads& x, const Call& call, const Blo
   }
 }
 
-// Copies the rows that a warp owns; rows that do not exist become zeros. Only this warp may read them, after wait_copies and
-// sync_warp.
+// Copies the rows that a warp owns; rows that do not exist become zeros. Only this warp may read them, after
+// wait_copies and sync_warp.
 template <class S>
 DEVICE void load_own_rows(char* stage, const Heads& x, const Call& call, const BlockInfo& block, uint32_t exists) {
   constexpr int chunks = S::kSize / 8;
@@ -182,7 +184,7 @@ DEVICE int fragment_row(int f, int half) { return 16 * f + 8 * half + lane() / 4
 // The same within the sequence.
 template <class S>
 DEVICE int own_row(const BlockInfo& block, int f, int half) {
-  return block.first_row + warp() * S::kWarpRows + fragment_row(f, half);
+  return block.first_row + warp() * S::kWarpRows + 16 * f + 8 * half + lane() / 4;
 }
 
 // The left operand of 16 rows: elements 16 step to 16 step + 15.
@@ -196,8 +198,8 @@ DEVICE void load_left(uint32_t (&a)[fragments][4], const char* rows, int step) {
   EACH(f, fragments) load_left<S>(a[f], rows, f, step);
 }
 
-// Far tiles (7): replaces each row x by (x + far row of the columns' table) / 2, and writes the constant x · far row of the
-// rows' table, without C, to the padding of the row. The factor 1/2 keeps the sum within the range of float16.
+// Far tiles (7): replaces each row x by (x + far row of the columns' table) / 2, and writes the constant x · far row of
+// the rows' table, without C, to the padding of the row. The factor 1/2 keeps the sum within the range of float16.
 template <class T, class S>
 DEVICE void shift_rows(char* stage, const Call& call, const BlockInfo& block, const Operand& rows,
                        const Operand& columns, int far_row) {

@@ -1,5 +1,6 @@
-// Checks csrc/cuda/plan.cpp against what the kernels take from it, without any kernel: which pairs they take for far, which
-// blocks of tables by distance they read, where dA of near pairs lies, and that every head and distance has its turn.
+// Checks csrc/cuda/plan.cpp against what the kernels take from it, without any kernel: which pairs they take for far,
+// which blocks of tables by distance they read, where dA of near pairs lies, and that every head and distance has its
+// turn.
 #include "plan.cpp"
 
 #include <cstdio>

@@ -1,4 +1,5 @@
-// In place of csrc/cuda/register.cpp: registers the CUDA operators for tensors of the CPU, under a namespace of the tests.
+// In place of csrc/cuda/register.cpp: registers the CUDA operators for tensors of the CPU, under a namespace of the
+// tests.
 #include <torch/csrc/stable/library.h>
 
 #include "ops.h"

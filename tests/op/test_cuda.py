@@ -15,7 +15,8 @@ from deberta_fast import disentangled_attention
 from deberta_fast.op import selection
 from deberta_fast.op.backends import cuda
 
-# Of cuda_emulated.py, under sanitizers
+FILES = ("cuda_emulated.py", "cuda_emulated_memory.py")
+# The tests of these files that run under sanitizers.
 SOME = (
     "L7 or one-token or ragged or far-L700 or D80 or D104 or L127 or odd or corner or masked or hidden_tiles or beyond"
 )
@@ -27,7 +28,7 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def emulated():
-    """The processes that run cuda_emulated.py: all of it, and some under sanitizers."""
+    """Runs all tests of FILES, and some of them under sanitizers, in two processes."""
     with ThreadPoolExecutor(2) as pool:
         libraries = {name: built(name, pool) for name in BUILDS}
         asan, more = run("g++", "-print-file-name=libasan.so")[1].strip(), {}
@@ -39,7 +40,7 @@ def emulated():
                 more |= dict(LD_PRELOAD=f"{asan} libstdc++.so.6", ASAN_OPTIONS="detect_leaks=0")
                 more |= dict(UBSAN_OPTIONS="print_stacktrace=1", NEAR_BYTES="1")
                 which = ["--capture=sys", "-k", SOME]
-            started[name] = pool.submit(run, *command, *which, "cuda_emulated.py", **more)
+            started[name] = pool.submit(run, *command, *which, *FILES, **more)
         yield started
 
 

@@ -1,8 +1,8 @@
 """Fused disentangled attention in C++ for the CPU, forward and backward (csrc/cpu).
 
-Tiles of scores stay in the caches: c2p and p2c are small products with tables that have one row a distance, added to
-the content scores along a shifted row pointer (equation 6); far tiles are plain attention with other queries
-(equation 7). Everything is computed in float32. There are kernels for AVX-512, for AVX2 and for any other CPU; torch
+Tiles of scores stay in the caches: c2p and p2c are small products with tables that have one row per distance, added to
+the content scores along a shifted row pointer (equation 6). Far tiles are plain attention with other queries (equation
+7). All computations are in float32. The extension has kernels for AVX-512, for AVX2 and for any other CPU; torch
 decides which ones run (``torch.backends.cpu.get_cpu_capability``, hence ATEN_CPU_CAPABILITY).
 """
 
@@ -19,12 +19,12 @@ SETS = ("avx512", "avx2", "plain")
 
 
 def instruction_set() -> str:
-    """The kernels that this process uses."""
+    """Returns the name of the kernels that this process uses."""
     return {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "plain")
 
 
 def instruction_sets() -> list[str]:
-    """Those that this processor has kernels for, the one in use first; none where the extension is not there."""
+    """Returns the instruction sets that run on this processor, the one in use first; none without the extension."""
     if NOT_LOADED is not None:
         return []
     return SETS[SETS.index(instruction_set()) :]
@@ -32,7 +32,7 @@ def instruction_sets() -> list[str]:
 
 @contextlib.contextmanager
 def using(name: str):
-    """Inside it, all threads of the process use the kernels of another instruction set."""
+    """Makes all threads of the process use the kernels of another instruction set within the context."""
     torch.ops.deberta_fast.use_instruction_set(name)
     try:
         yield
@@ -45,7 +45,7 @@ if NOT_LOADED is None and extension.implements("fused_forward", "CPU"):
 
 
 def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Whether two tensors on the CPU hold the same bits: -0 is not 0 then, and a NaN is itself."""
+    """Returns whether two CPU tensors hold the same bits, so that -0 differs from 0 and a NaN equals itself."""
     if x.dtype != y.dtype or x.shape != y.shape:
         return False
     if NOT_LOADED is None and x.is_contiguous() and y.is_contiguous():
@@ -55,7 +55,7 @@ def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
 
 
 def why_not(call: Call) -> list[str]:
-    """Reasons not to serve this call."""
+    """Returns the reasons not to serve this call."""
     reasons = [] if NOT_LOADED is None else [NOT_LOADED]
     query = call.query
     if not query.is_cpu:
@@ -78,10 +78,10 @@ def backward(
     grad_lse: torch.Tensor | None,
     grads: list[torch.Tensor | None],
 ) -> None:
-    """Fills the gradients of query, key, value, pos_key and pos_query; None where a table's is not wanted.
+    """Fills the gradients of query, key, value, pos_key and pos_query; None if a table's is not wanted.
 
-    Probabilities add up to 1 whatever the scores if ``lse`` is still the tensor that ``backends.forward`` made. From a
-    copy, and from a log-sum-exp over more keys than these, they are exp(A - lse), with the rounding of lse.
+    Probabilities add up to 1 for any scores if ``lse`` is the tensor that ``backends.forward`` returned. For a copy of
+    it, or a log-sum-exp over more keys than these, they are exp(A - lse) with the rounding of lse.
     """
     if grad_output.stride(-1) != 1:
         grad_output = grad_output.contiguous()
@@ -89,10 +89,10 @@ def backward(
 
 
 def with_statistics(lse: torch.Tensor) -> torch.Tensor:
-    """STATISTICS, (3, B, H, Lq), where a log-sum-exp (B, H, Lq) is the first of a storage for them; or as it is.
+    """Returns the STATISTICS, (3, B, H, Lq), if ``lse`` (B, H, Lq) is the first in a storage of them, else ``lse``.
 
-    The sum is that of the very terms that backward makes again; a float32 log-sum-exp of large scores has no room for
-    it. The kernels look at whether the other two do make up the first.
+    The row maximum and the row sum are those of the terms that backward computes again; a float32 log-sum-exp of large
+    scores is less precise. The kernels check that the two make up the log-sum-exp.
     """
     each, shape = lse.numel(), (STATISTICS, *lse.shape)
     bytes_of_all = shape[0] * each * lse.element_size()

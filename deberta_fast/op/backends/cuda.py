@@ -1,7 +1,7 @@
 """Fused disentangled attention in CUDA C++ (csrc/cuda), for NVIDIA GPUs from sm_80 on, in half precision.
 
-Position scores never leave the chip: each tile near the diagonal makes its own with tensor cores and skews them in
-shared memory (equation 6); far tiles are plain flash attention (equation 7). Gradients are sums in a fixed order.
+Position scores never leave the chip: each tile near the diagonal computes them with tensor cores and skews them in
+shared memory (equation 6). Far tiles are plain flash attention (equation 7). Gradients are sums in a fixed order.
 """
 
 import torch
@@ -13,7 +13,7 @@ from .gpu import properties_of
 
 CAPABILITY = (8, 0)
 LARGEST_HEAD = 128
-SHARED_BYTES = {32: 76032, 64: 96512, 96: 117504, 128: 137984}  # of a block, by the head size rounded up
+SHARED_BYTES = {32: 76032, 64: 96512, 96: 117504, 128: 137984}  # per block, by the head size rounded up
 LARGEST_STRIDE = 1 << 24  # from row to row, in elements
 LONGEST = 1 << 28  # positions and distances are 32-bit numbers in the kernels
 
@@ -31,13 +31,13 @@ def _missing() -> str | None:
 
 
 def architectures() -> list[str]:
-    """The targets of the CUDA kernels, binaries and PTX: ["sm_80", "sm_90", "compute_80"]; [] without kernels."""
+    """Returns the targets of the CUDA kernels, such as ["sm_80", "sm_90", "compute_80"]; [] without kernels."""
     built = NOT_LOADED is None and implements("cuda_architectures", "CompositeExplicitAutograd")
     return torch.ops.deberta_fast.cuda_architectures().split() if built else []
 
 
 def _capabilities(architecture: str) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The first and the last compute capability of GPUs that this runs on."""
+    """Returns the first and the last compute capability that a target runs on."""
     kind, _, number = architecture.partition("_")
     digits = number.rstrip("af")
     first = int(digits[:-1]), int(digits[-1])
@@ -46,14 +46,14 @@ def _capabilities(architecture: str) -> tuple[tuple[int, int], tuple[int, int]]:
     return first, (99, 9) if kind == "compute" and digits == number else (first[0], 9)
 
 
-# Constants: torch.compile traces why_not.
+# Constants, because torch.compile traces why_not.
 MISSING = _missing()
 ARCHITECTURES = architectures()
 RUN_ON = [_capabilities(name) for name in ARCHITECTURES]
 
 
 def why_not(call: Call) -> list[str]:
-    """Reasons not to serve this call."""
+    """Returns the reasons not to serve this call."""
     query, mask, reasons = call.query, call.mask, []
     if MISSING is not None:
         reasons.append(MISSING)
@@ -71,7 +71,7 @@ def why_not(call: Call) -> list[str]:
 
 
 def device_reasons(device: torch.device, head_size: int) -> list[str]:
-    """Reasons not to serve any call of this head size on a device."""
+    """Returns the reasons not to serve any call of this head size on a device."""
     if device.type != "cuda" or torch.version.hip is not None:
         return [f"tensors must be on an NVIDIA GPU, got {device}"]
     gpu, reasons = properties_of(device), []
@@ -83,9 +83,9 @@ def device_reasons(device: torch.device, head_size: int) -> list[str]:
     elif RUN_ON and not any(first <= capability <= last for first, last in RUN_ON):
         built = ", ".join(ARCHITECTURES)
         reasons.append(f"the kernels were built for {built}, none of which runs on a GPU of capability {capability}")
-    room, needed = gpu.shared_memory_per_block_optin, SHARED_BYTES.get(-(-head_size // 32) * 32, 0)
-    if needed > room:
-        reasons.append(f"head size {head_size} needs {needed} bytes of shared memory a block, the GPU has {room}")
+    available, needed = gpu.shared_memory_per_block_optin, SHARED_BYTES.get(-(-head_size // 32) * 32, 0)
+    if needed > available:
+        reasons.append(f"head size {head_size} needs {needed} bytes of shared memory a block, the GPU has {available}")
     return reasons
 
 
@@ -102,19 +102,19 @@ def backward(
     grad_lse: torch.Tensor,
     grads: list[torch.Tensor | None],
 ) -> None:
-    """Fills the gradients of query, key, value, pos_key and pos_query; None where a table's is not wanted."""
+    """Fills the gradients of query, key, value, pos_key and pos_query; None if a table's is not wanted."""
     extension.fused_backward(*grads, _aligned(output), lse, _aligned(grad_output), grad_lse, *arguments(call))
 
 
 def arguments(call: Call) -> tuple:
-    """As the operators take a call, and the kernels its tensors."""
+    """Returns a call as the operators take it, with tensors as the kernels read them."""
     heads = (_aligned(heads) for heads in call[:5])
     ends = None if call.cu_seqlens is None else call.cu_seqlens.contiguous()
     return extension.arguments(Call(*heads, call.mask, ends, *call[7:]))
 
 
 def _aligned(x: torch.Tensor | None) -> torch.Tensor | None:
-    """As the kernels read it, 16 bytes at once: rows begin at multiples of 16 bytes. Mostly they do already."""
+    """Returns ``x``, or a copy if its rows do not begin at multiples of 16 bytes, which the kernels read at once."""
     if x is None or x.numel() == 0:
         return x
     strides = [stride for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1]

@@ -1,6 +1,7 @@
-"""``deberta_fast._C``, the compiled kernels of the CPU and CUDA backends: loaded once, or the reason why not.
+"""Loads ``deberta_fast._C``, the compiled kernels of the CPU and CUDA backends, once, or keeps the reason why not.
 
-Both devices implement the same two operators. Their arguments are those of csrc/given.h, behind what is written to.
+Both devices implement the same two operators. Their arguments are the tensors that they write, and those of
+csrc/given.h.
 """
 
 import importlib
@@ -41,18 +42,18 @@ def _load() -> str | None:
 
 NOT_LOADED = _load()
 
-# The overloads themselves: to look one up in every call takes longer than to check its arguments.
+# The overloads: looking one up in every call takes longer than checking its arguments.
 fused_forward = torch.ops.deberta_fast.fused_forward.default
 fused_backward = torch.ops.deberta_fast.fused_backward.default
 
 
 def implements(operator: str, key: str) -> bool:
-    """Whether the extension was built with this operator for a dispatch key ("CPU", "CUDA")."""
+    """Returns whether the extension was built with this operator for a dispatch key ("CPU", "CUDA")."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"deberta_fast::{operator}", key)
 
 
 def arguments(call: Call) -> tuple:
-    """A call as the operators take it, behind what they write to."""
+    """Returns a call as the operators take it, after the tensors that they write."""
     if call.pos_key is None and call.pos_query is None:
         geometry = (None, None, 0, 0, 0, 0, 0)
     else:
