@@ -172,12 +172,12 @@ far() {
 tests() {
   # Triton compiles for most of the time, one kernel at a time in a process.
   local workers=()
-  (($#)) || set -- tests/op/test_gpu.py tests/op/test_gpu_selection.py tests/models/test_gpu_models.py
+  (($#)) || set -- tests/op/test_gpu.py tests/op/test_gpu_streams.py tests/op/test_gpu_selection.py tests/models/test_gpu_models.py
   "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
   "$python" -m pytest -m gpu "$@" -v -p no:cacheprovider --durations=10 "${workers[@]}"
 }
 
-cuda() { tests tests/op/test_gpu.py -k 'cuda and not triton'; }
+cuda() { tests tests/op/test_gpu.py tests/op/test_gpu_streams.py -k 'cuda and not triton'; }
 op() { bench attention_gpu; }
 layer() { bench layer_gpu; }
 dropout() { bench attention_gpu --dropout 0.1 --lengths 512 2048 8192 128; }

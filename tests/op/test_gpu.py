@@ -1,16 +1,25 @@
 """On a CUDA device: every backend against the reference, and what only a device can get wrong. ``make gpu``."""
 
 import copy
-import sys
-from dataclasses import replace
 
 import pytest
 import torch
-from cases import BY_NAME, CASES, TENSORS, Case, as_dtype, forward_and_gradients, make_inputs, seed_after
+from cases import CASES, TENSORS, Case, as_dtype, forward_and_gradients, make_inputs, seed_after
 from comparison import compare, public
-from gpu import BACKENDS, DEVICE, FUSED, HALF_ONLY, pytestmark  # noqa: F401
+from gpu import (  # noqa: F401
+    BACKENDS,
+    DEVICE,
+    FUSED,
+    HALF_ONLY,
+    TABLE,
+    by_backend,
+    by_fused_backend,
+    normal,
+    on_device,
+    pytestmark,
+    usual_dtype,
+)
 from tolerance import assert_as_precise, hf_style_attention
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from deberta_fast import backends, disentangled_attention, disentangled_attention_varlen, patch
 from deberta_fast.op.backends import reference
@@ -18,10 +27,7 @@ from deberta_fast.op.dropout import keep_mask
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
-by_backend = pytest.mark.parametrize("backend", BACKENDS)
-by_fused_backend = pytest.mark.parametrize("backend", FUSED)
 by_cuda = pytest.mark.parametrize("backend", [name for name in FUSED if name == "cuda"])
-TABLE = dict(position_buckets=16, max_relative_positions=32)
 # The cases that a backend declines on purpose, in half precision, and how its reasons begin. Nothing else is skipped.
 DECLINED = {"cuda": {"pairwise-mask-L150", "block-diagonal-mask-L150", "mask-per-head-L70", "D256-L65"}}
 REASONS = {
@@ -31,11 +37,6 @@ REASONS = {
         "a mask must be the same for all heads and queries",
     )
 }
-
-
-def on_device(name_or_case, **changes):
-    case = BY_NAME[name_or_case] if isinstance(name_or_case, str) else name_or_case
-    return replace(case, device=DEVICE, **changes)
 
 
 def unlisted(backend, reasons):
@@ -49,16 +50,6 @@ def serve_or_skip(backend, inputs):
     if reasons := backends.BACKENDS[backend].why_not(inputs):
         assert not unlisted(backend, reasons), reasons
         pytest.skip(", ".join(reasons))
-
-
-def usual_dtype(backend):
-    """Where a test is not about dtypes."""
-    return torch.bfloat16 if backend in HALF_ONLY else torch.float32
-
-
-def normal(*shape, dtype=torch.float32, seed=0):
-    random = torch.Generator(DEVICE).manual_seed(seed)
-    return torch.randn(shape, dtype=dtype, device=DEVICE, generator=random)
 
 
 # Precision
@@ -297,173 +288,6 @@ def test_packed_dropout_is_that_of_a_padded_batch(backend):
     dense = disentangled_attention(*padded, *inputs[3:5], attention_mask=mask, **options)
     tolerance = dict(rtol=0.02, atol=0.01) if output.dtype == torch.bfloat16 else {}
     torch.testing.assert_close(output, dense.transpose(1, 2)[mask], **tolerance)
-
-
-# Streams, graphs, compilation
-
-
-@by_fused_backend
-def test_runs_in_the_stream_that_is_current(backend):
-    """Its input is made late in that stream: a kernel in another one would read what was there before."""
-    leaves = list(make_inputs(on_device("ragged-L129-D64"), torch.bfloat16)[:5])
-    gradient, late = (
-        normal(*leaves[0].shape, dtype=torch.bfloat16),
-        normal(*leaves[0].shape, dtype=torch.bfloat16, seed=1),
-    )
-
-    def run(query):
-        query = query.detach().requires_grad_()
-        output = disentangled_attention(query, *leaves[1:], **TABLE, backend=backend)
-        return [output.detach(), *torch.autograd.grad(output, query, gradient)]
-
-    expected, query = run(late), leaves[0].clone()
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)
-        query.copy_(late)
-        got = run(query)
-    stream.synchronize()
-    assert all(torch.equal(x, y) for x, y in zip(got, expected))
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@by_fused_backend
-def test_runs_where_its_tensors_are(backend):
-    """Whatever device is current."""
-    leaves = [x.requires_grad_() for x in make_inputs(on_device("holes-L200"), torch.bfloat16)[:5]]
-    mask = make_inputs(on_device("holes-L200"), torch.bfloat16).mask[:, 0, 0]
-
-    def run(leaves, mask):
-        output = disentangled_attention(*leaves, **TABLE, attention_mask=mask, backend=backend)
-        return [output.detach(), *torch.autograd.grad(output.float().square().sum(), leaves)]
-
-    expected, other = run(leaves, mask), torch.device(DEVICE, 1)
-    assert torch.cuda.current_device() == 0
-    got = run([x.detach().to(other).requires_grad_() for x in leaves], mask.to(other))
-    assert torch.cuda.current_device() == 0 and all(x.device == other for x in got)
-    assert all(torch.equal(x.cpu(), y.cpu()) for x, y in zip(got, expected))
-
-
-def captured(run):
-    """A CUDA graph of ``run`` and what it returns, after some runs to compile and to allocate."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
-    return graph, results
-
-
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-@pytest.mark.parametrize("layout", ["dense", "packed"])
-@by_fused_backend
-def test_cuda_graph(backend, layout, backward):
-    """Replayed with other contents, mask and places of the sequences: the graph holds none of them."""
-    total = 300
-    if layout == "dense":
-        leaves = [normal(2, 3, total, 64, dtype=torch.bfloat16, seed=n) for n in range(3)]
-        index = torch.ones(2, total, dtype=torch.bool, device=DEVICE)
-        other_index = torch.rand(2, total, device=DEVICE) > 0.4
-        attention = lambda: disentangled_attention(*leaves, **TABLE, attention_mask=index, backend=backend)
-    else:
-        leaves = [normal(total, 3, 64, dtype=torch.bfloat16, seed=n) for n in range(3)]
-        index = torch.tensor([0, 100, 101, 101, 300], dtype=torch.int32, device=DEVICE)
-        other_index = torch.tensor([0, 7, 7, 290, 300], dtype=torch.int32, device=DEVICE)
-        attention = lambda: disentangled_attention_varlen(
-            *leaves, **TABLE, cu_seqlens=index, max_seqlen=300, backend=backend
-        )
-    leaves += [normal(3, 32, 64, dtype=torch.bfloat16, seed=n) for n in (3, 4)]
-    gradient = normal(*leaves[0].shape, dtype=torch.bfloat16, seed=5)
-    for x in leaves:
-        x.requires_grad_(backward)
-
-    def run():
-        output = attention()
-        return [output.detach(), *(torch.autograd.grad(output, leaves, gradient) if backward else ())]
-
-    graph, results = captured(run)
-    with torch.no_grad():
-        for n, x in enumerate((*leaves, gradient)):
-            x.copy_(normal(*x.shape, dtype=x.dtype, seed=10 + n))
-        index.copy_(other_index)
-    graph.replay()
-    assert all(torch.equal(x, y) for x, y in zip(results, run(), strict=True))
-
-
-@by_fused_backend
-def test_cuda_graph_draws_a_new_dropout_mask_a_replay(backend):
-    query, key, value = (normal(2, 3, 100, 64, dtype=torch.bfloat16, seed=n) for n in range(3))
-    graph, output = captured(lambda: disentangled_attention(query, key, value, dropout_p=0.5, backend=backend))
-    replays = []
-    for _ in range(2):
-        graph.replay()
-        replays.append(output.clone())
-    assert all(torch.isfinite(x).all() for x in replays) and not torch.equal(*replays)
-
-
-@by_backend
-def test_compiles_once_for_all_lengths(backend):
-    torch._dynamo.reset()
-    counter, dtype = CompileCounterWithBackend("inductor"), usual_dtype(backend)
-    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-4
-
-    def attention(query, key, value, pos_key, pos_query, mask):
-        output = disentangled_attention(
-            query * 1.5, key, value, pos_key, pos_query, **TABLE, attention_mask=mask, backend=backend
-        )
-        return output * 2
-
-    compiled, frames = torch.compile(attention, backend=counter, fullgraph=True, dynamic=True), []
-    for length in (50, 61, 83, 120, 512):
-        inputs = make_inputs(on_device(Case("x", length, length, mask="right")), dtype)
-        leaves = [x.requires_grad_() for x in inputs[:5]]
-        mask = inputs.mask[:, 0, 0]
-        got, want = compiled(*leaves, mask), attention(*leaves, mask)
-        torch.testing.assert_close(got, want)
-        for g, w in zip(*(torch.autograd.grad(x.square().sum(), leaves) for x in (got, want))):
-            torch.testing.assert_close(g, w, rtol=tolerance, atol=tolerance * float(w.abs().max()))
-        frames.append(counter.frame_count)
-    assert frames[-1] <= 2 and len(set(frames[1:])) == 1, frames
-
-
-def compiled_kernels(backend):
-    """How often Triton has compiled each kernel in a backend's modules."""
-    from triton.runtime.jit import JITFunction, KernelInterface
-
-    kernels = set()
-    for name, module in list(sys.modules.items()):
-        if name.startswith(f"deberta_fast.op.backends.{backend}"):
-            for value in vars(module).values():
-                while isinstance(value, KernelInterface) and not isinstance(value, JITFunction):
-                    value = value.fn  # autotuned, heuristics
-                if isinstance(value, JITFunction):
-                    kernels.add(value)
-    assert kernels
-    return {kernel.__name__: sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels}
-
-
-@pytest.mark.parametrize("backend", [name for name in FUSED if name == "triton"])
-def test_no_compilation_a_length(backend):
-    tables = [normal(2, 512, 64, dtype=torch.bfloat16, seed=n).requires_grad_() for n in range(2)]
-
-    def run(length, batch):
-        query, key, value = (normal(batch, length, 2, 64, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
-        disentangled_attention(query.requires_grad_(), key, value, *tables, backend=backend).sum().backward()
-
-    # The shortest and the longest, with and without what Triton compiles apart: numbers that are 1, or divisible by 16.
-    for length in (100, 101, 112, 128, 255, 256, 512, 688, 700):
-        for batch in (1, 2, 3, 16):
-            run(length, batch)
-    before = compiled_kernels(backend)
-    for length in range(100, 701, 37):
-        for batch in range(1, 6):
-            run(length, batch)
-    assert compiled_kernels(backend) == before
 
 
 # Hugging Face's models
