@@ -23,9 +23,11 @@ from .selfcheck import check, usable_device
 # Largest number of lines that are read ahead and answered together.
 WAITING = 1024
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "auto": "auto"}
-# Exit statuses: an error in the input or the files, an error in the command, and that of a process ended by SIGPIPE.
+# Exit statuses. FAILED: the input or a file has an error, or no fused backend passed the check. MISUSED: the command
+# line has an error. UNREAD: the reader of the results ended first; shells give this status after SIGPIPE.
 FAILED, MISUSED, UNREAD = 1, 2, 141
-# Texts in torch's errors that mean lack of memory on a CPU: of its allocator, and of parallel loops that cannot start.
+# A RuntimeError of torch with one of these texts means that memory on the CPU is short. The first two are its
+# allocator's, the last comes from a parallel loop that could not start.
 NO_MEMORY = ("can't allocate memory", "not enough memory", "torch_parallel_for")
 EPILOG = """\
 A line of input is a JSON string or {"text": ...}; for text-classification also {"text": ..., "text_pair": ...}; for
@@ -48,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         return _check(given) if given.command == "check" else _run(given, commands.choices["run"])
-    except BrokenPipeError:  # The reader of the results has stopped.
+    except BrokenPipeError:  # The process that reads the results has ended.
         return UNREAD
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -72,18 +74,18 @@ def _add_run(commands) -> None:
         description="Answers lines of JSON with a model.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        # Only the options that are given go to the task.
+        # Options that are not given are absent, so the task's defaults apply.
         argument_default=argparse.SUPPRESS,
     )
     run.add_argument("--task", required=True, choices=[*TASKS, *ALIASES], metavar="TASK", help=", ".join(TASKS))
     run.add_argument("--model", required=True, metavar="DIR", help="folder with a checkpoint, or its name on the hub")
-    run.add_argument("--tokenizer", default=None, metavar="DIR", help="folder or name, if it is another one")
+    run.add_argument("--tokenizer", default=None, metavar="DIR", help="folder or name, if it differs from the model's")
     run.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub")
     run.add_argument("--local-files-only", action="store_true", help="download nothing")
     run.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; by default a GPU if there is one")
     run.add_argument("--dtype", default="float32", choices=DTYPES, help="of the model; auto is the checkpoint's")
     run.add_argument("--backend", default=None, choices=backends.BACKENDS, help="of attention; by default the best one")
-    run.add_argument("--batch-size", default=None, type=int, metavar="N", help="by default by the number of tokens")
+    run.add_argument("--batch-size", default=None, type=int, metavar="N", help="inputs; by default a budget of tokens")
     run.add_argument("--input", default=None, metavar="FILE", help="standard input by default")
     run.add_argument("--output", default=None, metavar="FILE", help="standard output by default")
     add = run.add_argument_group("options of the tasks").add_argument
@@ -91,19 +93,19 @@ def _add_run(commands) -> None:
     add("--targets", type=_list, metavar="A,B,...", help="fill-mask: tokens to choose from")
     add("--function-to-apply", metavar="NAME", help="text-classification: sigmoid, softmax or none")
     add("--truncation", action="store_true", help="fill-mask, text-classification: shorten long texts")
-    add("--max-length", type=int, metavar="N", help="tokens that --truncation leaves; of a part, see --stride")
+    add("--max-length", type=int, metavar="N", help="tokens that --truncation leaves; with --stride, tokens of a part")
     add("--candidate-labels", type=_list, metavar="A,B,...", help="zero-shot-classification: the labels")
     add("--hypothesis-template", metavar="TEXT", help='zero-shot-classification: "This example is {}." by default')
     add("--multi-label", action="store_true", help="zero-shot-classification: score each label by itself")
     add("--aggregation-strategy", metavar="NAME", help="token-classification: none, simple, first, average or max")
-    add("--ignore-labels", type=_list, metavar="A,B,...", help='token-classification: left out; "O" by default')
+    add("--ignore-labels", type=_list, metavar="A,B,...", help='token-classification: labels left out; "O" by default')
     add("--stride", type=int, metavar="N", help="token-classification: overlap of the parts of long texts")
     add("--doc-stride", type=int, metavar="N", help="question-answering: overlap of the parts of long contexts")
-    add("--max-answer-len", type=int, metavar="N", help="question-answering: tokens; 15 by default")
+    add("--max-answer-len", type=int, metavar="N", help="question-answering: most tokens of an answer; 15 by default")
     add("--max-seq-len", type=int, metavar="N", help="question-answering: tokens of question and part; 384 by default")
     add("--max-question-len", type=int, metavar="N", help="question-answering: tokens to cut questions to")
     add("--handle-impossible-answer", action="store_true", help="question-answering: there may be no answer")
-    add("--no-align-to-words", dest="align_to_words", action="store_false", help="question-answering: parts of words")
+    add("--no-align-to-words", dest="align_to_words", action="store_false", help="question-answering: may split words")
 
 
 def _add_check(commands) -> None:
@@ -118,7 +120,7 @@ def _add_check(commands) -> None:
     add("--head-size", type=int, default=64, metavar="N", help="64 by default, as in all published models")
     dtypes = [name for name in DTYPES if name != "auto"]
     add("--dtype", nargs="+", choices=dtypes, default=dtypes, help="all three by default")
-    add("--quick", action="store_true", help="only dense calls with masks, and no times")
+    add("--quick", action="store_true", help="check only dense calls with masks, and time nothing")
     add("--json", action="store_true", help="print a JSON object")
 
 
@@ -154,7 +156,8 @@ def _run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     except (TypeError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return MISUSED
-    # sys.stdin is neither used nor closed: a thread may still wait for a line, and closing would wait for the thread.
+    # File descriptor 0 is read instead of sys.stdin, and is not closed: the reading thread may still wait for a line,
+    # and closing the file would wait for that thread.
     source = open(given.input or 0, "rb", closefd=bool(given.input))
     with contextlib.ExitStack() as stack:
         answer = pipeline(given.task, given.model, dtype=DTYPES[given.dtype], progress=False, **options)
@@ -173,7 +176,7 @@ def _run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 def _check_files(given: argparse.Namespace) -> None:
     """Raises ValueError if input and output are the same file, under any two names."""
-    with contextlib.suppress(OSError):  # A file that does not exist is not the other one.
+    with contextlib.suppress(OSError):  # If one of the files does not exist, they differ.
         source, target = os.stat(given.input or 0), os.stat(given.output or 1)
         if os.path.samestat(source, target) and stat.S_ISREG(source.st_mode):
             name = given.input or given.output or "standard input"
@@ -204,7 +207,7 @@ def _batches(source: BinaryIO) -> Iterator[list[tuple[int, bytes]]]:
         with contextlib.suppress(queue.Empty):
             while len(items) < WAITING:
                 items.append(waiting.get_nowait())
-        ended = not isinstance(items[-1], tuple)  # None at the end of the input, or an error
+        ended = not isinstance(items[-1], tuple)  # The thread puts None at the end of the input, or an error.
         last = items.pop() if ended else None
         if items:
             yield items
@@ -228,7 +231,8 @@ def _results(answer, lines: list[tuple[int, bytes]]) -> Iterator[bytes]:
                 yield _line(result, lines[done][0])
                 done += 1
         except InputError as error:
-            # Items before it may belong to the same window and have no answer yet, so they are asked again.
+            # The pipeline answers windows of items. Items before the wrong one in its window have no answer yet, so the
+            # loop runs again with these.
             items = items[: first + error.index]
             wrong = ValueError(f"line {lines[len(items)][0]}: {error.reason}")
     if wrong is not None:

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-# Python's own functions (deepcopy, repr) recurse into nested values.
+# Deeper nesting is refused, because deepcopy and repr recurse into nested values and would fail later.
 _DEEPEST = 100
 
 
@@ -20,7 +20,7 @@ def read_object(path: str | os.PathLike) -> dict:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except RecursionError:
         raise too_deep from None
-    except ValueError as error:  # no JSON, no UTF-8, or a number of thousands of digits
+    except ValueError as error:  # The text is not JSON or not UTF-8, or has a number of thousands of digits.
         raise ValueError(f"{name} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{name} must hold a JSON object, got {type(content).__name__}")

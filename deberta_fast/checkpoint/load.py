@@ -1,4 +1,4 @@
-"""Makes a model without memory and fills its parameters with the tensors of a checkpoint."""
+"""Makes a model on the meta device and fills its parameters with the tensors of a checkpoint."""
 
 import contextlib
 import re
@@ -13,11 +13,12 @@ from torch.overrides import TorchFunctionMode
 from .error import CheckpointError
 from .names import to_native
 
-# "encoder.layer.3." in PyTorch, "encoder/layer_._3/" in Keras
+# Matches "encoder.layer.3." as in PyTorch and "encoder/layer_._3/" as in Keras.
 _LAYER = re.compile(r"encoder[./]layer(?:\.|_\._)(\d{1,9})[./]")
-# Up to this number of elements, a tensor that the file lacks may be larger than the file.
+# Parameters that the file lacks are initialised if they have at most this number of elements, or at most as many as the
+# whole file. Larger ones mean a wrong configuration and might fill the memory.
 _SMALL = 2**27
-# The field of the configuration that a tensor's size comes from
+# Maps the end of a parameter's name to the field of the configuration that determines its size.
 _SIZES = {
     "position_embeddings.weight": "max_position_embeddings",
     "token_type_embeddings.weight": "type_vocab_size",
@@ -31,15 +32,15 @@ _SIZES = {
 
 
 class LoadingInfo(NamedTuple):
-    """The names of a checkpoint and of the model, by what ``from_pretrained`` did with them.
+    """What ``from_pretrained`` did with the tensors of a checkpoint and the parameters of the model, by their names.
 
     Attributes:
         file: the file that was read.
         loaded: parameters that the file holds.
         missing: parameters that the file lacks; they are initialised.
-        unexpected: tensors that the model does not have.
-        ignored: tensors that are known to belong to other models or other libraries.
-        mismatched: parameters of another shape, with ignore_mismatched_sizes; they are initialised.
+        unexpected: tensors of the file that the model does not have.
+        ignored: tensors of the file that are known to belong to other models or other libraries.
+        mismatched: parameters whose shape in the file differs; ignore_mismatched_sizes initialises them.
     """
 
     file: str
@@ -52,13 +53,13 @@ class LoadingInfo(NamedTuple):
 
 @contextlib.contextmanager
 def without_memory():
-    """Makes models on the meta device, for ``fill``."""
-    with torch.device("meta"), _WithoutNumbers():
+    """A context in which models are made on the meta device, for ``fill``."""
+    with torch.device("meta"), _SkipInitialisation():
         yield
 
 
-class _WithoutNumbers(TorchFunctionMode):
-    """Skips random initialisation. The meta device has no values, and torch would import its compiler for it."""
+class _SkipInitialisation(TorchFunctionMode):
+    """Skips initialisation, which has no effect on the meta device, but would make torch import its compiler."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -68,12 +69,12 @@ class _WithoutNumbers(TorchFunctionMode):
 
 
 def check_layers(tensors: dict[str, torch.Tensor], layers: int, file: str) -> None:
-    """Raises ValueError if a file has layers, under any names, but fewer than the configuration."""
+    """Raises ValueError if a file has encoder layers, but fewer than ``layers``, the configuration's number."""
     found = [int(number) for name in tensors for number in _LAYER.findall(name)]
     if found and layers > max(found) + 1:
         raise ValueError(
             f"{file} does not fit the configuration: num_hidden_layers must be at most {max(found) + 1}, the layers "
-            f"that the file has, got {layers} (given to from_pretrained, it makes layers that are initialised)"
+            f"that the file has, got {layers} (num_hidden_layers given to from_pretrained may be larger)"
         )
 
 
@@ -92,12 +93,13 @@ def fill(
 ) -> LoadingInfo:
     """Fills a model on the meta device with copies of ``tensors``, which have the names of ``file``.
 
-    ``initialise`` initialises the own parameters of a module of which tensors are missing. The other arguments are
-    those of ``to_native`` and ``PreTrainedModel.from_pretrained``.
+    If the file lacks one of a module's own parameters, ``initialise(module)`` sets all of them before the others are
+    filled. The remaining arguments are those of ``to_native`` and ``PreTrainedModel.from_pretrained``.
 
     Raises:
         CheckpointError: the tensors do not determine the model's weights.
-        ValueError: a tensor has another shape, or nothing fits the model.
+        ValueError: a tensor has another shape than its parameter, nothing fits the model, or a parameter that the file
+            lacks is too large to be initialised.
         TypeError: dtype is not a floating-point dtype.
     """
     expected = model.state_dict()
@@ -149,7 +151,7 @@ def fill(
         if not fitting.keys() >= set(own):
             module.to_empty(device="cpu", recurse=False)
             initialise(module)
-    # Tensors that were read may map the file, which others may overwrite, so the model gets copies.
+    # The tensors may be mapped from the file, and would change if it were overwritten, so the model gets copies.
     fitting = {name: x.to(device=device, dtype=dtype, copy=True).contiguous() for name, x in fitting.items()}
     model.load_state_dict(fitting, strict=False, assign=True)
     model.to(device=device, dtype=dtype)

@@ -16,7 +16,7 @@ _MODULES = ("transformers.models.deberta.modeling_deberta", "transformers.models
 
 
 class Shared:
-    """The settings of one call of ``patch``, and the warnings that its modules have given."""
+    """The settings of one call of ``patch``, and which warnings its modules have given."""
 
     def __init__(self, backend: str | None, unpad: bool | str, padding_rows: str):
         self.backend = backend
@@ -27,14 +27,14 @@ class Shared:
         self._packed_calls = 0
 
     def warn(self, reason: str, once: bool = False) -> None:
-        """Warns of a fallback once per reason; with ``once``, only if nothing has been warned of."""
+        """Warns of a fallback once per reason; with ``once``, only if this is the first warning for any reason."""
         if reason in self.warned or (once and self.warned) or torch.compiler.is_compiling():
             return
         self.warned.add(reason)
         warnings.warn(f"deberta_fast: running Hugging Face's own attention: {reason}", stacklevel=3)
 
     def packing(self, mask: torch.Tensor | Packing | None, encoder: nn.Module) -> Packing | None:
-        """The packing to run the layers of a patched encoder with; None runs them on the batch."""
+        """The packing that removes the padding before the layers of a patched encoder; None keeps the batch."""
         if self._packed_calls:
             return self._packed_unpadding.packing(mask, encoder)
         self._warn_of_left_padding(mask)
@@ -42,7 +42,8 @@ class Shared:
 
     @contextlib.contextmanager
     def removing_padding(self):
-        """Removes padding from the batches of the with block, which was added to packed sequences."""
+        """A context in which batches were padded from packed sequences, so encoders remove the padding even if
+        ``unpad`` is False."""
         self._packed_calls += 1
         try:
             yield
@@ -50,7 +51,7 @@ class Shared:
             self._packed_calls -= 1
 
     def _warn_of_left_padding(self, mask: torch.Tensor | None) -> None:
-        """Warns once: with zeros in rows of padding, a head that reads the first row ignores a left-padded text."""
+        """Warns once if heads that read the first row get zeros, because it is padding and padding_rows is "zeros"."""
         done = self._warned_of_left_padding or self.unpadding.padding_rows == "hf"
         if done or mask is None or reason_to_stay(mask) is not None or mask[:, 0].all():
             return
@@ -120,14 +121,14 @@ def _forward_reason(module: nn.Module) -> str | None:
     torch's wrappers for checkpointing, compilation and sharding pass them on.
     """
     kind = type(module)
-    if kind.__module__.startswith("torch.") or (inherits_forward(kind) and has_own_forward(module)):
+    if kind.__module__.startswith("torch.") or (inherits_forward(kind) and runs_class_forward(module)):
         return None
     return f"a {kind.__name__} has a forward of its own"
 
 
 @constant
 def _table_reason(position_buckets: int, max_relative_positions: int) -> str | None:
-    """Hugging Face also runs with bucket sizes for which ``slot_table`` defines no rows."""
+    """The reason why ``slot_table`` refuses these bucket sizes, which Hugging Face accepts, or None."""
     try:
         slot_table(position_buckets, max_relative_positions)
     except ValueError as error:
@@ -155,14 +156,15 @@ def inherits_forward(kind: type) -> bool:
 @constant
 def _inherits(kind: type, own: type) -> bool:
     forward = kind.forward
-    # transformers wraps the forward of every subclass of a layer anew, with the code that wraps its own
+    # transformers' GradientCheckpointingLayer wraps the forward of each subclass again, even an inherited one. All its
+    # wrappers have the same code.
     while forward is not own.forward and getattr(forward, "__code__", None) is own.forward.__code__:
         forward = getattr(forward, "__wrapped__", None)
     return forward is own.forward
 
 
 def forward_attribute(module: nn.Module) -> str:
-    """The attribute to replace: accelerate's hooks move the original forward to ``_old_forward``."""
+    """The attribute that holds the original forward, which accelerate's hooks move to ``_old_forward``."""
     return "_old_forward" if hasattr(module, "_hf_hook") and "_old_forward" in vars(module) else "forward"
 
 
@@ -171,7 +173,7 @@ def instance_forward(module: nn.Module):
     return vars(module).get(forward_attribute(module))
 
 
-def has_own_forward(module: nn.Module) -> bool:
-    """Whether an instance runs its class's forward. A removed hook may have left that on the instance."""
+def runs_class_forward(module: nn.Module) -> bool:
+    """Whether a module runs its class's forward. A removed hook may have left that method on the instance."""
     forward = instance_forward(module)
     return forward is None or getattr(forward, "__func__", None) is type(module).forward

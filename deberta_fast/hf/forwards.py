@@ -25,8 +25,8 @@ from ..models.onednn_linear import project
 from ..models.packing import Packing
 from .fallback import Shared, attention_reason, encoder_reason, hf_class, is_v1, module_reason
 
-# The encoder passes this to its layers as relative_pos, because distances of tokens need no tensor. It is not None,
-# with which DeBERTa v1 leaves out the position terms.
+# The encoder passes this to its layers as relative_pos, because the fused kernels need no tensor of distances. None
+# would make DeBERTa v1 leave out the position terms.
 _TOKEN_DISTANCES = "token distances"
 
 
@@ -57,7 +57,7 @@ def _encoder(
         run = encoder.layer[index]
         if encoder.gradient_checkpointing and encoder.training and not hasattr(run, "gradient_checkpointing"):
             run = functools.partial(encoder._gradient_checkpointing_func, run.__call__)  # transformers < 4.53
-        # By position, see models.encoder.DebertaLayer
+        # Tensors are passed by position; models.encoder.DebertaLayer says why.
         return run(states, mask, None, _TOKEN_DISTANCES, table, False)[0], None
 
     mask, conv = _bool_mask(attention_mask), getattr(encoder, "conv", None)
@@ -166,8 +166,8 @@ FUSED: dict[str, Callable] = {
     "DebertaV2Encoder": _encoder,
     "DisentangledSelfAttention": _attention,
 }
-# These forwards take only the module. The native modules' run on Hugging Face's because these have the same parts. A
-# module whose forward was replaced by other code keeps that.
+# These forwards take no settings of the patch. Native forwards run on Hugging Face's modules, whose submodules have the
+# same names. A module whose forward other code replaced is not patched.
 _OUTPUTS = ("DebertaSelfOutput", "DebertaV2SelfOutput", "DebertaOutput", "DebertaV2Output")
 POINTWISE: dict[str, Callable] = {
     **dict.fromkeys(_OUTPUTS, AddAndNorm.forward),

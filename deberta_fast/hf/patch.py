@@ -15,7 +15,7 @@ from torch import nn
 
 from ..models.attention import AttentionCache
 from ..op import backends
-from .fallback import MARK, Shared, forward_attribute, has_own_forward, hf_class, inherits_forward, instance_forward
+from .fallback import MARK, Shared, forward_attribute, hf_class, inherits_forward, instance_forward, runs_class_forward
 from .forwards import FUSED, POINTWISE, prepare_attention
 from .packed import MODELS, run_model, signature_of
 
@@ -58,7 +58,7 @@ def patch(
             "attention module with its own forward"
         )
     for module, _ in found:
-        if not has_own_forward(module):
+        if not runs_class_forward(module):
             raise ValueError(
                 f"the forward of a {type(module).__name__} was replaced by other code; undo that, or patch before it"
             )
@@ -67,11 +67,11 @@ def patch(
         prepare_attention(module, backend)
     for module in model.modules():
         key = _own_class(module)
-        if key in POINTWISE and has_own_forward(module):
+        if key in POINTWISE and runs_class_forward(module):
             _replace(module, functools.partial(POINTWISE[key], module))
-        if key in MODELS and has_own_forward(module):
+        if key in MODELS and runs_class_forward(module):
             run = functools.partial(run_model, module, shared)
-            # The Trainer, PEFT and exporters read it.
+            # The Trainer, PEFT and exporters read the signature.
             run.__signature__ = signature_of(module)  # type: ignore[attr-defined]
             _replace(module, run)
     return model

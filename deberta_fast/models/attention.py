@@ -22,8 +22,8 @@ from .weight_cache import WeightCache
 class AttentionCache:
     """Values that an attention module caches in inference.
 
-    ``tables`` caches the projected position tables. ``joint`` caches the three projections as one matrix, only where
-    weights are promised to be constant.
+    ``tables`` caches the projected position tables. ``joint`` caches the weights of the three projections as one
+    matrix, but only if the weights are promised to be constant.
     """
 
     def __init__(self, constant: bool = False):
@@ -38,7 +38,8 @@ class PositionTerms(NamedTuple):
             None leaves the term out.
         dropout: runs on the table's rows before they are projected.
         table: position_buckets, max_relative_positions and far_negative, see ``disentangled_attention``.
-        cut: project only the rows that the lengths can reach, as Hugging Face's v1 does; its v2 projects all.
+        cut: whether Hugging Face's code projects only the rows that the lengths can reach (v1) instead of all (v2).
+            Projections with hooks or adapters get the same rows here.
     """
 
     key_proj: nn.Module | None
@@ -49,14 +50,14 @@ class PositionTerms(NamedTuple):
 
     @classmethod
     def of(cls, module: nn.Module, names: Collection[str], table: dict) -> "PositionTerms":
-        """The terms called ``names`` ("c2p", "p2c") of this library's module, or of Hugging Face's v2."""
+        """Makes the terms in ``names`` ("c2p", "p2c") of this library's module or of Hugging Face's v2."""
         key, query = ("key_proj", "query_proj") if module.share_att_key else ("pos_key_proj", "pos_query_proj")
         key_proj = getattr(module, key) if "c2p" in names else None
         query_proj = getattr(module, query) if "p2c" in names else None
         return cls(key_proj, query_proj, module.pos_dropout, table)
 
     def window(self, query_length: int, key_length: int) -> tuple[int, int]:
-        """The first and last + 1 of the rows that Hugging Face's code projects."""
+        """The rows that Hugging Face's code projects, as the first one and the one behind the last."""
         longest = self.table["max_relative_positions"]
         if not self.cut:
             return 0, table_rows(self.table["position_buckets"], longest)
@@ -111,7 +112,7 @@ class DisentangledSelfAttention(nn.Module):
         prepare(self, self.attention_head_size, self.terms, self.table, backend)
 
     def dense_reason(self) -> str | None:
-        """The reason why attention materialises its probabilities even if nobody asks for them, or None."""
+        """The reason why attention materialises its probabilities even without output_attentions, or None."""
         if self.talking_head:
             return "talking heads"
         reason = why_not_ordinary(self.dropout, nn.Dropout, nn.Identity)
@@ -129,7 +130,7 @@ class DisentangledSelfAttention(nn.Module):
         Args:
             hidden_states: the input of keys and values, (B, L, hidden_size); or packed, (T, hidden_size).
             mask: bool, True where a query may attend; (B, L), or broadcastable to (B, H, L, L). None masks nothing.
-                A ``Packing`` for packed states, which cannot return probabilities.
+                Packed states need a ``Packing``, and cannot return probabilities.
             rel_embeddings: the table of relative positions, (R, hidden_size).
             query_states: the input of queries, (B, Lq, hidden_size); None means hidden_states.
             output_attentions: also return the probabilities, computed by the dense reference.
@@ -147,7 +148,7 @@ class DisentangledSelfAttention(nn.Module):
             )  # fmt: skip
             return context, None
         if isinstance(mask, Packing):
-            raise ValueError(f"{reason or 'output_attentions'}: computed densely, and not on packed states")
+            raise ValueError(f"{reason or 'output_attentions'}: computed densely, which packed states do not support")
         if reason and not (self.talking_head or self._warned or torch.compiler.is_compiling()):
             self._warned = True
             warnings.warn(f"deberta_fast: attention is computed densely: {reason}", stacklevel=2)
@@ -173,10 +174,10 @@ def dropout_of(dropout: nn.Module) -> float:
 def prepare(attention: nn.Module, head_size: int, terms: Collection[str], table: dict, backend: str | None) -> None:
     """Copies tables to the device, and chooses a backend if half-precision weights determine the dtype.
 
-    The first call would do this, but cannot while a CUDA graph is captured. ``attention`` is a module of this library
-    or of Hugging Face; ``backend`` is the one that the caller named, or None.
+    Otherwise the first call does this, which is impossible while a CUDA graph is captured. ``attention`` is a module of
+    this library or of Hugging Face. ``backend`` is the one that the user named, or None.
     """
-    weight = next(attention.parameters(), None)  # None where the projections are quantised
+    weight = next(attention.parameters(), None)  # A module whose projections are quantised has none.
     if weight is None:
         return
     if terms:
@@ -281,7 +282,7 @@ def project_table(
     lengths = (mask.max_seqlen,) * 2 if isinstance(mask, Packing) else (heads[0].shape[1], heads[1].shape[1])
     is_dropout = why_not_ordinary(terms.dropout, nn.Dropout, nn.Identity) is None
     if not (is_dropout and all(map(is_plain, projections.values()))):
-        # Hooks and adapters get the same input as in Hugging Face's code: a batch of one table.
+        # Hooks and adapters get the same input as in Hugging Face's code, (1, rows, hidden_size).
         cache.clear()
         start, stop = terms.window(*lengths)
         rows = terms.dropout(rel_embeddings)[start:stop].unsqueeze(0)
@@ -291,7 +292,7 @@ def project_table(
         cache.clear()
     else:
         weights = [rel_embeddings, *(x for linear in projections.values() for x in (linear.weight, linear.bias))]
-        make = lambda: projected(terms.dropout(rel_embeddings))
+        make = lambda: projected(terms.dropout(rel_embeddings))  # all rows, so that every length can use them
         if (cached := cache.get(weights, make, (size, *projections))) is not None:
             return {**table, **cached}
     start, stop = slot_table(**table).window(*lengths)

@@ -56,8 +56,8 @@ class DebertaIntermediate(nn.Module):
 class DebertaLayer(nn.Module):
     """Attention and feed-forward, each followed by a norm.
 
-    Tensors are passed by position, because reentrant checkpointing detaches only those. Otherwise every layer's
-    backward would run through the graph of the normalised table.
+    Tensors are passed by position, because reentrant checkpointing detaches only positional ones. If the position table
+    were not detached, every layer's backward would run through the graph of the table's norm.
     """
 
     def __init__(self, config: DebertaConfig):
@@ -80,7 +80,7 @@ class DebertaLayer(nn.Module):
 
 
 class ConvLayer(nn.Module):
-    """v2's convolution of the embeddings, added to the first layer's output (nGiE)."""
+    """v2's convolution of the embeddings, added to the first layer's output ("n-gram induced input encoding")."""
 
     def __init__(self, config: DebertaConfig):
         super().__init__()
@@ -104,8 +104,8 @@ class ConvLayer(nn.Module):
 def position_table(embeddings: nn.Embedding | None, norm: nn.Module | None, cache: WeightCache) -> torch.Tensor | None:
     """The table of relative positions, (R, hidden_size), after its norm.
 
-    The norm takes less time than comparing the weights, so its result is cached only where these are promised to be
-    constant; that lets values made from it be cached too.
+    The norm takes less time than comparing its weights with a copy, so its result is cached only if the weights are
+    promised to be constant. It is then the same tensor in every call, so values made from it can be cached too.
     """
     if embeddings is None or norm is None:
         return None if embeddings is None else embeddings.weight
@@ -132,11 +132,12 @@ def run_layers(
     Args:
         call: ``call(index, states, mask)`` runs one layer; returns its output, and its probabilities or None.
         depth: the number of layers.
-        packing: removes the padding of (B, L, hidden_size) before the first layer; None keeps it.
+        packing: removes the padding of hidden_states (B, L, hidden_size) before the first layer; None keeps it.
         unpadding: restores the rows of padding.
         conv: v2's convolution of the embeddings, added to the first layer's output; or None.
         token_mask: the mask for ``conv``, (B, L), 0 for padding; unused for packed states.
-        The others, and the result: see ``DebertaEncoder``.
+
+    The other arguments and the result are those of ``DebertaEncoder.forward``.
     """
     shape, given = hidden_states.shape[:2], mask
     if packing is not None:
@@ -154,6 +155,8 @@ def run_layers(
 
 
 class DebertaEncoder(nn.Module):
+    """The layers, the table of relative positions with its norm, and v2's convolution."""
+
     def __init__(self, config: DebertaConfig):
         super().__init__()
         self.layer = nn.ModuleList(DebertaLayer(config) for _ in range(config.num_hidden_layers))
@@ -180,7 +183,7 @@ class DebertaEncoder(nn.Module):
         """
         Args:
             hidden_states: the embeddings, (B, L, hidden_size); or packed, (T, hidden_size).
-            mask: see ``DisentangledSelfAttention``. With (B, L), ``unpadding`` decides whether padding is removed.
+            mask: see ``DisentangledSelfAttention``. The padding of a mask (B, L) is removed if ``unpadding`` says so.
             token_mask: bool (B, L), False for padding; unused for packed states.
 
         Returns:
@@ -198,9 +201,11 @@ class DebertaEncoder(nn.Module):
     def repeat_last_layer(
         self, hidden_states: torch.Tensor, query_states: torch.Tensor, mask: torch.Tensor | Packing | None, times: int
     ) -> list[torch.Tensor]:
-        """Runs the last layer ``times`` more, for Microsoft's z_steps and enhanced mask decoder.
+        """Runs the last layer ``times`` more times and returns their outputs, for Microsoft's enhanced mask decoder and
+        z_steps.
 
-        Keys and values come from hidden_states each time; queries from query_states, then from the previous output.
+        Keys and values come from hidden_states each time. Queries come from query_states first, then from the previous
+        output.
         """
         packing, table, last = self._packing(mask), self._table(), len(self.layer) - 1
         keys = hidden_states if packing is None else packing.pack(hidden_states)

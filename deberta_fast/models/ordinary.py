@@ -59,7 +59,7 @@ def constant(function: Callable) -> Callable:
     def looked_up(*arguments):
         return cached(*arguments)
 
-    looked_up._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result, which imports Dynamo
+    looked_up._dynamo_marked_constant = True  # torch.compiler.assume_constant_result sets this too, but imports Dynamo
     return looked_up
 
 

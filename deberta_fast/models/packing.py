@@ -13,7 +13,7 @@ from ..op.call import check_cu_seqlens_form, check_cu_seqlens_values, integer
 from ..op.schema import checked_cu_seqlens
 from .padding import PackedPadding, is_traced
 
-# "auto" removes padding that is at least this share of a batch's rows: less costs as much as it saves
+# "auto" removes padding if it is more than this share of a batch's rows. Removing less saves no time
 # (docs/measured.md).
 WORTH = 1 / 32
 
@@ -28,7 +28,8 @@ class Packing(NamedTuple):
         max_seqlen: at least the longest sequence's length.
         mask: bool (T,), False for tokens that are not attended to; None if there are none.
         rows: int64 (T,), the row of each token in the padded batch (B L, ...); None without such a batch.
-        padding: for Hugging Face's values in rows of padding; the last row of a sequence may then stand for padding.
+        padding: the rows that stand for padding and get Hugging Face's values, among them the last row of a sequence
+            that has padding around its tokens; None if rows of padding are zero, or without a padded batch.
     """
 
     cu_seqlens: torch.Tensor
@@ -50,12 +51,12 @@ class Packing(NamedTuple):
         """(T, ...) to (B, L, ...). Rows of padding come from ``padding``, or are zero without it."""
         if self.padding is not None:
             return self.padding.pad(states, batch)
-        rows: Any = self.rows  # None only for sequences that were packed elsewhere
+        rows: Any = self.rows  # None only for sequences that the caller packed
         return _scattered(states, rows, batch * length).unflatten(0, (batch, length))
 
     def positions(self, tokens: int) -> torch.Tensor:
         """Each token's place in its own sequence, int64 (T,)."""
-        return torch.arange(tokens, device=self.cu_seqlens.device) - self._by_token(self.cu_seqlens[:-1], tokens)
+        return torch.arange(tokens, device=self.cu_seqlens.device) - self._repeated(self.cu_seqlens[:-1], tokens)
 
     def by_sequence(self, values: torch.Tensor, fill: float | bool) -> torch.Tensor:
         """(T, ...) to (n, max_seqlen, ...), ``fill`` behind each sequence's end."""
@@ -69,10 +70,10 @@ class Packing(NamedTuple):
 
     def _padded_rows(self, tokens: int) -> torch.Tensor:
         sequences = torch.arange(self.cu_seqlens.shape[0] - 1, device=self.cu_seqlens.device)
-        return self._by_token(sequences, tokens) * self.max_seqlen + self.positions(tokens)
+        return self._repeated(sequences, tokens) * self.max_seqlen + self.positions(tokens)
 
     def check_choices(self, choices: int | None) -> None:
-        """Checks that multiple choice with so many choices per question divides the sequences into questions."""
+        """Raises ValueError unless the number of sequences is a multiple of ``choices``, the answers per question."""
         sequences = self.cu_seqlens.shape[0] - 1
         if not isinstance(choices, int) or choices < 1 or sequences % choices:
             raise ValueError(f"choices must divide the number of sequences, {sequences}, got {choices}")
@@ -80,14 +81,15 @@ class Packing(NamedTuple):
     def convolve(self, layer: torch.nn.Module, embeddings: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Applies a convolution layer (``encoder.ConvLayer`` or Hugging Face's) to each packed sequence separately.
 
-        The sequences form one batch row, with zeros between them as wide as half the kernel. ``embeddings`` and
-        ``output`` are the layer's input and residual, (T, hidden_size).
+        The sequences become one row of a batch. Half a kernel of zeros follows each, so that no product of the
+        convolution reaches the next sequence. ``embeddings`` and ``output`` are the layer's input and residual, (T,
+        hidden_size).
         """
         tokens, sequences = embeddings.shape[0], self.cu_seqlens.shape[0] - 1
         weight: Any = layer.conv.weight  # type: ignore[union-attr]
         gap = weight.shape[-1] // 2
         shifts = gap * torch.arange(sequences, device=embeddings.device)
-        rows = torch.arange(tokens, device=embeddings.device) + self._by_token(shifts, tokens)
+        rows = torch.arange(tokens, device=embeddings.device) + self._repeated(shifts, tokens)
         seen = rows.new_ones(tokens) if self.mask is None else self.mask.long()
         apart = (_scattered(x, rows, tokens + gap * sequences).unsqueeze(0) for x in (embeddings, output, seen))
         return layer(*apart).squeeze(0).index_select(0, rows)
@@ -98,8 +100,8 @@ class Packing(NamedTuple):
         empty = (self.lengths == 0).reshape(-1, *(1,) * (states.dim() - 1))
         return states.index_select(0, starts).masked_fill(empty, 0)
 
-    def _by_token(self, values: torch.Tensor, tokens: int) -> torch.Tensor:
-        """One value per sequence, (n,), repeated for each of its tokens, (T,)."""
+    def _repeated(self, values: torch.Tensor, tokens: int) -> torch.Tensor:
+        """Repeats one value per sequence, (n,), for each token of the sequence, (T,)."""
         return values.repeat_interleave(self.lengths, output_size=tokens)
 
 
@@ -107,7 +109,8 @@ class Unpadding:
     """Decides for every batch whether its padding is removed.
 
     Attributes:
-        mode: False, never; "auto", where it pays; True, wherever there is padding, with one warning where it stays.
+        mode: False never removes padding, "auto" only where that takes less time, True wherever there is padding. True
+            warns once if padding has to stay.
         padding_rows: "hf" gives rows of padding Hugging Face's values, "zeros" zeros.
     """
 
@@ -122,9 +125,9 @@ class Unpadding:
     def packing(
         self, mask: torch.Tensor | Packing | None, encoder: torch.nn.Module, dense: str | None = None
     ) -> Packing | None:
-        """The packing to run the layers of ``encoder`` with, or None to run them on the batch, or on packed states.
+        """The packing that removes the padding before the layers of ``encoder``; None leaves their input unchanged.
 
-        ``dense`` is the reason why attention materialises its probabilities, and needs the batch; or None.
+        ``dense`` is the reason why attention materialises its probabilities, which needs the padded batch; or None.
         """
         if not self.mode or mask is None or isinstance(mask, Packing):
             return None
@@ -139,7 +142,10 @@ class Unpadding:
     def padded(
         self, states: list[torch.Tensor], packing: Packing | None, mask: torch.Tensor | Packing | None, shape: tuple
     ) -> list[torch.Tensor]:
-        """Pads the layers' outputs to (B, L, hidden_size); ``shape`` is (B, L), ``mask`` the encoder's argument."""
+        """Undoes ``packing`` for the layers' outputs, and applies ``padding_rows`` to batches.
+
+        ``shape`` is (B, L) of the padded batch, ``mask`` the encoder's argument.
+        """
         if packing is not None:
             states = [packing.pad(x, *shape) for x in states]
         if self.padding_rows == "hf" or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
@@ -148,19 +154,20 @@ class Unpadding:
 
 
 def reason_of_adapters(encoder: torch.nn.Module) -> str | None:
-    """The reason why the layers need the batch's rows, or None: PEFT's ``adapter_names`` choose an adapter per row."""
+    """The reason why the layers need the batch's rows, or None. PEFT's ``adapter_names`` choose an adapter per row."""
     for module in encoder.modules():
         for hook in module._forward_pre_hooks.values():
             if "adapter_names" in (getattr(hook, "keywords", None) or ()):
-                return "adapter_names of every row of the batch"
+                return "adapter_names choose an adapter for every row of the batch"
     return None
 
 
 def packing_of(token_mask: torch.Tensor, unpad: bool | str, padding_rows: str) -> Packing | None:
     """The packing of a batch with token_mask, bool (B, L); None if there is no token, or no padding to remove.
 
-    Each row is kept from its first token to its last; padding between them is masked. padding_rows "hf" adds one row of
-    padding to every sequence that has padding outside of these. Synchronises with the device once.
+    Each row is kept from its first token to its last, and padding between these is masked. With padding_rows "hf", one
+    row of padding follows each sequence that has padding before its first or after its last token. Synchronises with
+    the device once.
     """
     batch, length = token_mask.shape
     positions = torch.arange(length, device=token_mask.device)
@@ -173,18 +180,18 @@ def packing_of(token_mask: torch.Tensor, unpad: bool | str, padding_rows: str) -
         return None
     ends = lengths.cumsum(0)
     starts = ends - lengths
-    by_token = lambda values: values.repeat_interleave(lengths, output_size=total)
-    sequences = by_token(torch.arange(batch, device=token_mask.device))
-    positions = torch.arange(total, device=token_mask.device) - by_token(starts)
-    outside = positions == by_token(spans)  # the rows that stand for padding
+    repeated = lambda values: values.repeat_interleave(lengths, output_size=total)
+    sequences = repeated(torch.arange(batch, device=token_mask.device))
+    positions = torch.arange(total, device=token_mask.device) - repeated(starts)
+    outside = positions == repeated(spans)  # the rows that stand for padding
     first_outside = torch.where(first > 0, 0, spans)
-    rows = sequences * length + torch.where(outside, by_token(first_outside), positions + by_token(first))
+    rows = sequences * length + torch.where(outside, repeated(first_outside), positions + repeated(first))
     mask, padding = token_mask.flatten().index_select(0, rows), None
     if padding_rows == "hf":
         padded = torch.nonzero_static(~mask, size=total - sum(tokens)).squeeze(1)
         source = (ends - 1).repeat_interleave(length, output_size=batch * length)
         source = source.index_copy(0, rows, torch.arange(total, device=rows.device))
-        weights = torch.where(outside, by_token(length - spans), 1)
+        weights = torch.where(outside, repeated(length - spans), 1)
         padding = PackedPadding(padded, sequences, starts, weights, length, source)
     cu_seqlens = torch.nn.functional.pad(ends, (1, 0)).int()
     return Packing(cu_seqlens, max(counts), None if sum(tokens) == total else mask, rows, padding)
@@ -196,8 +203,8 @@ def packed_sequences(
     """Checks the caller's packed sequences, states (T, ...), and returns their packing.
 
     Raises:
-        TypeError, ValueError: an argument is not as ``DebertaModel.forward`` describes it. For cu_seqlens on a device
-            with max_seqlen given, a device-side assertion checks the values without synchronising.
+        TypeError, ValueError: an argument is not as ``DebertaModel.forward`` describes it. If cu_seqlens is on a GPU
+            and max_seqlen is given, an assertion on the device checks the values, which does not synchronise.
     """
     tokens = states.shape[0]
     check_cu_seqlens_form(cu_seqlens, states.device)
@@ -210,7 +217,7 @@ def packed_sequences(
         ends = cu_seqlens.cpu()
         max_seqlen = max(ends.long().diff().tolist(), default=0)
         check_cu_seqlens_values(ends, tokens, max_seqlen)
-        cu_seqlens = cu_seqlens.clone()  # backward reads it again
+        cu_seqlens = cu_seqlens.clone()  # backward reads it, and the caller may have changed it by then
     else:
         max_seqlen = max_seqlen if traced else integer("max_seqlen", max_seqlen)
         cu_seqlens = checked_cu_seqlens(cu_seqlens, tokens, max_seqlen)
@@ -218,11 +225,11 @@ def packed_sequences(
 
 
 def reason_to_stay(mask: torch.Tensor) -> str | None:
-    """The reason why a batch with this mask, bool, keeps its padding, or None."""
+    """The reason why the padding of a batch with this bool mask cannot be removed, or None."""
     if is_traced():
         return "a traced program cannot depend on how many tokens there are"
     if torch._C._functorch.is_functorch_wrapped_tensor(mask):
-        return "what torch.func transforms cannot depend on how many tokens there are"
+        return "a function that torch.func transforms cannot depend on how many tokens there are"
     if mask.dim() != 2:
         return "a mask of pairs of tokens"
     if type(mask) is not torch.Tensor or mask.is_meta:

@@ -1,8 +1,8 @@
 """Rows of padding with the values that Hugging Face's models give them.
 
-There a query that is padding, or that sees no key, has the lowest number as all its scores, whose softmax is uniform.
-Its output is therefore the mean of V over all keys, including padding, independent of its own state. Losses, pooling
-over all positions and heads that read a padded first token see such rows; no token attends to them.
+In those models, all scores of a query that is padding or sees no key are the dtype's lowest number, and their softmax
+is uniform. Its output is therefore the mean of V over all keys, including padding, and independent of its own state.
+Losses, pooling over all positions and heads that read a padded first token see such rows. No token attends to them.
 
 Embeddings of padding are zero, so all rows of a sequence's padding have the same state in every layer. A packed batch
 keeps one of them per sequence.

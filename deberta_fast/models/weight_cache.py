@@ -1,9 +1,9 @@
 """Caches values that depend only on weights, in inference, until the weights change.
 
-torch counts writes into a tensor, but neither writes through ``.data`` nor those of fused optimizers. On a CPU every
-lookup therefore compares the weights, bit by bit, with a copy of those that the value was made from, which is cheaper
-than the product. On a GPU that comparison would synchronise: there a value is cached only if the user promises that
-weights stay constant.
+torch counts writes into a tensor, but not writes through ``.data`` or those of fused optimizers. On a CPU, every lookup
+therefore compares the weights bit by bit with a copy of the weights that the value was made from. This takes less time
+than making the value again. On a GPU the comparison would synchronise, so a value is cached there only if the user
+promises that weights stay constant.
 """
 
 import functools
@@ -25,19 +25,20 @@ class WeightCache:
     """One value made from weights. Copies and pickles of it are empty.
 
     Attributes:
-        constant: the promise that nobody writes weights through ``.data``. Weights are then not compared, and values
-            are cached on every device. Writes that torch counts and steps of any optimizer still invalidate the value.
+        constant: the user's promise that weights are not written through ``.data``. Weights are then not compared, and
+            values are cached on every device. Writes that torch counts, and steps of any optimizer, still invalidate
+            the value.
     """
 
     def __init__(self, constant: bool = False):
         self.constant = constant
-        self._cached: tuple | None = None
+        self._cached: tuple | None = None  # the state of weights and settings, the weights or copies, the value
         if constant:
             _optimizer_steps()
 
     def _accepts(self, weights: list[torch.Tensor]) -> bool:
-        """Whether values of these weights may be cached: never for gradients, in a traced program, where a mode of
-        torch may replace operators, or for tensor subclasses."""
+        """Whether values made from these weights may be cached. They may not if gradients are enabled, a program is
+        traced, a mode of torch may replace operators, or a weight is of a tensor subclass."""
         return not (
             torch.is_grad_enabled()
             or is_traced()
@@ -70,10 +71,10 @@ class WeightCache:
         if cached is not None and cached[0] == state and (self.constant or all(map(same_bits, cached[1], weights))):
             return cached[2]
         if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            return make()  # its memory belongs to the graph, and must not outlive it
-        with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be cached
-            # With the promise, the cache holds the weights themselves, so that no other tensor gets their address.
-            # Without it, the copies are made first: a concurrent write makes the next comparison fail.
+            return make()  # The graph owns the value's memory, so the value must not outlive it.
+        with torch.inference_mode(False), torch.no_grad():  # values made from an inference tensor are not cached
+            # If ``constant``, the cache keeps the weights themselves alive, so that no other tensor gets their address.
+            # Otherwise it copies them before the value is made: after a write in between, the next comparison fails.
             compared = weights if self.constant else [weight.detach().clone() for weight in weights]
             value = make()
         self._cached = state, compared, value
@@ -97,7 +98,7 @@ def _precision(device: str) -> tuple:
 
 @functools.cache
 def _optimizer_steps() -> Counter:
-    """Counts the steps of all optimizers of the process, because torch does not count writes of fused ones."""
+    """Counts the steps of all optimizers of the process, because torch does not count the writes of fused ones."""
     steps = Counter()
     register_optimizer_step_post_hook(lambda *_: steps.update(all=1))
     return steps

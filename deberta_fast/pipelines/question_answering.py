@@ -31,8 +31,8 @@ class QuestionAnsweringPipeline(Pipeline):
 
     A result is ``{"score", "start", "end", "answer"}``, with start and end in characters of the context. top_k beyond 1
     gives a list of results, the likeliest first. The probabilities of equal answers are added up. As in Hugging Face's
-    pipeline, a list of one question gives that question's result. With a slow tokenizer, answers are whole words,
-    which white space separates.
+    pipeline, a list of one question gives that question's result. A slow tokenizer does not tell which characters a
+    token covers; answers then begin and end where white space separates words.
     """
 
     task = "question-answering"
@@ -129,7 +129,7 @@ class QuestionAnsweringPipeline(Pipeline):
         result = []
         for text in texts:
             spans = [match.span() for match in re.finditer(r"\S+", text)]
-            # Byte-level tokenizers give other tokens after a space.
+            # Byte-level tokenizers encode a word together with the space before it.
             pieces = [" " * (start > 0) + text[start:end] for start, end in spans]
             ids = self.tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"] if pieces else []
             words = [word for word, own in enumerate(ids) for _ in own]
@@ -143,11 +143,11 @@ class QuestionAnsweringPipeline(Pipeline):
 
     def answer(self, item, rows, outputs, options):
         text, answers, impossible = item["context"], {}, float("inf")
-        # Several spans within the same words become one answer.
+        # Spans that extend to the same words become one answer, so more than top_k spans are needed.
         number = 2 * options.top_k + 10 if options.align_to_words else options.top_k
         for row, logits in zip(rows, outputs):
             part = row.about
-            # [CLS], which stands for no answer, and the part's tokens
+            # The softmax is over the tokens of the part and [CLS], which stands for no answer.
             chosen = [0, *range(part.first, part.first + len(part.offsets))]
             starts, ends = (x[chosen].softmax(0) for x in logits)
             impossible = min(impossible, (starts[0] * ends[0]).item())
@@ -169,7 +169,7 @@ class QuestionAnsweringPipeline(Pipeline):
 
 
 def _parts(context: tuple[list, list, list], size: int, step: int):
-    """Yields slices of ids, offsets and words, of ``size`` tokens, until one holds the last token."""
+    """Yields slices of ids, offsets and words: ``size`` tokens from every ``step``-th on, until one holds the last."""
     for start in range(0, max(len(context[0]), 1), step):
         yield tuple(list(column[start : start + size]) for column in context)
         if start + size >= len(context[0]):
@@ -181,9 +181,9 @@ def _best_spans(starts: torch.Tensor, ends: torch.Tensor, longest: int, number: 
     longest = min(longest, len(starts))
     if not longest:
         return
-    # scores[i, j] belongs to the span from i to i + j; it is negative if that is past the end.
+    # scores[i, j] is the probability of the span from token i to i + j, or negative if i + j is past the end.
     scores = starts[:, None] * torch.nn.functional.pad(ends, (0, longest - 1), value=-1).unfold(0, longest, 1)
-    spans = len(starts) * longest - longest * (longest - 1) // 2
+    spans = len(starts) * longest - longest * (longest - 1) // 2  # the number of scores that are not negative
     best = scores.flatten().topk(min(number, spans))
     for score, place in zip(best.values.tolist(), best.indices.tolist()):
         yield score, place // longest, place // longest + place % longest
