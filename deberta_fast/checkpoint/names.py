@@ -13,7 +13,7 @@ from .error import CheckpointError
 _HEAD = "lm_predictions.lm_head."
 _WORDS = "deberta.embeddings.word_embeddings."
 _POSITIONS = "deberta.embeddings.position_embeddings."
-# Names of v1, and of v2 in TensorFlow, that differ from the package's
+# Maps names of v1, and of v2 in TensorFlow, to the package's where they differ.
 _ATTENTION = {
     "attention.self.q_bias": "attention.self.query_proj.bias",
     "attention.self.v_bias": "attention.self.value_proj.bias",
@@ -25,12 +25,12 @@ _LAYER_NORM = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNo
 _KERAS = {"kernel": "weight", "gamma": "weight", "beta": "bias", "embeddings": "weight"}
 _QUERY, _KEY, _VALUE = (f"attention.self.{x}_proj.weight" for x in ("query", "key", "value"))
 _IN = "attention.self.in_proj.weight"
-# Wrapping modules: DataParallel, torch.compile, FSDP, activation checkpointing
+# DataParallel, torch.compile, FSDP and activation checkpointing add these to names.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _BODY = re.compile(r"((?:.*\.)?)embeddings\.(?:word_embeddings|position_embeddings|token_type_embeddings|LayerNorm)\.")
 _PARTS = {"generator", "discriminator"}  # the two models of replaced token detection, which may share a file
 
-_Found = dict[str, tuple[str, torch.Tensor]]  # by the package's name: the file's name, the tensor
+_Found = dict[str, tuple[str, torch.Tensor]]  # the package's name -> the file's name and the tensor
 
 
 def to_native(
@@ -38,8 +38,8 @@ def to_native(
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Returns a file's tensors under the model's names, and the file's names of tensors that the model ignores.
 
-    The file's names may be Hugging Face's, Microsoft's or Keras's. Ignored are heads of other models, the other part,
-    and position embeddings that the model does not add; unknown tensors are returned. The result may share memory with
+    The file's names may be Hugging Face's, Microsoft's or Keras's. The model ignores heads of other models, the other
+    part, and position embeddings that it does not add. Unknown tensors are returned. The result may share memory with
     ``tensors``.
 
     Args:
@@ -68,7 +68,10 @@ def to_native(
 
 
 def _found(tensors: dict[str, torch.Tensor], wanted: set[str], part: str) -> tuple[_Found, _Found, list[str]]:
-    """Returns own tensors, tensors of the other part, and the file's names of the latter and of duplicates."""
+    """Returns the tensors of ``part``, those of the other part, and the file's names of the latter and of duplicates.
+
+    The tensors are by the package's names.
+    """
     translated = [_from_keras(name, tensor) for name, tensor in tensors.items()]
     names, of_other = _without_prefixes([name for name, _ in translated], part)
     found: tuple[_Found, _Found] = {}, {}
@@ -198,7 +201,7 @@ def _resolve_decoder(found: _Found, wanted: set[str]) -> None:
     if weight not in found or weight in wanted:
         return
     origin, decoder = found[weight]
-    # Of two tied tensors, the file may hold only the decoder.
+    # If the two are tied, the file may hold only the decoder.
     words_origin, words = found.setdefault(_WORDS + "weight", (origin, decoder))
     has_head = _HEAD + "bias" in wanted
     if has_head or words_origin == origin:

@@ -1,9 +1,9 @@
 """``patch`` and ``unpatch`` give modules of a Hugging Face model another ``forward``, and restore the original.
 
-The encoder, every attention module, and the linear layers and norms between them get it, on the instance. Whole models
-get it too, and then take packed sequences. Parameters, names, hooks, adapters around the projections, train/eval and
-state_dict stay as they are. A call that the fused path cannot serve runs the encoder's original ``forward``, with one
-warning per model and reason.
+The forwards are set on the instances of the encoder, of every attention module, and of the linear layers and norms
+between them. Whole models also get one, and then take packed sequences. Parameters, names, hooks, adapters around the
+projections, train/eval and state_dict stay as they are. A call that the fused path cannot
+serve runs the encoder's original ``forward``, with one warning per model and reason.
 
 transformers is recognised by the names of classes and never imported: a caller with a model to patch has imported it.
 """
@@ -34,7 +34,7 @@ def patch(
         model: any module that is or contains a DeBERTa v1, v2 or v3 (or only its encoder or attention): task models,
             wrappers such as GLiNER or sentence-transformers, models with LoRA adapters. transformers 4.48 or newer.
         backend: a name of ``backends.BACKENDS`` that must then serve every call. None chooses the best for each call;
-            on a GPU, backends have to prove themselves for half-precision weights now (``set_backend_check``).
+            on a GPU, the backends are checked now if the weights are half-precision (``set_backend_check``).
         unpad, padding_rows: see ``PreTrainedModel.set_unpad``; here the default keeps padding.
         constant_weights: promises that weights stay constant, see ``PreTrainedModel.set_constant_weights``.
 
@@ -114,7 +114,7 @@ def _is_patched(module: nn.Module) -> bool:
 
 
 def _own_class(module: nn.Module) -> str | None:
-    """The name of the Hugging Face class, a key of the tables of forwards; None for other modules."""
+    """The name of the module's Hugging Face class, by which forwards are looked up; None for other modules."""
     own = hf_class(type(module))
     if own is None or not inherits_forward(type(module)):
         return None  # a subclass with another forward computes something else

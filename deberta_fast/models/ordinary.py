@@ -27,7 +27,7 @@ def why_not_ordinary(module: nn.Module, *kinds: type) -> str | None:
     if any(getattr(module, hooks) for hooks in _HOOKS):
         return f"a {type(module).__name__} with hooks"
     if modules._has_any_global_hook():
-        return f"a {type(module).__name__} that hooks of all modules run on"
+        return f"a {type(module).__name__} on which global hooks run"
     return None
 
 
