@@ -80,9 +80,9 @@ struct Mainloop {
     }
   }
 
-  // Whether dropout keeps the row 16 f + 8 half + lane / 4 for each of the queries [query, query + 8); bit 4 q for query
-  // q. One call of the generator serves four neighbouring keys, the rows of four lanes, so each lane makes it for two
-  // queries.
+  // Whether dropout keeps the row 16 f + 8 half + lane / 4 for each of the queries [query, query + 8); bit 4 q for
+  // query q. One call of the generator serves four neighbouring keys, the rows of four lanes, so each lane makes it for
+  // two queries.
   DEVICE uint32_t keep(int f, int half, int query) const {
     const int own = lane() / 4 % 4, key = own_row<S>(block, f, half);
     uint32_t all = 0;
