@@ -52,8 +52,8 @@ DEVICE bool any_visible(const Call& call, const BlockInfo& block, int64_t base, 
           visible_keys(call, block, base, first + 64, length, 64)) != 0;
 }
 
-// ---- A warp's band of gradients: dA skewed by rows. Each of a run of consecutive tiles stores its dA there, multiplies
-// the 32 distances that are complete by their table rows, and leaves the other distances to the next tile.
+// ---- A warp's band of gradients: dA skewed by rows. Each of a run of consecutive tiles stores its dA there,
+// multiplies the 32 distances that are complete by their table rows, and leaves the other distances to the next tile.
 
 template <class T, class S>
 struct GradientBand {
