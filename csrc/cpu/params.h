@@ -1,6 +1,8 @@
 // A call as plain structs, which the kernels read; they do not depend on torch. Equation numbers refer to README.md.
 #pragma once
 
+#include <algorithm>
+
 #include "../tensors.h"
 
 namespace deberta_fast {
@@ -78,6 +80,12 @@ struct Backward {
   float *pos_key_sums, *pos_query_sums;       // (items, used_rows, D rounded up), or null like their gradients
   Statistic row_max{}, row_sum{};             // from forward, or null if only the log-sum-exp is known
 };
+
+// The row sigma(delta) of the tables. Distances beyond the lengths may lie outside of the given rows.
+inline int64_t slot_of(const Attention& a, int64_t delta) {
+  const int64_t slot = a.slots[std::clamp(delta, -a.reach, a.reach) + a.reach] - a.first_slot;
+  return std::clamp<int64_t>(slot, 0, a.table_rows - 1);
+}
 
 // Numbers [start, stop).
 struct Range {

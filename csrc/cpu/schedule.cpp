@@ -83,14 +83,10 @@ struct Schedule {
     // With an odd number of cache lines per row, the cells of a column fall into different cache sets.
     a.pitch = round_up(a.distances, 16);
     if (a.pitch / 16 % 2 == 0) a.pitch += 16;
-    const auto row = [&](int64_t delta) {
-      const int64_t slot = a.slots[std::clamp(delta, -a.reach, a.reach) + a.reach] - a.first_slot;
-      return std::clamp<int64_t>(slot, 0, a.table_rows - 1);
-    };
     // Slots fall as distances grow. If no pair is near, the margin has the row of the far ones.
     const int64_t lowest = a.reached > 0 ? a.first_reached : a.first_distance;
     const int64_t highest = a.reached > 0 ? a.first_reached + a.reached - 1 : a.first_distance + a.distances - 1;
-    a.first_used_row = row(-highest), a.used_rows = row(-lowest) + 1 - a.first_used_row;
+    a.first_used_row = slot_of(a, -highest), a.used_rows = slot_of(a, -lowest) + 1 - a.first_used_row;
   }
 };
 

@@ -136,12 +136,6 @@ inline void cut_segments(const Attention& a, const Block& stretch, int64_t start
   segments[2] = {near_stop, stop, kFuture};
 }
 
-// The row sigma(delta) of the tables. Distances beyond the lengths may lie outside of the given rows.
-INLINE int64_t slot_of(const Attention& a, int64_t delta) {
-  const int64_t slot = a.slots[std::clamp(delta, -a.reach, a.reach) + a.reach] - a.first_slot;
-  return std::clamp<int64_t>(slot, 0, a.table_rows - 1);
-}
-
 // Copies the row of a table that all keys far on one side read; zeros if the table is absent.
 inline void far_row(const Attention& a, const Table& table, int64_t head, Side side, float scale, float* to) {
   const int64_t size = round_up(a.size, kLanes);

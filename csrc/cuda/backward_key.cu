@@ -80,9 +80,9 @@ struct Mainloop {
     }
   }
 
-  // Whether dropout keeps the row fragment_row(f, half) for each of the queries [query, query + 8); bit 4 q for query
-  // q. One call of the generator serves four neighbouring keys, the rows of four lanes, so each lane makes it for two
-  // queries.
+  // Whether dropout keeps the row 16 f + 8 half + lane / 4 for each of the queries [query, query + 8); bit 4 q for
+  // query q. One call of the generator serves four neighbouring keys, the rows of four lanes, so each lane makes it for
+  // two queries.
   DEVICE uint32_t keep(int f, int half, int query) const {
     const int own = lane() / 4 % 4, key = own_row<S>(block, f, half);
     uint32_t all = 0;
@@ -196,7 +196,7 @@ struct Mainloop {
     const Vec16 lse2[2] = {statistics(0, 0), statistics(0, 1)};
     EACH(f, kFragments)
       EACH(half, 2) {
-        const char* row = memory.keys + fragment_row(f, half) * S::kPitch;
+        const char* row = memory.keys + (16 * f + 8 * half + lane() / 4) * S::kPitch;
         const float shift = unit * bits_float(load_shared_word(row + kHalf * S::kSize));
         const auto probability = [&](int c) {
           return probability_of(

@@ -64,7 +64,7 @@ struct Mainloop {
     const float unit = call.scale * static_cast<float>(kLog2e);
     EACH(f, kFragments)
       EACH(half, 2) {
-        const int row = fragment_row(f, half);
+        const int row = 16 * f + 8 * half + lane() / 4;
         const float constant = bits_float(load_shared_word(memory.queries + row * S::kPitch + kHalf * S::kSize));
         const int64_t at = statistic_index(arguments, block, own_row<S>(block, f, half));
         const bool valid = exists >> row & 1;

@@ -52,8 +52,8 @@ DEVICE bool any_visible(const Call& call, const BlockInfo& block, int64_t base, 
           visible_keys(call, block, base, first + 64, length, 64)) != 0;
 }
 
-// ---- A warp's band of gradients: dA skewed by rows. Each of a run of consecutive tiles stores its dA there, multiplies
-// the 32 distances that are complete by their table rows, and leaves the other distances to the next tile.
+// ---- A warp's band of gradients: dA skewed by rows. Each of a run of consecutive tiles stores its dA there,
+// multiplies the 32 distances that are complete by their table rows, and leaves the other distances to the next tile.
 
 template <class T, class S>
 struct GradientBand {
@@ -79,7 +79,7 @@ struct GradientBand {
     sync_warp();
   }
 
-  // Stores eight columns of dA of the row fragment_row(f, half).
+  // Stores eight columns of dA of the row 16 f + 8 half + lane / 4.
   DEVICE void put(int f, int half, const uint32_t (&pairs)[4]) const {
     to.store(kHalf * gradient_band(16 * f + 8 * half, 0, S::kBlockN) - kHalf * gradient_band(0, 0, S::kBlockN), pairs);
   }
@@ -149,7 +149,7 @@ DEVICE void store_far_sum(float* to, char* stage, const float (&t)[S::kFragments
                           const BlockInfo& block, uint32_t exists) {
   EACH(f, S::kFragments)
     EACH(half, 2)
-      store_shared_word(stage + fragment_row(f, half) * S::kPitch + kHalf * S::kSize + 4 * (lane() % 4),
+      store_shared_word(stage + (16 * f + 8 * half + lane() / 4) * S::kPitch + kHalf * S::kSize + 4 * (lane() % 4),
                         float_bits(t[f][half]));
   sync_warp();
   const char* from = row_address(x, block, block.base + block.first_row + warp() * S::kWarpRows);

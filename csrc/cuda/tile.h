@@ -178,10 +178,8 @@ DEVICE uint32_t own_rows(const BlockInfo& block) {
   return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1;
 }
 
-// The row of a warp that accumulator elements 2 half and 2 half + 1 of fragment f belong to in this lane.
-DEVICE int fragment_row(int f, int half) { return 16 * f + 8 * half + lane() / 4; }
-
-// The same within the sequence.
+// The row of the sequence that accumulator elements 2 half and 2 half + 1 of fragment f belong to in this lane. Other
+// code spells the row within the warp out: ptxas spills a register more if it comes from a function.
 template <class S>
 DEVICE int own_row(const BlockInfo& block, int f, int half) {
   return block.first_row + warp() * S::kWarpRows + 16 * f + 8 * half + lane() / 4;
@@ -272,7 +270,7 @@ DEVICE void store_own_rows(const Heads& x, char* stage, const Call& call, const 
     EACH(n, S::kSize / 8)
       EACH(half, 2) {
         const float factor = factors[f][half];
-        store_shared_word(stage + fragment_row(f, half) * S::kPitch + 16 * n + 4 * (lane() % 4),
+        store_shared_word(stage + (16 * f + 8 * half + lane() / 4) * S::kPitch + 16 * n + 4 * (lane() % 4),
                           pack<T>(factor * sums[f][n][2 * half], factor * sums[f][n][2 * half + 1]));
       }
   sync_warp();
