@@ -12,11 +12,17 @@ LARGEST = 1 << 28  # bytes: some tests reserve more than the machine has, and to
 
 
 def poison_empty_memory() -> None:
-    """Replaces torch's allocators in Python by such that fill what they return; once per process."""
+    """Replaces torch's allocators by functions that fill what they return. A second call does nothing."""
     for owner, name in ALLOCATORS:
         allocate = getattr(owner, name)
         if not hasattr(allocate, "__wrapped__"):
             setattr(owner, name, _poisoned(allocate))
+
+
+def restore_empty_memory() -> None:
+    """Undoes ``poison_empty_memory``."""
+    for owner, name in ALLOCATORS:
+        setattr(owner, name, getattr(getattr(owner, name), "__wrapped__", getattr(owner, name)))
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
