@@ -71,7 +71,7 @@ struct Mainloop {
     EACH(f, kFragments) {
       if (!near)
         EACH(half, 2) {
-          const char* row = memory.stage + (16 * f + 8 * half + lane() / 4) * S::kPitch;
+          const char* row = memory.stage + fragment_row(f, half) * S::kPitch;
           constant[f][half] = bits_float(load_shared_word(row + kHalf * S::kSize));
         }
       if constexpr (M::kRowsInRegisters) {

@@ -178,8 +178,11 @@ DEVICE uint32_t own_rows(const BlockInfo& block) {
   return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1;
 }
 
-// The row of the sequence that accumulator elements 2 half and 2 half + 1 of fragment f belong to in this lane. Other
-// code spells the row within the warp out: ptxas spills a register more if it comes from a function.
+// The row of a warp that accumulator elements 2 half and 2 half + 1 of fragment f belong to in this lane. Only forward
+// calls it: there it saves spills, and in backward_key the expression itself does.
+DEVICE int fragment_row(int f, int half) { return 16 * f + 8 * half + lane() / 4; }
+
+// The same row within the sequence.
 template <class S>
 DEVICE int own_row(const BlockInfo& block, int f, int half) {
   return block.first_row + warp() * S::kWarpRows + 16 * f + 8 * half + lane() / 4;
