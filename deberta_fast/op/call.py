@@ -218,7 +218,7 @@ def checked_call(
         scale = _real("scale", scale)
     kind = device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
-        # As torch's own attention: float64 keeps its dtype.
+        # float64 keeps its dtype, as in torch's own attention.
         dtype = torch.get_autocast_dtype(kind)
         query, key, value, pos_key, pos_query = (
             x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value, pos_key, pos_query)
