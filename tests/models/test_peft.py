@@ -59,7 +59,7 @@ def test_virtual_tokens(name, kind, unpad, tmp_path):
 
 
 def test_targets():
-    """PEFT's default targets fit v2 and v3. For v1, its default is a module that native models lack: v1 needs names."""
+    """PEFT's default targets fit v2 and v3. Native models lack its target for v1, so v1's targets must be named."""
     inputs = inputs_of(HEAD, "right", LENGTH, labels=True)
     for name, targets in (("v3", None), ("v2", None), ("v1", ["query_proj", "value_proj"]), ("v1", "all-linear")):
         config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=targets, init_lora_weights=False)
