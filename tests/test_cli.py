@@ -77,7 +77,7 @@ CASES = [
 
 @pytest.mark.parametrize("task, head, items, arguments, options", CASES, ids=lambda x: x if isinstance(x, str) else "")
 def test_results(task, head, items, arguments, options, folders, tmp_path):
-    """Those of the pipeline, a line each."""
+    """The results are those of the pipeline, one per line."""
     (tmp_path / "in").write_text(lines(items), "utf-8")
     files = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
     assert main(["run", "--task", task, "--model", str(folders / head), *files, *arguments]) == 0
@@ -108,7 +108,7 @@ BAD = [
 
 @pytest.mark.parametrize("bad, message", BAD)
 def test_bad_lines(bad, message, folders, tmp_path, capsys):
-    """What stands before one is answered; the error says which it is."""
+    """Lines before a bad one are answered, and the error names the bad line."""
     (tmp_path / "in").write_text(f'"a"\n"b"\n{bad}\n"c"\nnope\n')
     files = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
     model = str(folders / "ForSequenceClassification")
@@ -118,7 +118,7 @@ def test_bad_lines(bad, message, folders, tmp_path, capsys):
 
 
 def test_first_of_bad_lines(folders, tmp_path, capsys):
-    """Also where another one is found before it."""
+    """The error names the first bad line, even if a later one is found earlier."""
     items = ["[MASK]"] * 50
     items[30], items[40] = "none", {"txt": "a"}
     (tmp_path / "in").write_text(lines(items))
@@ -180,7 +180,7 @@ def test_parser(capsys):
 
 @contextlib.contextmanager
 def process(folders):
-    """One that is killed where it hangs."""
+    """A process that runs the command line; it is killed if it hangs."""
     command = [sys.executable, "-W", "ignore", "-m", "deberta_fast", "run", "--task", "fill-mask"]
     command += ["--model", str(folders / "ForMaskedLM"), "--device", "cpu"]
     environment = os.environ | {"PYTHONPATH": str(Path(deberta_fast.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
@@ -196,7 +196,7 @@ def process(folders):
 
 
 def test_streams(folders):
-    """Answers come while the input is open, and an error ends it though more could come; no bar without a terminal."""
+    """Answers come while the input is open. An error ends the process. Without a terminal, there is no progress bar."""
     with process(folders) as run:
         for text in ("one [MASK]", "two [MASK]"):
             run.stdin.write(json.dumps(text) + "\n")
@@ -209,7 +209,7 @@ def test_streams(folders):
 
 
 def test_reader_that_stops(folders):
-    """As head does."""
+    """The reader closes the pipe after one line, as ``head`` does."""
     with process(folders) as run:
         run.stdin.write('"one [MASK]"\n')
         run.stdin.flush()
@@ -287,7 +287,7 @@ def test_no_memory(error, folders, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("module", ["torch", "deberta_fast/cli.py"])
 def test_interrupted_while_it_imports(module, tmp_path):
-    """The signal arrives while a module is read."""
+    """The signal arrives during the import of a module."""
     if module == "torch":
         (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
         command = ["-m", "deberta_fast", "--version"]

@@ -1,4 +1,4 @@
-"""Batches by a budget of tokens: the budget is kept and used, nothing is lost; features become one packed batch."""
+"""TokenBudgetSampler keeps and fills its budget and loses no sequence; PackedCollator packs features into a batch."""
 
 import pickle
 import random
@@ -141,7 +141,7 @@ def test_ranks_get_similar_batches_at_a_step(padded):
 
 
 def test_batches_are_random_in_length():
-    """No part of an epoch is of long or short sequences, nor without padding is a batch."""
+    """No part of an epoch has mainly long or short sequences. Without padding, neither has a batch."""
     lengths = uniform(6000)
     mean = lambda batch: sum(lengths[i] for i in batch) / len(batch)
     for padded in (False, True):
@@ -191,7 +191,7 @@ def test_lengths_as_numpy_and_tensor():
 
 
 def check(batch, **expected):
-    """The same entries, values, dtypes and kinds."""
+    """The batch has the expected entries, values, dtypes and types."""
     assert batch.keys() == expected.keys()
     for name, value in expected.items():
         if isinstance(value, int):
@@ -352,7 +352,7 @@ def test_token_labels_must_be_one_a_token():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_loader(workers):
-    """Whatever the epoch, the loader brings the sampler's batches."""
+    """The loader returns the sampler's batches in every epoch."""
     lengths = random.Random(1).choices(range(1, 20), k=40)
     dataset = [dict(input_ids=[i] * length, label=i) for i, length in enumerate(lengths)]
     sampler = TokenBudgetSampler(lengths, 64)
@@ -372,7 +372,7 @@ def test_loader(workers):
 @torch.no_grad()
 @pytest.mark.parametrize("head", ["SequenceClassification", "QuestionAnswering"])
 def test_what_models_make_of_it(head):
-    """The mean of the losses of the sequences alone, without the padding that they came with."""
+    """The loss of a packed batch is the mean of the losses of its sequences alone, without padding."""
     model, inputs = build("v3", "For" + head), tokens("left", 20)
     features = [{name: x[row] for name, x in inputs.items()} for row in range(3)]
     alone = []
@@ -389,7 +389,7 @@ def test_what_models_make_of_it(head):
 
 
 def test_pickled():
-    """As workers that are spawned get it."""
+    """Spawned workers get the collator and the sampler by pickle."""
     collator = pickle.loads(pickle.dumps(PackedCollator(token_labels=False)))
     assert collator([dict(input_ids=[1, 2], labels=[0, 1])])["labels"].shape == (1, 2)
     sampler = TokenBudgetSampler(uniform(20), 1024)
@@ -408,7 +408,7 @@ def prepared(processes, rank, dispatch):
 
 
 def told(sampler, loader):
-    """Sequences of each batch that the loader gives."""
+    """The sequences of each batch of the loader."""
     return [x["input_ids"].unique().tolist() for x in loader]
 
 
@@ -422,7 +422,7 @@ def of_epoch(epoch, processes=1, rank=0):
 
 @pytest.mark.parametrize("processes, rank, dispatch", [(1, 0, False), (2, 0, False), (2, 1, False), (1, 0, True)])
 def test_loaders_of_accelerate_tell_the_epoch(processes, rank, dispatch):
-    """Each for itself one after the other, as it is told, and after some batches are skipped."""
+    """A loader counts epochs by itself, takes a given epoch, and tells the sampler also if batches are skipped."""
     pytest.importorskip("accelerate")
     from accelerate.data_loader import skip_first_batches
 
@@ -430,14 +430,14 @@ def test_loaders_of_accelerate_tell_the_epoch(processes, rank, dispatch):
     assert [told(sampler, loader) for _ in range(3)] == [of_epoch(epoch, processes, rank) for epoch in range(3)]
     loader.set_epoch(7)
     assert told(sampler, loader) == of_epoch(7, processes, rank)
-    # resumed: nothing has told the sampler of the third epoch
+    # resumed: the new sampler does not know the epoch yet
     sampler, loader = prepared(processes, rank, dispatch)
     late = skip_first_batches(loader, 2)
     late.set_epoch(3)
     assert told(sampler, late) == of_epoch(3, processes, rank)[2:]
     loader.set_epoch(4)
     assert told(sampler, loader) == of_epoch(4, processes, rank)
-    # and without them, as its owner says
+    # without a loader, the sampler takes the epoch that its user sets
     sampler.set_epoch(9)
     assert [sorted(batch) for batch in sampler] == of_epoch(9)
 

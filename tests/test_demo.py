@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo.py"
 
-# A mutant: the row of the position table one further on, in every call of the patched model.
+# A mutant: every call of the patched model reads the position table one row off.
 ONE_ROW_OFF = """
 import runpy, sys
 sys.path.insert(0, sys.argv[1])

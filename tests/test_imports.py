@@ -1,4 +1,4 @@
-"""Imports follow the data: nothing imports what lies above it, and torch alone is enough."""
+"""Modules import only modules of lower rank, and importing the package needs only torch."""
 
 import ast
 import subprocess
@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "deberta_fast"
 # From the bottom up; a module may import those before it. Backends share a rank: none imports another.
 RANKS = [
     {"_interrupt"},
-    # op: the operator knows no model
+    # op: the operator does not depend on models
     {"op.relative_position", "op.dropout"},
     {"op.call"},
     {"op.backends.extension", "op.backends.gpu"},
@@ -66,7 +66,8 @@ RANKS = [
     {"cli", "hf"},
     {"__main__", ""},
 ]
-# What a folder's or a module's functions import when they run; not when they are imported, as the tests below show.
+# Packages that the functions of a folder or module import when they run. The import of the module itself does not need
+# them, as the tests below show.
 LATE = {
     "op.backends.triton": {"triton"},
     "checkpoint": {"huggingface_hub", "h5py", "numpy", "safetensors"},
@@ -100,7 +101,7 @@ def imported(name, path):
                 yield "own", ".".join([*base, node.module])
             else:
                 names = (".".join([*base, alias.name]) for alias in node.names)
-                yield from (("own", name) for name in names if name in RANK)  # and not __version__
+                yield from (("own", name) for name in names if name in RANK)  # this excludes __version__
 
 
 @pytest.mark.parametrize("name, path", list(modules()), ids=lambda x: x if isinstance(x, str) else "")
@@ -126,7 +127,7 @@ def test_arrows(name, path):
     ],
 )
 def test_import_without(absent):
-    """In a fresh interpreter that cannot find them."""
+    """A fresh interpreter that cannot find these packages imports and uses deberta_fast."""
     code = f"""
 import sys
 class Absent:
@@ -151,7 +152,7 @@ def test_import_brings_neither_triton_nor_transformers():
 
 
 def test_import_takes_little_longer_than_torchs():
-    """1.3 times at most; of a few tries in turn the fastest, since a busy machine slows any of them."""
+    """It takes at most 1.3 times as long. The fastest of a few tries counts, since a busy machine slows some."""
     code = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
     seconds = {"torch": [], "deberta_fast": []}
     for _ in range(4):
@@ -162,7 +163,7 @@ def test_import_takes_little_longer_than_torchs():
 
 
 def test_torch_sentencepiece_and_safetensors_are_enough(tmp_path):
-    """For a model, its tokenizer and a pipeline, loaded and saved; NumPy is what safetensors writes with."""
+    """They load, save and run a model, its tokenizer and a pipeline. safetensors needs NumPy to write files."""
     pytest.importorskip("sentencepiece")
     from native_models import build
     from tokenizer_files import spm_folder

@@ -1,4 +1,4 @@
-"""The snippets of README and docs run, and the files that they name are there."""
+"""The snippets of README and docs run, and the files that they link to exist."""
 
 import json
 import re
@@ -26,7 +26,7 @@ SNIPPETS = {
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Where the folder is that the snippets call "checkpoint"."""
+    """The directory in which the snippets run; it contains the folder that they call "checkpoint"."""
     tokenizer = DebertaV2TokenizerFast.from_pretrained(spm_folder())
     tokenizer.save_pretrained(tmp_path / "checkpoint")
     model = build("v3", "ForSequenceClassification", vocab_size=len(tokenizer), num_labels=3)

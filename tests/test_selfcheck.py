@@ -1,4 +1,4 @@
-"""``check``: what it reports, and that it reports what is so."""
+"""The reports of ``check``: their contents, and whether they are true."""
 
 import json
 import platform
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(cpu.NOT_LOADED is not None, reason=str(cpu.NOT_L
 
 @pytest.fixture(scope="module")
 def report():
-    """All kinds of calls in one dtype, with small shapes to time."""
+    """A report on all kinds of calls in one dtype, with times of small shapes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed, "SHAPES", {"short": (2, 16), "long": (1, 128)})
         return deberta_fast.check("cpu", head_size=16, dtypes=(torch.bfloat16,))
@@ -55,7 +55,7 @@ def test_the_table_and_json(report):
 
 
 def test_readme_shows_what_is_printed(report):
-    """But for figures and the machine's own words."""
+    """The lines are the same, except for numbers and the description of the machine."""
     block = (ROOT / "README.md").read_text().partition("```text\n")[2].partition("```")[0].splitlines()
     wording = report._replace(shapes={"short": (8, 128), "long": (1, 2048)}, head_size=64)
     shown, printed = ({line[:13].strip(): line for line in lines} for lines in (block, str(wording).splitlines()))
@@ -73,7 +73,7 @@ def test_the_instruction_set_is_put_back(monkeypatch):
 
 
 def test_another_instruction_set_is_used(monkeypatch):
-    """Else every row would be of the same kernels."""
+    """Otherwise all rows of a report would be about the same kernels."""
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 1, 200, 64)
     bits = set()
@@ -96,7 +96,7 @@ def test_command_line(capsys, monkeypatch):
 
 
 def test_as_a_newcomer_calls_it():
-    """In a process of its own, with nothing imported."""
+    """It runs in a process of its own, where nothing is imported yet."""
     run = [sys.executable, "-W", "error", "-m", "deberta_fast", "check", "--device", "cpu", "--quick"]
     done = subprocess.run([*run, "--head-size", "16"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and not done.stderr, done.stderr
@@ -123,7 +123,7 @@ def test_no_such_dtype():
         deberta_fast.check("cpu", dtypes=(torch.float64,))
 
 
-# On an accelerator, for which the CPU stands in
+# On an accelerator; the CPU stands in for it
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_what_a_process_will_take(accelerator, recwarn):
     accelerator()
     report = quick()
     assert report.passed and report.taken == {"bfloat16": "triton: the fastest that passed"}
-    accelerator(triton=StandIn(FAULTS["an exception"][0]))  # and asked again, it looks again
+    accelerator(triton=StandIn(FAULTS["an exception"][0]))  # a second call checks the backends again
     report = quick()
     assert report.passed and report.taken == {"bfloat16": "cuda: the fastest that passed"}
     (failed,) = (row for row in report.rows if row.failure)
@@ -158,7 +158,7 @@ def test_times_of_an_accelerator(accelerator, monkeypatch):
     monkeypatch.setattr(speed, "SHAPES", {"short": (2, 16), "long": (1, 128)})
     accelerator(cuda=StandIn(FAULTS["a NaN"][0]))
     rows = {row.name: row for row in deberta_fast.check("cpu", head_size=16, dtypes=(torch.bfloat16,)).rows}
-    assert list(rows) == ["cuda", "triton", "eager", "SDPA"]  # and no CPU's
+    assert list(rows) == ["cuda", "triton", "eager", "SDPA"]  # no row is about the CPU kernels
     assert rows["triton"].problems == 19 and rows["cuda"].problems < 19
     assert [name for name, row in rows.items() if row.milliseconds] == ["triton", "eager", "SDPA"]
 

@@ -4,7 +4,7 @@ import warnings
 import pytest
 from poison import restore_empty_memory
 
-# Before any of the packages is imported: models and tokenizers come from folders that the tests make.
+# This must precede the imports of the packages. Models and tokenizers come from folders that the tests write.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 # The weights of some client models depend on memory that their own code has not written.
@@ -13,7 +13,7 @@ restore_empty_memory()
 
 @pytest.fixture(autouse=True)
 def nothing_falls_back():
-    """A patched model that warns that it runs Hugging Face's own code would agree with it without being tested."""
+    """Warnings of a fallback are errors, because a model that runs Hugging Face's own code always agrees with it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="deberta_fast: running Hugging Face's own")
         yield
@@ -23,8 +23,9 @@ def nothing_falls_back():
 def same_when_patched(fused_calls):
     """same_when_patched(build, run, tolerance=..., **options): ``run(build())`` gives the same with the model patched.
 
-    ``options`` are of ``patch``. ``build`` returns what has a DeBERTa in it, or that in a wrapper that is no module
-    and the module; ``run`` returns tensors and numbers, in dicts and lists, or what must be equal.
+    ``options`` are those of ``patch``. ``build`` returns a module that contains a DeBERTa, or a pair: a client that is
+    not a module, and the module in it. ``run`` returns tensors and numbers in dicts and lists; anything else in them
+    must be equal.
     """
     from tiny import TOLERANCE, assert_close
     from transformers import set_seed

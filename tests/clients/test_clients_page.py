@@ -24,7 +24,7 @@ def test_snippet_runs(name, tmp_path, monkeypatch, fused_calls):
     set_seed(0)
     names = {"__name__": "snippet"}
     exec(SNIPPETS[name], names)
-    if name in ("PEFT", "torchao"):  # they only make a model
+    if name in ("PEFT", "torchao"):  # these snippets do not run the model
         names["model"](input_ids=torch.tensor([[1, 7, 8, 2]]))
     assert fused_calls
 

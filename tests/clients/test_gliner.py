@@ -37,7 +37,7 @@ def build(**settings):
 
 
 def training_batch(model):
-    set_seed(0)  # it draws types that a text lacks
+    set_seed(0)  # the collator draws entity types that a text lacks
     return model._create_data_collator()(DATA)
 
 
@@ -50,7 +50,7 @@ def logits_and_entities(model):
 
 
 def loss_and_gradients(model):
-    """In float64: in float32, a ReLU of the heads may round to either side of its bend, here and there."""
+    """Runs in float64. In float32, rounding may move the input of a ReLU in the heads across zero."""
     outputs = model.double().train()(**training_batch(model))
     outputs.loss.backward()
     return {"logits": outputs.logits.detach(), "loss": outputs.loss.item(), "gradients": gradients(model)}
@@ -75,7 +75,7 @@ def test_fused_layers_average_over_padding(options, run, same_when_patched):
 
 @options
 def test_packed_inference(options, same_when_patched):
-    """GLiNER's own packing: several texts a row, apart by a mask of pairs."""
+    """GLiNER's own packing puts several texts into a row and separates them by a pairwise mask."""
     packing = InferencePackingConfig(max_length=60, streams_per_batch=1)
 
     def run(model):

@@ -36,7 +36,7 @@ def build(kind="span"):
 
 
 def ordered(result):
-    """Without the order of candidates of equal confidence."""
+    """Sorts all lists, because candidates of equal confidence have no fixed order."""
     if isinstance(result, dict):
         return {key: ordered(value) for key, value in result.items()}
     return sorted((ordered(x) for x in result), key=str) if isinstance(result, list) else result

@@ -71,7 +71,7 @@ def test_patched(name, options, tmp_path, same_when_patched):
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @options
 def test_patched_in_bfloat16(precision, options, tmp_path, same_when_patched):
-    run = lambda module: trained(module, tmp_path, precision)["losses"][:2]  # later ones have other weights
+    run = lambda module: trained(module, tmp_path, precision)["losses"][:2]  # later steps have other weights
     same_when_patched(lambda: build(transformers), run, tolerance=BF16, **options)
 
 
@@ -79,7 +79,7 @@ def test_patched_in_bfloat16(precision, options, tmp_path, same_when_patched):
 def test_native(name, tmp_path):
     expected = trained(build(transformers, name), tmp_path, accumulate_grad_batches=2, gradient_clip_val=1.0)
     got = trained(build(deberta_fast, name), tmp_path, accumulate_grad_batches=2, gradient_clip_val=1.0)
-    del expected["weights"], got["weights"]  # of other names
+    del expected["weights"], got["weights"]  # their names differ
     assert_close(got, expected, TRAINED)
 
 

@@ -1,4 +1,4 @@
-"""What reads rows of padding: pooling without a mask, a first token behind left padding, losses over all rows."""
+"""Code that reads rows of padding: pooling without a mask, a first token behind left padding, losses over all rows."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from tiny import batch, folder, gradients, models, names
 
 import deberta_fast
 
-# Of hidden states alone, patch cannot know who reads them.
+# patch cannot know which rows of hidden states are read, so pooling is tested with options that keep all rows.
 ALL_ROWS = [{}, {"unpad": True, "padding_rows": "hf"}]
 HEADS = {
     "ForSequenceClassification": {"labels": torch.tensor([0, 1, 1, 0])},
@@ -40,7 +40,7 @@ def test_pooling_over_all_rows(name, side, pool, options, same_when_patched):
 def loss_of_all_rows(name, head, side, model):
     inputs = batch(name, side, **HEADS[head])
     if head == "ForTokenClassification":
-        inputs["labels"] = inputs["input_ids"] % 2  # of padding too
+        inputs["labels"] = inputs["input_ids"] % 2  # also at padding
     outputs = model(**inputs)
     outputs.loss.backward()
     return outputs

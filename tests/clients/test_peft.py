@@ -12,7 +12,7 @@ TARGETS = {
     "v2": ["query_proj", "value_proj", "pos_key_proj", "dense"],
     "v3": ["query_proj", "key_proj", "value_proj"],
 }
-# Adapters of these see rows of texts alone. Hugging Face's own batches of mixed adapters fail on the table's rows.
+# These layers see only rows of texts. PEFT's mixed adapters fail on layers that also project the position table.
 OF_TEXTS_ALONE = {"v1": ["in_proj", "dense"], "v2": ["query_proj", "value_proj"], "v3": ["value_proj", "dense"]}
 LABELS = torch.tensor([0, 2, 1, 0])
 
@@ -22,7 +22,7 @@ def base(name="v3"):
 
 
 def adapted(model, targets, adapters=("default",)):
-    """With adapters that are no longer zero."""
+    """The model with adapters that differ from zero."""
     config = peft.LoraConfig(target_modules=targets, r=4, lora_alpha=8, task_type="SEQ_CLS")
     adapters, others = adapters[0], adapters[1:]
     model = peft.get_peft_model(model, config, adapter_name=adapters)
@@ -60,9 +60,9 @@ def test_patch_then_lora(name, options, same_when_patched):
 @models
 @torch.no_grad()
 def test_adapters_come_and_go(name, options, same_when_patched):
-    """Each step changes weights under the projected tables that are kept in inference."""
+    """Each step changes weights of the projected tables that inference keeps."""
     if options.get("constant_weights"):
-        options = {"unpad": True}  # merging writes through .data
+        options = {"unpad": True}  # merging writes through .data, and constant_weights forbids that
 
     def run(model):
         logits = lambda: model(**batch(name)).logits

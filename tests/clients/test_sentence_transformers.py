@@ -57,7 +57,7 @@ def test_sentence_encoder(name, pooling, options, same_when_patched):
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 @options
 def test_left_padding(pooling, options, same_when_patched):
-    """The pooled first token is then the first of the text: pooling looks at the mask."""
+    """Pooling reads the mask, so it takes the first token of the text and not the first row."""
     run = lambda model: model.encode(TEXTS, convert_to_tensor=True)
     same_when_patched(lambda: sentence_encoder(pooling=pooling, side="left"), run, **options)
 

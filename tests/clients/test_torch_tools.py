@@ -1,4 +1,4 @@
-"""Tools of torch that GLiNER and others use, and what Hugging Face's own DeBERTa v1 cannot do."""
+"""TorchScript and torchinfo on patched models, and v1 in half precision, where Hugging Face's own code fails."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def inputs(name):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 def test_traced_saved_and_loaded(name, options, tmp_path):
     model = hf(name)
-    others = [x.flip(0) for x in inputs(name)]  # padded in other places than what was traced
+    others = [x.flip(0) for x in inputs(name)]  # their padding is in other places than in the traced inputs
     expected = [Logits(model)(*x).detach() for x in (inputs(name), others)]
     traced = torch.jit.trace(Logits(patch(model, **options)), inputs(name), check_trace=False)
     torch.jit.save(traced, tmp_path / "model.pt")
@@ -64,7 +64,7 @@ def test_torchinfo(name, options, device):
 @options
 @torch.no_grad()
 def test_v1_in_half_precision(dtype, options):
-    """Loading casts all but q_bias and v_bias, and Hugging Face's own code fails then."""
+    """Loading casts all weights except q_bias and v_bias, and Hugging Face's own code then fails."""
     model, arguments = hf("v1", dtype=dtype), batch("v1")
     assert model.deberta.encoder.layer[0].attention.self.q_bias.dtype == torch.float32
     expected = hf("v1")(**arguments).logits

@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torchao")
 CONFIGS = [Int8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig]
-# Rounding of a later digit moves activations by a whole step of their 8 bits.
+# A rounding difference can move activations by a whole step of their 8 bits.
 BOUNDS = {Int8WeightOnlyConfig: TOLERANCE, Int8DynamicActivationInt8WeightConfig: 4 / 127}
 configs = pytest.mark.parametrize("config", CONFIGS, ids=lambda x: x.__name__)
 
@@ -36,7 +36,7 @@ def test_quantised_then_patched(name, config, options, same_when_patched):
 @torch.no_grad()
 def test_patched_then_quantised(name, config, options, same_when_patched):
     def run(model):
-        model(**batch(name))  # tables of the weights before are kept
+        model(**batch(name))  # inference keeps tables of the weights before quantisation
         quantize_(model, config())
         return model(**batch(name)).logits
 

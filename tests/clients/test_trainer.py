@@ -100,7 +100,7 @@ def test_patched_checkpoints_resume_and_load(name, tmp_path):
 
 @pytest.mark.parametrize("name, head", [("v1", HEADS[0]), ("v3", HEADS[0]), ("v3", HEADS[1])])
 def test_native(name, head, tmp_path):
-    """As Hugging Face's model learns, with its tokenizer; what it saves loads in both libraries."""
+    """A native model has the losses of Hugging Face's model, and its checkpoints load in both libraries."""
     expected = trained(trainer(hf(name, head), name, tmp_path / "hf", head))
     made = trainer(native(name, head), name, tmp_path / "native", head)
     got = trained(made)

@@ -1,4 +1,4 @@
-"""Folders of small random DeBERTas with real tokenizers, and the comparison of what came out."""
+"""Folders of small random DeBERTas with real tokenizers, and the comparison of results."""
 
 import functools
 import tempfile
@@ -10,16 +10,16 @@ import torch
 import transformers
 from tokenizer_files import byte_level_folder, spm_folder
 
-# float32 sums of the same terms in another order, through two layers and back; see assert_close.
+# For float32 sums of the same terms in another order, forward and backward through two layers; see assert_close.
 TOLERANCE = 1e-5
-# After steps of training. Trainers get SGD: Adam divides by the size of gradients that are zero but for rounding.
+# For results after training steps. Trainers get SGD: Adam scales up gradients that are zero except for rounding.
 TRAINED = 1e-4
 
 NAMES = ["v1", "v2", "v3"]
 names = pytest.mark.parametrize("name", NAMES)
 OPTIONS = {"padded": {}, "unpad": {"unpad": True}, "constant": {"unpad": True, "constant_weights": True}}
 options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-# Every model and every way to patch, though not each with each.
+# Every model and all options, but not all combinations.
 MODELS_AND_OPTIONS = ["v1-padded", "v1-constant", "v2-unpad", "v3-padded", "v3-unpad", "v3-constant"]
 models = pytest.mark.parametrize(
     "name, options", [(x[:2], OPTIONS[x[3:]]) for x in MODELS_AND_OPTIONS], ids=MODELS_AND_OPTIONS
@@ -40,16 +40,16 @@ def _temporary() -> tempfile.TemporaryDirectory:
 
 @functools.cache
 def tokenizer(name: str = "v3"):
-    """Of transformers: byte-level BPE for v1, sentencepiece for v2 and v3."""
+    """A tokenizer of transformers: byte-level BPE for v1, sentencepiece for v2 and v3."""
     kind = transformers.DebertaTokenizerFast if name == "v1" else transformers.DebertaV2TokenizerFast
     return kind.from_pretrained(byte_level_folder() if name == "v1" else spm_folder(), model_max_length=128)
 
 
 @functools.cache
 def folder(name: str = "v3", head: str = "Model", **changes) -> str:
-    """A checkpoint as Hugging Face saves it, with its tokenizer. ``changes`` are of the configuration."""
+    """A checkpoint as Hugging Face saves it, with its tokenizer. ``changes`` are settings of the configuration."""
     path = Path(_temporary().name) / f"{name}-{head}-{len(list(Path(_temporary().name).iterdir()))}"
-    with torch.random.fork_rng():  # not to draw what a test draws after it, the first time only
+    with torch.random.fork_rng():  # only the first call draws, so it must not change what the test draws
         model = hf_models.build(name, head, vocab_size=len(tokenizer(name)), pad_token_id=0, **changes)
     model.save_pretrained(path)
     tokenizer(name).save_pretrained(path)
@@ -73,8 +73,8 @@ def weights(model: torch.nn.Module) -> dict:
 def assert_close(got, expected, tolerance: float = TOLERANCE) -> None:
     """Compares tensors and numbers in dicts, lists and tuples; anything else must be equal.
 
-    Errors are relative to a tensor's largest value, or to a twentieth of the largest beside it in its dict or list
-    where that is more: some gradients are zero but for rounding.
+    Errors are relative to a tensor's largest value, or to a twentieth of the largest value in its dict or list if that
+    is more: some gradients are zero except for rounding.
     """
     _assert_close(got, expected, tolerance, 0.0, "")
 

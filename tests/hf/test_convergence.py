@@ -1,6 +1,7 @@
 """A patched model learns as well as an unpatched one: both end at the same loss on real text.
 
-The models predict masked characters, for which they need the neighbours' and their order: attention with positions.
+The models predict masked characters. For this they need the neighbouring characters and their order: attention with
+positions.
 
 Each seed draws other weights, batches, masks and dropout. Patched and unpatched models get the same draws, except that
 the fused operator draws its own dropout. Their losses after 200 steps may differ as much as those of unpatched models
@@ -19,7 +20,7 @@ transformers = pytest.importorskip("transformers")
 
 VOCABULARY, LENGTH, BATCH, STEPS = 128, 48, 16, 200
 SEEDS = (1, 2, 3)
-PAD, MASK = 0, 1  # control characters, which the text has not
+PAD, MASK = 0, 1  # control characters, which do not occur in the text
 
 
 @functools.cache
@@ -49,7 +50,7 @@ def losses(seed: int, patched: bool) -> torch.Tensor:
         vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
         max_position_embeddings=64, relative_attention=True, position_buckets=16, max_relative_positions=64,
         pos_att_type=["c2p", "p2c"], share_att_key=True, norm_rel_ebd="layer_norm", position_biased_input=False,
-        type_vocab_size=0, pad_token_id=PAD, initializer_range=0.1,  # with 0.02 they need more steps to look around
+        type_vocab_size=0, pad_token_id=PAD, initializer_range=0.1,  # with 0.02 they need more steps to learn to attend
     )  # fmt: skip
     model = transformers.DebertaV2ForMaskedLM(config).train()
     if patched:

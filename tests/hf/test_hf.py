@@ -27,7 +27,7 @@ def test_outputs_and_all_gradients(case, fused_calls):
     run = lambda model: [results(model, inputs) for inputs in draws]
     exact_model = copy.deepcopy(model).double()
     exact, eager, got = run(exact_model), run(model), run(patch(model))
-    assert len(fused_calls) == 2 * len(draws)  # one a layer
+    assert len(fused_calls) == 2 * len(draws)  # one per layer
     trained = [name for name, grad in exact[0][1].items() if grad is not None]
     assert [name for name, grad in got[0][1].items() if grad is not None] == trained
     assert_as_precise(*([outputs for outputs, _ in runs] for runs in (got, eager, exact)))
@@ -46,7 +46,7 @@ def test_bfloat16_model(name):
 @pytest.mark.parametrize("name", ["v1", "v3"])
 def test_autocast(name, fused_calls):
     model, inputs = build(name), tokens()
-    # By a bfloat16 model: Hugging Face's v1 raises under autocast, since float32's lowest number overflows bfloat16.
+    # eager is a bfloat16 model: Hugging Face's v1 raises under autocast, as float32's lowest number overflows bfloat16.
     exact, eager = results(copy.deepcopy(model).double(), inputs), results(copy.deepcopy(model).bfloat16(), inputs)
     with torch.autocast("cpu", torch.bfloat16):
         got = results(patch(model), inputs)
@@ -114,7 +114,7 @@ FALLBACKS = {
 @pytest.mark.parametrize("reason", FALLBACKS)
 def test_what_is_not_fused_is_the_original_and_warns_once(reason, fused_calls):
     name, changes, call = FALLBACKS[reason]
-    model, inputs = build(name, **changes).double(), tokens("left")  # whose linear layers and norms stay torch's
+    model, inputs = build(name, **changes).double(), tokens("left")  # float64: linear layers and norms stay torch's
     expected = call(model, inputs)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -131,7 +131,7 @@ def test_what_is_not_fused_is_the_original_and_warns_once(reason, fused_calls):
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 @pytest.mark.parametrize("name", ["v1", "v3"])
 def test_gradient_checkpointing(name, reentrant, dropout):
-    """The same gradients as without, also with dropout, whose masks the second forward must make again."""
+    """Gradients are the same as without, also with dropout: the second forward must draw the same dropout masks."""
     model = build(name, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout).double().train()
     torch.manual_seed(0)
     expected = results(patch(model), tokens())
@@ -167,7 +167,7 @@ def test_dropout_follows_the_seed_and_is_unbiased():
 
 @pytest.mark.parametrize("name", ["v1", "v2", "v3"])
 def test_nothing_is_quadratic_in_the_length(name):
-    """Shapes ending in (523, 523) among the operands of all operators, those inside the fused one included."""
+    """No operand of any operator has a shape that ends in (523, 523), also inside the fused operator."""
     model, inputs = build(name, max_position_embeddings=600), tokens("holes", length=523)
 
     def quadratic_shapes():
@@ -176,7 +176,7 @@ def test_nothing_is_quadratic_in_the_length(name):
         return {tuple(x) for event in profile.events() for x in event.input_shapes or [] if x[-2:] == [523, 523]}
 
     assert {(2, 1, 523, 523), (1, 523, 523)} <= quadratic_shapes()
-    patch(model, "eager")  # which takes 512 queries at a time
+    patch(model, "eager")  # it takes 512 queries at a time
     assert not quadratic_shapes()
 
 

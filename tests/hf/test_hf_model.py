@@ -14,7 +14,8 @@ V3 = dict(
     hidden_size=768, num_attention_heads=12, intermediate_size=3072, position_buckets=256, share_att_key=True,
     norm_rel_ebd="layer_norm", pos_att_type="p2c|c2p", position_biased_input=False, pooler_hidden_act="gelu",
 )  # fmt: skip
-# Widths, heads and switches of the public checkpoints; vocabulary and depth are cut, save where depth is the difference
+# Widths, heads and switches of the public checkpoints, with a small vocabulary. Depth is cut, except where only depth
+# differs.
 SHAPES = {
     "v1-base": (
         "Deberta",
@@ -60,7 +61,7 @@ SWITCHES = {
 
 
 def pair(name, head, folder, **changes):
-    """Hugging Face's model, random, and ours of what it saves."""
+    """A random model of Hugging Face, and the native model loaded from its checkpoint."""
     prefix, values = {**SHAPES, **SWITCHES}[name]
     values = dict(vocab_size=70, relative_attention=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0) | {
         **values,
@@ -83,7 +84,7 @@ def assert_close(got, expected, what):
 
 
 def assert_equal_results(theirs, ours, inputs):
-    """Everything that is returned, rows of padding among it, and the gradients of a loss by all parameters."""
+    """Compares all outputs, rows of padding included, and the gradients of all parameters."""
     expected, got = theirs(**inputs), ours(**inputs)
     assert list(got) == list(expected)
     objective = []
@@ -110,7 +111,7 @@ def assert_equal_results(theirs, ours, inputs):
     assert own.keys() == expected.keys()
     largest = max(x.abs().max() for x in expected.values())
     for name, gradient in own.items():
-        # of a key's bias the gradient is zero: a softmax does not see it
+        # the gradient of a key's bias is zero, because a softmax does not see it: the largest gradient is the scale
         bound = 1e-5 * max(largest.item(), 1.0)
         error = (gradient - expected[name]).abs().max().item()
         assert error <= bound, f"gradient of {name}: {error:.2e} of {bound:.2e}"
@@ -122,7 +123,7 @@ def assert_hf_loads(ours, theirs, folder):
     assert not any(info[x] for x in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     expected = theirs.state_dict()
     for name, x in again.state_dict().items():
-        # Untied, Hugging Face adds decoder.bias, and has this one besides
+        # An untied model of Hugging Face adds decoder.bias and does not use this one
         unused = name == "cls.predictions.bias" and not ours.config.tie_word_embeddings
         assert unused or torch.equal(x, expected[name]), name
 
@@ -133,7 +134,7 @@ def test_public_shapes(name, tmp_path):
     theirs, ours = pair(name, "ForMaskedLM", tmp_path / "theirs")
     inputs = tokens(
         "right", length=600 if name in ("v1-base", "mdeberta") else 70
-    )  # 600 is far, with and without buckets
+    )  # 600 is beyond the table, with and without buckets
     labels = inputs["input_ids"].masked_fill((inputs["input_ids"] % 7 > 0) | (inputs["attention_mask"] == 0), -100)
     assert_equal_results(theirs, ours, dict(inputs, labels=labels, output_hidden_states=True))
     assert_hf_loads(ours, theirs, tmp_path / "ours")
@@ -220,7 +221,7 @@ def test_attentions_and_tuples(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["v1", "v3"])
 def test_defaults_of_the_configuration(name):
-    """Where both know a value, they start from the same."""
+    """Settings that both libraries have start with the same default."""
     prefix = SWITCHES[name][0]
     theirs = getattr(transformers, prefix + "Config")()
     ours = getattr(deberta_fast, prefix + "Config")()
@@ -231,7 +232,7 @@ def test_defaults_of_the_configuration(name):
 
 
 def test_dropout_in_training(tmp_path):
-    """Where Hugging Face drops: the mean and the deviation of what training sees agree."""
+    """Dropout acts where Hugging Face's does: mean and deviation of the logits in training agree."""
     theirs, ours = pair("v3", "ForSequenceClassification", tmp_path, hidden_dropout_prob=0.3, num_labels=3)
     inputs = tokens("absent", length=12)
     results = []
@@ -245,7 +246,7 @@ def test_dropout_in_training(tmp_path):
 
 
 def test_trainer(tmp_path):
-    """Hugging Face's Trainer takes a native model, and what it saves is loaded."""
+    """Hugging Face's Trainer trains a native model, and the checkpoint that it saves loads."""
     prefix, values = SWITCHES["v1"]
     model = deberta_fast.DebertaForSequenceClassification(
         deberta_fast.DebertaConfig(**values, vocab_size=70, relative_attention=True, num_labels=3)

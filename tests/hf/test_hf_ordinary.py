@@ -1,4 +1,4 @@
-"""Modules that are more than Hugging Face's or torch's own: hooks run, overridden methods count, one warning tells."""
+"""Modules with hooks or overridden methods: patched models run them, and warn once if attention is not fused."""
 
 import copy
 import warnings
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("exact_hf")
 
 
 def compared(model, inputs, warns):
-    """A changed model, patched and not: outputs, gradients, and the one warning about a fallback where there is one."""
+    """Compares a changed model with and without patch: outputs, gradients, and the number of warnings of a fallback."""
     expected = results(unpatch(model), inputs)
     patch(model)
     with warnings.catch_warnings(record=True) as messages:
@@ -149,7 +149,7 @@ def test_overridden_methods(name, method, on):
 
 @pytest.mark.parametrize("method", ["disentangled_attention_bias", "get_rel_pos"])
 def test_methods_replaced_in_hugging_faces_class(method, monkeypatch):
-    """Also behind a first call."""
+    """The patched model sees a method that is replaced after its first call."""
     model = build("v3").double()
     compared(model, tokens("right"), 0)
     own = type(model.encoder) if method in ENCODER else type(model.encoder.layer[0].attention.self)
@@ -170,7 +170,7 @@ def test_a_forward_replaced_in_hugging_faces_class(monkeypatch):
 @pytest.mark.parametrize("name", ["v1", "v3"])
 @pytest.mark.parametrize("part", ["layer", "attention"])
 def test_layers_with_a_forward_of_their_own(name, part):
-    """They may read the masks and distances that the fused path does not make."""
+    """They may read the masks and distances that the fused path does not compute."""
     model = build(name).double()
     module = model.encoder.layer[1] if part == "layer" else model.encoder.layer[1].attention
     own = type(module)
@@ -203,7 +203,7 @@ def test_wrappers_of_torch_are_fused(fused_calls):
 
 
 def test_buckets_that_number_no_distances():
-    """Hugging Face computes numbers all the same."""
+    """Hugging Face's formula is not defined for these settings, but its code returns numbers."""
     model = build("v3", position_buckets=8, max_relative_positions=5).double()
     (told,) = compared(model, tokens("right"), 1)
     assert "max_relative_positions at least position_buckets // 2 + 2" in told

@@ -1,4 +1,4 @@
-"""Packed sequences through patched models: token by token what the padded batch gives in Hugging Face's models."""
+"""Packed sequences through patched models: every token gets the result of the padded batch in Hugging Face's models."""
 
 import copy
 import inspect
@@ -50,13 +50,13 @@ def test_outputs_losses_and_gradients(name, head):
         got = patch(model, **options)(**packed, output_hidden_states=True)
         assert list(got) == list(expected) and type(got) is type(expected)
         if options.get("padding_rows") == "zeros":
-            continue  # whose rows of holes, and a loss that reads padding, are others
+            continue  # rows of holes, and losses that read padding, differ with zeros
         for key in expected.keys() - {"hidden_states"}:
             torch.testing.assert_close(got[key], kept(expected[key]), rtol=0, atol=1e-9, msg=key)
         for x, y in zip(got.hidden_states, expected.hidden_states, strict=True):
             torch.testing.assert_close(x, kept(y), rtol=0, atol=1e-9)
         if head == "Model":
-            continue  # whose sum over tokens is not that over the batch
+            continue  # the sum over tokens is not the sum over the padded batch
         gradients, expected_gradients = gradients_of(model, loss(got)), None
         unpatch(model)
         expected_gradients = gradients_of(model, loss(model(**padded)))
@@ -71,7 +71,7 @@ def test_layers_see_tokens():
     model, (padded, packed) = patch(build("v3")), batches_of("Model")
     seen = shapes_seen(model)
     model(**packed)
-    rows = int(WITHIN.sum()) + 5  # a row for the padding of each of five sequences
+    rows = int(WITHIN.sum()) + 5  # one row of padding for each of five sequences
     assert seen == [(rows, 64)] * 2
     seen.clear()
     model(**padded)
@@ -133,7 +133,7 @@ def test_wrappers_signatures_and_copies():
 
 
 def test_distributed(tmp_path):
-    """Through the wrapper: two processes' halves give the whole batch's gradient. One process here, with its hooks."""
+    """The wrapper's hooks reduce the gradients of packed sequences. The test runs it in one process."""
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:

@@ -1,4 +1,4 @@
-"""Rows of padding, where something reads them: losses, first tokens behind left padding, pooling over all positions."""
+"""Rows of padding that something reads: losses, first tokens behind left padding, pooling over all positions."""
 
 import warnings
 
@@ -42,7 +42,7 @@ HEADS = {
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_of_patched_models(name, head, layout):
-    """Labels of padding count here as much as any."""
+    """Labels at padding count like all others in these losses."""
     model, inputs = build(name, head).double(), batch_of(layout) | HEADS[head]()
     expected = unpatch(model)(**inputs)
     gradients = gradients_of(model, expected.loss)
@@ -72,7 +72,7 @@ def test_losses_of_native_models(name, head, layout, tmp_path):
 
 
 class Pooled(nn.Module):
-    """What people put on top of an encoder without a look at the mask."""
+    """Common heads on top of an encoder that ignore the mask."""
 
     def __init__(self, model):
         super().__init__()
@@ -102,7 +102,7 @@ def test_pooling_over_all_positions(name, layout):
 @pytest.mark.parametrize("shape", ["rows that see nothing", "keys of all alike", "a head each"])
 @pytest.mark.parametrize("name", NAMES)
 def test_masks_of_attention_modules(name, shape):
-    """Queries that see no key, whatever the mask's form."""
+    """Queries that see no key get Hugging Face's result, for every shape of the mask."""
     attention = build(name).double().encoder.layer[0].attention.self
     states, mask = torch.randn(2, 19, 64).double(), torch.rand(2, 1, 19, 19) > 0.5
     mask[0, :, 3:5], mask[1, :, :, :] = False, False
@@ -116,13 +116,13 @@ def test_masks_of_attention_modules(name, shape):
         arguments["relative_pos"] = (places[:, None] - places)[None]
     expected = unpatch(attention)(states, mask, **arguments)[0]
     if name == "v1":
-        return  # which is not fused then, and tested elsewhere
+        return  # v1 is not fused with relative_pos, and is tested elsewhere
     torch.testing.assert_close(patch(attention)(states, mask, **arguments)[0], expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("unpad", UNPAD)
 def test_dropout_on_the_way_keeps_the_mean(unpad):
-    """Of attention's dropout, which rows of padding do without."""
+    """Attention's dropout leaves rows of padding as they are without dropout."""
     model, inputs = build("v3", attention_probs_dropout_prob=0.4, num_hidden_layers=1), batch_of("right")
     with torch.no_grad():
         exact = model.eval()(**inputs)[0]

@@ -1,4 +1,4 @@
-"""``patch`` lets backends prove themselves for a half-precision model, before the first call."""
+"""``patch`` checks the backends for a half-precision model before the first call."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ hf_models = pytest.importorskip("hf_models")
 
 @pytest.fixture
 def stand_ins():
-    """One right backend and one that is wrong."""
+    """A correct backend, triton, and a wrong one, cuda."""
     with cpu_as_accelerator(cuda=1.0, triton=1.0) as install:
         yield install(cuda=StandIn(FAULTS["a wrong slot"][0]))
 
@@ -31,11 +31,11 @@ def test_patch_decides(name, kind, stand_ins, recwarn):
     with torch.no_grad():
         model(**inputs)
     assert stand_ins.triton.calls == before + model.config.num_hidden_layers
-    assert [key[1] for key in selection._decisions] == decided  # the call was of the kind foreseen
+    assert [key[1] for key in selection._decisions] == decided  # the call was of the expected kind
 
 
 def test_patch_waits_where_nothing_is_certain(stand_ins):
-    """float32 may come under autocast; a named backend is checked by nobody."""
+    """A float32 model may run under autocast, and a backend that the user names is not checked."""
     deberta_fast.patch(hf_models.build("v3"))
     deberta_fast.patch(hf_models.build("v3").to(torch.bfloat16), "eager")
     assert not selection._decisions

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("exact_hf")
 
 
 def test_model_inside_a_wrapper(fused_calls):
-    class Spans(nn.Module):  # as GLiNER: the encoder two modules deep, a recurrent layer on top
+    class Spans(nn.Module):  # like GLiNER: the encoder is two modules deep, under a recurrent layer
         def __init__(self):
             super().__init__()
             self.token_rep_layer = nn.ModuleDict({"model": build("v3")})
@@ -97,7 +97,7 @@ def test_subclass_with_its_own_forward_keeps_it():
 
 
 def test_half_unpatched_model_is_right():
-    model, inputs = build("v3").double(), tokens(length=2)  # two rows, two tokens: no shape betrays a wrong mask
+    model, inputs = build("v3").double(), tokens(length=2)  # two rows of two tokens: wrong mask shapes raise no error
     expected = results(model, inputs)
     unpatch(patch(model).encoder.layer[0])
     with pytest.warns(UserWarning, match="not a patched one"):
@@ -206,7 +206,7 @@ ORDERS = [
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_accelerate_hooks(order, fused_calls):
-    """Hooks run and attention is fused, in whatever order hooks and patch come and go."""
+    """Hooks run and attention is fused for every order in which hooks and patch are added and removed."""
     model, inputs, calls = build("v3").double(), tokens("left"), []
     expected = results(model, inputs)
     for step in order.split():
@@ -223,7 +223,7 @@ def test_accelerate_hooks(order, fused_calls):
 
 @pytest.mark.parametrize("name", ADAPTED)
 def test_tables_kept_in_inference_follow_merged_adapters(name):
-    """Merging writes through ``.data``, which torch does not count."""
+    """Merging writes through ``.data``; torch does not count these writes."""
     peft = pytest.importorskip("peft", exc_type=ImportError)
     model, inputs = patch(build(name).double()), tokens()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""patch(unpad=...): Hugging Face's models without padding, each sequence as unpatched models compute it alone."""
+"""patch(unpad=...): without padding, each sequence gets the states that an unpatched model computes for it alone."""
 
 import copy
 import itertools
@@ -34,7 +34,7 @@ def test_every_sequence_is_as_unpatched_alone(case):
         with torch.no_grad():
             for row, start, stop in spans_of(inputs):
                 one = {key: x[row : row + 1, start:stop] for key, x in inputs.items()}
-                positions = torch.arange(start, stop)[None]  # absolute ones count from the row's start
+                positions = torch.arange(start, stop)[None]  # absolute positions count from the row's start
                 expected.append(flat(unpatch(model)(**one, position_ids=positions, output_hidden_states=True)))
             padded = flat(unpatch(model)(**inputs, output_hidden_states=True))
             for unpad, rows in itertools.product((True, "auto", False), ("hf", "zeros")):
@@ -70,7 +70,7 @@ def test_layers_see_tokens_alone():
     model, inputs = build("v2"), batch_of("holes")
     seen = shapes_seen(model)
     for options, shape in (
-        ({"unpad": True}, (75, 64)),  # with a row for the padding of each of two sequences
+        ({"unpad": True}, (75, 64)),  # the tokens, and one row of padding for each of two sequences
         ({}, (3, LENGTH, 64)),
         ({"unpad": "auto"}, (75, 64)),
         ({"unpad": True, "padding_rows": "zeros"}, (73, 64)),
@@ -87,7 +87,7 @@ def test_layers_see_tokens_alone():
     assert set(seen) == {(75, 64)}
     seen.clear()
     patch(model, unpad=True)(**batch_of([(0, 37), (0, 35)]))
-    model(**batch_of([(0, 37), (0, 36)]))  # one row of padding stands for itself
+    model(**batch_of([(0, 37), (0, 36)]))  # one row of padding is not worth packing
     assert seen == [(73, 64)] * 2 + [(2, LENGTH, 64)] * 2
 
 
@@ -213,7 +213,7 @@ def test_gradient_checkpointing(name, reentrant, dropout):
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": reentrant})
     shapes = []
-    for layer in model.encoder.layer:  # a part of the layer: hooks of what is checkpointed run once
+    for layer in model.encoder.layer:  # hooks of the checkpointed layer itself run only once
         layer.attention.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
     torch.manual_seed(0)
     assert_close(results(model, inputs), expected)
@@ -296,7 +296,7 @@ def test_compiled_models_keep_their_padding():
 
 @pytest.mark.parametrize("name", ["v1", "v2"])
 def test_layers_compile_one_by_one(name):
-    """Padding is taken out before them: they see another number of tokens each time, and are compiled twice at most."""
+    """Layers see inputs without padding, whose number of tokens varies. Each layer compiles at most twice."""
     torch._dynamo.reset()
     model, counter = patch(build(name), unpad=True), CompileCounterWithBackend("aot_eager")
     layouts = ["right", [(0, 30), (0, 7), (2, 9), (4, 22)], [(7, 30), (5, 16)]]

@@ -1,4 +1,4 @@
-"""What people pass to models and configurations, under the names that they know from Hugging Face."""
+"""Arguments and attributes of models and configurations that Hugging Face has under the same names."""
 
 import json
 
@@ -90,7 +90,7 @@ def test_files_by_kind_and_variant(folder):
 
 
 def test_shards_of_a_variant(folder, tmp_path):
-    """By the names that Hugging Face's save_pretrained(variant="fp16") gives them."""
+    """The shards have the names that Hugging Face's save_pretrained(variant="fp16") gives them."""
     model, place = build("v3"), tmp_path / "shards"
     write_tensors(model.state_dict(), place, max_shard_bytes=9000, config=model.config.to_json_string())
     index = json.loads((place / "model.safetensors.index.json").read_text())

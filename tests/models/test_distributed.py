@@ -1,4 +1,4 @@
-"""Packed sequences where several processes train: two of them, over gloo, against one with the whole batch."""
+"""Packed sequences in distributed training: two processes over gloo, against one process with the whole batch."""
 
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deberta_fast.data import PackedCollator
 
-LENGTHS = [[9, 31, 4], [12, 25, 17]]  # of each process's sequences
+LENGTHS = [[9, 31, 4], [12, 25, 17]]  # lengths of each process's sequences
 RANKS = range(len(LENGTHS))
 
 
@@ -44,7 +44,7 @@ def gradients_of(model):
 
 
 class Calling(nn.Module):
-    """A module of the user's, whose forward calls the alias: the wrapper around it sees that."""
+    """A user's module whose forward calls the alias ``forward_packed``; the wrapper sees the call of this module."""
 
     def __init__(self, model):
         super().__init__()
@@ -110,7 +110,7 @@ def of_tensor_parallel():
 
 
 def refusals(batch):
-    """What a call past the wrapper says; and whether it is let through where it trains nothing, or is past nothing."""
+    """The errors of calls that bypass the wrapper. Calls without gradients or without a wrapper must succeed."""
     said = []
     wrapper = DistributedDataParallel(model_of())
     outer = DistributedDataParallel(Calling(model_of()))

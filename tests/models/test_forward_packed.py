@@ -52,7 +52,7 @@ def test_heads(name, head):
 
 @heads
 def test_forward_takes_them_itself(name, head):
-    """So that all who hook the call of a model see them: wrappers, compilers, hooks of the model and of its encoder."""
+    """``forward`` takes packed sequences, so wrappers, compilers and hooks of model and encoder see the call."""
     model, inputs = build(name, head, num_labels=3), packed_of(batch_of([(0, 37), (4, 11)]))
     inputs |= {"max_seqlen": 37} | ({"choices": 2} if head == "ForMultipleChoice" else {})
     expected = model.forward_packed(**inputs)
@@ -97,7 +97,7 @@ def test_choices_are_of_packed_sequences():
 
 
 def test_answers_are_counted_in_their_own_sequence():
-    """Cross entropy over each sequence's tokens; ends outside of it do not count, nor do empty sequences."""
+    """The loss is a cross entropy over each sequence's tokens. Positions outside and empty sequences do not count."""
     model, inputs = build("v1", "ForQuestionAnswering"), packed_of(batch_of([(0, 9), (0, 0), (5, 37), (0, 1), (3, 20)]))
     starts, ends = torch.tensor([0, 0, 31, 0, 17]), torch.tensor([8, 3, 32, 0, 16])
     bare = model.forward_packed(**inputs)
@@ -213,13 +213,13 @@ def test_bad_calls_of_heads_are_refused(head, changed, message):
 def test_what_packed_sequences_may_and_may_not_be():
     with pytest.raises(ValueError, match="talking heads"):
         build("v1-talking-heads").forward_packed(IDS, ENDS)
-    # no positions are added, and relative ones reach any length
+    # v3 adds no absolute positions, and relative ones reach any length
     assert build("v3").forward_packed(**LONG)[0].shape == (72, 32)
 
 
 @pytest.mark.parametrize("head", ["ForMaskedLM", "ForQuestionAnswering", "ForSequenceClassification"])
 def test_sequences_are_checked_once(head, monkeypatch):
-    """Where the packing is made: neither a layer nor a head checks the values again."""
+    """The packing checks them when it is built; neither a layer nor a head checks the values again."""
     checks, layers = [], []
     check, run = packing.check_cu_seqlens_form, attention.disentangled_attention_varlen
     monkeypatch.setattr(packing, "check_cu_seqlens_form", lambda *given: checks.append(check(*given)))
@@ -233,7 +233,7 @@ def test_sequences_are_checked_once(head, monkeypatch):
 
 
 def test_masked_tokens_anywhere():
-    """Also at a sequence's ends; and of one of them, all."""
+    """Masked tokens may also be at a sequence's ends, and in one sequence all tokens are masked."""
     model, mask = build("v3-conv").double(), torch.tensor([0, 1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 1])
     model.set_unpad(False)
     model.set_backend("eager")

@@ -1,5 +1,5 @@
-"""On a CUDA device: the native models, as precise there as Hugging Face's eager code; packed, captured and compiled,
-native and patched. ``make gpu``."""
+"""Models on a CUDA device. Native ones are as precise as Hugging Face's eager code; native and patched ones run packed,
+captured and compiled. ``make gpu`` runs these tests."""
 
 import copy
 
@@ -29,7 +29,7 @@ def test_native_model(name, dtype, backend, unpad):
     draws = [{key: x.to(DEVICE) for key, x in hf_models.tokens("right", seed=seed).items()} for seed in range(6)]
     run = lambda model: [hf_models.results(model, inputs) for inputs in draws]
     exact, eager, got = run(copy.deepcopy(theirs).double()), run(theirs), run(ours)
-    # v1's projections lie in other tensors, with the same numbers
+    # v1's projections have other names in native models, so only parameters with the same name are compared
     shared = [x for x, grad in exact[0][1].items() if grad is not None and got[0][1].get(x) is not None]
     flat = ([[*outputs, *(grads[x] for x in shared)] for outputs, grads in runs] for runs in (got, eager, exact))
     hf_models.assert_as_precise(*flat)
@@ -40,7 +40,7 @@ kinds = pytest.mark.parametrize("kind", ["native", "patched"])
 
 
 def on_device(kind, backend, name="v2", unpad=False, constant_weights=False):
-    """A half-precision model of that kind, and Hugging Face's padding on both sides and in between."""
+    """A bfloat16 model of that kind, and inputs with padding on both sides and in between."""
     model = hf_models.build(name).to(DEVICE, torch.bfloat16)
     if kind == "patched":
         deberta_fast.patch(model, backend, unpad=unpad, constant_weights=constant_weights)
@@ -75,7 +75,7 @@ def test_packed_is_padded(kind, backend):
     assert all(p.grad.isfinite().all() for p in packed.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("backend", FUSED)  # eager reads the lengths
+@pytest.mark.parametrize("backend", FUSED)  # eager reads the lengths on the host
 def test_forward_packed_without_waiting_for_the_device(backend):
     model, inputs = on_device("native", backend)
     ids, lengths = inputs["input_ids"].flatten()[:150], torch.tensor([0, 61, 61, 150], device=DEVICE)
@@ -95,7 +95,7 @@ def test_forward_packed_without_waiting_for_the_device(backend):
 @kinds
 @pytest.mark.parametrize("constant", [False, True], ids=["", "constant"])
 def test_captured(kind, backend, constant):
-    """A graph's answers follow its input; padding stays where it is captured."""
+    """A captured graph's outputs follow its input ids. The padding is the same in all replays."""
     if backend == "eager":
         pytest.skip("eager copies its slot table from the host")
     model, inputs = on_device(kind, backend, constant_weights=constant)

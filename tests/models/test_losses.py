@@ -56,7 +56,7 @@ def test_losses_of_tokens_spans_and_choices():
     starts, ends = torch.tensor([3, 19, 7]), torch.tensor([[5], [2], [400]])
     outputs = model(**inputs, start_positions=starts, end_positions=ends)
     padding = inputs["attention_mask"] == 0
-    for rows in ("hf", "zeros"):  # padding counts, and it does not
+    for rows in ("hf", "zeros"):  # padding counts with "hf" and not with "zeros"
         read = [outputs[f"{x}_logits"].masked_fill(padding & (rows == "zeros"), -torch.inf) for x in ("start", "end")]
         start, end = (x.log_softmax(-1) for x in read)
         by_hand = -(start[0, 3] + start[2, 7] + end[0, 5] + end[1, 2]) / 4

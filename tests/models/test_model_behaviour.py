@@ -1,4 +1,4 @@
-"""What a user of the models may rely on, beyond their numbers: outputs, training, masks."""
+"""Behaviour of the models that users rely on, besides their numbers: outputs, training, masks."""
 
 import copy
 import pickle
@@ -22,7 +22,7 @@ from native_models import (
 
 from deberta_fast.models.outputs import BaseModelOutput, SequenceClassifierOutput
 
-# What is returned
+# Outputs
 
 
 @heads
@@ -60,10 +60,10 @@ def test_hidden_states_and_attentions_come_last(name, head):
     mask = inputs["attention_mask"].view(-1, 1, 1, 19).bool()
     for probabilities in full.attentions:
         pairs = (mask & mask.mT).expand_as(probabilities)
-        padding = ~mask.mT.expand_as(probabilities)  # as a query weighs all keys alike, in Hugging Face's models too
+        padding = ~mask.mT.expand_as(probabilities)  # as a query, it weighs all keys alike, as in Hugging Face's
         assert not probabilities[~pairs & ~padding].any() and (probabilities[padding] == 1 / 19).all()
         torch.testing.assert_close(probabilities.sum(-1), torch.ones(rows, 4, 19))
-    # by the configuration
+    # the configuration can ask for them too
     for switch in ("output_hidden_states", "output_attentions"):
         setattr(model.config, switch, True)
     assert list(model(**inputs)) == list(full)
@@ -192,7 +192,7 @@ def test_cls_dropout_is_hidden_dropout_by_default():
 
 @pytest.mark.parametrize("where", ["embeddings", "rel_embeddings", "attention", "attention.output", "output", "conv"])
 def test_dropout_sites_of_the_encoder(where):
-    """Each of them alone changes what training returns."""
+    """Each dropout changes the output in training on its own."""
     model, inputs = build("v2"), inputs_of("Model")
     layer = model.encoder.layer[0]
     site = {
@@ -240,7 +240,7 @@ def test_every_parameter_learns(name, head):
     first = objective(model, inputs)
     first.backward()
     for parameter, value in model.named_parameters():
-        # a key's bias is added to all scores of a row alike
+        # a key's bias adds the same number to all content scores of a query, so its gradient may be zero
         assert value.grad is not None and (value.grad.any() or parameter.endswith("key_proj.bias")), parameter
     optimizer.step()
     assert objective(model, inputs) < first
@@ -312,7 +312,7 @@ def test_what_stands_in_padding_is_not_seen(name, padding):
     inputs["input_ids"] = torch.where(mask == 1, inputs["input_ids"], (inputs["input_ids"] + 11) % 70)
     inputs["token_type_ids"] = torch.where(mask == 1, inputs["token_type_ids"], 1 - inputs["token_type_ids"])
     assert_same_states(model(**inputs).logits, expected, mask)
-    # but as text it is
+    # without the mask, padding is read as text
     del inputs["attention_mask"]
     assert (model(**inputs).logits - expected)[mask.bool()].abs().max() > 0.1
 
@@ -356,7 +356,7 @@ def test_texts_packed_by_a_pairwise_mask_are_these_texts_alone(name):
     pairs = (part[:, None] == part).expand(3, 40, 40)
     position_ids = torch.arange(40) - 15 * part
     if name == "v2":
-        # the convolution looks across the border, and only one token far
+        # the convolution reads one token across the border, so tokens near it are left out
         chosen = [slice(0, 13), slice(17, 40)]
         model = build(name, num_hidden_layers=1)
     else:
@@ -394,7 +394,7 @@ def test_longer_than_max_position_embeddings():
     model = build("v3", "ForMaskedLM")
     got = model(**long).logits
     assert got.shape == (3, 150, 70)
-    # of a text without absolute positions, only distances count
+    # without absolute positions, only distances count
     shorter = {key: x[:, 5:] for key, x in long.items()}
     assert_same_states(got[0, 5:], model(**shorter).logits[0], shorter["attention_mask"][0])
     for name, changes in (("v1", {}), ("v2", {}), ("v3", EMD)):

@@ -61,7 +61,7 @@ def test_torch_func(name, kind):
     got = vmap(grad(by_row), in_dims=(None, 0, 0))(weights, ids, mask)
     for row in range(3):
         assert_close([x[row] for x in got.values()], gradients(slice(row, row + 1))[1])
-    if kind != "native":  # Hugging Face's own look at a missing mask cannot be mapped over
+    if kind != "native":  # vmap fails in Hugging Face's own check for a missing mask
         return
     without = lambda i: functional_call(model, weights, (), {"input_ids": i[None]})[0].sum()
     assert vmap(without)(ids).shape == (3,)

@@ -1,4 +1,4 @@
-"""What models and configurations refuse, and in which words."""
+"""Values that models and configurations refuse, and the messages of the errors."""
 
 import pytest
 import torch

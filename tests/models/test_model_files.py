@@ -51,7 +51,7 @@ def test_output_embeddings_are_tied_unless_told_otherwise():
     inputs = inputs_of("ForMaskedLM")
     states = tied.deberta(**inputs)[0]
     torch.testing.assert_close(untied(**inputs).logits, untied.lm_predictions(states, None))
-    # what is said once is kept
+    # tie_weights keeps output embeddings that were set
     decoder = untied.get_output_embeddings()
     tied.set_output_embeddings(decoder)
     assert tied.get_output_embeddings() is decoder and not tied.config.tie_word_embeddings
@@ -183,7 +183,7 @@ def test_head_on_a_checkpoint_of_another_head(tmp_path):
     assert torch.equal(classifier.deberta(**tokens())[0], model.deberta(**tokens())[0])
     base, info = deberta_fast.DebertaV2Model.from_pretrained(tmp_path, output_loading_info=True)
     assert not info.missing and torch.equal(base(**tokens())[0], model.deberta(**tokens())[0])
-    # and back: the encoder alone fills a task model's
+    # and back: a checkpoint of the base model fills the encoder of a task model
     base.save_pretrained(tmp_path / "base")
     with pytest.warns(UserWarning, match="qa_outputs.bias, qa_outputs.weight"):
         answering = deberta_fast.DebertaV2ForQuestionAnswering.from_pretrained(tmp_path / "base")

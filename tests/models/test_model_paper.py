@@ -13,7 +13,7 @@ EPS = 1e-7
 
 
 def row_of(distance: int, buckets: int, longest: int, far_negative: str) -> int:
-    """δ(i, j) of 2006.03654 equation 3 for i - j = distance; with buckets, of its logarithm beyond half of them."""
+    """δ(i, j) of 2006.03654, equation 3, for i - j = distance. Beyond half of the buckets, it grows logarithmically."""
     if buckets < 1:
         return min(max(distance + longest, 0), 2 * longest - 1)
     if far_negative == "ms":
@@ -26,7 +26,7 @@ def row_of(distance: int, buckets: int, longest: int, far_negative: str) -> int:
 
 
 class Paper:
-    """DeBERTa of a flat dictionary of weights and the settings that a configuration is made of."""
+    """DeBERTa, computed from a flat dictionary of weights and the settings of a configuration."""
 
     def __init__(self, weights: dict, settings: dict, version: int):
         self.weights, self.version = weights, version
@@ -73,7 +73,7 @@ class Paper:
         return self.norm("encoder.LayerNorm", table) if self.get("norm_rel_ebd") == "layer_norm" else table
 
     def attention(self, name, queries_of, keys_of, may_attend):
-        """Equation 4. Its Q^r_δ(j,i) is Q^r_δ(i,j) in the code of both, and in every trained checkpoint."""
+        """Equation 4, with Q^r_δ(i,j) in place of Q^r_δ(j,i), as in the released code and every trained checkpoint."""
         v1 = self.version == 1
         q = self.split(self.linear(name + "query_proj", queries_of))
         k = self.split(self.linear(name + "key_proj", keys_of, bias=not v1))
@@ -93,7 +93,7 @@ class Paper:
         scores = scores / math.sqrt(q.shape[-1] * self.n)
         if self.get("talking_head"):
             scores = torch.einsum("bhij,gh->bgij", scores, self.weights[name + "head_logits_proj.weight"])
-        # The paper says nothing of who sees nothing; Hugging Face's models weigh all keys alike then
+        # The paper does not define a query that sees no key; Hugging Face's models weigh all keys alike then
         blind = may_attend.sum(-1, keepdim=True)[:, None] == 0
         weight = (scores - scores.amax(-1, keepdim=True).detach()).exp() * may_attend[:, None]
         weight = weight.masked_fill(blind, 1.0)
@@ -112,7 +112,7 @@ class Paper:
         return self.norm(name + "output.LayerNorm", self.linear(name + "output.dense", inner) + x), probabilities
 
     def convolve(self, embedded, first, mask):
-        """nGiE: of the embeddings, added to what the first layer makes of them."""
+        """nGiE: a convolution of the embeddings is added to the first layer's output."""
         weight, bias = self.weights["encoder.conv.conv.weight"], self.weights["encoder.conv.conv.bias"]
         taps, groups = weight.shape[-1], self.get("conv_groups", 1)
         padded = torch.nn.functional.pad(embedded, (0, 0, taps // 2, taps // 2)).unflatten(-1, (groups, -1))
@@ -135,7 +135,7 @@ class Paper:
                 x = self.convolve(states[0], x, mask)
             states.append(x)
             probabilities.append(probability)
-        # z_steps: again, of the same keys and values
+        # z_steps: the last layer runs again, with the same keys and values
         for _ in range(1, self.get("z_steps", 0)):
             states.append(self.layer(self.layers - 1, states[-1], states[self.layers - 1], may_attend)[0])
         self.decoded = states[-1]
@@ -147,7 +147,7 @@ class Paper:
         return states, probabilities
 
     def predict(self):
-        """Scores of the vocabulary for what was encoded."""
+        """Scores of the vocabulary for the last inputs of ``encode``."""
         x = self.norm("lm_head.LayerNorm", self.gelu(self.linear("lm_head.dense", self.decoded)))
         output = self.weights.get("lm_head.decoder.weight", self.weights["embeddings.word_embeddings.weight"])
         return torch.einsum("blw,vw->blv", x, output) + self.weights["lm_head.bias"]
@@ -166,7 +166,7 @@ def masked_loss(logits, labels):
 
 
 def labels_of(inputs):
-    """Every third token that is not padding is to be predicted."""
+    """Labels for every third position, except padding."""
     chosen = (inputs["attention_mask"] == 1) & (torch.arange(inputs["input_ids"].shape[1]) % 3 == 0)
     return torch.where(chosen, (inputs["input_ids"] * 7) % 70, -100)
 
@@ -219,7 +219,7 @@ def test_states_logits_and_all_gradients(name, padding, changes):
             assert parameter.grad is None or not parameter.grad.any(), key
             continue
         assert (parameter.grad - expected).abs().max() < 1e-9, key
-        # of a key's bias, the softmax sees only what it adds to position terms
+        # the softmax sees a key's bias only through position terms
         assert expected.abs().max() > 1e-6 or key.endswith("key_proj.bias"), f"{key} was not under test"
 
 
@@ -259,15 +259,15 @@ def test_the_two_far_rules_differ_here():
 
 @pytest.mark.parametrize("name", ["v1", "v2", "v3"])
 def test_pairwise_mask(name):
-    """Two texts in one sequence, each alone in its attention, as (B, L, L) and (B, 1, L, L)."""
+    """Two texts in one sequence do not attend to each other. The mask is (B, L, L) or (B, 1, L, L)."""
     model, inputs = build(name).double(), tokens("none")
     paper, _ = transcribed(model, name)
     del inputs["attention_mask"]
     part = torch.arange(LENGTH) >= 23
     pairs = (part[:, None] == part[None]).expand(3, -1, -1).clone()
     pairs[0, 30:, 23:30] = False
-    pairs[1, :, 50] = False  # seen by nobody, which is what padding is
-    pairs[2, 40] = False  # sees nobody
+    pairs[1, :, 50] = False  # no query sees this key: it is padding
+    pairs[2, 40] = False  # this query sees no key
     states, _ = paper.encode(*inputs.values(), pairs.any(1), pairs=pairs)
     for given in (pairs, pairs[:, None].long()):
         got = model(**inputs, attention_mask=given).last_hidden_state
@@ -286,7 +286,7 @@ def test_position_ids(name, changes):
 
 
 def test_positions_reach_the_decoder_and_nothing_before_it():
-    """Of texts that differ in nothing but absolute positions, enhanced_mask_decoder alone tells the difference."""
+    """If texts differ only in absolute positions, only the logits of the enhanced mask decoder differ."""
     inputs, shifted = tokens(), torch.arange(LENGTH).expand(3, -1) + 2
     for changes, differs in ((EMD, True), ({}, False)):
         model = build("v3", "ForMaskedLM", **changes).double()

@@ -1,4 +1,4 @@
-"""What others do to a model: compile, export, autocast, copy, pickle, adapt it."""
+"""Models under other tools: compilation, export, autocast, copies, pickles, adapters."""
 
 import copy
 import io
@@ -18,7 +18,7 @@ def test_compiles_whole_and_once_for_all_lengths(name, head, changes):
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     model = build(name, head, **changes)
-    model.set_unpad(False)  # as where it is compiled: labels below count in rows of padding too
+    model.set_unpad(False)  # as a compiled model does: the labels below count in rows of padding too
     compiled = torch.compile(copy.deepcopy(model), backend=counter, fullgraph=True)
     for length in (23, 37, 61):
         inputs = inputs_of(head, "right", length, labels=True)
@@ -47,7 +47,7 @@ def exported(model, inputs):
 @tools
 def test_exports_with_dynamic_shapes(name, head, changes):
     model, inputs = build(name, head, **changes), inputs_of(head)
-    model.set_unpad(False)  # as an exported program, also in rows of padding
+    model.set_unpad(False)  # an exported program keeps its padding, and rows of padding are compared too
     program, buffer = exported(model, inputs), io.BytesIO()
     torch.export.save(program, buffer)
     buffer.seek(0)

@@ -1,4 +1,4 @@
-"""Projections: oneDNN where it is faster, and the module itself where it is more than a product."""
+"""Projections run in oneDNN where it is faster; a module that does more than a product runs itself."""
 
 import copy
 
@@ -13,7 +13,7 @@ from deberta_fast.models.onednn_linear import project
 
 @pytest.fixture(autouse=True)
 def slow_mkl(monkeypatch):
-    """As on a processor that MKL holds back on."""
+    """Each test runs as on a processor where MKL is slow."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         pytest.skip("torch without oneDNN")
     monkeypatch.setattr(projection, "_mkl_is_slow", lambda: True)
@@ -21,7 +21,7 @@ def slow_mkl(monkeypatch):
 
 @pytest.fixture
 def by_onednn(monkeypatch):
-    """What project decided, call by call."""
+    """The decisions of ``project`` for or against oneDNN, one per product."""
     decisions, decide = [], projection._by_onednn
     monkeypatch.setattr(projection, "_by_onednn", lambda *call: decisions.append(decide(*call)) or decisions[-1])
     return decisions
@@ -91,7 +91,7 @@ def parametrized(linear):
 
 
 class Quantised(torch.Tensor):
-    """As libraries put into a Linear."""
+    """Weights of the kinds that libraries put into a Linear."""
 
 
 def of_quantised(linear):
@@ -145,7 +145,7 @@ def test_gradients(by_onednn, bias, shape):
     expected = torch.autograd.grad(linear(x), [x, *weights], gradient)
     got = torch.autograd.grad(project(linear, x), [x, *weights], gradient)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    assert by_onednn == [True] * 3  # the product, and one for each matrix in the backward pass
+    assert by_onednn == [True] * 3  # the product, and the gradients of input and weight
 
 
 def test_gradients_of_some(by_onednn):
@@ -176,7 +176,7 @@ def test_under_transforms_of_functions(by_onednn):
 
 
 def agrees(linear, x):
-    """Output and gradients, with gradients and without."""
+    """Output and gradients equal those of the module; so does the output under ``torch.no_grad``."""
     leaves = [x.requires_grad_(), *linear.parameters()]
     got, expected = project(linear, x), linear(x)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)

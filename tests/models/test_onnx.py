@@ -1,4 +1,4 @@
-"""ONNX graphs and TorchScript of patched and native models, run at other shapes than they were made at."""
+"""ONNX graphs and TorchScript of patched and native models, run at other shapes than the exported ones."""
 
 import io
 
@@ -24,12 +24,12 @@ pytestmark = [
         ":torch.jit.TracerWarning",
     )
 ]
-EXPORTED = 29  # a length that is no other size in these models
+EXPORTED = 29  # no other size in these models is equal to this length
 SHAPES = [("none", 1, 1), ("none", 1, LENGTH), ("holes", 3, LENGTH), ("left", 2, 37), ("right", 5, EXPORTED)]
 
 
 class First(torch.nn.Module):
-    """The first output of a model, by positional arguments: what TorchScript takes."""
+    """Returns the first output of a model and takes positional arguments, as TorchScript requires."""
 
     def __init__(self, model, names):
         super().__init__()
@@ -48,7 +48,7 @@ def export(request, tmp_path):
         shapes = {name: {0: "batch", 1: "length"} for name in inputs}
         if request.param:
             program = torch.onnx.export(model, (), path, kwargs=inputs, dynamic_shapes=shapes)
-            # sigma as one row of numbers, not as a matrix of this length
+            # sigma is stored as one row of numbers, not as a matrix of this length
             assert not any(EXPORTED in tuple(x.shape) for x in program.model.graph.initializers.values())
         else:
             names, tensors = list(inputs), tuple(inputs.values())
@@ -62,7 +62,7 @@ def export(request, tmp_path):
 
 
 def assert_same_answers(run, model):
-    """Of the program and of the model, on tokens; and finite elsewhere, where a text has no token at all too."""
+    """The program's outputs equal the model's on tokens. Elsewhere they are finite, also in a text without tokens."""
     for padding, batch, length in SHAPES:
         inputs = tokens(padding, length, batch)
         if batch > 2:
@@ -125,7 +125,7 @@ def test_traced_saved_and_loaded(name, kind, monkeypatch):
 
 
 class Attention(torch.nn.Module):
-    """Of states (B, L, 8) that are queries, keys and values at once."""
+    """Attention over states (B, L, 8), which are queries, keys and values at once."""
 
     def __init__(self, backend):
         super().__init__()

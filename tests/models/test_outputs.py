@@ -1,4 +1,4 @@
-"""Outputs of native models in the hands of others: rebuilt, copied, moved, cast and gathered."""
+"""Outputs of native models that other code rebuilds, copies, moves, casts and gathers."""
 
 import copy
 import dataclasses
@@ -92,7 +92,7 @@ def test_what_is_no_output():
 
 
 def test_gathered_by_data_parallel():
-    """Whose threads return one output each; the gathering itself is of GPUs."""
+    """DataParallel's threads return one output each. torch itself gathers only from GPUs."""
     outs = [example(outputs.SequenceClassifierOutput) for _ in range(2)]
     joined = type(outs[0])((name, [x[name] for x in outs]) for name in outs[0])
     assert list(joined) == list(outs[0]) and joined.logits[1] is outs[1].logits

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 
 def alone(model, inputs, shifted, **options):
-    """Outputs of every sequence by itself, without any padding; ``shifted``: positions count from the row's start."""
+    """Outputs of every sequence by itself, without padding. If ``shifted``, positions count from the row's start."""
     model.set_unpad(False)
     outputs = []
     for row, start, stop in spans_of(inputs):
@@ -42,7 +42,7 @@ def assert_as_alone(model, inputs, tolerance, layout):
     expected = [flat(x) for x in alone(model, inputs, True, **options)]
     valid = inputs["attention_mask"].bool()
     model.set_unpad(False)
-    padded = flat(model(**inputs, **options))  # the rows of padding, which test_hf_model.py compares
+    padded = flat(model(**inputs, **options))  # test_hf_model.py compares its rows of padding with Hugging Face's
     for unpad, rows in itertools.product((True, "auto", False), ("hf", "zeros")):
         model.set_unpad(unpad, rows)
         outputs = flat(model(**inputs, **options))
@@ -106,7 +106,7 @@ def test_layers_see_tokens_alone():
     model, inputs = build("v2"), batch_of("holes")
     seen = shapes_seen(model)
     for unpad, rows, shape in (
-        (True, "hf", (75, 32)),  # with a row for the padding of each of two sequences
+        (True, "hf", (75, 32)),  # the tokens, and one row of padding for each of two sequences
         ("auto", "hf", (75, 32)),
         (True, "zeros", (73, 32)),
         (False, "hf", (3, LENGTH, 32)),
@@ -192,7 +192,7 @@ TWO_WAYS = pytest.mark.parametrize("way", ["padded", "packed"])
 
 
 def neighbours(way, values):
-    """Six sequences in a row as arguments, and where in the output each is; values: (T, ...) ids or embeddings."""
+    """Arguments of six sequences, and a function that cuts the output. ``values`` (T, ...): ids or embeddings."""
     pieces = values.split(NEIGHBOURS)
     key = "input_ids" if values.dim() == 1 else "inputs_embeds"
     if way == "packed":
@@ -234,7 +234,7 @@ def test_neighbours_do_not_touch(name, way):
 
 
 def weighted(states):
-    """Of states of valid tokens, (n, hidden_size)."""
+    """A loss of the states of valid tokens, (n, hidden_size)."""
     return (states * torch.linspace(-1, 1, states.shape[-1], dtype=states.dtype)).square().sum()
 
 
@@ -368,7 +368,7 @@ def test_bfloat16(name, kind, way):
     assert 0 < error[True] < 1.3 * error[False] < 0.05
 
 
-# What else is done with a model
+# Other uses of a model
 
 
 def test_values_of_unpad():
@@ -415,7 +415,7 @@ def test_compiled_models_keep_their_padding():
 
 @pytest.mark.parametrize("unpad", [False, True])
 def test_classifiers_behind_left_padding(unpad):
-    """Where padding comes out as zeros, they read the first token; otherwise what lies first, as Hugging Face's do."""
+    """If padding comes out as zeros, they read the first token; otherwise the first row, as Hugging Face's do."""
     model, inputs = build("v3", "ForSequenceClassification"), tokens("left")
     model.set_unpad(unpad, "zeros")
     got = model(**inputs).logits

@@ -59,7 +59,7 @@ def test_virtual_tokens(name, kind, unpad, tmp_path):
 
 
 def test_targets():
-    """v2 and v3 have PEFT's own defaults; v1's are a module that native models have not, and are named by hand."""
+    """PEFT's default targets fit v2 and v3. Native models lack its target for v1, so v1's targets must be named."""
     inputs = inputs_of(HEAD, "right", LENGTH, labels=True)
     for name, targets in (("v3", None), ("v2", None), ("v1", ["query_proj", "value_proj"]), ("v1", "all-linear")):
         config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=targets, init_lora_weights=False)
@@ -74,7 +74,7 @@ def test_targets():
 
 
 def test_adapters_by_sequence():
-    """A batch whose sequences have adapters of their own: right where layers see sequences, and no other answer."""
+    """Each sequence can have its own adapter in a padded batch. Packed sequences raise an error."""
     model = build("v1", HEAD)
     config = peft.LoraConfig(
         task_type="SEQ_CLS", target_modules=["query_proj", "value_proj"], modules_to_save=[], init_lora_weights=False

@@ -216,7 +216,7 @@ def test_named_weights(folder):
 
 
 def test_loaded_weights_are_no_map_of_their_file(folder):
-    """Or saving over the file that one has loaded would end the process."""
+    """If they were, saving over the loaded file would crash the process."""
     (folder / "model.safetensors").unlink()
     torch.save(tiny().state_dict(), folder / "pytorch_model.bin")
     model = DebertaV2Model.from_pretrained(folder)
@@ -242,7 +242,7 @@ def test_language_model(kind, tied, tmp_path):
 
 
 def test_enhanced_mask_decoder_keeps_its_positions(tmp_path):
-    """Hugging Face has no place for them where they are not added to the embeddings; here they are not lost."""
+    """Hugging Face's model lacks them if they are not added to the embeddings. Here they are saved and loaded."""
     model = tiny(DebertaV2ForMaskedLM, enhanced_mask_decoder=True)
     model.save_pretrained(tmp_path)
     again = DebertaV2ForMaskedLM.from_pretrained(tmp_path)
@@ -292,7 +292,7 @@ def test_backend_by_name():
 
 
 def test_layers_that_run_again():
-    """In backward, those that are checkpointed: every nth, and the enhanced mask decoder's two as the last one."""
+    """The backward pass runs every nth layer again, and the two decoder layers if it runs the last layer again."""
     model = tiny(DebertaV2ForMaskedLM, num_hidden_layers=3, enhanced_mask_decoder=True).train()
     runs = [0, 0, 0]
     for index, layer in enumerate(model.deberta.encoder.layer):

@@ -17,7 +17,7 @@ pytestmark = [
 
 @pytest.fixture
 def kernel_calls(monkeypatch):
-    """The backends whose fused forward ran, one a call."""
+    """The backends whose fused forward ran, one per call."""
     calls = []
 
     def counting(name, forward):
@@ -30,7 +30,7 @@ def kernel_calls(monkeypatch):
 
 
 def quantised(model):
-    """A copy."""
+    """A quantised copy of the model."""
     model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     assert not any(type(module) is nn.Linear for module in model.modules())
     return model
@@ -43,14 +43,14 @@ def answer(model, inputs):
 
 
 def assert_same_but_for_rounding(got, expected):
-    """A last digit that differs may round to the next of int8's 255 values, and that changes what depends on it: in one
-    layer, the states of a token."""
+    """A difference in the last digit may round to the next of int8's 255 values. In a model of one layer, this changes
+    the states of one token."""
     rounding = 1e-5 * float(expected.abs().max())
     assert ((got - expected).abs() > rounding).float().mean() < 0.05
 
 
-# Hugging Face projects its whole table, and has other states where there is padding. Either may change the range that
-# int8 is scaled to: the numbers are the same where a text reaches the whole table and there is no padding.
+# Hugging Face projects its whole table and has other states at padding. Both can change the range that int8 is scaled
+# to. The numbers are the same if a text reaches the whole table and there is no padding.
 @pytest.mark.parametrize("padding, length", [("none", 83), ("right", 83), ("none", 20)])
 @pytest.mark.parametrize("name", ["v1", "v2", "v3"])
 def test_patched(name, padding, length, kernel_calls):

@@ -20,7 +20,7 @@ CLASSIFIER = "ForSequenceClassification"
 
 @pytest.fixture(autouse=True)
 def fresh_state():
-    """accelerate keeps one state a process, with the precision of who came first."""
+    """accelerate keeps one state per process, with the precision of the first Trainer."""
     from accelerate.state import AcceleratorState
 
     yield
@@ -105,7 +105,7 @@ def test_checkpoints_load_in_both_libraries(name, head, tmp_path):
         valid = mask if expected.shape[:2] == mask.shape else ...
         with torch.no_grad():
             torch.testing.assert_close(theirs(**inputs)[0][valid], expected[valid], atol=1e-4, rtol=1e-4)
-    assert "in_proj" not in str(list(model.state_dict()))  # which is Hugging Face's, and stays in the file
+    assert "in_proj" not in str(list(model.state_dict()))  # it is Hugging Face's name and occurs only in files
 
 
 @pytest.mark.parametrize("name", ["v1", "v3"])
@@ -156,7 +156,7 @@ def test_options(options, tmp_path):
 
 
 def test_accumulation_is_the_mean(tmp_path):
-    """Of two halves as of the whole, which is not so where a model says that it divides by itself."""
+    """Two halves give the gradient of the whole batch. A model that claims to average by itself would break this."""
     gradients = []
     for size, steps in ((4, 1), (2, 2)):
         model = build("v3", CLASSIFIER)
@@ -193,7 +193,7 @@ def test_with_a_tokenizer(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["v1", "v3"])
 def test_with_a_native_tokenizer(name, tmp_path):
-    """Trainer pads with none but its own, so the collator is given; the checkpoint is all that a pipeline needs."""
+    """Trainer pads only with Hugging Face's tokenizers, so it gets a collator. A pipeline needs only the checkpoint."""
     tokenizer = native_tokenizer(name)
     rows = [{**tokenizer(text, truncation=True), "labels": i % 2} for i, text in enumerate(sentences()[:12])]
     model = build(name, CLASSIFIER, vocab_size=len(tokenizer))
@@ -211,7 +211,7 @@ def test_with_a_native_tokenizer(name, tmp_path):
 @pytest.mark.parametrize("whole_words", [True, False])
 @pytest.mark.parametrize("name", ["v1", "v3"])
 def test_masking(name, whole_words):
-    """Collators mask with a native tokenizer as with Hugging Face's of the same vocabulary."""
+    """Collators mask the same tokens with a native tokenizer and with Hugging Face's of the same vocabulary."""
     own = native_tokenizer(name)
     special = {x: getattr(own, x) for x in ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")}
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=own.backend_tokenizer, **special)
@@ -242,7 +242,7 @@ class Packing(transformers.Trainer):
 
 @pytest.mark.parametrize("head", [CLASSIFIER, "ForTokenClassification"])
 def test_packed_batches(head, tmp_path):
-    """Their losses and steps are those of a loop; another order comes with every epoch, the right one if resumed."""
+    """Trainer's steps equal those of a plain loop. Each epoch has its own order, also after resuming."""
     model, by_hand = build("v3", head), build("v3", head)
     seen = []
     model.register_forward_hook(
@@ -268,14 +268,14 @@ def test_packed_batches(head, tmp_path):
     assert len(seen) == len(expected) > 6 and all(torch.equal(x, y) for x, y in zip(seen, expected))
     for name, x in by_hand.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], x, atol=1e-5, rtol=1e-4)
-    if head == CLASSIFIER:  # every sequence counts as much as another, in uneven batches too
+    if head == CLASSIFIER:  # every sequence has the same weight, also in uneven batches
         sizes = [len(rows[i : i + 8]) for i in range(0, len(rows), 8)]
         batches = [PackedCollator()(rows[i : i + 8]) for i in range(0, len(rows), 8)]
         losses = [model.eval()(**batch).loss.item() for batch in batches]
         mean = sum(n * loss for n, loss in zip(sizes, losses)) / len(rows)
         assert run.evaluate()["eval_loss"] == pytest.approx(mean, rel=1e-5)
         assert run.predict(rows).predictions.shape == (len(rows), 2)
-    steps = len(list(sampler)) + 1 + (len(list(sampler)) + 1) % 2  # amid the second epoch
+    steps = len(list(sampler)) + 1 + (len(list(sampler)) + 1) % 2  # within the second epoch
     again = build("v3", head)
     trainer(again, tmp_path, **keywords).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{steps}"))
     for name, x in model.state_dict().items():
@@ -283,7 +283,7 @@ def test_packed_batches(head, tmp_path):
 
 
 def test_hugging_faces_names_load():
-    """By load_state_dict too, which is how Trainer loads; what belongs elsewhere is still unexpected."""
+    """load_state_dict accepts them, because Trainer uses it. Tensors of other models are still unexpected."""
     theirs = transformers.DebertaForMaskedLM(transformers.DebertaConfig(**COMMON, **CONFIGS["v1"]))
     ours = build("v1", "ForMaskedLM")
     assert str(ours.load_state_dict(theirs.state_dict())) == "<All keys matched successfully>"

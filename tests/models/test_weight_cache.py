@@ -1,4 +1,4 @@
-"""Projected tables kept in inference: used while weights stay, made again when they change in whatever way."""
+"""Projected tables that inference keeps: reused while weights stay, computed again after any change of them."""
 
 import copy
 import io
@@ -17,7 +17,7 @@ from deberta_fast.models.weight_cache import WeightCache
 
 @pytest.fixture
 def projected(monkeypatch):
-    """The linear layers that rows of tables went through, call by call."""
+    """The linear layers that projected rows of tables, one per call."""
     calls, project_table = [], deberta_fast.models.attention.project_table
 
     def recording(*arguments):
@@ -38,7 +38,7 @@ def run(model, length=37, **options):
 
 
 def unkept(model, length=37):
-    """As ``run``, by a copy of the model, which keeps nothing yet."""
+    """Like ``run``, with a copy of the model, which has no tables yet."""
     return run(copy.deepcopy(model), length)
 
 
@@ -101,7 +101,7 @@ def test_writes_are_seen(source, write):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_single_number_is_seen(dtype):
-    """Also where no product with another vector would show it."""
+    """The cache sees every change, also one that would not change a product with another vector."""
     weights = [torch.randn(64, 96).to(dtype), torch.randn(96).to(dtype)]
     cache, made = WeightCache(), []
     get = lambda: cache.get(weights, lambda: made.append(1))
@@ -122,7 +122,7 @@ def test_every_single_number_is_seen(dtype):
         weights[0].data[3, 5] = -0.0
         get()
         assert len(made) == before + 1
-        weights[0].data[3, 5] = torch.nan  # equal to itself in its bits
+        weights[0].data[3, 5] = torch.nan  # weights are compared by their bits, so NaN equals itself
         get(), get()
         assert len(made) == before + 2
 
@@ -185,7 +185,7 @@ def test_hooks_on_the_way_are_seen(place, constant):
         with_hook = run(model), run(model), unkept(model)
         handle.remove()
         assert torch.equal(with_hook[0], with_hook[1]) and not torch.equal(with_hook[0], before)
-        if register == module.register_forward_hook:  # a copy's module is another one
+        if register == module.register_forward_hook:  # the global hook ignores the module of a copy
             torch.testing.assert_close(with_hook[0], with_hook[2], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(run(model), before, rtol=0, atol=0)
 
@@ -193,7 +193,7 @@ def test_hooks_on_the_way_are_seen(place, constant):
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
 @pytest.mark.parametrize("constant", [False, True])
 def test_fused_optimizers(kind, constant):
-    """torch does not count what they write."""
+    """torch does not count the writes of fused optimizers."""
     model = build("v3")
     model.set_constant_weights(constant)
     optimizer = kind(model.parameters(), lr=0.1, fused=True)
@@ -260,7 +260,7 @@ def test_nothing_is_kept_in_training(projected):
     for _ in range(2):
         projected.clear()
         model(**tokens("right", 37)).last_hidden_state.sum().backward()
-        assert len(projected) == 4 and kept._cached is None  # once a layer
+        assert len(projected) == 4 and kept._cached is None  # two terms, two layers
     assert model.encoder.rel_embeddings.weight.grad is not None
     run(model)
     assert kept._cached is not None
@@ -283,14 +283,14 @@ def test_hooks_and_adapters_run_each_time(projected):
     linear = model.encoder.layer[0].attention.self.key_proj
     handle = linear.register_forward_hook(lambda *_: seen.append(1))
     run(model), run(model)
-    assert len(seen) == 4  # of tokens and of the table
+    assert len(seen) == 4  # once for tokens and once for the table, in each run
     handle.remove()
     model.encoder.LayerNorm.register_forward_hook(lambda module, args, output: 2 * output)
     assert torch.equal(run(model), unkept(model))
 
 
 class Adapted(nn.Module):
-    """As adapters wrap a norm: weights of the same name, and other ones that count."""
+    """A norm as adapters wrap it: it has weights of the same names, but other weights determine the output."""
 
     def __init__(self, norm):
         super().__init__()
@@ -343,10 +343,10 @@ def test_constant_weights_are_not_looked_at():
     model = build("v3")
     model.set_constant_weights(True)
     expected, weight = run(model), model.encoder.layer[0].attention.self.key_proj.weight
-    torch.testing.assert_close(expected, run(build("v3")), rtol=1e-5, atol=1e-5)  # by one product
+    torch.testing.assert_close(expected, run(build("v3")), rtol=1e-5, atol=1e-5)  # one product instead of three
     weight.data.mul_(2)
-    assert torch.equal(run(model), expected)  # against the promise
-    weight.data = weight.data.clone()  # as a module that is moved does
+    assert torch.equal(run(model), expected)  # the promise is broken, and the model does not notice
+    weight.data = weight.data.clone()  # moving a module does the same
     second = run(model)
     assert torch.equal(second, unkept(model)) and not torch.equal(second, expected)
     with torch.no_grad():
@@ -369,7 +369,7 @@ def test_three_projections_as_one(name, length):
         for _ in range(2):
             torch.testing.assert_close(model(**inputs).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
     assert model.encoder.layer[1].attention.self.cache.joint._cached is not None
-    torch.testing.assert_close(model(**inputs).last_hidden_state, expected, rtol=1e-5, atol=1e-5)  # for training
+    torch.testing.assert_close(model(**inputs).last_hidden_state, expected, rtol=1e-5, atol=1e-5)  # with gradients
     assert model.encoder.layer[1].attention.self.cache.joint._cached is None
 
 
@@ -382,7 +382,7 @@ def test_queries_of_other_states():
 
 
 def test_threads():
-    """Each with weights of its own, in turns: nobody gets the others'."""
+    """Threads with different weights share a cache, and none of them gets the table of another."""
     cache, weights, wrong = WeightCache(), [nn.Parameter(torch.full((4, 4), float(i))) for i in range(3)], []
 
     def work(weight):
