@@ -1,6 +1,6 @@
 // Products of small matrices, C = In + A B. The rows of B, C and In are read and written in vectors. A is read one
-// element at a time and broadcast, so it may have any two strides: it may be transposed, or lie along the diagonals of a
-// tile of scores. The skew of the position terms is such a stride of A, or the pitch of In.
+// element at a time and broadcast, so it may have any two strides: it may be transposed, or lie along the diagonals of
+// a tile of scores. The skew of the position terms is such a stride of A, or the pitch of In.
 #pragma once
 
 #include "vector.h"
@@ -56,8 +56,8 @@ constexpr const Micro* kMicro[kStrip] = {kMicroOfRows<1>, kMicroOfRows<2>, kMicr
 
 }  // namespace detail
 
-// C (rows, columns) = In + A B, where A is (rows, depth). Reads and writes columns rounded up to whole vectors. In may be
-// C, or null for zero.
+// C (rows, columns) = In + A B, where A is (rows, depth). Reads and writes columns rounded up to whole vectors. In may
+// be C, or null for zero.
 inline void gemm(int64_t rows, int64_t columns, int64_t depth, Operand a, const float* b, int64_t b_pitch,
                  const float* in, int64_t in_pitch, float* c, int64_t c_pitch) {
   const int64_t vectors = div_up(columns, kLanes), panels = div_up(vectors, kPanel);

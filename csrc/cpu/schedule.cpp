@@ -126,19 +126,20 @@ class Shares {
   int64_t key_floats() const { return call_.a.parts > 1 ? call_.keys * call_.a.heads * call_.size : 0; }
   int64_t table_floats() const { return call_.has_positions() ? items() * call_.a.used_rows * call_.size : 0; }
 
-  // Divides the sequences into groups of about equal work. There are `each` items per group.
+  // Divides the sequences into groups of about equal work.
   void cut_groups() {
-    const int64_t each = std::max<int64_t>(1, call_.a.heads * call_.a.parts);
-    int64_t most = div_up(kMostItems, each);
-    if (call_.has_positions()) most = std::min(most, kMostTableFloats / (2 * call_.a.used_rows * call_.size * each));
-    most = std::max<int64_t>(1, most);
+    const int64_t items_per_group = std::max<int64_t>(1, call_.a.heads * call_.a.parts);
+    int64_t most_groups = div_up(kMostItems, items_per_group);
+    if (call_.has_positions())
+      most_groups = std::min(most_groups, kMostTableFloats / (2 * call_.a.used_rows * call_.size * items_per_group));
+    most_groups = std::max<int64_t>(1, most_groups);
     const auto work = [](const Sequence& s) { return static_cast<double>(s.queries + 1) * (s.keys + 1); };
     double total = 0, done = 0;
     for (const Sequence& sequence : call_.sequences) total += work(sequence);
     for (const Sequence& sequence : call_.sequences) {
       done += work(sequence);
       const bool last = &sequence == &call_.sequences.back();
-      if (last || done * most >= total * (group_ends_.size() + 1)) {
+      if (last || done * most_groups >= total * (group_ends_.size() + 1)) {
         group_ends_.push_back(&sequence - call_.sequences.data() + 1);
       }
     }

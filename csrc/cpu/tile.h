@@ -75,8 +75,8 @@ inline float* at(const Statistic& statistic, int64_t batch, int64_t head, int64_
   return statistic.data + batch * statistic.batch + head * statistic.head + row * statistic.row;
 }
 
-// Returns the natural log-sum-exp of a row. row_max is its largest score, and log_sum the logarithm of its row sum, both
-// in base 2.
+// Returns the natural log-sum-exp of a row. row_max is its largest score, and log_sum the logarithm of its row sum,
+// both in base 2.
 inline float log_sum_exp(double row_max, double log_sum) { return static_cast<float>((row_max + log_sum) / kLog2e); }
 
 // Queries first to first + rows - 1 of a sequence. `position` is first + query_offset, so key j has the distance j -

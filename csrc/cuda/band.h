@@ -1,8 +1,8 @@
 // Position scores of near tiles (6): small products with expanded tables, skewed on their way through shared memory.
 //
 // skew.h orders the table such that a product of 32 distances gives a lane eight neighbouring distances of a row. Row r
-// + 1 lies one cell further than row r, so every other row begins at an odd cell, in the middle of a 32-bit word. A lane
-// therefore stores eight cells as three words and two halves, and needs no shuffles.
+// + 1 lies one cell further than row r, so every other row begins at an odd cell, in the middle of a 32-bit word. A
+// lane therefore stores eight cells as three words and two halves, and needs no shuffles.
 #pragma once
 
 #include "tile.h"
@@ -75,15 +75,14 @@ DEVICE void add_table_scores(float (&sums)[fragments][4][4], const char* block, 
   }
 }
 
-// sums += dA · (32 rows of a table). dA is columns [columns, columns + 32) of a band by rows.
+// sums += dA · (32 rows of a table), where dA is the first 32 columns of a band of gradients.
 template <class T, class S>
-DEVICE void add_table_gradients(float (&sums)[S::kFragments][S::kSize / 8][4], const char* band, int columns,
-                                const char* block) {
+DEVICE void add_table_gradients(float (&sums)[S::kFragments][S::kSize / 8][4], const char* band, const char* block) {
   uint32_t a[2][S::kFragments][4];
   EACH(step, 2)
     EACH(f, S::kFragments)
-      load_matrices(a[step][f], band + (16 * f + lane() % 16) * S::kRowBandPitch +
-                                    kHalf * (columns + 16 * step + 8 * (lane() / 16)));
+      load_matrices(a[step][f],
+                    band + (16 * f + lane() % 16) * S::kRowBandPitch + kHalf * (16 * step + 8 * (lane() / 16)));
   const char* from = opaque(block + 16 * lane());
   EACH(n, S::kSize / 8) {
     const Vec16 b = load_global(from + 512 * n);
@@ -142,22 +141,22 @@ DEVICE void write_column_band(char* band, const Call& call, const BlockInfo& blo
                               const char* column_tile, int first_column, int turn) {
   constexpr int blocks = S::kBlockM / kDistances + 1, groups = S::kBlockN / 32;
   static_assert(S::kWarps % groups == 0, "a warp stays with one group of columns");
-  const int first = (warp() ^ (turn & 1) * groups) % S::kWarps, group = first % groups;
+  const int share = (warp() ^ (turn & 1) * groups) % S::kWarps, group = share % groups;
   const char* tile = column_tile + 32 * group * S::kPitch;
   // Columns are the rows of this product, so its distances are row minus column.
   const char* table = table_block<S>(columns.score_table, columns, block, block.first_row - first_column - 32 * group);
   const EightHalves<true> to(band, column_band(32 * group + lane() / 4, 8 * (lane() % 4), S::kBlockM));
   // Registers hold the left operand of a warp if it serves several products and is small enough.
-  constexpr bool keeps = S::kSize <= 64 && groups * blocks >= 2 * S::kWarps;
-  uint32_t left[keeps ? S::kSize / 16 : 1][2][4];
-  if constexpr (keeps) {
+  constexpr bool in_registers = S::kSize <= 64 && groups * blocks >= 2 * S::kWarps;
+  uint32_t left[in_registers ? S::kSize / 16 : 1][2][4];
+  if constexpr (in_registers) {
     EACH(step, S::kSize / 16) load_left<S>(left[step], tile, step);
   }
-  for (int item = first / groups; item < blocks; item += S::kWarps / groups) {
+  for (int item = share / groups; item < blocks; item += S::kWarps / groups) {
     const int distance = kDistances * (item - 1);
     float sums[2][4][4] = {};
     add_table_scores<T, S>(sums, table + distance * kHalf * S::kSize, [&](uint32_t (&a)[2][4], int step) {
-      if constexpr (keeps) {
+      if constexpr (in_registers) {
         EACH(f, 2)
           EACH(w, 4) a[f][w] = left[step][f][w];
       } else {

@@ -16,8 +16,8 @@ constexpr int kDistances = 32;
 // Rows per block of queries or keys in backward. There a pair of such blocks is near or far as a whole.
 constexpr int kBackwardRows = 128;
 
-// The gradients of an expanded table are sums over squares of kSquare rows and kSquare columns. A square has 2 kSquare -
-// 1 distances, column minus row; kSpan is one more.
+// The gradients of an expanded table are sums over squares of kSquare rows and kSquare columns. The distances in a
+// square, column minus row, are one fewer than kSpan.
 constexpr int kSquare = 64, kSpan = 2 * kSquare;
 
 }  // namespace deberta_fast

@@ -56,8 +56,8 @@ struct BackwardCall {
   char* near;
   int near_blocks;             // the most blocks of queries near to a block of keys
   int first_head, head_count;  // the heads of this launch
-  // The sum of t_i x_i over the rows of each warp (10), float32: (head_count, far left and far right, query_far_count or
-  // key_far_count, D rounded up).
+  // The sum of t_i x_i over the rows of each warp (10), float32: (head_count, far left and far right, query_far_count
+  // or key_far_count, D rounded up).
   float *far_query_sums, *far_key_sums;
   int query_far_count, key_far_count;
 };
@@ -69,8 +69,8 @@ int64_t far_count(const Call& call, const Operand& rows);
 // Bytes of shared memory per block of the kernel of backward_key.
 int backward_shared_bytes(int padded_size);
 
-// The gradient of one table. Diagonal d of the squares has the distances kSquare d - 63 to kSquare d + 63. The squares of
-// a diagonal are divided into `splits` shares.
+// The gradient of one table. Diagonal d of the squares has the distances kSquare d - 63 to kSquare d + 63. The squares
+// of a diagonal are divided into `splits` shares.
 struct TableCall {
   BackwardCall backward;
   bool keys;  // rows are keys and the table is Q^r

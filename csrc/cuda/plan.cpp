@@ -158,9 +158,10 @@ const char* run_backward(const Request& request, const Gradients& gradients, Wor
   const int64_t head_bytes =
       block_count(call, call.key, kBackwardRows) * backward.near_blocks * kBackwardRows * kBackwardRows * 2;
   // The heads are divided evenly among the launches.
-  const int64_t most = std::clamp<int64_t>(near_bytes / std::max<int64_t>(head_bytes, 1), 1, std::max(call.heads, 1));
-  const int64_t parts = div_up(call.heads, most);
-  const int heads = parts == 0 ? 0 : static_cast<int>(div_up(call.heads, parts));
+  const int64_t most_heads =
+      std::clamp<int64_t>(near_bytes / std::max<int64_t>(head_bytes, 1), 1, std::max(call.heads, 1));
+  const int64_t launches = div_up(call.heads, most_heads);
+  const int heads = launches == 0 ? 0 : static_cast<int>(div_up(call.heads, launches));
   backward.near = workspace.take<char>(heads * head_bytes);
   backward.query_far_count = static_cast<int>(far_count(call, call.query));
   backward.key_far_count = static_cast<int>(far_count(call, call.key));

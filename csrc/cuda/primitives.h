@@ -71,8 +71,8 @@ DEVICE char* shared_memory() {
   return bytes;
 }
 
-// Returns shared_memory() as a value that is unknown to the compiler. In a loop it computes derived addresses again, and
-// does not keep more of them than there are registers.
+// Returns shared_memory() as a value that is unknown to the compiler. In a loop it computes derived addresses again,
+// and does not keep more of them than there are registers.
 DEVICE char* shared_memory_anew() {
   int zero = 0;
   asm volatile("" : "+r"(zero));
@@ -205,8 +205,8 @@ DEVICE float exp2_fast(float x) {
 DEVICE float log2_fast(float x) { return __log2f(x); }
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }  // the number if one argument is NaN
 DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
-// Returns the same address as a value that is unknown to the compiler, which would replace one pointer plus constants by
-// many pointers, which takes registers.
+// Returns the same address as a value that is unknown to the compiler, which would replace one pointer plus constants
+// by many pointers, which takes registers.
 DEVICE const char* opaque(const char* address) {
   asm("" : "+l"(address));
   return address;
@@ -219,8 +219,8 @@ DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
 // ---- Launches, from the host.
 
-// Allows a kernel this many bytes of shared memory. A kernel must always pass the same number, since CUDA is called only
-// once per kernel and device.
+// Allows a kernel this many bytes of shared memory. A kernel must always pass the same number, since CUDA is called
+// only once per kernel and device.
 template <auto kernel>
 cudaError_t allow_shared_memory(int bytes) {
   static std::atomic<uint64_t> allowed{0};  // one bit per device; for devices from the 65th on CUDA is always called

@@ -1,4 +1,4 @@
-// The index arithmetic of the kernels: layouts of tiles, bands and expanded tables. The host can call it too, for tests.
+// The index arithmetic of the kernels: layouts of tiles, bands and expanded tables. Tests call it on the host.
 #pragma once
 
 #include "cuts.h"
@@ -17,10 +17,10 @@ ANYWHERE int column_at(int position) {
 
 // The band by rows has the scores of a warp's rows with the rows' table. Distances w are counted from that of row 0 and
 // the first column of the tile, so row r at distance w lies under column w + r (6). A tile of n columns brings n new
-// distances to each row. Those beyond the tile, the overhang, belong to the next tile. Those before the tile fall on the
-// end of the row above, which is written later; row 0 has a margin for them. Tables are read from a multiple of 32
-// distances on. If warps own 16 rows, every other warp therefore reads them from the first row of the warp before it on,
-// and adds 16 to the distances here. The pitches have the fewest bank conflicts.
+// distances to each row. Those beyond the tile, the overhang, belong to the next tile. Those before the tile fall on
+// the end of the row above, which is written later; row 0 has a margin for them. Tables are read from a multiple of 32
+// distances on. If warps own 16 rows, every other warp therefore reads them from the first row of the warp before it
+// on, and adds 16 to the distances here. The pitches have the fewest bank conflicts.
 constexpr int kRowBandMargin = 32;
 ANYWHERE int row_band_pitch(int columns) { return columns + (columns == 64 ? 32 : 40); }
 ANYWHERE int row_band(int row, int distance, int columns) { return row * (row_band_pitch(columns) + 1) + distance; }
@@ -32,9 +32,9 @@ ANYWHERE int gradient_band(int row, int column, int columns) {
   return row * (row_band_pitch(columns) - 1) + 32 + column;
 }
 
-// The band by columns has the scores of a tile's columns with the columns' table; its cells are (position of the column,
-// row of the block). Distances, row minus column, are counted from those of row 0 and the first of 32 columns, and run
-// from -32 to the last row. Scores outside of the rows of the block go to margins, which are never read.
+// The band by columns has the scores of a tile's columns with the columns' table; its cells are (position of the
+// column, row of the block). Distances, row minus column, are counted from those of row 0 and the first of 32 columns,
+// and run from -32 to the last row. Scores outside of the rows of the block go to margins, which are never read.
 ANYWHERE int column_band_pitch(int rows) { return 32 + rows + 32 + 8; }
 ANYWHERE int column_band(int position, int distance, int rows) {
   return position * column_band_pitch(rows) + 32 + distance + column_at(position & 31);
