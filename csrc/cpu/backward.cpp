@@ -3,8 +3,8 @@
 //     P = 2^(Z - row_max) / row_sum    dP = dO V^T    dV = P^T dO
 //     Delta_i = dO_i . O_i    dA = P o (dP - Delta + dlse)
 //
-// Near tiles add the position terms of (9) as products along the diagonals of dA: the operand is dA itself, read with
-// skewed strides (gemm.h). A margin of zeros around dA stands for the pairs outside of the tile.
+// Near tiles add the position terms of (9) as products along the diagonals of dA. The left operand is dA itself, read
+// with skewed strides (gemm.h). A margin of zeros around dA stands for the pairs outside of the tile.
 #include <cmath>
 
 #include "dropout.h"
@@ -13,13 +13,13 @@
 namespace deberta_fast::DEBERTA_FAST_ISA {
 namespace {
 
-constexpr int64_t kBackwardKeys = 192;            // keys of a tile, two of whose scores fit into the second-level cache
-constexpr int64_t kMarginRows = 8, kMargin = 16;  // zeros above and below dA, and to its left and right
+constexpr int64_t kBackwardKeys = 192;              // keys of a tile; scores and dA fit into the second-level cache
+constexpr int64_t kMarginRows = 8, kMargin = 16;    // zeros above and below dA, and to its left and right
 constexpr int64_t kGradPitch = kBackwardKeys + 48;  // an odd number of cache lines
 static_assert(kMarginRows >= kStrip - 1 && kMargin >= kStrip - 1 && kGradPitch >= kBackwardKeys + 2 * kMargin);
 static_assert(kTileKeys % kBackwardKeys == 0);
 
-// The keys of part `part` of `parts`; parts begin at whole vectors of every instruction set.
+// The keys of part `part` of `parts`. Parts begin at multiples of 16, the most floats of a vector.
 Range keys_of_part(int64_t keys, int64_t parts, int64_t part) {
   const int64_t step = round_up(div_up(keys, parts), 16), start = std::min(keys, part * step);
   return {start, std::min(keys, start + step)};
@@ -136,15 +136,15 @@ class BackwardPass : ScoreTiles {
       const auto rows = [&](const Heads& heads) { return rows_of<E>(heads, sequence.batch, head_, first); };
       load_query<E>(sequence, block);
       copy_rows<E>(rows(b_.grad_output), block.rows, a_.size, 1.0f, dout_, size_);
-      copy_rows<E>(rows(b_.output), block.rows, a_.size, 1.0f, dq_, size_);  // O, until dQ is needed
+      copy_rows<E>(rows(b_.output), block.rows, a_.size, 1.0f, dq_, size_);  // O for now, dQ later
     });
     row_dots(dout_, dq_, block.rows, size_, delta_);
     const double log_keys = std::log2(static_cast<double>(sequence.keys));
     for (int64_t r = 0; r < block.rows; ++r) {
       const auto given = [&](const Statistic& x) { return *at(x, sequence.batch, head_, first + r); };
       grad_lse_[r] = b_.grad_lse.data ? given(b_.grad_lse) : 0.0f;
-      // 2^row_max row_sum is the sum of the row. Two numbers hold it where one float32 would round it off. They belong
-      // to this row only if they make up its log-sum-exp.
+      // The sum of a row, sum_j 2^Z, is 2^row_max row_sum. These two numbers hold it without the rounding of lse. They
+      // are used only if they agree with the given lse.
       const float lse = given(b_.lse);
       const bool none = lse == -kInfinity;
       double row_max = lse * kLog2e, row_sum = 1, log_sum = 0;
@@ -155,7 +155,8 @@ class BackwardPass : ScoreTiles {
         }
       }
       // P = 2^(Z - shift) factor. The shift is closer to most scores than the log-sum-exp, so Z - shift is rounded
-      // less. A row without a visible key has 2^(-inf - 0) times 0; scores of minus infinity are multiplied by a NaN.
+      // less. If lse is minus infinity, the shift is 0 and 2^(Z - shift) is 0. Then the factor is 0 for a row without a
+      // visible key, and NaN, from row_sum, for a row whose visible scores are all minus infinity.
       shift_[r] = none ? 0.0f : static_cast<float>(row_max + log_sum - log_keys);
       factor_[r] = static_cast<float>(none ? 0 * row_sum : std::exp2(shift_[r] - row_max) / row_sum);
     }
@@ -208,7 +209,7 @@ class BackwardPass : ScoreTiles {
     }
   }
 
-  // The terms of (9) with queries and K^e.
+  // Adds the terms of (9) with K^e: to dQ, and to dK^e.
   void add_c2p_gradients(const Block& block, int64_t key, int64_t count) {
     const int64_t first = key - (block.position + block.rows - 1) - a_.first_distance;  // of the lower left pair
     add_distance_gradients({block.rows, kGradPitch}, {count, 1},
@@ -216,7 +217,7 @@ class BackwardPass : ScoreTiles {
                            b_.pos_key_sums ? grad_key_by_distance_ + first * size_ : nullptr);
   }
 
-  // The terms of (9) with keys and Q^e.
+  // Adds the terms of (9) with Q^e: to dK, and to dQ^e.
   void add_p2c_gradients(const Block& block, int64_t key, int64_t count, float* dk) {
     const int64_t last_distance = a_.first_distance + a_.distances - 1;
     const int64_t first = block.position - (key + count - 1) + last_distance;  // of the upper right pair
@@ -230,8 +231,9 @@ class BackwardPass : ScoreTiles {
     int64_t count, stride;
   };
 
-  // (9) for rows x, queries or keys: dx_i += sum_e dA^e_i T^e by strips of rows, and dT^e += sum_i dA^e_i x_i by strips
-  // of distances, if dT is wanted. T and dT begin at the first distance of the tile.
+  // Adds (9) for rows x, which are queries or keys, and their table T: dx_i += sum_e dA^e_i T^e by strips of rows, and
+  // dT^e += sum_i dA^e_i x_i by strips of distances, unless grad_table is null. table and grad_table begin at the first
+  // distance of the tile.
   void add_distance_gradients(Dimension rows, Dimension columns, const float* table, const float* x, float* dx,
                               float* grad_table) {
     for (int64_t r = 0; r < rows.count; r += kStrip) {
@@ -252,7 +254,7 @@ class BackwardPass : ScoreTiles {
     }
   }
 
-  // Adds the terms of (10) with t_i and with the far rows.
+  // Adds the terms of (10) that are not products with dA: t_i K^r_r to dQ, and the sums for the far rows of the tables.
   void add_far_gradients(const Block& block, Side side, int64_t local, int64_t count) {
     const int64_t columns = round_up(count, kLanes);
     std::fill_n(column_sums_, columns, 0.0f);
@@ -273,7 +275,8 @@ class BackwardPass : ScoreTiles {
     }
   }
 
-  // (11): row t of `by_distance` has the distance i - j = first + step t. Adds sums of kRun rows, because hundreds of
+  // Adds the gradients of distances and of far pairs to `sums`, the rows of a table (11), which it first clears if
+  // `start`. Row t of `by_distance` belongs to i - j = first + step t. Adds sums of kRun rows, because hundreds of
   // distances share the outermost rows of a table and rounding grows with the length of a sum.
   void sum_by_slot(const float* by_distance, const float* far, int64_t first, int64_t step, bool start, float* sums) {
     constexpr int64_t kRun = 16;
@@ -306,7 +309,7 @@ class BackwardPass : ScoreTiles {
 
   const Backward& b_;
   Scratch memory_;
-  int64_t head_ = 0, first_key_ = 0;                       // the head and the first key that are loaded
+  int64_t head_ = 0, first_key_ = 0;                       // the head, and the first of the loaded keys
   float *key_t_, *value_t_, *key_;                         // tiles of (D, kTilePitch); (keys, D)
   float *dk_, *dv_;                                        // (keys of the sequence, D)
   float *dout_, *dq_;                                      // (rows, D)

@@ -1,6 +1,6 @@
-// Products of small matrices, C = In + A B, where B and C have rows of vectors. A is read one element at a time and
-// broadcast, so it may have any two strides: transposed, or along the diagonals of a tile of scores. The skew of the
-// position terms is such a stride of A, or the stride of In.
+// Products of small matrices, C = In + A B. The rows of B, C and In are read and written in vectors. A is read one
+// element at a time and broadcast, so it may have any two strides: it may be transposed, or lie along the diagonals of
+// a tile of scores. The skew of the position terms is such a stride of A, or the pitch of In.
 #pragma once
 
 #include "vector.h"
@@ -20,6 +20,7 @@ namespace detail {
 
 using Micro = void (*)(int64_t, Operand, const float*, int64_t, const float*, int64_t, float*, int64_t);
 
+// Sums `rows` rows of C, `vectors` vectors wide, in registers.
 template <int rows, int vectors>
 void micro(int64_t depth, Operand a, const float* b, int64_t b_pitch, const float* in, int64_t in_pitch, float* c,
            int64_t c_pitch) {
@@ -44,16 +45,19 @@ void micro(int64_t depth, Operand a, const float* b, int64_t b_pitch, const floa
   }
 }
 
+// kMicro[rows - 1][vectors - 1]. No product is wider than kPanel vectors, so the entries beyond repeat that one.
 template <int vectors>
-constexpr int kUpTo = vectors < kPanel ? vectors : kPanel;
+constexpr int kAtMostPanel = vectors < kPanel ? vectors : kPanel;
 template <int rows>
-constexpr Micro kMicroOfRows[4] = {micro<rows, 1>, micro<rows, kUpTo<2>>, micro<rows, kUpTo<3>>, micro<rows, kUpTo<4>>};
+constexpr Micro kMicroOfRows[4] = {micro<rows, 1>, micro<rows, kAtMostPanel<2>>, micro<rows, kAtMostPanel<3>>,
+                                   micro<rows, kAtMostPanel<4>>};
 constexpr const Micro* kMicro[kStrip] = {kMicroOfRows<1>, kMicroOfRows<2>, kMicroOfRows<3>,
                                          kMicroOfRows<4>, kMicroOfRows<5>, kMicroOfRows<6>};
 
 }  // namespace detail
 
-// C (rows, columns) = In + A B. Reads and writes columns rounded up to whole vectors. In may be C, or null for zero.
+// C (rows, columns) = In + A B, where A is (rows, depth). Reads and writes columns rounded up to whole vectors. In may
+// be C, or null for zero.
 inline void gemm(int64_t rows, int64_t columns, int64_t depth, Operand a, const float* b, int64_t b_pitch,
                  const float* in, int64_t in_pitch, float* c, int64_t c_pitch) {
   const int64_t vectors = div_up(columns, kLanes), panels = div_up(vectors, kPanel);

@@ -9,13 +9,13 @@ namespace deberta_fast {
 namespace {
 
 // docs/measured.md says how these numbers were found.
-constexpr int64_t kFewestItems = 24;   // aimed at if the lengths allow it; small parts cost more
-constexpr int64_t kMinBlockRows = 59;  // queries of a forward block if heads and sequences are few
+constexpr int64_t kFewestItems = 24;   // work is divided into so many items if parts do not become too small
+constexpr int64_t kMinBlockRows = 59;  // queries of a block in forward if heads and sequences are few
 constexpr int64_t kMinPartRows = 192;  // queries and keys of a part in backward
 constexpr int64_t kMostItems = 96;     // in backward, because each item has its own gradients of the tables
-constexpr int64_t kMostTableFloats = int64_t{8} << 20;  // in all of those
+constexpr int64_t kMostTableFloats = int64_t{8} << 20;  // of the gradients of all items
 
-// Fills in the open fields of a request.
+// Fills in the fields of a request that the caller leaves open.
 struct Schedule {
   Attention& a;
   std::vector<Sequence>& sequences;
@@ -70,7 +70,7 @@ struct Schedule {
     }
   }
 
-  // The distances of near pairs, and a margin for the padding of the last vector.
+  // Sets the distances of the expanded tables: those of near pairs, and a margin for the padding of the last vector.
   void set_distances() {
     constexpr int64_t kMargin = 32;
     const int64_t first = std::max(1 - longest_query - a.query_offset, -a.far_past - kMaxBlockRows);
@@ -83,14 +83,15 @@ struct Schedule {
     // With an odd number of cache lines per row, the cells of a column fall into different cache sets.
     a.pitch = round_up(a.distances, 16);
     if (a.pitch / 16 % 2 == 0) a.pitch += 16;
-    // Slots fall as distances grow. If no pair is near, the margin has the row of the far ones.
+    // Slots fall as distances grow. If no pair has one of the distances, all pairs are far, and the expanded tables
+    // include their row.
     const int64_t lowest = a.reached > 0 ? a.first_reached : a.first_distance;
     const int64_t highest = a.reached > 0 ? a.first_reached + a.reached - 1 : a.first_distance + a.distances - 1;
     a.first_used_row = slot_of(a, -highest), a.used_rows = slot_of(a, -lowest) + 1 - a.first_used_row;
   }
 };
 
-// The items of backward and the memory for their sums.
+// Divides backward into items and places the memory for their sums.
 class Shares {
  public:
   Shares(const Schedule& call, Backward& b) : call_(call), b_(b) {
@@ -127,17 +128,18 @@ class Shares {
 
   // Divides the sequences into groups of about equal work.
   void cut_groups() {
-    const int64_t each = std::max<int64_t>(1, call_.a.heads * call_.a.parts);
-    int64_t most = div_up(kMostItems, each);
-    if (call_.has_positions()) most = std::min(most, kMostTableFloats / (2 * call_.a.used_rows * call_.size * each));
-    most = std::max<int64_t>(1, most);
+    const int64_t items_per_group = std::max<int64_t>(1, call_.a.heads * call_.a.parts);
+    int64_t most_groups = div_up(kMostItems, items_per_group);
+    if (call_.has_positions())
+      most_groups = std::min(most_groups, kMostTableFloats / (2 * call_.a.used_rows * call_.size * items_per_group));
+    most_groups = std::max<int64_t>(1, most_groups);
     const auto work = [](const Sequence& s) { return static_cast<double>(s.queries + 1) * (s.keys + 1); };
     double total = 0, done = 0;
     for (const Sequence& sequence : call_.sequences) total += work(sequence);
     for (const Sequence& sequence : call_.sequences) {
       done += work(sequence);
       const bool last = &sequence == &call_.sequences.back();
-      if (last || done * most >= total * (group_ends_.size() + 1)) {
+      if (last || done * most_groups >= total * (group_ends_.size() + 1)) {
         group_ends_.push_back(&sequence - call_.sequences.data() + 1);
       }
     }
@@ -149,7 +151,7 @@ class Shares {
   std::vector<int64_t> group_ends_, query_starts_, key_starts_;
 };
 
-// Torch turns it into a MemoryError with this message.
+// Torch turns this exception into a MemoryError with its message.
 class OutOfMemory : public std::bad_alloc {
  public:
   explicit OutOfMemory(int64_t bytes)

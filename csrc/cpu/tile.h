@@ -12,7 +12,7 @@ namespace deberta_fast::DEBERTA_FAST_ISA {
 
 constexpr float kInfinity = __builtin_inff(), kNaN = __builtin_nanf("");
 constexpr int64_t kTileKeys = 384;  // the most keys of a tile, whose scores fit into the second-level cache
-constexpr int64_t kKeyGroup = 48;   // keys whose p2c scores are computed at once: whole strips and whole vectors
+constexpr int64_t kKeyGroup = 48;   // keys whose p2c scores are computed at once; a multiple of strips and vectors
 constexpr int64_t kTilePitch = kTileKeys + 16;
 static_assert(kTileKeys % kKeyGroup == 0 && kKeyGroup % kStrip == 0 && kKeyGroup % kLanes == 0);
 
@@ -32,7 +32,7 @@ class Carver {
   int64_t floats_ = 0;
 };
 
-// Allocates the arrays that carve(carver) takes.
+// Returns memory for the arrays that carve(carver) takes. Calls it twice, first to count them, then to place them.
 template <class Carve>
 Scratch allocate(Carve carve) {
   Carver needed;
@@ -43,7 +43,7 @@ Scratch allocate(Carve carve) {
   return memory;
 }
 
-// The addresses of the rows of one head and sequence.
+// Returns the address of row r of a head and sequence. E is an element type of elements.h.
 template <class E>
 struct RowsOf {
   typename E::Stored* first;
@@ -58,7 +58,7 @@ RowsOf<E> rows_of(const Heads& heads, int64_t batch, int64_t head, int64_t first
       heads.row};
 }
 
-// Keys or values lie transposed in tiles of (D, kTilePitch); this is the offset of a column.
+// Keys or values are stored transposed, in tiles of (D, kTilePitch). Returns the offset of a column.
 INLINE int64_t tile_offset(int64_t column, int64_t size) {
   return column / kTileKeys * kTilePitch * size + column % kTileKeys;
 }
@@ -75,10 +75,12 @@ inline float* at(const Statistic& statistic, int64_t batch, int64_t head, int64_
   return statistic.data + batch * statistic.batch + head * statistic.head + row * statistic.row;
 }
 
-// The log-sum-exp of a row whose largest score and logarithm of row_sum are given in base 2.
+// Returns the natural log-sum-exp of a row. row_max is its largest score, and log_sum the logarithm of its row sum,
+// both in base 2.
 inline float log_sum_exp(double row_max, double log_sum) { return static_cast<float>((row_max + log_sum) / kLog2e); }
 
-// Queries first to first + rows - 1 of a sequence. `position` is that of the first query among the keys.
+// Queries first to first + rows - 1 of a sequence. `position` is first + query_offset, so key j has the distance j -
+// position from the first query.
 struct Block {
   int64_t head, sequence, first, rows, position;
 };
@@ -90,7 +92,7 @@ INLINE float dot(const float* x, const float* y, int64_t size) {
 }
 
 // to[r] = x_r . y_r for rows (count, D), summed in the order of `gemm`, so that dP - Delta is exactly 0 if P is 1.
-// Reads whole squares of lanes.
+// Reads and writes a multiple of kLanes rows.
 inline void row_dots(const float* x, const float* y, int64_t count, int64_t size, float* to) {
   for (int64_t r = 0; r < count; r += kLanes) {
     Vector total{};
@@ -111,7 +113,7 @@ INLINE void add_scaled(float factor, const float* x, float* y, int64_t size) {
   for (int64_t d = 0; d < size; d += kLanes) store(y + d, load(y + d) + load(x + d) * factor);
 }
 
-// Where the keys of a segment lie: far on one side of the queries, or near.
+// The keys of a segment are far from the queries, on one side, or near.
 enum Side { kPast = 0, kFuture = 1, kNear = 2 };
 
 // Keys [start, stop) of a sequence.
@@ -120,8 +122,8 @@ struct Segment {
   Side side;
 };
 
-// Divides the keys [start, stop) into segments by whether they are near to any query of a stretch, in whole vectors.
-// Without position terms all keys are far.
+// Divides the keys [start, stop) into those far from all queries of a stretch, on either side, and those between. The
+// near ones begin and end at multiples of kLanes, or at start or stop. Without position terms all keys are far.
 inline void cut_segments(const Attention& a, const Block& stretch, int64_t start, int64_t stop,
                          Segment (&segments)[3]) {
   int64_t near_start = stop, near_stop = stop;
@@ -136,7 +138,7 @@ inline void cut_segments(const Attention& a, const Block& stretch, int64_t start
   segments[2] = {near_stop, stop, kFuture};
 }
 
-// Copies the row of a table that all keys far on one side read; zeros if the table is absent.
+// Copies the row of a table that all keys far on one side read, times `scale`. Copies zeros if the table is absent.
 inline void far_row(const Attention& a, const Table& table, int64_t head, Side side, float scale, float* to) {
   const int64_t size = round_up(a.size, kLanes);
   std::fill_n(to, size, 0.0f);
@@ -149,7 +151,7 @@ inline void far_row(const Attention& a, const Table& table, int64_t head, Side s
   });
 }
 
-// scores[i][j] += p2c[j][i] for skewed p2c scores of a group of keys, a square of lanes at a time.
+// scores[i][j] += p2c[j][i] for the p2c scores of a group of keys, by squares of kLanes rows and columns.
 INLINE void add_transposed(const float* p2c, int64_t pitch, int64_t rows, int64_t columns, float* scores,
                            int64_t scores_pitch) {
   for (int64_t i = 0; i < rows; i += kLanes) {
@@ -170,7 +172,8 @@ class VisibleKeys {
   int64_t start = 0, stop = 0;  // all visible keys lie in this range
 
   VisibleKeys() = default;
-  // bias: memory for one float per key, rounded up to kLanes.
+  // `bias` is memory for one float per key, rounded up to kLanes. It becomes minus infinity for the keys that a mask
+  // without a query dimension hides, and for the padding, and 0 for the others.
   VisibleKeys(const Attention& a, const Sequence& sequence, int64_t head, float* bias)
       : start(0), stop(sequence.keys), keys_(sequence.keys), bias_(bias) {
     std::fill(bias, bias + keys_, 0.0f);
@@ -238,7 +241,7 @@ class VisibleKeys {
   int64_t keys_ = 0;
   const float* bias_ = nullptr;
   const uint8_t* mask_ = nullptr;
-  bool holes_ = false;
+  bool holes_ = false;  // whether a bias in [start, stop) is minus infinity
 };
 
 // Scores of a block of queries, tile by tile; the base of the forward and backward passes.
@@ -246,7 +249,7 @@ class ScoreTiles {
  protected:
   explicit ScoreTiles(const Attention& a) : a_(a), size_(round_up(a.size, kLanes)) {}
 
-  // pitch: of a tile of scores.
+  // `pitch` is that of a tile of scores.
   void carve_scores(Carver& carver, int64_t pitch) {
     pitch_ = pitch;
     query_ = carver(kMaxBlockRows * size_), far_query_ = carver(kMaxBlockRows * size_);
@@ -262,8 +265,8 @@ class ScoreTiles {
   }
 
   // Calls use(side, key, count) for each tile of the keys [start, stop) that has a visible pair, with its scores in
-  // scores_. A tile has at most tile_keys keys and ends at a multiple of tile_keys from first_key on. key_t has the
-  // keys from first_key on. The scores of a far tile lack the constants far_constant_ (7).
+  // scores_. A tile has at most tile_keys keys and ends at a multiple of tile_keys, counted from first_key, or at the
+  // end of its segment. key_t has the keys from first_key on. A far tile's scores lack far_constant_ (7).
   template <class Use>
   void for_each_tile(const Block& block, const Block& stretch, const float* key_t, int64_t first_key, int64_t start,
                      int64_t stop, int64_t tile_keys, Use use) {
@@ -294,11 +297,12 @@ class ScoreTiles {
   VisibleKeys visible_;
   float *query_, *far_query_;  // (rows, D), times log2(e) s
   float* scores_;              // (rows, pitch)
-  float *bias_, *row_;
+  float *bias_, *row_;         // of VisibleKeys; (D) for a row of a table
   float far_constant_[kMaxBlockRows];
 
  private:
-  // (7) for one side: the shifted queries log2(e) s (q + Q^r_r) and the constant log2(e) s q . K^r_r of each row.
+  // Computes (7) for one side: the shifted queries log2(e) s (q + Q^r_r), and for each row the constant log2(e) s q .
+  // K^r_r.
   void load_far_query(const Block& block, Side side) {
     far_row(a_, a_.pos_query, block.head, side, static_cast<float>(a_.scale * kLog2e), row_);
     for (int64_t r = 0; r < block.rows; ++r) {
@@ -312,12 +316,12 @@ class ScoreTiles {
     for (int64_t r = 0; r < block.rows; ++r) far_constant_[r] = dot(query_ + r * size_, row_, size_);
   }
 
-  // (6): scores (rows, columns) for the keys [first_key, first_key + all_keys).
+  // Computes the scores (6), (rows, columns), of the keys [first_key, first_key + all_keys). Columns beyond the keys
+  // are padding, which the caller hides.
   //
-  // c2p: a strip of kStrip queries has columns + kStrip - 1 consecutive distances, and query r of it starts one cell
-  // further left than query r - 1. Read with a pitch one less, that product is what the c2c term is added to. p2c: the
-  // same with keys in place of queries; its tile is transposed on the way. Columns beyond the keys are padding, which
-  // is hidden afterwards.
+  // c2p: a strip of kStrip queries has columns + kStrip - 1 consecutive distances. In their product with K^e, the cells
+  // of query r begin one further left than those of query r - 1. Read with a pitch that is one less, they lie under the
+  // keys, and the c2c term is added to them. p2c is the same with keys in place of queries, and is transposed.
   void near_scores(const Block& block, const float* key_t, int64_t first_key, int64_t all_keys, int64_t columns) {
     const int64_t last_distance = a_.first_distance + a_.distances - 1;
     for (int64_t r = 0; r < block.rows; r += kStrip) {
@@ -337,7 +341,7 @@ class ScoreTiles {
     for (int64_t group = 0; group < all_keys; group += kKeyGroup) {
       const int64_t keys = std::min(all_keys - group, kKeyGroup), filled = std::min(columns - group, kKeyGroup);
       // Cell t of key j's row belongs to query i = t + j - (kKeyGroup - 1).
-      const int64_t delta = block.position - (first_key + group) - (kKeyGroup - 1);  // of cell 0
+      const int64_t delta = block.position - (first_key + group) - (kKeyGroup - 1);  // of cell 0 of every key
       const float* table = a_.query_by_distance_t + block.head * size_ * a_.pitch + (delta + last_distance);
       for (int64_t j = 0; j < keys; j += kStrip) {
         const int64_t count = std::min<int64_t>(keys - j, kStrip), cell = kKeyGroup - j - count;

@@ -11,7 +11,7 @@ namespace {
 
 template <class S>
 struct Memory {
-  // A warp's dA: 32 keys by position times its queries; 16 bytes of padding spread the keys over the banks.
+  // dA of a warp is (32 keys, ordered by position, its queries). 16 bytes of padding per key avoid bank conflicts.
   static constexpr int kNearPitch = kHalf * S::kWarpRows + 16, kNearBytes = S::kBlockN * kNearPitch;
   static constexpr int kWarpBytes = 2 * S::kStageBytes + S::kRowBandBytes + kNearBytes;
   static constexpr int kBytes = 2 * S::kTileBytes + S::kWarps * kWarpBytes;
@@ -34,9 +34,10 @@ struct Mainloop {
   const BlockInfo block;
   const Dropout mask;
   const Memory<S> memory;
-  const uint32_t exists;
+  const uint32_t exists;  // bit mask of this warp's queries that exist
   float dq[kFragments][S::kSize / 8][4] = {};
-  float lse2[kFragments][2], delta[kFragments][2], far[kFragments][2];
+  float lse2[kFragments][2], delta[kFragments][2];
+  float far[kFragments][2];  // t, the row sums of dA over the far keys of a side (10)
 
   DEVICE Mainloop(const BackwardCall& arguments, const BlockInfo& block)
       : arguments(arguments),
@@ -45,15 +46,15 @@ struct Mainloop {
         mask(call, block.batch, block.head),
         exists(own_rows<S>(block)) {}
 
-  DEVICE void load_tile(int tile, uint64_t there) const {
-    load_columns<S>(memory.keys, call.key.x, call, block, tile * S::kBlockN, there);
-    load_columns<S>(memory.values, call.value, call, block, tile * S::kBlockN, there);
+  DEVICE void load_tile(int tile, uint64_t visible) const {
+    load_columns<S>(memory.keys, call.key.x, call, block, tile * S::kBlockN, visible);
+    load_columns<S>(memory.values, call.value, call, block, tile * S::kBlockN, visible);
     commit_copies();
   }
 
   // ---- Far tiles.
 
-  // Loads the shifted Q, dO and the statistics of the rows; lse2 includes the constant of the row.
+  // Loads Q, shifted (7), dO and the statistics of the rows. The constant of a row is subtracted from its lse2.
   DEVICE void load_rows(int far_row) {
     load_own_rows<S>(memory.queries, call.query.x, call, block, exists);
     load_own_rows<S>(memory.dout, arguments.grad_output, call, block, exists);
@@ -78,8 +79,8 @@ struct Mainloop {
     tile = next_tile<S>(call, block, tile, end);
     if (tile >= end) return;
     load_rows(far_row);
-    uint64_t there = visible_in_tile<S>(call, block, tile);
-    load_tile(tile, there);
+    uint64_t visible = visible_in_tile<S>(call, block, tile);
+    load_tile(tile, visible);
     while (tile < end) {
       wait_copies<0>();
       sync_block();
@@ -91,7 +92,7 @@ struct Mainloop {
         load_left<S>(a, memory.dout, step);
         add_products<T, S>(dp, a, memory.values, step);
       }
-      softmax_gradient(scores, dp, tile * S::kBlockN, there);
+      softmax_gradient(scores, dp, tile * S::kBlockN, visible);
       EACH(step, S::kBlockN / 16) {
         uint32_t d[kFragments][4];
         EACH(f, kFragments) as_left<T>(d[f], dp[f], step);
@@ -99,7 +100,7 @@ struct Mainloop {
       }
       tile = next_tile<S>(call, block, tile + 1, end);
       sync_block();  // all warps have read K and V
-      if (tile < end) there = visible_in_tile<S>(call, block, tile), load_tile(tile, there);
+      if (tile < end) visible = visible_in_tile<S>(call, block, tile), load_tile(tile, visible);
     }
     add_far_row<T, S>(dq, far, call, block, call.query, far_row);
     if (call.query.table.data != nullptr)
@@ -107,11 +108,11 @@ struct Mainloop {
                           call.query.x, call, block, exists);
   }
 
-  // Turns dP into dA (8).
+  // Turns dP into dA (8). Scores come from Q divided by two (shift_rows).
   DEVICE void softmax_gradient(const float (&scores)[kFragments][kProducts][4], float (&dp)[kFragments][kProducts][4],
-                               int first_key, uint64_t there) {
+                               int first_key, uint64_t visible) {
     const float slope = 2 * call.scale * static_cast<float>(kLog2e);
-    const uint32_t seen = static_cast<uint32_t>(there) >> (8 * (lane() % 4));
+    const uint32_t seen = static_cast<uint32_t>(visible) >> (8 * (lane() % 4));
     EACH(f, kFragments)
       EACH(half, 2) {
         const uint32_t kept = dropout ? mask.keep_eight(own_row<S>(block, f, half), first_key + 8 * (lane() % 4)) : 0;
@@ -127,7 +128,7 @@ struct Mainloop {
 
   // ---- Near tiles.
 
-  // Copies dA of a tile of keys, by position, and this warp's queries.
+  // Copies dA of a tile of keys, ordered by position, and this warp's queries.
   DEVICE void load_near(int tile, int near_begin) const {
     const int first_key = tile * S::kBlockN, first_query = block.first_row + warp() * S::kWarpRows;
     const int query_tile = first_query / 32 - kTilesPerBlock * near_begin;
@@ -136,14 +137,14 @@ struct Mainloop {
     constexpr int chunks = S::kWarpRows / 8;
     EACH(i, S::kBlockN * chunks / 32) {
       const int item = 32 * i + lane(), position = item / chunks, chunk = item % chunks;
-      // The last tile of 32 queries may be absent.
+      // Queries beyond the end become zeros, because backward_key does not write their tiles.
       copy_async(memory.near + position * Memory<S>::kNearPitch + 16 * chunk,
                  from + 64 * column_at(position) + 16 * chunk, exists >> (8 * chunk) & 1);
     }
     commit_copies();
   }
 
-  // The first block of queries near to the block of keys that has this tile.
+  // The first block of queries that is near to the block of keys which includes this tile.
   DEVICE int near_begin(int tile) const {
     BlockInfo keys = block;
     keys.first_row = tile * S::kBlockN / kBackwardRows * kBackwardRows;
@@ -159,7 +160,7 @@ struct Mainloop {
     tile = next_tile<S>(call, block, tile, end);
     if (tile >= end) return;
     const bool c2p = call.query.gradient_table != nullptr;
-    int expected = tile;  // the tile that continues the band
+    int expected = tile;  // the tile that would continue the band; masked tiles are skipped
     if (c2p) gradient_band(tile).clear();
     const auto load = [&] {
       load_columns<S>(memory.keys, call.key.x, call, block, tile * S::kBlockN, visible_in_tile<S>(call, block, tile));

@@ -87,7 +87,7 @@ struct GradientBand {
   // Call after all of put: sums += dA of 32 distances times their table rows.
   DEVICE void take(float (&sums)[S::kFragments][S::kSize / 8][4]) const {
     sync_warp();
-    add_table_gradients<T, S>(sums, band, 0, table);
+    add_table_gradients<T, S>(sums, band, table);
     Vec16 overhang[S::kWarpRows / 8];
     EACH(i, S::kWarpRows / 8) overhang[i] = load_shared(cell(i, S::kBlockN));
     sync_warp();

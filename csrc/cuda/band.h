@@ -1,8 +1,8 @@
 // Position scores of near tiles (6): small products with expanded tables, skewed on their way through shared memory.
 //
 // skew.h orders the table such that a product of 32 distances gives a lane eight neighbouring distances of a row. Row r
-// + 1 lies one cell further than row r, so every other row begins at an odd cell. A lane stores three words and two
-// halves then, and needs no shuffles.
+// + 1 lies one cell further than row r, so every other row begins at an odd cell, in the middle of a 32-bit word. A
+// lane therefore stores eight cells as three words and two halves, and needs no shuffles.
 #pragma once
 
 #include "tile.h"
@@ -38,7 +38,7 @@ struct EightHalves {
   }
 };
 
-// A band holds b times the scores in float16, whose range is short. In bfloat16 the factor is a constant 1.
+// Returns x in float16 and the constant 1 in bfloat16. Bands hold scores times b because the range of float16 is small.
 template <class T>
 DEVICE float band_factor(float x) {
   return 1;
@@ -57,7 +57,7 @@ DEVICE void as_pairs(uint32_t (&pairs)[4], const float (&products)[4][4], int ha
   }
 }
 
-// sums += rows · (32 rows of a table)ᵀ. left(a, step) loads the left operands.
+// sums += rows · (32 rows of a table)ᵀ. left(a, step) loads elements 16 step to 16 step + 15 of the rows into a.
 template <class T, class S, int fragments, class Left>
 DEVICE void add_table_scores(float (&sums)[fragments][4][4], const char* block, Left left) {
   constexpr int reads = S::kSize / 32;
@@ -75,15 +75,14 @@ DEVICE void add_table_scores(float (&sums)[fragments][4][4], const char* block, 
   }
 }
 
-// sums += dA · (32 rows of a table). dA is columns [columns, columns + 32) of a band by rows.
+// sums += dA · (32 rows of a table), where dA is the first 32 columns of a band of gradients.
 template <class T, class S>
-DEVICE void add_table_gradients(float (&sums)[S::kFragments][S::kSize / 8][4], const char* band, int columns,
-                                const char* block) {
+DEVICE void add_table_gradients(float (&sums)[S::kFragments][S::kSize / 8][4], const char* band, const char* block) {
   uint32_t a[2][S::kFragments][4];
   EACH(step, 2)
     EACH(f, S::kFragments)
-      load_matrices(a[step][f], band + (16 * f + lane() % 16) * S::kRowBandPitch +
-                                    kHalf * (columns + 16 * step + 8 * (lane() / 16)));
+      load_matrices(a[step][f],
+                    band + (16 * f + lane() % 16) * S::kRowBandPitch + kHalf * (16 * step + 8 * (lane() / 16)));
   const char* from = opaque(block + 16 * lane());
   EACH(n, S::kSize / 8) {
     const Vec16 b = load_global(from + 512 * n);
@@ -101,8 +100,8 @@ DEVICE const char* table_block(const char* table, const Operand& rows, const Blo
   return table + (int64_t{block.head} * rows.blocks * kDistances + (distance - rows.first_distance)) * bytes;
 }
 
-// Writes the band by rows of a warp for the tile that begins with this column. If the tile follows the previous one,
-// the overhang of that one is reused. The block must synchronise before the band is read.
+// Writes the band by rows of a warp for the tile that begins with this column. `follows` says that the band holds the
+// tile before this one, whose overhang is reused. The block must synchronise before the band is read.
 template <class T, class S, class Left>
 DEVICE void write_row_band(char* band, const Call& call, const BlockInfo& block, const Operand& rows, int first_column,
                            bool follows, Left left) {
@@ -135,29 +134,29 @@ DEVICE void write_row_band(char* band, const Call& call, const BlockInfo& block,
   for (int distance = 0; distance < S::kBlockN; distance += kDistances) write(distance);
 }
 
-// Writes the band by columns of a block. All warps share the work and must synchronise before the band is read. Odd
-// turns begin with the other half of the warps.
+// Writes the band by columns of a block. All warps share the work and must synchronise before the band is read. Some
+// warps may have one product more than others. In odd turns warps swap their shares in pairs, which balances that.
 template <class T, class S>
 DEVICE void write_column_band(char* band, const Call& call, const BlockInfo& block, const Operand& columns,
                               const char* column_tile, int first_column, int turn) {
   constexpr int blocks = S::kBlockM / kDistances + 1, groups = S::kBlockN / 32;
   static_assert(S::kWarps % groups == 0, "a warp stays with one group of columns");
-  const int first = (warp() ^ (turn & 1) * groups) % S::kWarps, group = first % groups;
+  const int share = (warp() ^ (turn & 1) * groups) % S::kWarps, group = share % groups;
   const char* tile = column_tile + 32 * group * S::kPitch;
   // Columns are the rows of this product, so its distances are row minus column.
   const char* table = table_block<S>(columns.score_table, columns, block, block.first_row - first_column - 32 * group);
   const EightHalves<true> to(band, column_band(32 * group + lane() / 4, 8 * (lane() % 4), S::kBlockM));
   // Registers hold the left operand of a warp if it serves several products and is small enough.
-  constexpr bool keeps = S::kSize <= 64 && groups * blocks >= 2 * S::kWarps;
-  uint32_t left[keeps ? S::kSize / 16 : 1][2][4];
-  if constexpr (keeps) {
+  constexpr bool in_registers = S::kSize <= 64 && groups * blocks >= 2 * S::kWarps;
+  uint32_t left[in_registers ? S::kSize / 16 : 1][2][4];
+  if constexpr (in_registers) {
     EACH(step, S::kSize / 16) load_left<S>(left[step], tile, step);
   }
-  for (int item = first / groups; item < blocks; item += S::kWarps / groups) {
+  for (int item = share / groups; item < blocks; item += S::kWarps / groups) {
     const int distance = kDistances * (item - 1);
     float sums[2][4][4] = {};
     add_table_scores<T, S>(sums, table + distance * kHalf * S::kSize, [&](uint32_t (&a)[2][4], int step) {
-      if constexpr (keeps) {
+      if constexpr (in_registers) {
         EACH(f, 2)
           EACH(w, 4) a[f][w] = left[step][f][w];
       } else {
@@ -186,7 +185,7 @@ DEVICE void clear_column_band(char* band) {
   for (int i = thread(); i < S::kColumnBandBytes / 16; i += S::kThreads) store_shared(band + 16 * i, {});
 }
 
-// Initialises scores with the sum of both bands.
+// Sets scores to the sum of both bands times `unscale`, 1 / b.
 template <class T, class S>
 DEVICE void begin_scores(float (&scores)[S::kFragments][S::kBlockN / 8][4], const char* row_band,
                          const char* column_band, float unscale) {

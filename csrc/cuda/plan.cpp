@@ -6,21 +6,21 @@
 namespace deberta_fast::cuda {
 namespace {
 
-constexpr int kNever = 1 << 29;  // a distance beyond any
+constexpr int kMaxDistance = 1 << 29;  // larger than the distance of any pair
 
-// The bands of a near pair of blocks read distances up to this far beyond the distance that makes the pair near.
-// Backward needs 223 with blocks of 128 (tests/emulator/plan_test.cpp).
+// A pair of blocks is near if one of its distances is. Its bands read table rows up to this many distances away from
+// that one. Backward needs 223 with blocks of 128 (tests/emulator/plan_test.cpp).
 constexpr int kMargin = 224;
 
 int64_t floor_divide(int64_t x, int64_t y) { return x >= 0 ? x / y : -div_up(-x, y); }
 
-int clamp_distance(int64_t x) { return static_cast<int>(std::clamp<int64_t>(x, -kNever, kNever)); }
+int clamp_distance(int64_t x) { return static_cast<int>(std::clamp<int64_t>(x, -kMaxDistance, kMaxDistance)); }
 
 // Sets the near range and the expanded table of this operand, and launches the kernel that fills the table.
-// `direction`: delta = offset + direction x distance.
+// delta = query_offset + direction x distance.
 const char* prepare_operand(Operand& rows, const Operand& columns, const Request& request, int direction,
                             bool gradients, Workspace& workspace, void* stream) {
-  // As distances, past and future swap if the direction is -1.
+  // If the direction is -1, distances fall as delta grows, so past and future swap.
   const int64_t past = direction * (int64_t{request.far_past} - request.query_offset);
   const int64_t future = direction * (int64_t{request.far_future} - request.query_offset);
   rows.near_after = clamp_distance(std::min(past, future)), rows.near_before = clamp_distance(std::max(past, future));
@@ -42,20 +42,21 @@ const char* prepare_operand(Operand& rows, const Operand& columns, const Request
   return expand_table({request, rows, direction, scores, gradient}, stream);
 }
 
+// Packed sequences are stretches of one batch row, so their batch strides are 0.
 template <class Strided>
-Strided unpacked(Strided x, const Call& call) {
+Strided zero_batch_if_packed(Strided x, const Call& call) {
   if (call.ends != nullptr) x.batch = 0;
   return x;
 }
 
-// Completes `call` with expanded tables and mask bits.
+// Copies the request's call and completes it with near ranges, expanded tables and mask bits.
 const char* prepare(Call& call, const Request& request, bool gradients, Workspace& workspace, void* stream) {
   call = request.call;
-  for (Heads* x : {&call.query.x, &call.key.x, &call.value}) *x = unpacked(*x, call);
+  for (Heads* x : {&call.query.x, &call.key.x, &call.value}) *x = zero_batch_if_packed(*x, call);
   if (call.query.table.data == nullptr && call.key.table.data == nullptr) {
     // Without position terms every pair counts as far left.
-    call.query.near_after = call.query.near_before = kNever;
-    call.key.near_after = call.key.near_before = kNever;
+    call.query.near_after = call.query.near_before = kMaxDistance;
+    call.key.near_after = call.key.near_before = kMaxDistance;
   } else {
     const char* error = prepare_operand(call.query, request.call.key, request, -1, gradients, workspace, stream);
     if (error == nullptr)
@@ -79,7 +80,7 @@ const char* prepare(Call& call, const Request& request, bool gradients, Workspac
 
 int blocks_of(int64_t length) { return static_cast<int>(div_up(length, kBackwardRows)); }
 
-// The near pairs of blocks of 128 rows, as column block minus row block; agrees with find_segments.
+// The range of column block minus row block in near pairs of blocks of 128. It agrees with find_segments.
 struct BlockRange {
   int first, last;
 };
@@ -91,9 +92,9 @@ BlockRange near_blocks(const Operand& rows, const Operand& columns) {
           static_cast<int>(std::min<int64_t>(last, blocks_of(columns.length) - 1))};
 }
 
-// Chosen, not measured yet (docs/measured.md).
-std::atomic<int64_t> near_bytes{int64_t{160} << 20};  // of dA at once; one head may exceed it
-constexpr int kPrograms = 512;                        // aimed at per launch over diagonals
+// These numbers are not based on measurements (docs/measured.md).
+std::atomic<int64_t> near_bytes{int64_t{160} << 20};  // the most bytes of dA at once; one head may exceed it
+constexpr int kPrograms = 512;                        // diagonals are split into at most so many thread blocks
 
 TableCall table_call(const BackwardCall& backward, const Request& request, void* grad_table, bool keys, int heads,
                      Workspace& workspace) {
@@ -103,6 +104,7 @@ TableCall table_call(const BackwardCall& backward, const Request& request, void*
   TableCall table;
   table.backward = backward, table.keys = keys;
   table.first_block = near.first, table.last_block = near.last;
+  // Blocks with column block minus row block = n have squares on the diagonals 2 n - 1 to 2 n + 1.
   table.first_diagonal = 2 * near.first - 1;
   table.diagonals = near.last < near.first ? 0 : 2 * (near.last - near.first) + 3;
   const int64_t programs = std::max<int64_t>(int64_t{table.diagonals} * heads, 1);
@@ -123,7 +125,8 @@ const char* run_forward(const Request& request, const Heads& output, const Stati
                         void* stream) {
   ForwardCall arguments;
   const char* error = prepare(arguments.call, request, false, workspace, stream);
-  arguments.output = unpacked(output, arguments.call), arguments.lse = unpacked(lse, arguments.call);
+  arguments.output = zero_batch_if_packed(output, arguments.call);
+  arguments.lse = zero_batch_if_packed(lse, arguments.call);
   return error != nullptr || workspace.counts() ? error : forward(arguments, stream);
 }
 
@@ -135,10 +138,13 @@ const char* run_backward(const Request& request, const Gradients& gradients, Wor
   const auto launch = [&](auto kernel, const auto& arguments) {
     if (!workspace.counts() && error == nullptr) error = kernel(arguments, stream);
   };
-  backward.output = unpacked(gradients.output, call), backward.grad_output = unpacked(gradients.grad_output, call);
-  backward.grad_query = unpacked(gradients.grad_query, call), backward.grad_key = unpacked(gradients.grad_key, call);
-  backward.grad_value = unpacked(gradients.grad_value, call);
-  backward.lse = unpacked(gradients.lse, call), backward.grad_lse = unpacked(gradients.grad_lse, call);
+  backward.output = zero_batch_if_packed(gradients.output, call);
+  backward.grad_output = zero_batch_if_packed(gradients.grad_output, call);
+  backward.grad_query = zero_batch_if_packed(gradients.grad_query, call);
+  backward.grad_key = zero_batch_if_packed(gradients.grad_key, call);
+  backward.grad_value = zero_batch_if_packed(gradients.grad_value, call);
+  backward.lse = zero_batch_if_packed(gradients.lse, call);
+  backward.grad_lse = zero_batch_if_packed(gradients.grad_lse, call);
   backward.statistic_batch = call.ends == nullptr ? call.query.length : 0;
   backward.statistic_rows = call.ends == nullptr ? int64_t{call.batches} * call.query.length : call.packed_rows;
   backward.lse2 = workspace.take<float>(call.heads * backward.statistic_rows);
@@ -152,9 +158,10 @@ const char* run_backward(const Request& request, const Gradients& gradients, Wor
   const int64_t head_bytes =
       block_count(call, call.key, kBackwardRows) * backward.near_blocks * kBackwardRows * kBackwardRows * 2;
   // The heads are divided evenly among the launches.
-  const int64_t most = std::clamp<int64_t>(near_bytes / std::max<int64_t>(head_bytes, 1), 1, std::max(call.heads, 1));
-  const int64_t parts = div_up(call.heads, most);
-  const int heads = parts == 0 ? 0 : static_cast<int>(div_up(call.heads, parts));
+  const int64_t most_heads =
+      std::clamp<int64_t>(near_bytes / std::max<int64_t>(head_bytes, 1), 1, std::max(call.heads, 1));
+  const int64_t launches = div_up(call.heads, most_heads);
+  const int heads = launches == 0 ? 0 : static_cast<int>(div_up(call.heads, launches));
   backward.near = workspace.take<char>(heads * head_bytes);
   backward.query_far_count = static_cast<int>(far_count(call, call.query));
   backward.key_far_count = static_cast<int>(far_count(call, call.key));

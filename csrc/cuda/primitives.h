@@ -46,7 +46,7 @@ const char* launch(int64_t blocks_x, int64_t blocks_y, int threads, int shared_b
 // Before a kernel's arguments: keeps them in constant memory, even behind references.
 #define GRID_CONSTANT __grid_constant__
 #define UNROLL _Pragma("unroll")
-// For i from 0 to count - 1, unrolled.
+// Runs a statement for i from 0 to count - 1, unrolled.
 #define EACH(i, count) _Pragma("unroll") for (int i = 0; i < (count); ++i)
 
 namespace deberta_fast {
@@ -71,8 +71,8 @@ DEVICE char* shared_memory() {
   return bytes;
 }
 
-// The same address, opaque to the compiler: in a loop it recomputes derived addresses instead of keeping more of them
-// than there are registers.
+// Returns shared_memory() as a value that is unknown to the compiler. In a loop it computes derived addresses again,
+// and does not keep more of them than there are registers.
 DEVICE char* shared_memory_anew() {
   int zero = 0;
   asm volatile("" : "+r"(zero));
@@ -85,15 +85,15 @@ DEVICE uint32_t load_shared_word(const void* from) { return *static_cast<const u
 DEVICE void store_shared_word(void* to, uint32_t word) { *static_cast<uint32_t*>(to) = word; }
 DEVICE void store_shared_half(void* to, uint16_t half) { *static_cast<uint16_t*>(to) = half; }
 
-// Reads 16 bytes of read-only global memory.
+// Reads 16 bytes of global memory that the kernel does not write.
 DEVICE Vec16 load_global(const void* from) {
   const uint4 v = __ldg(static_cast<const uint4*>(from));
   return {{v.x, v.y, v.z, v.w}};
 }
 DEVICE void store_global(void* to, Vec16 words) { *static_cast<Vec16*>(to) = words; }
 
-// ---- Asynchronous copies of 16 bytes from global to shared memory. A copy that is not valid writes zeros and does not
-// read `global`. The issuing thread sees the data after wait_copies, other threads after wait_copies and a barrier.
+// ---- Asynchronous copies of 16 bytes from global to shared memory. If `valid` is false, a copy writes zeros and does
+// not read `global`. The issuing thread sees the data after wait_copies, other threads after wait_copies and a barrier.
 
 DEVICE uint32_t shared_address(const void* shared) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
 
@@ -184,7 +184,7 @@ template <class T>
 DEVICE uint32_t add_pairs(uint32_t a, uint32_t b) {
   uint32_t sum;
   if constexpr (kIsBfloat16<T>) {
-    // sm_80 has no addition of bfloat16: a product with one, rounded once, stands in.
+    // sm_80 has no instruction that adds bfloat16. a * 1 + b is rounded once, as a sum is.
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3f803f80u), "r"(b));
   } else {
     asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
@@ -203,9 +203,10 @@ DEVICE float exp2_fast(float x) {
   return y;
 }
 DEVICE float log2_fast(float x) { return __log2f(x); }
-DEVICE float maximum(float a, float b) { return fmaxf(a, b); }  // the number if the other is NaN
+DEVICE float maximum(float a, float b) { return fmaxf(a, b); }  // the number if one argument is NaN
 DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
-// The same address, opaque to the compiler, which must not replace one pointer and constants by many pointers.
+// Returns the same address as a value that is unknown to the compiler, which would replace one pointer plus constants
+// by many pointers, which takes registers.
 DEVICE const char* opaque(const char* address) {
   asm("" : "+l"(address));
   return address;
@@ -218,10 +219,11 @@ DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
 // ---- Launches, from the host.
 
-// Allows a kernel this much shared memory, always the same amount per kernel. Calls CUDA once per device.
+// Allows a kernel this many bytes of shared memory. A kernel must always pass the same number, since CUDA is called
+// only once per kernel and device.
 template <auto kernel>
 cudaError_t allow_shared_memory(int bytes) {
-  static std::atomic<uint64_t> allowed{0};  // one bit per device; devices from the 65th on have none
+  static std::atomic<uint64_t> allowed{0};  // one bit per device; for devices from the 65th on CUDA is always called
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
@@ -231,7 +233,8 @@ cudaError_t allow_shared_memory(int bytes) {
   return error;
 }
 
-// Returns the reason why this launch failed, or null. CUDA's last error could belong to another launch.
+// Returns the reason why this launch failed, or null. It does not ask for CUDA's last error, which could belong to
+// another launch.
 template <auto kernel, class Arguments>
 const char* launch(int64_t blocks_x, int64_t blocks_y, int threads, int shared_bytes, void* stream,
                    const Arguments& arguments) {

@@ -1,4 +1,4 @@
-// Index arithmetic of the kernels, for host tests too: the layouts of tiles, bands and expanded tables.
+// The index arithmetic of the kernels: layouts of tiles, bands and expanded tables. Tests call it on the host.
 #pragma once
 
 #include "cuts.h"
@@ -15,23 +15,26 @@ ANYWHERE int column_at(int position) {
 
 // ---- Bands: position scores of a tile, and in backward the gradients of its scores.
 
-// By rows: row r of a warp at distance w, counted from the first row's tile, lies under column w + r (6). A tile of 64
-// columns brings 64 new distances to each row. Those beyond the tile, the overhang, belong to the next tile. Those
-// before the tile fall on the end of the row above, which is written later; the first row has a margin. Tables are read
-// from a multiple of 32 distances on, so if a warp owns 16 rows, `row` counts from the warp before for every other
-// warp. The pitches have the fewest bank conflicts.
+// The band by rows has the scores of a warp's rows with the rows' table. Distances w are counted from that of row 0 and
+// the first column of the tile, so row r at distance w lies under column w + r (6). A tile of n columns brings n new
+// distances to each row. Those beyond the tile, the overhang, belong to the next tile. Those before the tile fall on
+// the end of the row above, which is written later; row 0 has a margin for them. Tables are read from a multiple of 32
+// distances on. If warps own 16 rows, every other warp therefore reads them from the first row of the warp before it
+// on, and adds 16 to the distances here. The pitches have the fewest bank conflicts.
 constexpr int kRowBandMargin = 32;
 ANYWHERE int row_band_pitch(int columns) { return columns + (columns == 64 ? 32 : 40); }
 ANYWHERE int row_band(int row, int distance, int columns) { return row * (row_band_pitch(columns) + 1) + distance; }
 ANYWHERE int row_band_halves(int rows, int columns) { return kRowBandMargin + rows * row_band_pitch(columns); }
 
-// The reverse for gradients: column c of row r goes to distance c - r, counted from -32.
+// The band of gradients reverses the skew: row r and column c go to distance c - r of row r. Its first cell is distance
+// -32.
 ANYWHERE int gradient_band(int row, int column, int columns) {
   return row * (row_band_pitch(columns) - 1) + 32 + column;
 }
 
-// By columns: cells are (position of the column, row of the block). Distances run from -32 to the last row. Scores
-// outside of the rows go to the margins, which are never read.
+// The band by columns has the scores of a tile's columns with the columns' table; its cells are (position of the
+// column, row of the block). Distances, row minus column, are counted from those of row 0 and the first of 32 columns,
+// and run from -32 to the last row. Scores outside of the rows of the block go to margins, which are never read.
 ANYWHERE int column_band_pitch(int rows) { return 32 + rows + 32 + 8; }
 ANYWHERE int column_band(int position, int distance, int rows) {
   return position * column_band_pitch(rows) + 32 + distance + column_at(position & 31);
@@ -40,16 +43,16 @@ ANYWHERE int column_band(int position, int distance, int rows) {
 // ---- Expanded tables, in the order in which the lanes of a warp read them: 16 bytes per lane, D / 8 times per block.
 
 struct TableCell {
-  int distance, element;  // in a block of 32 distances, in a row of D
+  int distance, element;  // indices in a block of 32 distances and in a row of D elements
 };
 
-// The right operand of the scores X Tᵀ: the cell in one half of a word of the lane's i-th read.
+// Returns the cell that a lane finds in one half of a word of its i-th read, for the right operand of the scores X Tᵀ.
 ANYWHERE TableCell score_cell(int size, int i, int lane, int word, int half) {
   const int product = i / (size / 32), step = 2 * (i % (size / 32)) + word / 2;
   return {column_at(8 * product + lane / 4), 16 * step + 8 * (word & 1) + 2 * (lane % 4) + half};
 }
 
-// The same for the right operand of the gradients dA T.
+// Returns the same for the right operand of the gradients dA T.
 ANYWHERE TableCell gradient_cell(int i, int lane, int word, int half) {
   return {8 * word + 2 * (lane % 4) + half, 8 * i + lane / 4};
 }

@@ -143,9 +143,9 @@ DEVICE void load_columns(char* tile, const Heads& x, const Call& call, const Blo
   if (across > chunks && chunk >= chunks) return;
   char* to = tile + position * S::kPitch + 16 * chunk;
   const char* from = row_address(x, block, block.base + first + row) + 16 * chunk;
-  const int stride = static_cast<int>(kHalf * x.row);  // fits, the host checks it
+  const int stride = static_cast<int>(kHalf * x.row);  // the host checks that it fits
   const auto copy = [&](int i, bool valid) {
-    // down is a multiple of 8, so these positions are equally far apart as columns for every thread.
+    // position < down, a power of two, so position + i * down holds column row + column_at(i * down).
     copy_async(to + i * down * S::kPitch, from + column_at(i * down) * stride, valid);
   };
   if (exists == first_bits(S::kBlockN) && call.size == S::kSize) {
@@ -178,17 +178,17 @@ DEVICE uint32_t own_rows(const BlockInfo& block) {
   return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1;
 }
 
-// The row of a warp that accumulator elements 2 half and 2 half + 1 of fragment f belong to in this lane. Only forward
-// calls it: there it saves spills, and in backward_key the expression itself does.
+// The row of the warp to which elements 2 half and 2 half + 1 of accumulator f belong in this lane. Forward has fewer
+// spills with this function. backward_key has fewer if the expression is written out, as below.
 DEVICE int fragment_row(int f, int half) { return 16 * f + 8 * half + lane() / 4; }
 
-// The same row within the sequence.
+// The same row, counted within the sequence.
 template <class S>
 DEVICE int own_row(const BlockInfo& block, int f, int half) {
   return block.first_row + warp() * S::kWarpRows + 16 * f + 8 * half + lane() / 4;
 }
 
-// The left operand of 16 rows: elements 16 step to 16 step + 15.
+// Loads elements 16 step to 16 step + 15 of 16 rows as a left operand.
 template <class S>
 DEVICE void load_left(uint32_t (&a)[4], const char* rows, int fragment, int step) {
   load_matrices(a, rows + (16 * fragment + lane() % 16) * S::kPitch + 32 * step + 16 * (lane() / 16));
@@ -227,7 +227,7 @@ DEVICE void shift_rows(char* stage, const Call& call, const BlockInfo& block, co
   sync_warp();
 }
 
-// scores += rows · columnsᵀ for 8 `products` columns.
+// scores += rows · columnsᵀ over elements 16 step to 16 step + 15, for 8 * products columns.
 template <class T, class S, int fragments, int products>
 DEVICE void add_products(float (&scores)[fragments][products][4], const uint32_t (&a)[fragments][4],
                          const char* columns, int step) {
@@ -257,7 +257,7 @@ DEVICE void add_weighted(float (&sums)[fragments][S::kSize / 8][4], const uint32
   }
 }
 
-// Packs 16 columns of a tile, products 2 step and 2 step + 1, as a left operand.
+// Packs 16 columns of a tile, which are products 2 step and 2 step + 1, as a left operand.
 template <class T, int products>
 DEVICE void as_left(uint32_t (&a)[4], const float (&tile)[products][4], int step) {
   EACH(w, 4) a[w] = pack<T>(tile[2 * step + w / 2][2 * (w % 2)], tile[2 * step + w / 2][2 * (w % 2) + 1]);
@@ -287,7 +287,7 @@ DEVICE void store_own_rows(const Heads& x, char* stage, const Call& call, const 
   }
 }
 
-// Returns function(the padded head size as a constant).
+// Returns function(padded_size), with the argument as a compile-time constant.
 template <class Function>
 auto at_size(int padded_size, Function function) {
   if (padded_size == 32) return function(std::integral_constant<int, 32>{});
@@ -296,13 +296,13 @@ auto at_size(int padded_size, Function function) {
   return function(std::integral_constant<int, 128>{});
 }
 
-// Returns function(the element type).
+// Returns function(x), where x is an instance of the element type.
 template <class Function>
 const char* at_element(Element element, Function function) {
   return element == Element::float16 ? function(Float16{}) : function(Bfloat16{});
 }
 
-// Returns function(element type, padded head size, flag), which a kernel is compiled for.
+// Returns function(element type, padded head size, flag). A kernel is compiled for each combination.
 template <class Function>
 const char* at_variant(Element element, int size, bool flag, Function function) {
   return at_size(padded_size(size), [&](auto padded) {
