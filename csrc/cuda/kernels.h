@@ -2,7 +2,7 @@
 #pragma once
 
 #include "arguments.h"
-#include "cuts.h"
+#include "block_sizes.h"
 
 namespace deberta_fast::cuda {
 

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cuts.h"
+#include "block_sizes.h"
 
 namespace deberta_fast {
 

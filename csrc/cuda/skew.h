@@ -1,7 +1,7 @@
 // The index arithmetic of the kernels: layouts of tiles, bands and expanded tables. Tests call it on the host.
 #pragma once
 
-#include "cuts.h"
+#include "block_sizes.h"
 #include "primitives.h"
 
 namespace deberta_fast {
