@@ -74,7 +74,7 @@ void check_all() {
   launches = 0;
   CHECK(launch<first>(0, 3, 64, 0, nullptr, Arguments{}) == nullptr && launches == 0 && attributes == 5);
   CHECK(launch<first>(2, 0, 64, 0, nullptr, Arguments{}) == nullptr && launches == 0 && attributes == 5);
-  // Failures are reported, and the next launch sets the attribute again.
+  // Failures are reported, and an attribute that was not set is set by the next launch.
   device = 1, attribute_result = cudaErrorInvalidValue;
   CHECK(std::strcmp(start<first>(1), "invalid argument") == 0 && launches == 0 && attributes == 6);
   attribute_result = cudaSuccess, launch_result = cudaErrorInvalidValue;

@@ -156,7 +156,7 @@ class Machine {
 
   // ---- Shared memory.
 
-  // Check an access of the current thread, before it is made.
+  // These functions check an access of the current thread before it happens.
   void reads(Kind kind, Site site, const void* from, int bytes) {
     const int offset = check(kind, site, from, bytes);
     if (!options.check_races) return;
@@ -391,7 +391,7 @@ class Machine {
   std::string error_;
 };
 
-// It is never freed. An access needs no check, as a static of a function would.
+// It is never freed. An access needs no check, unlike one to a static of a function.
 inline Machine* const the_machine = new Machine;
 
 inline void Machine::enter() {

@@ -78,7 +78,7 @@ KERNEL(64, 1) accesses(Arguments arguments) {
       ballot(true);
       load_shared_word(shared + (thread() ^ 1) * 4);
       break;
-    case 5:  // All threads read words written before a barrier, and each its own word before: no race.
+    case 5:  // Each thread uses its own word, and all read all words after a barrier: no race.
       store_shared_word(shared + thread() * 4, 1);
       store_shared_word(shared + thread() * 4, load_shared_word(shared + thread() * 4) + 1);
       sync_block();

@@ -26,7 +26,7 @@ void test_columns() {
     for (int k = 0; k < 4; k++)
       for (int t = 0; t < 4; t++)
         for (int s = 0; s < 2; s++) CHECK(column_at(32 * group + 8 * k + 2 * t + s) == 32 * group + 8 * t + 2 * k + s);
-  // The columns of a fragment and of a place in it add up.
+  // The column of a position is the sum of those of its fragment and of its place in the fragment.
   for (int position = 0; position < 64; position++)
     CHECK(column_at(position) == column_at(position & ~7) + column_at(position & 7));
 }

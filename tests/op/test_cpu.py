@@ -35,7 +35,7 @@ PACKED_OPTIONS = """cu_seqlens max_seqlen position_buckets max_relative_position
 
 
 def attention(inputs: Call):
-    """The public functions, dense or packed."""
+    """Calls the public function for dense or packed inputs."""
     if inputs.cu_seqlens is None:
         return public("cpu")(inputs)
     torch.manual_seed(DROPOUT_SEED)

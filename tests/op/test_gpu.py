@@ -40,7 +40,7 @@ REASONS = {
 
 
 def unlisted(backend, reasons):
-    """Returns the reasons that are not in REASONS. GPUs with little shared memory may also give that reason."""
+    """Returns the reasons outside of REASONS, except too little shared memory on GPUs that have little."""
     little = torch.cuda.is_available() and torch.cuda.get_device_properties(0).shared_memory_per_block_optin < 160 << 10
     listed = lambda text: text.startswith(REASONS.get(backend, ())) or (little and "bytes of shared memory" in text)
     return [reason for reason in reasons if not listed(reason)]

@@ -110,7 +110,7 @@ def test_a_failed_backend_fails_for_every_kind_of_call(accelerator):
         assert taken(stand_ins, **tensors()) == "triton"
         calls = stand_ins.cuda.calls
         assert taken(stand_ins, **masked()) == "triton"
-        assert stand_ins.cuda.calls == calls  # it is not checked again
+        assert stand_ins.cuda.calls == calls  # it is not called again
         assert taken(stand_ins, **tensors(torch.bfloat16)) == "cuda"  # another dtype has its own check
 
 
