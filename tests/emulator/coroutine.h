@@ -1,4 +1,4 @@
-// Coroutines for the threads of a block: each has a stack of its own, all run on the thread of the CPU that launched.
+// Coroutines for the threads of a block. Each has a stack of its own, and all run on the CPU thread that launches.
 #pragma once
 
 #include <cstddef>
@@ -30,7 +30,7 @@ void __asan_unpoison_memory_region(void const volatile* begin, size_t size);
 }
 #endif
 
-// Without interprocedural analysis, since no compiler can see what these do to the stack.
+// Excludes interprocedural analysis, since no compiler can see what these functions do to the stack.
 #if defined(__clang__)
 #define DEBERTA_FAST_EMULATOR_OPAQUE __attribute__((noinline, no_sanitize("address")))
 #else
@@ -46,15 +46,15 @@ struct Coroutine {
 #else
   void* stack_pointer = nullptr;
 #endif
-  // The stack, also of the host: AddressSanitizer must know where it goes.
+  // The stack, also that of the host, since AddressSanitizer must know the target of a switch.
   const void* bottom = nullptr;
   size_t size = 0;
   void* fake_stack = nullptr;
 };
 
 #if !defined(DEBERTA_FAST_EMULATOR_UCONTEXT)
-// All registers that a callee must keep go onto the old stack and come from the new one. The arguments are in rdi and
-// rsi: where to leave the old stack pointer, and the new one.
+// Pushes all registers that a callee must keep onto the old stack, and pops them from the new one. The arguments are in
+// rdi (the address to store the old stack pointer at) and rsi (the new stack pointer).
 __attribute__((naked)) DEBERTA_FAST_EMULATOR_OPAQUE inline void swap_stacks(void**, void*) {
   asm("pushq %rbp\n\t"
       "pushq %rbx\n\t"
@@ -74,7 +74,7 @@ __attribute__((naked)) DEBERTA_FAST_EMULATOR_OPAQUE inline void swap_stacks(void
 }
 #endif
 
-// Leaves `from`, which goes on here when something switches to it; not if it `ends`.
+// Leaves `from`, which continues here when something switches to it, unless it `ends`.
 inline void switch_coroutine(Coroutine& from, Coroutine& to, bool ends = false) {
 #if defined(DEBERTA_FAST_EMULATOR_ASAN)
   __sanitizer_start_switch_fiber(ends ? nullptr : &from.fake_stack, to.bottom, to.size);
@@ -91,7 +91,7 @@ inline void switch_coroutine(Coroutine& from, Coroutine& to, bool ends = false) 
 #endif
 }
 
-// First thing in a new coroutine. `host`: whoever started it, if that is what did.
+// A new coroutine calls this first. `host` is the host if it switched to the coroutine, else null.
 inline void entered_coroutine(Coroutine* host) {
 #if defined(DEBERTA_FAST_EMULATOR_ASAN)
   const void* bottom;
@@ -106,7 +106,7 @@ inline void entered_coroutine(Coroutine* host) {
 #endif
 }
 
-// Stacks that are used again and again.
+// Stacks that are reused.
 class Stacks {
  public:
 #if defined(DEBERTA_FAST_EMULATOR_ASAN)
@@ -123,11 +123,12 @@ class Stacks {
     count_ = count;
   }
 
-  // A coroutine that starts with `entry`, which must not return, on stack i. `dirty`: what ran there was abandoned.
+  // Prepares a coroutine on stack i that starts with `entry`, which must not return. A stack is `dirty` if a coroutine
+  // was abandoned on it.
   void prepare(Coroutine& coroutine, int i, void (*entry)(), bool dirty) {
     char* bottom = memory_ + i * kBytes;
     bottom += -reinterpret_cast<uintptr_t>(bottom) % 64;
-    // Tops at the same place in all stacks would be in the same set of the cache.
+    // Tops at the same offset in all stacks would be in the same set of the cache.
     const size_t size = kBytes - 64 - i % 61 * 192;
 #if defined(DEBERTA_FAST_EMULATOR_ASAN)
     const size_t used = dirty ? size : 16 << 10;
@@ -146,7 +147,8 @@ class Stacks {
     coroutine.context.uc_link = nullptr;
     makecontext(&coroutine.context, entry, 0);
 #else
-    // Six registers, the entry where swap_stacks() returns to, no caller of it; the alignment is that after a call.
+    // The frame has six registers, the entry to which swap_stacks() returns, and no caller. It is aligned as after a
+    // call.
     void* frame[8] = {};
     std::memcpy(&frame[6], &entry, sizeof(entry));
     coroutine.stack_pointer = bottom + size - 80 + 16;

@@ -1,11 +1,11 @@
-// The names of primitives.h for other compilers than nvcc: kernels run on the CPU, under checks that a GPU lacks.
-// Whatever is wrong with a kernel ends its launch, which returns the reason: races and accesses out of bounds in shared
-// memory, lanes that do not meet. What each of the functions does is said in primitives.h.
+// Defines the names of primitives.h for compilers other than nvcc: kernels run on the CPU, under checks that a GPU
+// lacks. An error in a kernel ends its launch, which returns the reason: a race or an access out of bounds in shared
+// memory, or lanes that do not meet. primitives.h says what each of the functions does.
 #pragma once
 
 #include "primitives.h"
 
-// After it, since it needs its types.
+// These need the types of primitives.h.
 #include "halves.h"
 #include "machine.h"
 
@@ -215,8 +215,7 @@ inline uint32_t float_bits(float x) { return emulator::as_bits(x); }
 inline float bits_float(uint32_t x) { return emulator::as_float(x); }
 inline const char* opaque(const char* address) { return address; }
 
-// ---- Launches. The blocks have run when it returns; where something was wrong, what it returns is kept until the next
-// launch that fails.
+// ---- Launches. The blocks have run when launch() returns. Its error message is valid until another launch fails.
 
 template <class Arguments>
 const char* launch(void (*kernel)(Arguments), int64_t blocks_x, int64_t blocks_y, int threads, int shared_bytes, void*,

@@ -5,7 +5,7 @@ namespace {
 
 // ---- Numbers.
 
-// The half by a search over all of them: nearest, even where there are two.
+// Finds the nearest half by a search over all halves, and the even one of two that are equally near.
 template <class T>
 uint32_t nearest_half(float x, uint32_t infinite, double beyond) {
   const uint32_t sign = std::signbit(x) ? 0x8000 : 0;
@@ -34,7 +34,7 @@ void test_half(uint32_t infinite, double beyond) {
     CHECK(pack<T>(0.f, x) == half << 16);
     CHECK(emulator::as_bits(high<T>(half << 16)) == emulator::as_bits(x));
     if (std::isinf(x)) continue;
-    // The tie to the next, its neighbours, and something in between.
+    // The tie between x and the next half, its neighbours, and the float after x.
     const uint32_t bits = emulator::as_bits(x);
     const float next =
         (half & 0x7fff) + 1 == infinite ? std::copysign(static_cast<float>(beyond), x) : low<T>(half + 1);
@@ -66,7 +66,7 @@ void test_numbers() {
 
 // ---- Collectives of a warp.
 
-// Four matrices at a pitch of 48 bytes, one below the other; out: words of each lane, plain and transposed.
+// Loads four matrices, one below the other at a pitch of 48 bytes. Outputs each lane's words, plain and transposed.
 KERNEL(32, 1) matrices(Arguments arguments) {
   for (int i = lane(); i < 256; i += 32) {
     store_shared_half(shared_memory() + i / 8 * 48 + i % 8 * 2, static_cast<uint16_t>(i));
@@ -98,7 +98,7 @@ KERNEL(64, 1) exchanges(Arguments arguments) {
   float sum = static_cast<float>(number);
   for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
   const uint32_t odd = ballot(thread() % 2 == warp());
-  // Even lanes bring 1 to odd ones where the ballot is right.
+  // Even lanes send 1 to odd lanes if the ballot is right.
   const bool right = odd == (warp() ? 0xaaaaaaaau : 0x55555555u);
   const uint32_t even = shuffle_xor(right && lane() % 2 == 0 ? 1u : 0u, 5);
   static_cast<float*>(arguments.out)[number] = sum + static_cast<float>(even);
@@ -115,8 +115,8 @@ void test_exchanges() {
 
 // ---- Copies.
 
-// Variants 0: as it must be; 1: the second group is not waited for; 2: no barrier after the wait; 3: a source that is
-// not aligned; 4: reads what is still on its way; 5: copies over what others still read; 6: the same after a barrier.
+// Variant 0 is right; 1 does not wait for the second group; 2 has no barrier after the wait; 3 has a source that is not
+// aligned; 4 reads a copy that has not landed; 5 copies over bytes that others still read; 6 does so after a barrier.
 KERNEL(64, 1) copies(Arguments arguments) {
   const char* in = static_cast<const char*>(arguments.in);
   char* at = shared_memory() + thread() * 16;
@@ -149,14 +149,14 @@ void test_copies() {
   CHECK(fails_with(run(copies, 64, 2048, in.data(), out.data(), 4), "a copy_async not waited for"));
   CHECK(fails_with(run(copies, 64, 2048, in.data(), out.data(), 5), "race with a"));
   CHECK(!run(copies, 64, 2048, in.data(), out.data(), 6));
-  // Without the detector, the poison shows.
+  // If races are not checked, the poison shows.
   emulator::options().check_races = false;
   CHECK(!run(copies, 64, 2048, in.data(), out.data(), 1));
   for (int i = 0; i < 64; i++) CHECK(out[2 * i + 1] == ~0u);
   emulator::options().check_races = true;
 }
 
-// What a thread sees of its own copy over zeros: before the wait, after a wait without a group, after the wait.
+// Reads a thread's own copy over zeros: before any wait, after a wait without a group, and after a wait for the group.
 KERNEL(32, 1) landing(Arguments arguments) {
   char* at = shared_memory() + thread() * 16;
   uint32_t* out = static_cast<uint32_t*>(arguments.out) + thread() * 3;

@@ -1,4 +1,4 @@
-// Halves of a word as numbers, bit for bit as the GPU converts them.
+// Converts between float and halves of a word, bit for bit as the GPU does.
 #pragma once
 
 #include <cmath>
@@ -37,7 +37,7 @@ struct Half<Bfloat16> {
 template <>
 struct Half<Float16> {
   static float widen(uint32_t half) {
-    // The exponent has another bias: 2^112 more. Then infinity and NaN, whose exponent must stay the largest.
+    // The bias of the exponent differs by 112. The exponent of infinity and NaN must stay the largest.
     const float x = as_float((half & 0x7fff) << 13) * 0x1p112f;
     const uint32_t special = (half & 0x7c00) == 0x7c00 ? 0x7f800000u : 0;
     return as_float(as_bits(x) | special | (half & 0x8000) << 16);
@@ -48,7 +48,7 @@ struct Half<Float16> {
     const uint32_t bits = as_bits(x) & 0x7fffffffu;
     if (bits > 0x7f800000u) return 0x7fff;
     if (bits >= 0x477ff000u) return sign | 0x7c00;  // 65520 and more
-    // Below 2^-14, the sum with 1/2 has the last place of a subnormal half: the addition rounds.
+    // Below 2^-14, the sum with 1/2 has the last place of a subnormal half, so the addition rounds.
     if (bits < 0x38800000u) return sign | (as_bits(as_float(bits) + 0.5f) - 0x3f000000u);
     return sign | ((bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13);
   }
@@ -68,7 +68,7 @@ template <class T>
 inline float high(uint32_t pair) {
   return emulator::Half<T>::widen(pair >> 16);
 }
-// A float has more than twice the places of a half and two: rounding to it first changes nothing.
+// A float has at least 2 p + 2 binary places for the p places of a half, so rounding to float first changes nothing.
 template <class T>
 inline uint32_t add_pairs(uint32_t a, uint32_t b) {
   return pack<T>(low<T>(a) + low<T>(b), high<T>(a) + high<T>(b));

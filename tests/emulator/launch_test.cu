@@ -1,4 +1,4 @@
-// Checks what launch of primitives.h asks of CUDA's runtime: here its functions only take notes.
+// Checks the calls of launch() in primitives.h to CUDA's runtime, whose functions are replaced and only record calls.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -21,7 +21,7 @@ struct Arguments {
 
 }  // namespace
 
-// In place of CUDA's functions of these names, without __wrap_: so the linker is told.
+// The linker is told to use these in place of CUDA's functions of the same names without __wrap_.
 extern "C" {
 cudaError_t __wrap_cudaGetDevice(int* to) {
   *to = device;
@@ -35,7 +35,7 @@ cudaError_t __wrap_cudaLaunchKernelExC(const cudaLaunchConfig_t* how, const void
   ++launches, config = *how, kernel = function, given = static_cast<const Arguments*>(arguments[0])->number;
   return launch_result;
 }
-// Somebody else's errors.
+// launch() must not call these, since they return errors of other code too.
 cudaError_t __wrap_cudaGetLastError() { std::abort(); }
 cudaError_t __wrap_cudaPeekAtLastError() { std::abort(); }
 }
@@ -63,18 +63,18 @@ void check_all() {
   CHECK(config.gridDim.x == 2 && config.gridDim.y == 3 && config.gridDim.z == 1 && config.blockDim.x == 64);
   CHECK(config.dynamicSmemBytes == 50000 && config.stream == reinterpret_cast<cudaStream_t>(&device));
   CHECK(config.numAttrs == 0);
-  // Once for a kernel and device.
+  // The attribute is set once per kernel and device.
   CHECK(start<first>(8) == nullptr && attributes == 1 && launches == 2 && given == 8);
   CHECK(start<second>(9) == nullptr && attributes == 2 && launches == 3 && allowed == kernel);
   device = 63;
   CHECK(start<first>(1) == nullptr && attributes == 3 && start<first>(1) == nullptr && attributes == 3);
   device = 64;
   CHECK(start<first>(1) == nullptr && attributes == 4 && start<first>(1) == nullptr && attributes == 5);
-  // Nothing to do.
+  // An empty grid is not launched.
   launches = 0;
   CHECK(launch<first>(0, 3, 64, 0, nullptr, Arguments{}) == nullptr && launches == 0 && attributes == 5);
   CHECK(launch<first>(2, 0, 64, 0, nullptr, Arguments{}) == nullptr && launches == 0 && attributes == 5);
-  // What fails is told, and tried again.
+  // Failures are reported, and an attribute that was not set is set by the next launch.
   device = 1, attribute_result = cudaErrorInvalidValue;
   CHECK(std::strcmp(start<first>(1), "invalid argument") == 0 && launches == 0 && attributes == 6);
   attribute_result = cudaSuccess, launch_result = cudaErrorInvalidValue;

@@ -1,4 +1,4 @@
-// Shared by the programs that check the emulator: kernels are launched and must succeed, or fail for the right reason.
+// Shared by the programs that check the emulator: launched kernels must succeed, or fail for the right reason.
 #pragma once
 
 #include <cmath>
@@ -28,7 +28,7 @@ bool fails_with(const char* error, const char* part) {
   return false;
 }
 
-// A source of small numbers, exact in either half.
+// Returns small numbers, which are exact in both half formats.
 float small(int i) { return static_cast<float>((i * 37 + i / 7 * 11) % 29 - 14) / 4; }
 
 struct Arguments {
@@ -41,7 +41,7 @@ const char* run(void (*kernel)(Arguments), int threads, int shared_bytes, const 
                 int blocks_x = 1, int blocks_y = 1) {
   return launch(kernel, blocks_x, blocks_y, threads, shared_bytes, nullptr, Arguments{in, out, variant});
 }
-// Fragments filled by the tables of the PTX manual, element by element.
+// Fills the fragments element by element, by the tables of the PTX manual.
 template <class T>
 KERNEL(32, 1)
 product(Arguments arguments) {

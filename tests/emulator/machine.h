@@ -1,5 +1,5 @@
-// The machine that runs kernels on the CPU: one block after the other, its threads as coroutines which go on in an
-// order that a seed decides. They stop only at collectives, where all lanes of a warp (all threads of a block) meet.
+// The machine runs kernels on the CPU, one block after the other. The threads of a block are coroutines, which run in
+// an order that a seed decides. They stop only at collectives, where all lanes of a warp (all threads of a block) meet.
 #pragma once
 
 #include <algorithm>
@@ -18,12 +18,12 @@
 namespace deberta_fast {
 namespace emulator {
 
-// To be set between launches.
+// They are set between launches.
 struct Options {
-  uint64_t seed = 1;             // of the order of blocks, warps and lanes
+  uint64_t seed = 1;             // decides the order of blocks, warps and lanes
   bool check_races = true;       // in shared memory
-  bool count_conflicts = false;  // of banks: conflict_table()
-  int skip_barrier = -1;         // this one of barrier_sites() does nothing
+  bool count_conflicts = false;  // of banks, for conflict_table()
+  int skip_barrier = -1;         // the barrier site of this number does nothing
 };
 
 class Random {
@@ -44,7 +44,7 @@ class Random {
   uint64_t state_;
 };
 
-// What the lanes of a warp bring to a collective, and take away.
+// The operands and results of the lanes of a warp at a collective.
 struct Operands {
   const void* from[32];
   void* to[32];
@@ -55,13 +55,13 @@ struct Operands {
 class Machine {
  public:
   Options options;
-  Sites sites;  // of accesses to shared memory, while conflicts are counted
+  Sites sites;  // of accesses to shared memory, if conflicts are counted
   Sites barriers;
   std::vector<Traffic> traffic;
 
   using Call = void (*)(const void* kernel, const void* arguments);
 
-  // The first error, or null.
+  // Returns the first error, or null.
   const char* run(Call call, const void* kernel, const void* arguments, int64_t blocks_x, int64_t blocks_y, int threads,
                   int shared_bytes) {
     std::lock_guard<std::mutex> one_at_a_time(mutex_);
@@ -96,7 +96,7 @@ class Machine {
   int thread() const { return current_; }
   char* shared() const { return shared_; }
 
-  // Ends the launch: does not come back. So nothing on the stack is destroyed, and strings must be freed before.
+  // Ends the launch and does not return. Nothing on the stack is destroyed, so strings must be freed before.
   void fail(std::string message) {
     if (!failed_) error_.swap(message);
     std::string().swap(message);
@@ -112,7 +112,7 @@ class Machine {
 
   // ---- Collectives.
 
-  // The current lane meets the others of its warp: `bring` leaves its operands, the last to come runs `work` for all.
+  // The current lane meets the others of its warp: `bring` stores its operands, the last to arrive runs `work` for all.
   template <class Bring, class Work>
   Operands& meet(Kind kind, Site site, Bring bring, Work work) {
     Warp& warp = warps_[current_ / 32];
@@ -156,7 +156,7 @@ class Machine {
 
   // ---- Shared memory.
 
-  // Every access of the current thread comes here before it is made.
+  // These functions check an access of the current thread before it happens.
   void reads(Kind kind, Site site, const void* from, int bytes) {
     const int offset = check(kind, site, from, bytes);
     if (!options.check_races) return;
@@ -219,18 +219,18 @@ class Machine {
   struct Lane {
     Coroutine coroutine;
     std::vector<Copy> copies;    // not landed yet
-    std::vector<size_t> groups;  // where the closed ones end among them
+    std::vector<size_t> groups;  // the ends of the committed groups in `copies`
   };
 
   struct Warp {
-    int first = 0;      // thread
-    uint8_t order[32];  // in which the lanes go on
-    int next = 0;       // of those
-    int arrived = 0;    // lanes at the collective below
+    int first = 0;      // the number of its first thread
+    uint8_t order[32];  // in which the lanes run
+    int next = 0;       // index into `order`
+    int arrived = 0;    // the number of lanes at the collective below
     Kind kind = Kind::sync_block;
     Site site = {0, ""};
-    int finished = 0;      // lanes
-    bool blocked = false;  // all at a barrier of the block
+    int finished = 0;      // the number of finished lanes
+    bool blocked = false;  // all lanes are at a barrier of the block
     Operands operands;
     WarpTraffic traffic;
   };
@@ -244,7 +244,7 @@ class Machine {
     return std::string(what) + " in " + name(warp.kind) + " at " + warp.site.text();
   }
 
-  // Out of line, so that an access stays short.
+  // It is out of line, so that an access stays short.
   __attribute__((noinline)) void race(Kind kind, Site site, int offset, std::string conflict) {
     conflict.insert(0, "byte " + std::to_string(offset) + " of shared memory: race with ");
     fail(kind, site, std::move(conflict));
@@ -291,7 +291,7 @@ class Machine {
     if (current_ != from) switch_coroutine(lanes_[from].coroutine, lanes_[current_].coroutine);
   }
 
-  // A warp to go on: often the same again, so that others fall far behind.
+  // Chooses the warp to run next: often the same again, so that others fall far behind.
   Warp& choose() {
     Warp& warp = warps_[current_ / 32];
     if (!warp.blocked && warp.finished < 32 && random_.below(16) < stay_) return warp;
@@ -375,10 +375,10 @@ class Machine {
   const void* arguments_ = nullptr;
   int shared_bytes_ = 0, threads_ = 0;
   int block_x_ = 0, block_y_ = 0;
-  int current_ = 0;    // thread
-  int finished_ = 0;   // threads
-  int blocked_ = 0;    // warps
-  uint32_t stay_ = 0;  // in 16 times, with the same warp
+  int current_ = 0;    // the number of the current thread
+  int finished_ = 0;   // the number of finished threads
+  int blocked_ = 0;    // the number of blocked warps
+  uint32_t stay_ = 0;  // the same warp runs again with a probability of stay_ / 16
   char* shared_ = nullptr;
   Random random_;
   Races races_;
@@ -391,7 +391,7 @@ class Machine {
   std::string error_;
 };
 
-// Never freed: reached without the check that a static of a function would need each time.
+// It is never freed. An access needs no check, unlike one to a static of a function.
 inline Machine* const the_machine = new Machine;
 
 inline void Machine::enter() {
@@ -403,7 +403,7 @@ inline void Machine::enter() {
 }
 
 inline Options& options() { return the_machine->options; }
-// Barriers in the source of the kernels that have run: skip_barrier is less than this.
+// The number of barriers in the source of the kernels that have run. skip_barrier is less than this.
 inline int barrier_sites() { return the_machine->barriers.size(); }
 inline std::string barrier_site(int i) {
   return std::string(name(the_machine->barriers.kind(i))) + " at " + the_machine->barriers.site(i).text();

@@ -1,6 +1,5 @@
-// Checks csrc/cuda/plan.cpp against what the kernels take from it, without any kernel: which pairs they take for far,
-// which blocks of tables by distance they read, where dA of near pairs lies, and that every head and distance has its
-// turn.
+// Checks what the kernels take from csrc/cuda/plan.cpp, without a kernel: which pairs are far, which blocks of the
+// tables by distance are read, where dA of near pairs lies, and that every head and distance is processed.
 #include "plan.cpp"
 
 #include <cstdio>
@@ -13,7 +12,7 @@
 namespace deberta_fast::cuda {
 namespace {
 
-// What plan.cpp launches.
+// The launches of plan.cpp.
 struct Launched {
   std::vector<Expansion> expansions;
   std::vector<ForwardCall> forward;
@@ -61,13 +60,13 @@ void check(bool condition, const char* text, int line) {
 
 constexpr int kPastRow = 11, kFutureRow = 3;
 
-// One side's view: delta = offset + direction times distance.
+// The view of one side, in which delta = offset + direction * distance.
 struct View {
   const Operand &rows, &columns;
   int direction;
   BlockInfo block;
 
-  // Tiles of `tile_columns` from `begin` to `end`, none of which is near to the block of rows, at most.
+  // Checks that tiles of `tile_columns` from `begin` to `end` have only far pairs with the block of rows.
   void check_far(int begin, int end, int tile_columns, int row) const {
     const int first = tile_columns * begin, last = std::min(tile_columns * end, block.columns) - 1;
     if (first > last) return;
@@ -79,19 +78,19 @@ struct View {
   }
 };
 
-// A block of 32 distances from this one on is in the table.
+// Checks that the block of 32 distances from this one on is in the table.
 void check_block(const Operand& side, int distance) {
   const int from_first = distance - side.first_distance;
   CHECK(from_first >= 0 && from_first % kDistances == 0 && from_first / kDistances < side.blocks);
 }
 
-// Groups of 32 rows, from which warps count distances, whether they own 16 rows or 32.
+// Visits groups of 32 rows, from which warps count distances, whether they own 16 rows or 32.
 template <class Function>
 void for_groups(const BlockInfo& block, int first_column, Function function) {
   for (int group = 0; group < kBackwardRows; group += 32) function(first_column - block.first_row - group);
 }
 
-// As write_row_band and write_column_band read.
+// Checks the blocks that write_row_band and write_column_band read.
 void check_score_tables(const View& view, int first_column, int tile_columns) {
   if (view.rows.table.data != nullptr)
     for_groups(view.block, first_column, [&](int first) {
@@ -103,7 +102,7 @@ void check_score_tables(const View& view, int first_column, int tile_columns) {
         check_block(view.columns, view.block.first_row - first_column - group + distance);
 }
 
-// As GradientBand reads: at each tile of 32 and, to finish, after any of them.
+// Checks the blocks that GradientBand reads: at each tile of 32, and after any tile, which may be the last.
 void check_gradient_table(const View& view, int begin, int end) {
   if (view.rows.table.data == nullptr || begin >= end) return;
   for (int tile = begin; tile <= end; ++tile)
@@ -121,7 +120,7 @@ void check_forward(View view) {
   }
 }
 
-// Blocks of 128: near (row block, column block), by the rows' side.
+// Whether blocks of 128 are near, by row block and column block, seen from the side of the rows.
 using Near = std::vector<std::vector<bool>>;
 
 Near check_backward(View view, const BackwardCall& backward, bool keys) {
@@ -144,7 +143,7 @@ Near check_backward(View view, const BackwardCall& backward, bool keys) {
   return near;
 }
 
-// Each near square of 64 has its diagonal; those of the table's blocks are the ones whose dA is there.
+// Each near square of 64 has its diagonal, and the squares in the table's blocks are those whose dA is stored.
 void check_diagonals(const TableCall& table, const Near& near, int rows, int columns) {
   for (int row = 0; row < rows; row += 64)
     for (int column = 0; column < columns; column += 64) {
@@ -155,7 +154,7 @@ void check_diagonals(const TableCall& table, const Near& near, int rows, int col
     }
 }
 
-// Every head once, in the same shares for all.
+// Checks that the shares of the launches contain every head once.
 template <class Function>
 void check_shares(size_t launches, Function share) {
   int next = 0;
@@ -171,7 +170,7 @@ void check_memory(const BackwardCall& backward, const TableCall* tables[2]) {
   const Call& call = backward.call;
   const auto end = [](const auto* memory, int64_t count) { return reinterpret_cast<const char*>(memory + count); };
   const auto begins = [](const auto* memory) { return reinterpret_cast<const char*>(memory); };
-  // In the order in which plan.cpp takes it.
+  // The parts of memory, in the order in which plan.cpp takes them.
   std::vector<std::pair<const char*, const char*>> parts;
   const int64_t statistics = int64_t{call.heads} * backward.statistic_rows;
   parts.push_back({begins(backward.lse2), end(backward.lse2, statistics)});
@@ -202,14 +201,14 @@ void check_problem(const Problem& given) {
   Call& call = request.call;
   call.batches = problem.batches, call.heads = problem.heads, call.size = problem.size;
   call.query.length = problem.queries, call.key.length = problem.keys;
-  static const int32_t ends = 0;  // nobody reads them here
+  static const int32_t ends = 0;  // they are not read here
   if (problem.packed) call.ends = &ends, call.packed_rows = int64_t{problem.batches} * problem.queries;
   if (problem.c2p) call.query.table.data = something;
   if (problem.p2c) call.key.table.data = something;
   request.far_past = problem.past, request.far_future = problem.future, request.query_offset = problem.offset;
   request.past_row = kPastRow, request.future_row = kFutureRow, request.table_rows = 16;
 
-  // Gradients of tables that nobody wants are not launched.
+  // Gradients of tables that are not requested are not launched.
   launched = {};
   Workspace unwanted(something);
   CHECK(run_backward(request, {}, unwanted, nullptr) == nullptr && !launched.key.empty());
@@ -219,7 +218,7 @@ void check_problem(const Problem& given) {
   Gradients gradients;
   if (problem.c2p) gradients.grad_pos_key = something;
   if (problem.p2c) gradients.grad_pos_query = something;
-  Workspace counted, workspace(something);  // of which nobody touches a byte
+  Workspace counted, workspace(something);  // its memory is not accessed
   CHECK(run_forward(request, {}, {}, counted, nullptr) == nullptr && launched.forward.empty());
   CHECK(run_forward(request, {}, {}, workspace, nullptr) == nullptr && launched.forward.size() == 1);
   CHECK(counted.bytes() == workspace.bytes() && launched.expansions.size() == size_t(problem.c2p + problem.p2c));
@@ -227,7 +226,7 @@ void check_problem(const Problem& given) {
   CHECK(run_backward(request, gradients, workspace, nullptr) == nullptr && launched.delta.size() == 1);
   CHECK(counted.bytes() == workspace.bytes());
 
-  // Whatever the shares of heads, each has every launch.
+  // Each share of heads has every launch.
   const size_t terms = problem.c2p + problem.p2c;
   CHECK(launched.by_distance.size() == terms * launched.key.size());
   CHECK(launched.by_row.size() == terms * launched.key.size());
@@ -276,7 +275,7 @@ void check_problem(const Problem& given) {
   }
 }
 
-// All places of the far limits in a block of 128.
+// Checks all places of the far limits in a block of 128.
 void test_edges() {
   constexpr int lengths[] = {1, 64, 65, 129, 290};
   constexpr int limits[][2] = {{0, -1}, {1, -1}, {26, -26}, {200, -7}, {500, -500}};

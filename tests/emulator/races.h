@@ -1,4 +1,4 @@
-// Which accesses to shared memory have no barrier between them.
+// Finds accesses to shared memory that lack a barrier between them.
 #pragma once
 
 #include <cstdint>
@@ -10,12 +10,12 @@
 namespace deberta_fast {
 namespace emulator {
 
-// For each two bytes the last write and the last reads, with the time at which the warp that made them had last passed
-// a barrier. Of two accesses by different warps, the earlier must lie before the last barrier of the block; by
-// different lanes of a warp, before the last barrier of the warp.
+// Stores the last write and the last reads of each two bytes, with the time of their warp's last barrier before them.
+// If two accesses are by different warps, the earlier must lie before the last barrier of the block. If they are by
+// different lanes of a warp, it must lie before the last barrier of the warp.
 class Races {
  public:
-  // A block starts.
+  // Starts a block.
   void start(int shared_bytes, int warps) {
     if (static_cast<int>(cells_.size()) < shared_bytes / 2) cells_.resize(shared_bytes / 2);
     warp_time_.resize(warps);
@@ -29,7 +29,7 @@ class Races {
     for (uint32_t& time : warp_time_) time = block_time_;
   }
 
-  // The empty string where all is well, else what it conflicts with.
+  // Returns a description of the access that it conflicts with, or the empty string.
   std::string read(int offset, int bytes, int thread, int line) {
     const uint32_t now = warp_time_[thread / 32];
     for (int i = offset / 2; i < (offset + bytes) / 2; i++) {
@@ -53,7 +53,7 @@ class Races {
     return {};
   }
 
-  // `issues` or `lands` a copy; in between, nobody may touch the bytes.
+  // A write `issues` or `lands` a copy. No thread may access the bytes in between.
   enum class Write { plain, issues, lands };
   std::string write(int offset, int bytes, int thread, int line, Write write) {
     const uint32_t now = warp_time_[thread / 32];

@@ -5,7 +5,7 @@ namespace {
 
 // ---- Barriers.
 
-// Reverses its input once within warps, then within the block, again and again. A sum besides, in the same memory.
+// Reverses its input within warps, then within the block, three times, in the same memory.
 KERNEL(128, 1) reversal(Arguments arguments) {
   uint32_t x = static_cast<const uint32_t*>(arguments.in)[thread()];
   for (int i = 0; i < 3; i++) {
@@ -54,7 +54,7 @@ void test_barriers() {
   emulator::options() = emulator::Options();
 }
 
-// Accesses of two threads to the same bytes, or beside each other.
+// Threads access the same bytes or neighbouring ones, or bytes that are out of bounds, unaligned or unwritten.
 KERNEL(64, 1) accesses(Arguments arguments) {
   char* shared = shared_memory();
   switch (arguments.variant) {
@@ -64,21 +64,21 @@ KERNEL(64, 1) accesses(Arguments arguments) {
     case 1:  // The same value, but a race.
       if (thread() % 32 < 2) store_shared_word(shared, 1);
       break;
-    case 2:  // All read, one of another warp writes.
+    case 2:  // All threads read, one of another warp writes.
       load_shared_word(shared);
       if (thread() == 40) store_shared_word(shared, 1);
       break;
-    case 3:  // A barrier of a warp orders nothing for the other.
+    case 3:  // A barrier of a warp does not order accesses of another warp.
       if (warp() == 0) store_shared(shared + lane() * 16, Vec16{{1, 2, 3, 4}});
       sync_warp();
       if (warp() == 1) load_shared(shared + lane() * 16);
       break;
-    case 4:  // Nor does a collective that is none.
+    case 4:  // A collective that is not a barrier orders nothing.
       store_shared_word(shared + thread() * 4, 1);
       ballot(true);
       load_shared_word(shared + (thread() ^ 1) * 4);
       break;
-    case 5:  // All read what was written before a barrier: no race. Its own, again and again, besides.
+    case 5:  // Each thread uses its own word, and all read all words after a barrier: no race.
       store_shared_word(shared + thread() * 4, 1);
       store_shared_word(shared + thread() * 4, load_shared_word(shared + thread() * 4) + 1);
       sync_block();
@@ -104,10 +104,10 @@ KERNEL(64, 1) accesses(Arguments arguments) {
     case 11:
       load_global(static_cast<const char*>(arguments.in) + 4);
       break;
-    case 12:  // Not yet written: poison.
+    case 12:  // Memory that is not yet written holds poison.
       static_cast<uint32_t*>(arguments.out)[thread()] = load_shared_word(shared + thread() * 4);
       break;
-    case 13:  // A thread of another warp reads between a thread's read and write, if not after both.
+    case 13:  // Threads of another warp read between a thread's read and write, or after both.
       if (thread() == 40 || warp() == 0) load_shared_word(shared);
       for (int i = 0; i < 5; i++) ballot(true);
       if (thread() == 40) store_shared_word(shared, 1);
@@ -139,7 +139,7 @@ void test_accesses() {
   emulator::options() = emulator::Options();
 }
 
-// Threads that do not meet.
+// Threads do not meet at the same collective.
 KERNEL(64, 1) divergence(Arguments arguments) {
   switch (arguments.variant) {
     case 0:
@@ -184,7 +184,7 @@ void test_divergence() {
     }
   }
   emulator::options() = emulator::Options();
-  // The machine is as good as new.
+  // Failures leave the machine intact.
   test_product<Float16>();
 }
 
@@ -224,7 +224,7 @@ KERNEL(32, 1) banks(Arguments arguments) {
     case 9:
       copy_async(shared + lane() * 64, arguments.in, true);
       break;
-    case 10:  // Predicated, twice; lanes that skip the first are in step again after a collective.
+    case 10:  // Two predicated accesses: lanes that skip the first are in step again after a collective.
       for (int i = 0; i < 2; i++) {
         if (i == 1 || lane() < 2) load_shared_word(shared + lane() * 128);
         sync_warp();

@@ -1,5 +1,4 @@
-// In place of csrc/cuda/register.cpp: registers the CUDA operators for tensors of the CPU, under a namespace of the
-// tests.
+// Replaces csrc/cuda/register.cpp: registers the CUDA operators for CPU tensors, under a namespace of the tests.
 #include <torch/csrc/stable/library.h>
 
 #include "ops.h"

@@ -1,4 +1,4 @@
-// Places in the source of a kernel, and what is asked of shared memory there: bank conflicts.
+// Places in the source of a kernel, and the traffic to shared memory there, with bank conflicts.
 #pragma once
 
 #include <algorithm>
@@ -62,7 +62,7 @@ inline const char* name(Kind kind) {
   return names[static_cast<int>(kind)];
 }
 
-// Sites by number, in the order in which they were met first.
+// Numbers sites in the order of their first use.
 class Sites {
  public:
   int number(Kind kind, Site site) {
@@ -93,16 +93,16 @@ class Sites {
   std::vector<Slot> all_;
 };
 
-// What shared memory was asked for at one site: requests are those of a warp; a wavefront serves each of the 32 banks
-// once; ideal are the wavefronts without a conflict.
+// The traffic to shared memory at one site. A request is that of a warp, a wavefront serves each of the 32 banks once,
+// and `ideal` is the number of wavefronts without a conflict.
 struct Traffic {
   Kind kind;
   Site site;
   int64_t requests = 0, wavefronts = 0, ideal = 0;
 };
 
-// The accesses of one warp since its lanes last met: the k-th of a lane at a site belongs with the k-th of the others
-// there. Meetings end that, so that a lane which skipped one is out of step no longer than to the next of them.
+// The accesses of one warp since its lanes last met. The k-th access of each lane at a site belongs to the k-th request
+// there. Counting restarts at each meeting, so a lane that skips an access is out of step only until the next meeting.
 class WarpTraffic {
  public:
   void add(int site, int lane, uint32_t offset) {
@@ -139,7 +139,7 @@ class WarpTraffic {
   };
 
   static void count(const Request& request, Traffic& traffic) {
-    // 16 bytes a lane are served by eight lanes at a time.
+    // Accesses of 16 bytes per lane are served for eight lanes at a time.
     const bool narrow = traffic.kind == Kind::load_shared_word || traffic.kind == Kind::store_shared_word ||
                         traffic.kind == Kind::store_shared_half;
     const int lanes = narrow ? 32 : 8, words = narrow ? 1 : 4;

@@ -1,5 +1,5 @@
-// Checks the index arithmetic of csrc/cuda/skew.h against what it is for, everywhere: plain loops write and read as the
-// lanes of the kernels do.
+// Checks the index arithmetic of csrc/cuda/skew.h at all indices: plain loops write and read as the lanes of kernels
+// do.
 #include "skew.h"
 
 #include <cstdio>
@@ -17,7 +17,7 @@ void check(bool condition, const char* text, int line) {
   std::exit(1);
 }
 
-// Eight neighbouring columns to a lane, and of the eight columns of a product two to each lane of four.
+// A lane has eight neighbouring columns, and each of four lanes has two of the eight columns of a product.
 void test_columns() {
   std::vector<int> seen(64);
   for (int position = 0; position < 64; position++) seen[column_at(position)]++;
@@ -26,16 +26,16 @@ void test_columns() {
     for (int k = 0; k < 4; k++)
       for (int t = 0; t < 4; t++)
         for (int s = 0; s < 2; s++) CHECK(column_at(32 * group + 8 * k + 2 * t + s) == 32 * group + 8 * t + 2 * k + s);
-  // Fragments are at places that add up.
+  // The column of a position is the sum of those of its fragment and of its place in the fragment.
   for (int position = 0; position < 64; position++)
     CHECK(column_at(position) == column_at(position & ~7) + column_at(position & 7));
 }
 
-// ---- Bands. Cells hold what was written there last.
+// ---- Bands. A cell holds the last write to it.
 
 struct Cell {
   int owner = -1, distance = 0;  // a row or a position
-  int phase = -1;                // barriers passed before
+  int phase = -1;                // the number of barriers before it
 };
 
 class Band {
@@ -43,7 +43,7 @@ class Band {
   Band(int halves, int margin) : cells_(halves), margin_(margin) {}
   void barrier() { phase_++; }
 
-  // Each cell once between barriers.
+  // Writes a cell, which must not be written twice between barriers.
   void write(int at, int owner, int distance) {
     Cell& cell = find(at);
     CHECK(cell.phase != phase_);
@@ -61,20 +61,20 @@ class Band {
   int margin_, phase_ = 0;
 };
 
-// Rows of the warps 0 and 1 of a block, four tiles that follow one another, then two after a gap.
+// Checks the rows of warps 0 and 1 of a block, at four consecutive tiles, then at two more after a gap.
 void test_row_band(int rows, int columns) {
   const int pitch = row_band_pitch(columns);
   CHECK(pitch % 8 == 0 && kRowBandMargin % 8 == 0 && row_band_halves(rows, columns) % 8 == 0);
   for (int before : {0, rows % kDistances}) {
     Band band(row_band_halves(rows, columns), kRowBandMargin);
     for (int tile : {0, 1, 2, 3, 10, 11}) {
-      // Distances from the tile's: the band knows no others.
+      // The band counts distances from the tile's.
       const auto write = [&](int distance) {
         for (int row = 0; row < rows; row++)
           for (int t = 0; t < 4; t++) {
             const int first = row_band(row % 8, before + 8 * t, columns) + row_band(row & ~7, distance, columns);
             CHECK(first == row_band(row, before + distance + 8 * t, columns));
-            CHECK(row_band(row & ~7, distance, columns) % 2 == 0);  // whether the first is odd depends on the lane
+            CHECK(row_band(row & ~7, distance, columns) % 2 == 0);  // so only the lane decides whether the first is odd
             for (int i = 0; i < 8; i++) band.write(first + i, row, columns * tile + before + distance + 8 * t + i);
           }
       };
@@ -129,7 +129,7 @@ void test_column_band(int rows, int columns) {
     }
 }
 
-// What a tile brings to the gradient of a row's scores lies by distance, from -32 on.
+// A tile's gradients of a row's scores lie in the order of their distances, from -32 on.
 void test_gradient_band(int rows, int columns) {
   Band band(row_band_halves(rows, columns), kRowBandMargin);
   for (int row = 0; row < rows; row++)
@@ -160,7 +160,7 @@ void test_scores(int size) {
             CHECK(cell.distance >= 0 && cell.distance < kDistances && cell.element >= 0 && cell.element < size);
             seen[cell.distance * size + cell.element]++;
             const int g = lane / 4, t = lane % 4, step = 2 * read + word / 2;
-            const int k = 16 * step + 8 * (word % 2) + 2 * t + half;  // of the left operand, which it meets
+            const int k = 16 * step + 8 * (word % 2) + 2 * t + half;  // the column of the left operand that it meets
             for (int row = 0; row < 16; row++)
               sums[row * kDistances + 8 * product + g] += number(row, k) * number(cell.distance, cell.element);
           }

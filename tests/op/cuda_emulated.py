@@ -28,7 +28,7 @@ from deberta_fast.op.backends import cuda, reference
 from deberta_fast.op.dropout import keep_mask
 from deberta_fast.op.relative_position import slot_table
 
-# Right: against the reference
+# Correctness against the reference
 
 REFUSED = {"pairwise-mask-L150", "block-diagonal-mask-L150", "mask-per-head-L70", "D256-L65"}
 SERVED = [case for case in CASES if case.name not in REFUSED]
@@ -54,7 +54,7 @@ MORE = [
     Case("all-far-left", 70, 130, offset=500),
     Case("next-to-far", 64, 64, offset=96),
     Case("one-near-corner", 64, 64, offset=-94),
-    Case("many-heads", 70, 70, batch=1, heads=86, size=16),  # a block of the pass over distances meets several squares
+    Case("many-heads", 70, 70, batch=1, heads=86, size=16),  # a block of the pass over distances takes several squares
     Case("far-dropout-L270", 270, 270, batch=1, heads=1, mask="holes", dropout_p=0.3),
     Case("two-far-blocks-first", 390, 60, batch=1, heads=2, offset=-320),
     *(Case(f"late-L{n}", 3, n, batch=1, heads=1, size=16, mask="late") for n in (2200, 4000)),  # 32 hidden tiles
@@ -74,7 +74,7 @@ def test_as_precise_as_eager(case, dtype):
     compare(public("cuda"), quick(case), dtype, draws(case))
 
 
-HIDDEN = {  # of 330 keys
+HIDDEN = {  # hidden ranges of 330 keys
     "first-tile": [(0, 64)],
     "last-tile": [(256, 330)],
     "tiles-in-the-middle": [(64, 128), (192, 256)],
@@ -86,7 +86,7 @@ HIDDEN = {  # of 330 keys
 @each_half
 @pytest.mark.parametrize("name", HIDDEN)
 def test_hidden_tiles(name, dtype, monkeypatch):
-    """Tiles that nobody sees are left out, so that others do not follow their left neighbour."""
+    """Kernels skip tiles that no query sees, so the next tile does not follow its left neighbour."""
     mask = torch.ones(2, 1, 1, 330, dtype=torch.bool)
     for first, stop in HIDDEN[name]:
         mask[0, ..., first:stop] = False
@@ -99,7 +99,7 @@ CORNERS = [(0, 31), (0, 63), (32, 63), (32, 127), (64, 63), (64, 127)]
 
 @pytest.mark.parametrize("i, j", CORNERS + [(j, i) for i, j in CORNERS])
 def test_a_tile_with_one_near_pair_is_near(i, j):
-    """Query i and key j are in a corner of tiles of 32 or 64, whatever the side whose rows are met by columns."""
+    """Query i and key j lie in a corner of a tile of 32 or 64, whether its rows are queries or keys."""
     table = slot_table(16, 32, "hf")
     for delta in (table.far_past - 1, table.far_future + 1):
         inputs = make_inputs(Case("", i + 2, j + 2, batch=1, heads=2, offset=delta - i + j), torch.float16)
@@ -139,7 +139,10 @@ def results(leaves, attention, cotangents):
 @each_half
 @pytest.mark.parametrize("name", PACKED)
 def test_packed_sequences_are_a_padded_batch(name, dtype):
-    """Bit for bit, but for the gradients of the tables: those are sums in another order. No sequence is the longest."""
+    """All results except the tables' gradients, which are sums in another order, are equal bit for bit.
+
+    max_seqlen is larger than every length.
+    """
     options = dict(mask=False, p=0.0, size=64) | PACKED[name]
     random = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(*shape, generator=random).to(dtype)
@@ -152,7 +155,7 @@ def test_packed_sequences_are_a_padded_batch(name, dtype):
     there = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]  # (sequence, place)
 
     def padded(x, absent):
-        """(T, ...) to (sequences, longest, ...)."""
+        """Pads a tensor (T, ...) to (sequences, longest, ...)."""
         y = x.new_full((*there.shape, *x.shape[1:]), absent)
         y[there] = x
         return y
@@ -183,7 +186,7 @@ def test_packed_sequences_are_a_padded_batch(name, dtype):
 
 @each_half
 def test_packed_sequences_do_not_meet(dtype):
-    """One of them full of what is not a number."""
+    """NaN in one sequence leaves the others unchanged, and each of these equals a call on it by itself."""
     inputs = make_inputs(Case("", 330, 330, batch=1, heads=2), dtype)
     inputs = inputs._replace(cu_seqlens=torch.tensor([0, 70, 70, 200, 330], dtype=torch.int32), max_seqlen=130)
     output, lse = backends.forward(inputs, "cuda")
@@ -204,7 +207,7 @@ def test_packed_sequences_do_not_meet(dtype):
 
 @each_half
 def test_dropout_is_the_mask_of_keep_mask(dtype):
-    """Values that are rows of an identity matrix show every probability."""
+    """The values are the rows of an identity matrix, so the output shows every probability."""
     length, p = 128, 0.4
     query, key = torch.randn(2, 2, 3, length, 128, generator=torch.Generator().manual_seed(0)).to(dtype).unbind(0)
     value = torch.eye(length, dtype=dtype).expand_as(key)
@@ -215,14 +218,14 @@ def test_dropout_is_the_mask_of_keep_mask(dtype):
     assert torch.equal(output != 0, keep)
 
 
-# The same again
+# Repeatability
 
 REPEATED = ["holes-L200", "dropout-L140", Case("L260-D96", 260, 260, batch=1, size=96)]
 
 
 @pytest.mark.parametrize("case", REPEATED, ids=lambda case: getattr(case, "name", case))
 def test_runs_are_bit_equal(case):
-    """In whatever order threads go on, whatever lay in memory before."""
+    """Results depend neither on the order in which threads run nor on earlier contents of memory."""
     usual = run(case)
     for seed in (2, 3, 4, 5):
         emulate(seed)
@@ -231,12 +234,12 @@ def test_runs_are_bit_equal(case):
 
 
 def test_scratch_is_poisoned():
-    """Or the tests here would see less."""
+    """Otherwise the tests here would miss reads of unwritten memory."""
     memory = torch.empty(0, dtype=torch.bfloat16).new_empty(1000, dtype=torch.uint8)
     assert (memory == 255).all() and torch.empty(5, dtype=torch.bfloat16).isnan().all()
 
 
-# What nobody may see, and what is not a number
+# Hidden keys and NaN
 
 
 @each_half
@@ -259,7 +262,7 @@ def test_hidden_keys_do_not_matter(mask, dtype):
 @each_half
 @pytest.mark.parametrize("size, window", [(64, False), (64, True), (88, False)])
 def test_nothing_beyond_the_ends_is_read_or_written(size, window, dtype):
-    """Tensors that are parts of others full of NaN, results between numbers that stay."""
+    """The inputs are parts of tensors full of NaN, and the numbers around the results do not change."""
     table = dict(buckets=64, longest=256) if window else {}
     inputs = as_dtype(make_inputs(Case("", 70, 90, heads=2, size=size, window=window, **table), dtype), dtype)
     clean = forward_and_gradients(public("cuda"), inputs)
@@ -285,7 +288,10 @@ def test_nothing_beyond_the_ends_is_read_or_written(size, window, dtype):
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 @pytest.mark.parametrize("size", [64, 128])
 def test_what_is_not_finite_stays_in_its_row(size, number):
-    """Of queries, whose neighbours in a band are other rows; a key spoils all rows that see it."""
+    """A query spoils only its own row, although other rows are its neighbours in a band.
+
+    A key would spoil all rows that see it.
+    """
     inputs = make_inputs(Case("", 200, 200, heads=2, size=size), torch.bfloat16)
     clean, clean_lse = backends.forward(inputs, "cuda")
     rows = torch.zeros(2, 2, 200, dtype=torch.bool)
@@ -311,7 +317,7 @@ def test_no_nan_is_lost_under_a_mask(name):
 
 @each_half
 def test_a_pair_that_dropout_drops_keeps_its_nan(dtype):
-    """From dV alone, in which it has no share."""
+    """The NaN is missing only from dV, to which a dropped pair adds nothing."""
     case, (query, _) = replace(LONG, dropout_p=0.4), PLACES["query"]
     found = where_nan(public("cuda"), case, dtype, "query")
     keep = keep_mask(make_inputs(case, dtype).seed, torch.tensor(HEAD), torch.tensor(query), (0, 330), 0.4)
@@ -323,7 +329,7 @@ def test_a_pair_that_dropout_drops_keeps_its_nan(dtype):
 
 
 def large(c2p, p2c):
-    """Products of these leave float16's range."""
+    """Returns inputs whose products exceed float16's range."""
     inputs = make_inputs(Case("large", 150, 150, batch=1, heads=1, c2p=c2p, p2c=p2c), torch.float16)
     inputs = inputs._replace(query=inputs.query * 200, key=inputs.key * 200)
     assert (inputs.query.float() @ inputs.key.float().mT).abs().max() > 1e5

@@ -30,11 +30,14 @@ from deberta_fast.op.relative_position import slot_table
 SOURCES = Path(__file__).parents[2] / "csrc/cuda"
 
 
-# Where tensors lie
+# Memory layouts
 
 
 def test_one_head_at_a_time():
-    """Where dA of more is too much. Sums of the tables' gradients are cut by the number of heads."""
+    """Backward takes one head at a time where dA of more heads would exceed the limit.
+
+    The number of heads at a time decides how the sums of the tables' gradients are split, so these differ by rounding.
+    """
     memory = lambda: emulator.emulator_workspace_bytes(32, 12, 512, 64, None, 506, -512, 512, True)
     usual, bytes_usually = run("holes-L200"), memory()
     torch.ops.deberta_fast_emulated.limit_near_bytes(1)
@@ -58,7 +61,7 @@ def test_views_of_a_projection_are_not_copied():
 
 @each_half
 def test_rows_that_are_not_aligned(dtype):
-    """Copied, so that kernels can move 16 bytes at once."""
+    """They are copied, so that kernels can move 16 bytes at once."""
 
     def shifted(x):
         return torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)
@@ -79,7 +82,7 @@ def test_rows_that_are_not_aligned(dtype):
 
 @each_half
 def test_cotangents_of_any_layout(dtype):
-    """One number for all, as a sum has it; transposed; for output or log-sum-exp alone."""
+    """Cotangents may be one expanded number, as from a sum, or transposed, or given for only one of the two results."""
     inputs = as_dtype(make_inputs(quick("ragged-L129-D64"), dtype), dtype)
     leaves = [getattr(inputs, name) for name in TENSORS]
     output, lse = public("cuda")(inputs)
@@ -130,7 +133,7 @@ def test_nothing_packed():
 
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "head", "row"])
 def test_strides_past_32_bits(dim):
-    """Costs nothing where memory that nobody touches does not."""
+    """This takes little memory where the system does not commit pages that are never accessed."""
     torch.use_deterministic_algorithms(False)
     case = Case("", 17, 17, heads=2, size=16)
     try:
@@ -150,7 +153,7 @@ def test_strides_past_32_bits(dim):
 
 # The emulator's findings
 
-EVERYWHERE = [  # what passes every barrier
+EVERYWHERE = [  # these calls together pass every barrier
     Case("", 270, 270, batch=1, heads=1, mask="holes", dropout_p=0.1),
     Case("", 270, 270, batch=1, heads=1, size=96),
     Case("", 140, 140, batch=1, heads=1, size=128, mask="right"),
@@ -161,14 +164,14 @@ EVERYWHERE = [  # what passes every barrier
 
 
 def hide_a_tile(inputs):
-    """Within what is near, if there is a mask at all."""
+    """Hides keys 96 to 159, which are near, if the call has a mask."""
     if inputs.mask is not None:
         inputs.mask[..., 96:160] = False
     return inputs
 
 
 def barrier(site: int) -> str:
-    """The file, the function, and which of its barriers."""
+    """Names a barrier by its file, its function and its number in that function."""
     file, line = emulator.emulator_barrier_site(site).decode().split(" at ")[1].split(":")
     before = (SOURCES / file).read_text().splitlines()[: int(line)]
     starts = [re.match(r" *(?:DEVICE|KERNEL\(.*?\)) .*?(\w+)\(", text) for text in before]
@@ -177,7 +180,7 @@ def barrier(site: int) -> str:
 
 
 def test_every_barrier_is_needed():
-    """One left out after the other: a race, or another result."""
+    """Leaving out any one barrier causes a race or another result."""
     usual = [run(case, change=hide_a_tile) for case in EVERYWHERE]
     sites, unnoticed = emulator.emulator_barrier_sites(), set()
 
@@ -201,7 +204,10 @@ NARROW = ("store_shared_word", "store_shared_half", "load_shared_word")
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_bank_conflicts(backward, size):
-    """None in forward where 16 bytes go at once, two wavefronts for one in backward; three elsewhere, unless rare."""
+    """Accesses of 16 bytes have no conflicts in forward, and at most two wavefronts per ideal one in backward.
+
+    Narrower accesses have at most three. Rare accesses are exempt.
+    """
     inputs = as_dtype(make_inputs(Case("", 330, 330, batch=1, heads=1, size=size), torch.bfloat16), torch.bfloat16)
     emulator.emulator_clear_conflicts()
     emulate(count_conflicts=True)
@@ -219,13 +225,13 @@ def test_bank_conflicts(backward, size):
         assert wavefronts <= most * ideal or wavefronts <= total / 100, table
 
 
-# What it takes
+# Memory use
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("length", [16, 128, 512, 1000, 2048, 4096, 8192, 16384])
 def test_device_memory_is_bounded(length, packed):
-    """At 16384 tokens, 12 heads of 64 and v3's tables."""
+    """The limits hold for 16384 tokens, 12 heads of size 64 and v3's tables."""
     table, batches = slot_table(256, 512), 16384 // length
     ends = (ctypes.c_int32 * (batches + 1))(*range(0, length * batches + 1, length)) if packed else None
     shape = batches, 12, length, 64, ends, table.far_past, table.far_future, table.rows

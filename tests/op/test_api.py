@@ -19,7 +19,7 @@ def tensors(length=10, batch=2, dtype=torch.float32, requires_grad=False):
 # Packed sequences
 
 
-# What two ways to the same numbers may differ by: rounding. The cpu backend has no float64.
+# How much two computations of the same numbers may differ by rounding. The cpu backend does not take float64.
 BOUND = {torch.float64: dict(rtol=1e-10, atol=1e-10), torch.float32: dict(rtol=1e-4, atol=1e-5)}
 
 
@@ -70,7 +70,7 @@ def test_packed_sequences_equal_each_alone(name, backend):
 
 @pytest.mark.parametrize("backend", ON_CPU)
 def test_packed_dropout_is_that_of_a_padded_batch(backend):
-    """The mask depends on (sequence, head, i, j) alone, so packing changes nothing."""
+    """The mask depends only on (sequence, head, i, j), so packing changes nothing."""
     lengths = [40, 17]
     *leaves, ends = packed(lengths, backend)
     options = dict(TABLE, dropout_p=0.4, backend=backend)
@@ -103,7 +103,7 @@ def test_dropout_follows_the_seed(backend):
 
 
 def test_dropout_keeps_the_mean():
-    """E[output] is the output without dropout: the kept probabilities are scaled by the share that is kept."""
+    """E[output] is the output without dropout: the kept probabilities are divided by the share that is kept."""
     arguments = tensors(32)
     plain = disentangled_attention(*arguments, **TABLE)
     torch.manual_seed(0)

@@ -40,7 +40,7 @@ def test_half_is_as_precise_as_eager(name, backend, dtype):
 
 @pytest.mark.parametrize("name", ["ragged-L129-D64", "holes-L200", "mask-per-head-L70"])
 def test_eager_in_many_chunks(name, monkeypatch):
-    """One head and one batch row at a time, in blocks that divide nothing evenly."""
+    """The backend takes one head and one batch row at a time, in blocks that do not divide the lengths evenly."""
     monkeypatch.setattr(eager, "CHUNK_ELEMENTS_CPU", 1)
     monkeypatch.setattr(eager, "BLOCK_ROWS", (32, 32))
     monkeypatch.setattr(eager.chunk.band, "STRIP_ROWS", (12, 12))
@@ -49,7 +49,7 @@ def test_eager_in_many_chunks(name, monkeypatch):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_that_see_nothing(backend):
-    """Zeros, a log-sum-exp of minus infinity, and no share in any gradient."""
+    """They give zeros and a log-sum-exp of minus infinity, and add nothing to any gradient."""
     inputs = as_dtype(make_inputs(BY_NAME["whole-row-padded-L140"], torch.float32), torch.float32)
     output, lse = public(backend)(inputs)
     assert (output[0] == 0).all() and (lse[0] == -torch.inf).all() and torch.isfinite(lse[1]).all()
@@ -66,7 +66,7 @@ def test_runs_are_bit_equal(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision_survives_large_weights(backend):
-    """Unscaled products of these leave float16's range, though every score fits."""
+    """Unscaled products of these inputs exceed float16's range, although every score fits."""
     inputs = make_inputs(Case("large", 70, 70, batch=1), torch.float16)
     inputs = inputs._replace(query=inputs.query * 300, pos_key=inputs.pos_key * 60)
     exact = forward_and_gradients(reference.attention, as_dtype(inputs, torch.float32))
@@ -85,7 +85,7 @@ def test_a_wrong_table_is_caught(mutate, dtype):
 
 @pytest.mark.parametrize("mistake", [{"far_past": -1}, {"far_future": 1}], ids=["past", "future"])
 def test_a_far_segment_one_key_too_long_is_caught(mistake, monkeypatch):
-    """The narrowest mistake in the classification of keys: one pair a block of queries reads its neighbour's row."""
+    """This is the smallest mistake in the classification of keys: one pair per block of queries reads a wrong row."""
     mistake_far_distances(monkeypatch, **mistake)
     with pytest.raises(AssertionError, match="error"):
         compare(public("eager"), BY_NAME["far-L700"], torch.float32)

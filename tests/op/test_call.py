@@ -23,7 +23,7 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 class Operators(TorchDispatchMode):
-    """The operators of this package that torch sees."""
+    """Records the operators of this package that torch sees."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +42,7 @@ def tensors(length=9, device="cpu", requires_grad=False):
 
 @pytest.fixture
 def traced(monkeypatch):
-    """The answers to whether torch has to see an operator."""
+    """The recorded answers to whether torch has to see an operator."""
     seen, is_traced = [], schema._is_traced
     monkeypatch.setattr(schema, "_is_traced", lambda tensors: seen.append(is_traced(tensors)) or seen[-1])
     return seen
@@ -76,7 +76,7 @@ def test_a_dispatch_mode_sees_the_operators(backend):
 
 
 class Subclass(torch.Tensor):
-    """Sees what torch is asked to do with it."""
+    """Records the torch functions that are applied to it."""
 
     asked: list = []
 
@@ -98,7 +98,7 @@ def test_tensors_that_are_more_than_tensors_go_to_the_operators():
 
 
 def test_fake_tensors_leave_no_trace():
-    """Not in the kept tables either, which real calls read afterwards."""
+    """The cached device tables, which later real calls read, contain no fake tensors."""
     relative_position._on_devices.clear()
     with FakeTensorMode():
         for backend in ("eager", "reference"):
@@ -108,13 +108,13 @@ def test_fake_tensors_leave_no_trace():
     assert all(type(x) is torch.Tensor for kept in relative_position._on_devices.values() for x in kept[:2])
 
 
-# Results that nobody asked for are not made
+# Results that are not requested are not computed
 
 
 @each_backend
 @pytest.mark.parametrize("wanted", range(5), ids=Call._fields[:5])
 def test_the_gradient_of_one_tensor(wanted, backend, monkeypatch):
-    """The same as among all others; tables' gradients are made where somebody wants them."""
+    """It is the same as when all gradients are requested. Tables' gradients are allocated only if requested."""
     made, new_gradients = [], Call.new_gradients
     monkeypatch.setattr(Call, "new_gradients", lambda *args: made.append(new_gradients(*args)) or made[-1])
     leaves = tensors(length=60, requires_grad=True)
@@ -156,7 +156,7 @@ def test_the_log_sum_exp_is_made_where_it_is_wanted(backend, monkeypatch):
 
 
 def test_hooks_on_saved_tensors_see_all_of_them():
-    """Checkpointing and offloading work by these hooks: nothing may be kept past them."""
+    """Checkpointing and offloading rely on these hooks, so no tensor may be saved without them."""
     packed = []
     leaves = tensors(requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x.shape) or x, lambda x: x):

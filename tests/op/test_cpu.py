@@ -1,4 +1,4 @@
-"""The C++ backend beyond the named cases: instruction sets, threads, what nobody sees, memory, refusals."""
+"""The C++ backend beyond the named cases: instruction sets, threads, hidden keys, memory, refusals."""
 
 import os
 import re
@@ -35,7 +35,7 @@ PACKED_OPTIONS = """cu_seqlens max_seqlen position_buckets max_relative_position
 
 
 def attention(inputs: Call):
-    """The public functions, dense or packed."""
+    """Calls the public function for dense or packed inputs."""
     if inputs.cu_seqlens is None:
         return public("cpu")(inputs)
     torch.manual_seed(DROPOUT_SEED)
@@ -51,7 +51,7 @@ def run(inputs: Call) -> dict[str, torch.Tensor]:
 
 
 def assert_equal(got, expected):
-    """Bit for bit, save that 0 equals -0."""
+    """Asserts that results are equal bit for bit, except that 0 equals -0."""
     wrong = [name for name in expected if not torch.equal(got[name], expected[name])]
     assert got.keys() == expected.keys() and not wrong, f"{', '.join(wrong)} differ"
 
@@ -97,7 +97,7 @@ def test_unknown_instruction_set():
 @each_set
 @each_half
 def test_half_precision_is_read_and_rounded_as_torch_does(dtype, capability):
-    """A query that sees one key answers its value, and that value's gradient is the sum of the cotangents."""
+    """A query that sees one key returns its value, and that value's gradient is the sum of the cotangents."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(64, 64, 1, 16)
     value = every.clone().requires_grad_()
     other = every.flatten()[torch.randperm(2**16, generator=torch.Generator().manual_seed(0))].view_as(every)
@@ -109,7 +109,7 @@ def test_half_precision_is_read_and_rounded_as_torch_does(dtype, capability):
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
-# Threads, and backward cut into parts: two or three where heads are few and there are 384 queries and keys or more
+# Threads. Backward is cut into two or three parts where heads are few and there are at least 384 queries and keys.
 
 
 def packed(lengths, **options) -> Call:
@@ -167,7 +167,7 @@ def test_parts(case, dtype):
     compare(public("cpu"), case, DTYPES[dtype])
 
 
-# What nobody may see, and what is not a number
+# Hidden keys and NaN
 
 
 @each_dtype
@@ -182,7 +182,7 @@ def test_hidden_keys_do_not_matter(length, mask, dtype):
     result = run(inputs)
     assert_equal(result, clean)
     assert (result["grad_key"][hidden] == 0).all() and (result["grad_value"][hidden] == 0).all()
-    # Not a number is more than the reference hides too: grad_query has dA_ij k_j in it, grad_pos_query likewise.
+    # The reference does not hide NaN either: grad_query and grad_pos_query contain dA_ij k_j.
     inputs.key[hidden] = torch.nan
     result = run(inputs)
     assert all(torch.equal(result[name], clean[name]) for name in clean if name not in ("grad_query", "grad_pos_query"))
@@ -190,7 +190,7 @@ def test_hidden_keys_do_not_matter(length, mask, dtype):
 
 @pytest.mark.parametrize("key", [0, 15, 16, 191, 192, 383, 384, 409])
 def test_one_visible_key_is_found(key):
-    """Whatever its place in a tile: each query answers its value."""
+    """Each query returns the value of the only visible key, wherever the key lies in a tile."""
     inputs = make_inputs(Case("", 20, 410, heads=2, size=16), torch.float32)
     mask = (torch.arange(410) == key).expand(1, 1, 20, -1).contiguous()
     result = run(inputs._replace(mask=mask))
@@ -219,7 +219,7 @@ def test_not_a_number_spoils_what_it_meets_alone(backend, capability):
 
 
 def alone(function, *arguments):
-    """In a thread of its own, hence with scratch memory that no call has used."""
+    """Calls a function in a new thread, hence with scratch memory that no call has used."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(function, *arguments).result()
 
@@ -251,8 +251,8 @@ def test_nothing_is_written_elsewhere(length, size, dtype, capability):
     with cpu.using(capability):
         output, lse = backends.forward(inputs, "cpu")
         expected = [output, lse, *backends.backward(inputs, "cpu", output, lse, output, lse)]
-        # Seven in place of what the results go to, and of 24 elements on either side of their rows. Those that have to
-        # be contiguous, log-sum-exp and tables, are one row.
+        # The results' memory, and 24 elements on either side of each row, hold 7 before the call. The log-sum-exp and
+        # the tables' gradients have to be contiguous, so each of them is one row.
         rows = [x if x.dim() == 4 else x.flatten() for x in expected]
         memory = [torch.full((*x.shape[:-1], 24 + x.shape[-1] + 24), 7, dtype=x.dtype) for x in rows]
         got = [x[..., 24:-24] if y.dim() == 4 else x[24:-24].view(y.shape) for x, y in zip(memory, expected)]
@@ -305,7 +305,7 @@ assert torch.equal(torch.autograd.grad(call(100).sum(), x)[0], small)
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_memory_that_is_not_there(backward):
-    """Said in words, and nothing is spoiled by it."""
+    """The error states the missing bytes, and later calls are right."""
     keys, room = (2**16, 200 << 20) if backward else (2**20, 100 << 20)
     said = in_a_process(LITTLE_MEMORY.format(backward=backward, keys=keys, room=room))
     assert re.fullmatch(
@@ -315,7 +315,7 @@ def test_memory_that_is_not_there(backward):
 
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "head", "row"])
 def test_strides_past_32_bits(dim):
-    """Costs nothing where memory that nobody touches does not."""
+    """This takes little memory where the system does not commit pages that are never accessed."""
     inputs = make_inputs(Case("", 17, 17, size=16, mask="heads"), torch.bfloat16)
     inputs = inputs._replace(mask=inputs.mask.expand(2, -1, -1, -1).contiguous())
     try:
@@ -367,7 +367,7 @@ def test_refusals():
     assert backends.why_not(elsewhere)["cpu"] == ["tensors must be on the CPU, got meta"]
 
 
-# As torch calls it
+# Use by torch
 
 
 @pytest.mark.parametrize("name", ["ragged-L129-D64-c2p-only", "fused-qkv-views-L129-D24", "mask-per-head-L70"])

@@ -1,4 +1,4 @@
-"""The C++ backend called in any way: shapes, layouts, masks, tables and options as they come, drawn by hypothesis."""
+"""The C++ backend in random calls: hypothesis draws shapes, layouts, masks, tables and options."""
 
 import pytest
 import torch
@@ -19,11 +19,11 @@ MOST_PAIRS = 160_000  # of queries and keys, over batch and heads
 
 
 def spaced(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """The same numbers, a NaN before each along one dimension."""
+    """Returns a view of the same numbers, which skips a NaN before each of them along one dimension."""
     return torch.stack([torch.full_like(x, torch.nan), x], dim + 1).select(dim + 1, 1)
 
 
-LAYOUTS = {  # of (B, H, L, D)
+LAYOUTS = {  # of tensors (B, H, L, D)
     "contiguous": lambda x: x,
     "fused": lambda x: spaced(x.transpose(1, 2).contiguous(), 2).transpose(1, 2),
     "columns-first": lambda x: x.mT.clone(memory_format=torch.contiguous_format).mT,
@@ -38,7 +38,10 @@ LAYOUTS = {  # of (B, H, L, D)
 
 @st.composite
 def masks(draw, shape, packed, numbers):
-    """Each dimension whole, one for all, or expanded; some rows see nothing, some keys at either end nobody sees."""
+    """Draws a mask, each dimension of which has full size, size 1, or is expanded.
+
+    Some rows see no key, and some keys at either end are hidden from all rows.
+    """
     pick, keys = lambda *values: draw(st.sampled_from(values)), shape[-1]
     stored = (1, 1, 1, keys) if packed else (*(pick(1, whole) for whole in shape[:3]), pick(keys, keys, 1))
     mask = torch.rand(stored, generator=numbers) < pick(0.02, 0.5, 0.98, 1.0)
@@ -51,7 +54,7 @@ def masks(draw, shape, packed, numbers):
 
 @st.composite
 def calls(draw):
-    """An attention call, and the output's gradient."""
+    """Draws an attention call and the output's gradient."""
     pick = lambda *values: draw(st.sampled_from(values))
     numbers = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     dtype = pick(torch.float32, torch.float32, *HALF.values())
@@ -93,7 +96,7 @@ def largest(x: torch.Tensor | None) -> float:
 
 
 def results(function, inputs, dtype, *cotangents):
-    """Output, log-sum-exp and gradients; and a function that answers the gradients under other cotangents."""
+    """Returns output, log-sum-exp and gradients, and a function that computes the gradients for other cotangents."""
     inputs = as_dtype(inputs, dtype)
     outputs = function(inputs)
     leaves = {f"grad_{name}": x for name in TENSORS if (x := getattr(inputs, name)) is not None}
@@ -107,18 +110,20 @@ def results(function, inputs, dtype, *cotangents):
 
 
 def check(inputs: Call, grad_output: torch.Tensor) -> None:
-    """The largest error of every result against what rounding explains.
+    """Compares the largest error of every result with what rounding explains.
 
-    Tensors may be tiny, so the error of one other computation says little alone. Granted is three times the sum of
+    Tensors may be tiny, so the error of one other computation is not enough as a bound. The bound is three times the
+    sum of
 
     - the error of the reference in float32,
-    - float32's rounding of scores as large as these vectors could make them, as a share of the result, of what would be
-      added up to it if nothing cancelled (``summed``), and of ``moved``,
-    - the rounding of the result itself; for gradients also that of the output, from which backward makes Delta.
+    - float32's rounding of the largest scores that these vectors could have, times the sum of the result, the result
+      without cancellation (``summed``), and ``moved``,
+    - the rounding of the result itself; for gradients also that of the output, from which backward computes Delta.
 
-    ``moved`` is how far relative errors of 1 in Delta_i = dO_i . O_i - dlse_i move a gradient. Delta enters as a
-    cotangent of the log-sum-exp does, so it is disturbed as one, by its size without cancellation: of all rows in one
-    direction, as where they are alike, or at random. Over 8000 random calls no error was above 1.4 times that sum.
+    ``moved`` is how far relative errors of 1 in Delta_i = dO_i . O_i - dlse_i move a gradient. Delta enters a gradient
+    as a cotangent of the log-sum-exp does. So ``moved`` is the gradient for a cotangent of Delta's size without
+    cancellation: with equal signs in all rows, as where rows are alike, or with random signs. Over 8000 random calls no
+    error was above 1.4 times that sum.
     """
     dtype, numbers = inputs.query.dtype, torch.Generator().manual_seed(5)
     cotangents = grad_output, torch.randn(*inputs.query.shape[:-1], 2, generator=numbers)[..., 0]
@@ -156,7 +161,7 @@ def test_any_call(call, capability):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_heads_of_size_one(layout):
-    """Their last stride may be anything: torch calls them contiguous all the same."""
+    """Their last stride may be any number, and torch still calls them contiguous."""
     tensors = [LAYOUTS[layout](x) for x in torch.randn(3, 2, 3, 9, 1, generator=torch.Generator().manual_seed(6))]
     expected = disentangled_attention(*(x.contiguous().clone() for x in tensors), backend="reference")
     torch.testing.assert_close(disentangled_attention(*tensors, backend="cpu"), expected)
@@ -164,7 +169,7 @@ def test_heads_of_size_one(layout):
 
 @pytest.mark.parametrize("start", range(16))
 def test_near_keys_at_every_alignment(start):
-    """Whole blocks of 128 queries; the first near key is this far from the vector's beginning that it is rounded to."""
+    """Blocks of 128 queries are full, and the first near key is ``start`` keys after the start of its vector."""
     case = Case("", 256, 256, batch=1, heads=12, size=8, buckets=-1, longest=33 - start, offset=2 * start)
     inputs = make_inputs(case, torch.float32)
     check(inputs, torch.randn(inputs.query.shape, generator=torch.Generator().manual_seed(4)))

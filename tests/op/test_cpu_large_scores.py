@@ -1,4 +1,4 @@
-"""The C++ backend where scores are large: probabilities add up to 1 however a log-sum-exp is rounded."""
+"""The C++ backend where scores are large: probabilities add up to 1 for any rounding of the log-sum-exp."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from deberta_fast.op.backends import cpu
 pytestmark = pytest.mark.skipif(cpu.NOT_LOADED is not None, reason=str(cpu.NOT_LOADED))
 
 each_set = pytest.mark.parametrize("capability", cpu.instruction_sets())
-# The second is cut into parts by backward and into smaller blocks by forward; both have near and far keys. The last
-# one's blocks end where no multiple of a vector is.
+# Backward cuts the second into parts, and forward cuts it into smaller blocks. The first two have near and far keys.
+# The blocks of the last one do not end at a multiple of a vector.
 SHAPES = {
     "near-and-far": Case("", 200, 200, heads=2),
     "parts": Case("", 400, 400, batch=1, heads=1, mask="holes"),
@@ -29,7 +29,7 @@ def draws_of(case, names=(), amplitude=1.0, dtype=torch.float32, **fields):
     return [louder(make_inputs(case, dtype, seed), names, amplitude)._replace(**fields) for seed in range(4)]
 
 
-# Scores to some hundreds, and to 1e4 and more
+# Scores of up to some hundreds, and of 1e4 and more
 
 
 @pytest.mark.parametrize("names", [TENSORS[:1], ("query", "key", "pos_key", "pos_query")], ids=["query", "both"])
@@ -56,7 +56,7 @@ def test_a_scale_of_1e30(name):
     compare_draws(public("cpu"), draws_of(SHAPES[name], scale=1e30))
 
 
-# What is known exactly
+# Results that are known exactly
 
 
 @each_set
@@ -75,7 +75,7 @@ def test_one_key_has_a_probability_of_one(dtype, offset, capability):
 
 @pytest.mark.parametrize("scale", [None, 1e5, 1e30, 3e34])
 def test_equal_keys_share_alike(scale):
-    """A float32 log-sum-exp of 1e31 has no room for the logarithm of their number."""
+    """A float32 log-sum-exp of 1e31 is too coarse to contain the logarithm of the number of keys."""
     inputs = make_inputs(Case("", 5, 37, heads=2), torch.float32)
     query, value = inputs.query, inputs.value.requires_grad_()
     key = inputs.key[:, :, :1].expand_as(inputs.key)
@@ -88,7 +88,7 @@ def test_equal_keys_share_alike(scale):
 @pytest.mark.parametrize("far", [False, True])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_nothing_but_minus_infinity_has_no_softmax(backend, far):
-    """Save where nothing is seen at all: there the answer is zero."""
+    """A row whose scores are all minus infinity gives NaN; a row that sees no key gives zero."""
     inputs = make_inputs(Case("", 6, 9, size=16, offset=-500 * far), torch.float32)
     inputs.query.abs_(), inputs.key.abs_()
     inputs.query[0, 1, 2:4] = torch.inf
@@ -105,7 +105,7 @@ def test_nothing_but_minus_infinity_has_no_softmax(backend, far):
     assert grad[0, 1, 4:].isnan().all() and not grad[1].isnan().any()
 
 
-# The statistics that travel with the log-sum-exp
+# The statistics that are stored behind the log-sum-exp
 
 
 def gradients(inputs, output, lse):
@@ -113,7 +113,7 @@ def gradients(inputs, output, lse):
 
 
 def test_a_copied_log_sum_exp_will_do():
-    """It has lost what lay behind it, as has one that saved-tensor hooks moved."""
+    """A copy loses the statistics behind it, as does a log-sum-exp that saved-tensor hooks move."""
     (inputs, *_) = draws_of(SHAPES["near-and-far"])
     output, lse = backends.forward(inputs, "cpu")
     for got, expected in zip(gradients(inputs, output, lse.clone()), gradients(inputs, output, lse), strict=True):
@@ -131,7 +131,7 @@ def test_other_numbers_behind_a_log_sum_exp_are_not_taken_for_its_own():
 
 
 def test_a_log_sum_exp_over_more_keys_than_these():
-    """Parts of the keys, each with the log-sum-exp of all, add up to the gradients of the whole."""
+    """Query gradients over parts of the keys, each with the log-sum-exp over all keys, add up to the whole gradient."""
     (inputs, *_) = draws_of(SHAPES["near-and-far"])
     parts = [
         inputs._replace(key=inputs.key[:, :, at], value=inputs.value[:, :, at], query_offset=-at.start)

@@ -47,7 +47,7 @@ def emulated():
 @needs_compiler
 @pytest.mark.parametrize("name", BUILDS)
 def test_emulated(name, emulated):
-    """Right, and without races: every class of tile and mask, forward and backward, against the reference."""
+    """Kernels equal the reference and have no races for every class of tile and mask, forward and backward."""
     status, output = emulated[name].result()
     assert status == 0, output[-20000:]
     assert re.search(r"\d\d passed", output), output[-2000:]
@@ -57,7 +57,7 @@ def test_emulated(name, emulated):
 @pytest.mark.parametrize("flags", [["-O2"], ["-O1", *SANITIZERS]], ids=BUILDS)
 @pytest.mark.parametrize("name", ["emulator_test", "races_test", "skew_test", "plan_test"])
 def test_programs(name, flags, tmp_path):
-    """That the emulator finds what is wrong; index arithmetic of the kernels, everywhere."""
+    """The emulator finds errors in kernels, and the kernels' index arithmetic is right at all indices."""
     source = ROOT / f"tests/emulator/{name}.cpp"
     warnings = "-std=c++17 -Wall -Wextra -Werror".split()
     folders = [f"-I{ROOT / folder}" for folder in ("tests/emulator", "csrc/cuda")]
@@ -82,7 +82,7 @@ REASONS = {
 
 @pytest.mark.parametrize("reason", REASONS)
 def test_refuses_with_reasons(reason, monkeypatch):
-    """One reason each, where an emulator makes up for the GPU that is not there."""
+    """Each call has exactly one reason, since the emulator stands in for the missing GPU."""
     stand_in(cuda, patch=monkeypatch.setattr)
     case, dtype = REASONS[reason]
     assert cuda.why_not(make_inputs(case, dtype)) == [reason]
@@ -100,12 +100,12 @@ def test_more_reasons(monkeypatch):
 
 
 RUNS_ON = {
-    # (major, minor): runs what was built
+    # built architectures: {(major, minor) of a GPU: whether it runs them}
     ("sm_80", "sm_90"): {(8, 0): True, (8, 9): True, (9, 0): True, (10, 0): False, (12, 0): False},
     ("sm_86", "compute_86"): {(8, 0): False, (8, 6): True, (9, 0): True, (12, 1): True},
     ("sm_90a", "compute_90a"): {(8, 9): False, (9, 0): True, (10, 0): False},
     ("sm_100f", "compute_100f"): {(10, 0): True, (10, 3): True, (9, 0): False, (12, 0): False},
-    (): {(9, 0): True},  # MISSING says it
+    (): {(9, 0): True},  # MISSING reports that there are no kernels
 }
 
 
@@ -133,7 +133,7 @@ def test_old_and_small_gpus(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there():
-    """As a FakeTensor's need not be. torch.compile traces why_not."""
+    """The device of a FakeTensor need not exist. torch.compile traces why_not."""
     device = torch.device("cuda:0")
     assert cuda.device_reasons(device, 64) == ["torch finds no device cuda:0"]
     reasons = lambda x: (x + 1, cuda.device_reasons(device, 64))
@@ -141,7 +141,7 @@ def test_a_device_that_is_not_there():
 
 
 def test_architectures():
-    """As built: binaries, and perhaps PTX; nothing without CUDA kernels."""
+    """A build with CUDA kernels lists binaries and perhaps PTX; other builds list no binaries."""
     built = cuda.architectures()
     assert all(re.fullmatch(r"(sm|compute)_\d+[af]?", name) for name in built)
     kernels = cuda.NOT_LOADED is None and cuda.implements("fused_forward", "CUDA")
@@ -169,7 +169,7 @@ def test_without_the_extension(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_is_no_default_on_a_cpu(dtype, monkeypatch):
-    """Not even where it could serve the call."""
+    """The default is another backend even where cuda could serve the call."""
     monkeypatch.setattr(cuda, "why_not", lambda inputs: [])
     for case in ("one-token", "ragged-L129-D64", "pairwise-mask-L150"):
         assert selection.choose(None, make_inputs(BY_NAME[case], dtype)) in ("cpu", "eager")

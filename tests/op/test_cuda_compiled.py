@@ -1,4 +1,4 @@
-"""Checks what nvcc makes of the CUDA kernels, without a GPU: registers, spills, shared memory and instructions."""
+"""Checks nvcc's output for the CUDA kernels, without a GPU: registers, spills, shared memory and instructions."""
 
 import re
 import subprocess
@@ -10,9 +10,9 @@ from bench import compile_cuda
 if compile_cuda.find_tool("nvcc") is None:
     pytest.skip("there is no nvcc", allow_module_level=True)
 
-# Each takes a minute and a half of one processor, once per state of the sources.
+# Compilation for each takes a minute and a half on one processor, once per state of the sources.
 CAPABILITIES = (90,)
-# Bytes per block on sm_86, as on 89 and 120; and on sm_80. 90 and 100 have more.
+# Bytes per block on sm_86, sm_89 and sm_120, and on sm_80. sm_90 and sm_100 have more.
 SMALLEST_SHARED, A100_SHARED = 99 << 10, 163 << 10
 
 
@@ -43,14 +43,14 @@ def test_all_kernels_are_there(kernels, passes):
 
 
 def test_no_spills(kernels):
-    """Nothing spills by default, except a register or two of backward_key; with dropout a few do."""
+    """Without dropout only backward_key spills, a register or two; with dropout a few kernels spill."""
     spilled = {(x.name, x.capability): max(x.spill_stores, x.spill_loads) for x in kernels}
     most = lambda name: 256 if name.endswith(", true>") else 64 if name.startswith("backward_key") else 0
     assert {key: n for key, n in spilled.items() if n > most(key[0])} == {}
 
 
 def test_shared_memory(passes):
-    """Head sizes up to 64 fit every GPU from sm_80 on, all of them those of data centres."""
+    """Head sizes up to 64 fit every GPU from sm_80 on, and all head sizes fit the GPUs of data centres."""
     limits = {key: SMALLEST_SHARED if key[-1] <= 64 else A100_SHARED for key in passes}
     assert {key: x.shared for key, x in passes.items() if x.shared > limits[key]} == {}
 
@@ -95,8 +95,8 @@ MMA = {
 def test_instructions(passes, name):
     """Bounds the machine code of each kernel to 3 % above the measured counts.
 
-    Counts are of whole kernels, each instruction once, in a loop or not. Far tiles make the two products of plain
-    attention and no others, so a position term that reaches their loops raises the number of products.
+    Counts are of whole kernels, each instruction once, in a loop or not. Far tiles compute only the two products of
+    plain attention, so a position term that reaches their loops raises the number of products.
     """
     for size, counts in INSTRUCTIONS[name].items():
         flags = [(dtype, flag) for dtype in ("Bfloat16", "Float16") for flag in ("false", "true")]
@@ -113,7 +113,7 @@ def test_nothing_spills_by_default(passes):
 
 @pytest.mark.parametrize("oldest, others", [(80, [86, 89, 90]), (100, [120])])
 def test_ptx_is_the_same_for_a_generation(oldest, others, tmp_path):
-    """The PTX differs only in the line that names its target, so setup.py makes it once."""
+    """The PTX differs only in the line that names its target, so setup.py generates it once."""
 
     def ptx(capability):
         target, source = tmp_path / f"{capability}.ptx", compile_cuda.REPOSITORY / "csrc/cuda/backward_by_row.cu"

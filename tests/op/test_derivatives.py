@@ -1,4 +1,4 @@
-"""Derivatives that kernels do not have, second ones, forward mode, torch.func: right values or an error, no zeros."""
+"""Second derivatives, forward mode and torch.func, which kernels lack, give right values or an error, never zeros."""
 
 import warnings
 
@@ -22,7 +22,7 @@ each_way = pytest.mark.parametrize("way", ["dense", "masked", "dropout", "packed
 
 @pytest.fixture(autouse=True)
 def told(monkeypatch):
-    """The reasons for which the reference ran, of this test alone."""
+    """The reasons for which the reference ran, in this test only."""
     reasons = set()
     monkeypatch.setattr(backends, "_told", reasons)
     return reasons
@@ -35,7 +35,7 @@ def tensors(dtype=torch.float32, length=6, size=8):
 
 
 def attention(way, backend):
-    """A function of the five tensors; dense layout also where it is packed."""
+    """Returns a function of the five tensors in dense layout, even if the call is packed."""
 
     def run(query, key, value, *tables):
         torch.manual_seed(1)
@@ -90,7 +90,7 @@ def test_a_hessian_of_one_tensor_given_three_times(backend):
 @each_backend
 @each_way
 def test_gradient_penalties(way, backend):
-    """By autograd.grad and by backward; with the gradient of one tensor, which leaves mixed derivatives of all five."""
+    """A penalty on one tensor's gradient needs mixed derivatives of all five, by autograd.grad and by backward."""
 
     def penalty(leaves, backend):
         gradient = torch.autograd.grad(loss(way, backend)(*leaves), leaves[1], create_graph=True)[0]
@@ -175,7 +175,7 @@ def test_autocast_around_backward_rounds_nothing():
 
 
 def test_an_ordinary_backward_runs_the_kernels(monkeypatch, told):
-    """And so do the tools of training around it: nothing of the reference is on the way."""
+    """The tools of training around it run the kernels too, and the reference never runs."""
     monkeypatch.setattr(backends.reference, "attention", lambda call: pytest.fail("the reference runs"))
     leaves = [x.requires_grad_() for x in tensors()]
     function = loss("dense", None)
@@ -195,7 +195,7 @@ def test_an_ordinary_backward_runs_the_kernels(monkeypatch, told):
 
 
 def test_hooks_on_saved_tensors():
-    """Offloading and checkpointing work by them, also around a gradient penalty."""
+    """Offloading and checkpointing rely on these hooks, also around a gradient penalty."""
 
     def penalty(leaves, backend):
         first = torch.autograd.grad(loss("dense", backend)(*leaves), leaves[0], create_graph=True)[0]
@@ -225,7 +225,7 @@ def test_the_warning_is_given_once():
     assert len(caught) == 1
 
 
-# Forward mode and torch.func: by the reference, unless another backend is named
+# The reference computes forward mode and torch.func, unless another backend is named
 
 
 TRANSFORMS = {
@@ -247,7 +247,7 @@ REASONS = {"linearize": "only 'reference' has forward-mode derivatives"}
 @pytest.mark.parametrize("name", TRANSFORMS)
 @each_way
 def test_transforms(name, way, told):
-    """Autograd's derivatives of the reference in float64 are the oracle, which no transform of torch.func made."""
+    """The oracle is autograd's derivatives of the reference in float64, computed without torch.func."""
     if way == "dropout" and name in ("vmap", "vmap of grad", "jacfwd", "hessian", "linearize"):
         pytest.skip("torch refuses random operations there, or draws them anew; but see below")
     query, *others = tensors(torch.float64)

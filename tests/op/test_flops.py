@@ -19,7 +19,7 @@ TABLE = dict(position_buckets=4, max_relative_positions=8)
 
 
 def pairs_one_by_one(call):
-    """All pairs, and those whose distance has a row of its own."""
+    """Counts all pairs, and the pairs whose distance has a row of its own."""
     batch, _, queries, _ = call.query.shape
     near, keys = 0, call.key.shape[2]
     table = call.table
@@ -43,7 +43,7 @@ def counted(function, **keywords):
 
 @pytest.mark.parametrize("backend", [None, *FUSED])
 def test_forward_and_backward(backend):
-    """By hand: 2 batch rows, 2 heads of size 8, 5 queries and 7 keys, of which 35 pairs all but 3 are near."""
+    """Counts by hand are for 2 batch rows, 2 heads of size 8, 5 queries and 7 keys: 32 of the 35 pairs are near."""
     near = 2 * 32
     leaves = [torch.randn(shape, requires_grad=True) for shape in [(2, 2, 5, 8), (2, 2, 7, 8), (2, 2, 7, 8)]]
     tables = [torch.randn(2, 8, 8, requires_grad=True) for _ in range(2)]
@@ -68,7 +68,7 @@ def test_far_pairs_cost_what_plain_attention_does():
     inputs = make_inputs(Case("", 600, 600, batch=1, size=16), torch.float32)
     plain = flops.forward_flops(*inputs._replace(pos_key=None, pos_query=None), "eager")
     assert plain == 2 * 3 * 16 * 2 * 600 * 600
-    assert 1.08 < flops.forward_flops(*inputs, "eager") / plain < 1.12  # 63 of 600 distances are near, a little less
+    assert 1.08 < flops.forward_flops(*inputs, "eager") / plain < 1.12  # slightly less than 63 of 600 keys are near
 
 
 def test_packed_sequences_count_for_themselves():
@@ -99,7 +99,7 @@ def test_the_reference_is_counted_by_its_products():
 
 
 def test_whatever_is_imported_first():
-    """And without the counter being imported by this package: it brings Triton."""
+    """This package does not import the counter, which would import Triton."""
     use = """
 x = torch.randn(1, 1, 3, 8)
 with FlopCounterMode(display=False) as counter:

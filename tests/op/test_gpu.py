@@ -1,4 +1,4 @@
-"""On a CUDA device: every backend against the reference, and what only a device can get wrong. ``make gpu``."""
+"""Every backend against the reference on a CUDA device, and errors that need a device to show. ``make gpu``."""
 
 import copy
 
@@ -40,7 +40,7 @@ REASONS = {
 
 
 def unlisted(backend, reasons):
-    """Those that no list here knows; GPUs with little shared memory may say so."""
+    """Returns the reasons outside of REASONS, except too little shared memory on GPUs that have little."""
     little = torch.cuda.is_available() and torch.cuda.get_device_properties(0).shared_memory_per_block_optin < 160 << 10
     listed = lambda text: text.startswith(REASONS.get(backend, ())) or (little and "bytes of shared memory" in text)
     return [reason for reason in reasons if not listed(reason)]
@@ -64,7 +64,7 @@ def test_as_precise_as_eager(case, backend, dtype):
     compare(public(backend), case, dtype)
 
 
-# What CASES are too few for: kernels made for other head sizes, more tiles, tables and offsets of other widths.
+# CASES do not cover these: kernels for other head sizes, more tiles, tables and offsets of other widths.
 MORE = [
     Case("L64-D96", 64, 64, size=96),
     Case("L65-D104", 65, 65, size=104),
@@ -98,7 +98,7 @@ def test_more_is_as_precise_as_eager(case, backend, dtype):
 
 @by_fused_backend
 def test_half_precision_survives_large_weights(backend):
-    """Unscaled products of these leave float16's range, though every score fits."""
+    """Unscaled products of these inputs exceed float16's range, although every score fits."""
     inputs = make_inputs(on_device(Case("large", 70, 70, batch=1, heads=1)), torch.float16)
     inputs = inputs._replace(query=inputs.query * 300, pos_key=inputs.pos_key * 60)
     exact = forward_and_gradients(reference.attention, as_dtype(inputs, torch.float64))
@@ -115,7 +115,7 @@ def test_float64(name):
 @pytest.mark.parametrize("backend", [name for name in FUSED if name not in HALF_ONLY])
 @pytest.mark.parametrize("name", ["ragged-L129-D64", "v3-table-L1100"])
 def test_float32_where_tensor_cores_are_allowed(name, backend):
-    """Judged by eager code under the same switch."""
+    """The yardstick is eager code under the same switch."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
@@ -127,7 +127,7 @@ def test_float32_where_tensor_cores_are_allowed(name, backend):
 @by_dtype
 @by_fused_backend
 def test_declines_nothing_that_it_should_serve(backend, dtype):
-    """All cases and packed sequences, but for what DECLINED and HALF_ONLY name. This fails where the others skip."""
+    """It serves all calls except those that DECLINED and HALF_ONLY name. This test fails where other tests skip."""
     inputs = {case.name: make_inputs(on_device(case), dtype) for case in CASES}
     inputs["packed"] = packed_inputs([5, 0, 70], dtype)
     inputs["packed-dropout-D128"] = packed_inputs([5, 0, 70], dtype, dropout_p=0.3, size=128)
@@ -144,7 +144,7 @@ def test_declines_nothing_that_it_should_serve(backend, dtype):
 
 @by_backend
 def test_odd_strides_and_addresses(backend):
-    """Rows that are no multiple of 16 bytes apart, and begin anywhere: of inputs, and of the gradient that comes in."""
+    """Rows of inputs and of the incoming gradient start anywhere, and are not a multiple of 16 bytes apart."""
     wide = [normal(2, 3, 150, 69, dtype=torch.bfloat16, seed=n) for n in range(4)]
     tables = [normal(3, 32, 67, dtype=torch.bfloat16, seed=n) for n in (4, 5)]
     *views, gradient = [x[:, :, 1:, 3:67] for x in wide]
@@ -210,7 +210,7 @@ def test_hardly_anything_packed(lengths, backend):
     inputs = as_dtype(packed_inputs(lengths, torch.bfloat16), torch.bfloat16)
     got = forward_and_gradients(public_packed(backend), inputs)
     assert all(torch.isfinite(x).all() for x in got.values())
-    assert torch.equal(got["output"], inputs.value.detach())  # a token alone attends to itself
+    assert torch.equal(got["output"], inputs.value.detach())  # a single token attends to itself
     assert (got["grad_pos_key"] == 0).all() or lengths == [1]
 
 
@@ -230,7 +230,7 @@ def test_runs_are_bit_equal(backend, dtype):
 @by_fused_backend
 @pytest.mark.parametrize("name", ["holes-L200", "dropout-L140", "v3-table-L1100", "packed"])
 def test_reads_no_memory_that_nobody_wrote(name, backend):
-    """Scratch memory among it: bit-equal where all of it is filled with NaN beforehand."""
+    """Results are bit-equal if all new memory, including scratch memory, is filled with NaN."""
     if name == "packed":
         attention, inputs = public_packed(backend), packed_inputs(LENGTHS, torch.bfloat16)
     else:
@@ -248,7 +248,7 @@ def test_reads_no_memory_that_nobody_wrote(name, backend):
 
 
 def kept(backend, batch, heads, length, dropout_p, dtype):
-    """The probabilities that a backend keeps, read from its output: all are equal, and a value picks one key each."""
+    """Reads from the output which probabilities a backend keeps: all are equal, and each column of V picks one key."""
     query = torch.zeros(batch, heads, length, 64, dtype=dtype, device=DEVICE)
     columns = []
     for start in range(0, length, 64):
@@ -294,14 +294,14 @@ def test_packed_dropout_is_that_of_a_padded_batch(backend):
 
 
 def compare_patched(name, backend, dtype):
-    """The layers' calls are fused, and all gradients as precise as Hugging Face's in this dtype."""
+    """Asserts that all results are as precise as Hugging Face's in this dtype, and returns the number of calls."""
     import hf_models
 
     model = hf_models.build(name, "ForSequenceClassification").to(DEVICE, dtype)
     draws = [{key: x.to(DEVICE) for key, x in hf_models.tokens("right", seed=seed).items()} for seed in range(6)]
     run = lambda model: [hf_models.results(model, inputs) for inputs in draws]
     exact, eager, got = run(copy.deepcopy(model).double()), run(model), run(patch(model, backend))
-    # Four logits alone are more precise or less by luck: with all gradients.
+    # The precision of only four logits is a matter of luck, so they are compared together with all gradients.
     trained = [name for name, grad in exact[0][1].items() if grad is not None]
     flat = ([[*outputs, *(grads[name] for name in trained)] for outputs, grads in runs] for runs in (got, eager, exact))
     hf_models.assert_as_precise(*flat)
@@ -326,7 +326,7 @@ def test_patched_model_in_bfloat16(name, backend, fused_calls):
 
 @by_fused_backend
 def test_patched_model_trains_under_autocast(backend, fused_calls):
-    """float32 weights, dropout and padding, as most people train: losses as with eager code, which drops the same."""
+    """Losses are those of eager code, which drops the same, with float32 weights, dropout and padding as is usual."""
     import hf_models
 
     inputs = {key: x.to(DEVICE) for key, x in hf_models.tokens("right").items()}
@@ -366,7 +366,7 @@ def test_autocast(backend):
 @pytest.mark.parametrize("length", [512, 16384])
 @by_fused_backend
 def test_scratch_memory_is_bounded(backend, length):
-    """16384 tokens, forward and backward: at most 256 MiB above inputs, outputs and gradients."""
+    """Forward and backward of 16384 tokens take at most 256 MiB besides inputs, outputs and gradients."""
     heads = [normal(16384 // length, length, 12, 64, dtype=torch.bfloat16, seed=n).transpose(1, 2) for n in range(4)]
     leaves = [x.requires_grad_() for x in (*heads[:3], *(normal(12, 512, 64, dtype=torch.bfloat16) for _ in range(2)))]
 
@@ -386,7 +386,7 @@ def test_scratch_memory_is_bounded(backend, length):
 
 @by_fused_backend
 def test_offsets_beyond_32_bits(backend):
-    """2^31 elements and some: the first, a middle and the last sequence against the reference on them alone."""
+    """Tensors exceed 2^31 elements. The reference judges the first, a middle and the last sequence one by one."""
     torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < 48 << 30:
         pytest.skip("needs 48 GiB of free GPU memory")
@@ -422,7 +422,7 @@ def test_offsets_beyond_32_bits(backend):
         [torch.cat(results) for results in zip(*(alone(attention, row, dtype) for row in some))]
         for attention, dtype in ((reference.attention, torch.float64), (hf_style_attention, torch.bfloat16))
     )
-    # No sequence alone tells on the gradients of the tables: parts that stay below the limit add up to them.
+    # The tables' gradients are sums over all sequences, so they are compared with sums over parts below the limit.
     parts = [run(dense, slice(start, start + 256))[-2:] for start in range(0, batch, 256)]
     tables_exact = [torch.stack([x.float() for x in each]).sum(0) for each in zip(*parts)]
     for attention in (dense, packed):

@@ -1,4 +1,4 @@
-"""On a GPU: which backend is taken where none is named. ``make gpu``."""
+"""The default backend on a GPU. ``make gpu``."""
 
 import pytest
 import torch

@@ -24,7 +24,7 @@ from deberta_fast import disentangled_attention, disentangled_attention_varlen
 
 @by_fused_backend
 def test_runs_in_the_stream_that_is_current(backend):
-    """Its input is made late in that stream: a kernel in another one would read what was there before."""
+    """Its input is computed late in that stream, so a kernel in another stream would read the old contents."""
     leaves = list(make_inputs(on_device("ragged-L129-D64"), torch.bfloat16)[:5])
     gradient, late = (
         normal(*leaves[0].shape, dtype=torch.bfloat16),
@@ -50,7 +50,7 @@ def test_runs_in_the_stream_that_is_current(backend):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @by_fused_backend
 def test_runs_where_its_tensors_are(backend):
-    """Whatever device is current."""
+    """The current device does not matter."""
     leaves = [x.requires_grad_() for x in make_inputs(on_device("holes-L200"), torch.bfloat16)[:5]]
     mask = make_inputs(on_device("holes-L200"), torch.bfloat16).mask[:, 0, 0]
 
@@ -66,7 +66,7 @@ def test_runs_where_its_tensors_are(backend):
 
 
 def captured(run):
-    """A CUDA graph of ``run`` and what it returns, after some runs to compile and to allocate."""
+    """Returns a CUDA graph of ``run`` and its results, after some runs that compile and allocate."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -83,7 +83,7 @@ def captured(run):
 @pytest.mark.parametrize("layout", ["dense", "packed"])
 @by_fused_backend
 def test_cuda_graph(backend, layout, backward):
-    """Replayed with other contents, mask and places of the sequences: the graph holds none of them."""
+    """The graph is replayed with other contents, another mask and other sequences, since it stores none of these."""
     total = 300
     if layout == "dense":
         leaves = [normal(2, 3, total, 64, dtype=torch.bfloat16, seed=n) for n in range(3)]
@@ -152,7 +152,7 @@ def test_compiles_once_for_all_lengths(backend):
 
 
 def compiled_kernels(backend):
-    """How often Triton has compiled each kernel in a backend's modules."""
+    """Counts how often Triton has compiled each kernel in a backend's modules."""
     from triton.runtime.jit import JITFunction, KernelInterface
 
     kernels = set()
@@ -175,7 +175,8 @@ def test_no_compilation_a_length(backend):
         query, key, value = (normal(batch, length, 2, 64, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
         disentangled_attention(query.requires_grad_(), key, value, *tables, backend=backend).sum().backward()
 
-    # The shortest and the longest, with and without what Triton compiles apart: numbers that are 1, or divisible by 16.
+    # The shortest and longest lengths, with and without numbers that Triton compiles for separately: 1 and multiples
+    # of 16.
     for length in (100, 101, 112, 128, 255, 256, 512, 688, 700):
         for batch in (1, 2, 3, 16):
             run(length, batch)

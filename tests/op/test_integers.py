@@ -1,5 +1,5 @@
-"""Integers that describe a call: cu_seqlens, max_seqlen, query_offset and the numbering of the tables. They are exact,
-whatever their size, and what is no integer is refused by name."""
+"""Integers that describe a call: cu_seqlens, max_seqlen, query_offset and the numbering of the tables. They are exact
+at any size, and an argument that is not an integer is refused by name."""
 
 import numpy
 import pytest
@@ -25,7 +25,7 @@ def packed(tokens=31, heads=2, size=16):
 
 
 def wrapping(step: int, total: int) -> torch.Tensor:
-    """Ends that go round once: every difference of two is right in 32 bits, and the last end is too."""
+    """Returns ends that wrap around 32 bits once: in 32 bits, their differences and the last end are right."""
     ends = numpy.append(numpy.arange(0, 2**32, step, dtype=numpy.int64), 2**32 + total) % 2**32
     return torch.from_numpy(ends.astype(numpy.uint32).view(numpy.int32).copy())
 
@@ -55,7 +55,7 @@ def test_wrong_ends_are_refused(name, backend):
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_ends_are_found_on_a_device(name):
-    """By the arithmetic that a device-side assertion asks."""
+    """A device-side assertion evaluates the arithmetic that is tested here."""
     longest = 20 if name == "too-long" else INT32
     assert not calls._rises(WRONG[name], 31, longest) and calls._rises(RIGHT, 31, longest)
 
@@ -63,7 +63,7 @@ def test_wrong_ends_are_found_on_a_device(name):
 @pytest.mark.parametrize("name", [name for name in WRONG if name != "too-long"])
 @pytest.mark.skipif(cpu.NOT_LOADED is not None, reason=str(cpu.NOT_LOADED))
 def test_a_broken_promise_reads_no_memory(name):
-    """The kernels need no max_seqlen; where the rows lie they look at."""
+    """The kernels do not need max_seqlen, but they check the ends, which say where the rows are."""
     with pytest.raises(RuntimeError, match="cu_seqlens must rise from 0 to 31"):
         disentangled_attention_varlen(
             *packed(), **TABLE, cu_seqlens=WRONG[name], max_seqlen=INT32, check_values=False, backend="cpu"
@@ -73,7 +73,7 @@ def test_a_broken_promise_reads_no_memory(name):
 @each_backend
 @pytest.mark.parametrize("written", [[0, 11, 11, 2**30], [0, 3, 9, 31], [5, 4, 3, 2]])
 def test_backward_sees_what_forward_saw(written, backend):
-    """NumPy's writes are not counted by torch."""
+    """torch does not notice writes by NumPy."""
 
     def gradients(write):
         leaves, ends = packed(), RIGHT.clone()
@@ -120,7 +120,7 @@ def test_packed_models_keep_a_copy():
     assert all(x is y is None or torch.equal(x, y) for x, y in zip(gradient(True), gradient(False), strict=True))
 
 
-# What is no integer
+# Arguments that are not integers
 
 
 @each_backend
@@ -205,7 +205,7 @@ def test_a_near_offset_stands_for_a_far_one(numbering, lengths):
 @pytest.mark.skipif(cpu.NOT_LOADED is not None, reason=str(cpu.NOT_LOADED))
 @pytest.mark.parametrize("offset", [2**63 - 1, -(2**63)])
 def test_kernels_bear_any_offset(offset):
-    """Also where no public function made it near."""
+    """They do so even if no public function has replaced the offset by a near one."""
     inputs = make_inputs(Case("", 16, 200, size=16), torch.float32)
     sign = 1 if offset > 0 else -1
 

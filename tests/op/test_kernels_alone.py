@@ -51,5 +51,5 @@ def test_clang(tmp_path):
 
 
 def test_aarch64(tmp_path):
-    """Emulated."""
+    """The program runs on an emulated processor."""
     compile_and_run(tmp_path, "aarch64-linux-gnu-g++", "-static", "-DDEBERTA_FAST_ISA=plain", under=["qemu-aarch64"])

@@ -1,4 +1,4 @@
-"""No backend loses a NaN: the promise of ``spoiled``."""
+"""No backend loses a NaN, as ``spoiled`` promises."""
 
 from dataclasses import replace
 

@@ -25,7 +25,7 @@ def test_slots_of_the_caller():
 
 @pytest.fixture
 def draws():
-    """exact, and eager with an error of 1e-3 everywhere: two draws of 1000 elements."""
+    """Returns two draws of 1000 elements: exact ones, and eager ones with an error of 1e-3 everywhere."""
     torch.manual_seed(0)
     exact = torch.randn(2, 1000, dtype=torch.float64)
     return exact, (exact + 1e-3).float()
@@ -50,7 +50,7 @@ def test_twice_the_error_is_allowed(draws):
 )
 def test_more_is_not(draws, change, message):
     exact, eager = draws
-    if "mean" in message:  # with one element of eager so wrong that the maximum objects to nothing
+    if "mean" in message:  # one element of eager is so wrong that every maximum is allowed
         eager[:, 0] += 1e-2
     with pytest.raises(AssertionError, match=message):
         assert_as_precise("output", change(eager.clone()), eager, exact)

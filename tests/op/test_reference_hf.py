@@ -51,7 +51,7 @@ def noise(*shape, seed=0):
 
 
 def hf_attention(name, **changes):
-    """Hugging Face's module with weights that keep unit variance, its hidden states, its table, and what it returns."""
+    """Returns Hugging Face's module with weights that keep unit variance, its inputs, and its results."""
     settings, length = CASES[name]
     v1 = name.startswith("v1")
     common = dict(hidden_size=64, num_attention_heads=HEADS, relative_attention=True, pos_att_type=BOTH)
@@ -64,7 +64,7 @@ def hf_attention(name, **changes):
     table = noise(2 * (buckets if buckets > 0 else settings.get("max_relative_positions", 1)), 64, seed=101)
     valid = torch.arange(length) < torch.tensor([[length], [length - length // 3]])
     mask = (valid[:, None, :, None] & valid[:, None, None, :]).long()
-    # v2 makes its own relative positions, v1 is handed them.
+    # v2 computes its relative positions, v1 takes them as an argument.
     relative_pos = V1.build_relative_position(states, states) if v1 else None
     with torch.no_grad():
         theirs = attention(states, mask, True, relative_pos=relative_pos, rel_embeddings=table)
@@ -72,7 +72,7 @@ def hf_attention(name, **changes):
 
 
 def operands(attention, states, table):
-    """query, key, value, pos_key, pos_query by Hugging Face's projections, and the settings that go with them."""
+    """Returns query, key, value, pos_key, pos_query from Hugging Face's projections, and the matching settings."""
     heads = lambda projected: projected.unflatten(-1, (HEADS, -1)).transpose(-2, -3)
     settings = dict(max_relative_positions=getattr(attention, "max_relative_positions", 1))
     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_probabilities_are_hugging_faces(name):
 
 
 def test_log_sum_exp_by_hand():
-    """One key, seen from distance 2: the log-sum-exp is its score."""
+    """There is only one key, at distance 2, so the log-sum-exp is its score."""
     query, key, value = (noise(1, 1, 1, 4, seed=seed) for seed in range(3))
     pos_key, pos_query = noise(1, 16, 4, seed=3), noise(1, 16, 4, seed=4)
     _, lse = disentangled_attention(
@@ -152,7 +152,7 @@ def test_talking_heads_are_hugging_faces():
     torch.testing.assert_close(joined(output)[valid], context[valid], rtol=0, atol=1e-12)
 
 
-# Wrong on purpose: what the comparison above has to notice.
+# Deliberate mistakes, which the comparison above has to notice.
 MUTANTS = {
     "one-slot-up": lambda q, k, v, c, p: (q, k, v, c.roll(1, 1), p.roll(1, 1)),
     "c2p-one-slot-up": lambda q, k, v, c, p: (q, k, v, c.roll(1, 1), p),
@@ -160,7 +160,7 @@ MUTANTS = {
     "tables-swapped": lambda q, k, v, c, p: (q, k, v, p, c),
     "no-c2p": lambda q, k, v, c, p: (q, k, v, None, p),
     "heads-of-a-table-swapped": lambda q, k, v, c, p: (q, k, v, c.flip(0), p),
-    # A sequence read backwards is at the same distances with the other sign.
+    # A reversed sequence has the same distances with the other sign.
     "distance-negated": lambda q, k, v, c, p: (q.flip(2), k.flip(2), v.flip(2), c, p),
 }
 
@@ -225,7 +225,7 @@ def test_second_gradients():
 
 
 def test_query_offset_takes_the_later_queries():
-    """The last queries alone, told where they stand, get what they get among all."""
+    """A call with only the last queries and their offset gives the same outputs as the whole sequence."""
     attention, states, table, _, _ = hf_attention("v3-beyond")
     (query, *others), settings = operands(attention, states, table)
     whole = disentangled_attention(query, *others, backend="reference", **settings)

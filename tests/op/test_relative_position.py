@@ -12,7 +12,7 @@ tables = pytest.mark.parametrize("buckets, longest", TABLES, ids=[f"B{b}-M{m}" f
 
 
 def hf_slots(query_length, key_length, buckets, longest):
-    """Hugging Face's own index of every (query, key), and the span it is clamped to."""
+    """Returns Hugging Face's own index of every (query, key), clamped to its span."""
     modeling = pytest.importorskip("transformers.models.deberta_v2.modeling_deberta_v2")
     query, key = torch.empty(query_length, 1), torch.empty(key_length, 1)
     span = buckets if buckets > 0 else longest
@@ -32,7 +32,7 @@ def test_every_length_to_600_is_hugging_faces(buckets, longest):
     table, lengths = slot_table(buckets, longest), range(1, 601)
     for length in (1, 2, 7, 64, 257, 600):
         assert torch.equal(our_slots(length, length, table), hf_slots(length, length, buckets, longest))
-    # The other lengths by their first column (every i - 0) and first row (every 0 - j): both indices are Toeplitz.
+    # For other lengths the first column (every i - 0) and first row (every 0 - j) suffice: both indices are Toeplitz.
     past, future = our_slots(600, 1, table), our_slots(1, 600, table)
     for length in lengths:
         assert torch.equal(past[:length], hf_slots(length, 1, buckets, longest))
@@ -89,7 +89,7 @@ def test_shape_of_the_table(buckets, longest, rule):
     assert table.rows == 2 * (buckets if buckets > 0 else longest)
     assert len(table.slots) == 2 * table.reach + 1 and list(table.slots) == sorted(table.slots)
     assert table.slots[-1] == table.rows - 1 and table.slot(0) == table.rows // 2
-    # Constant from far_past and far_future on, and not a step earlier.
+    # Slots are constant from far_past and far_future on, and not a step earlier.
     assert table.slot(table.far_past) == table.slots[-1] != table.slot(table.far_past - 1)
     assert table.slot(table.far_future) == table.slots[0] != table.slot(table.far_future + 1)
     assert table.reach == max(table.far_past, -table.far_future)

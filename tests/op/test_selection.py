@@ -1,6 +1,6 @@
-"""Which backend is taken where none is named: on an accelerator, one that has proved itself there.
+"""The default backend: on an accelerator it is one that has passed its check there.
 
-Tensors of the CPU count as an accelerator's here, and stand-ins that compute by ``eager`` as its fused backends.
+Here the CPU counts as an accelerator, and stand-ins that compute with ``eager`` count as its fused backends.
 """
 
 import warnings
@@ -39,9 +39,9 @@ def masked(**arguments):
 
 
 def taken(stand_ins, **arguments):
-    """The name of the backend that a call without a name takes."""
+    """Returns the name of the backend that a call takes by default."""
     before = {name: vars(stand_ins)[name].calls for name in ("cuda", "triton")}
-    deberta_fast.disentangled_attention(**arguments)  # which may decide
+    deberta_fast.disentangled_attention(**arguments)  # this call may run the check
     before = {name: vars(stand_ins)[name].calls for name in before}
     deberta_fast.disentangled_attention(**arguments)
     return next((name for name in before if vars(stand_ins)[name].calls > before[name]), "eager")
@@ -96,7 +96,7 @@ def test_no_dtype_hides_a_wrong_slot(dtype, accelerator):
 
 
 def test_a_failed_backend_fails_for_every_kind_of_call(accelerator):
-    """Only dropout is wrong: what was decided before, for calls without it, is taken back."""
+    """Only dropout is wrong, and the earlier decision for calls without dropout is withdrawn."""
 
     def dropping(call):
         return rolled(call) if call.dropout_p > 0 else call
@@ -110,8 +110,8 @@ def test_a_failed_backend_fails_for_every_kind_of_call(accelerator):
         assert taken(stand_ins, **tensors()) == "triton"
         calls = stand_ins.cuda.calls
         assert taken(stand_ins, **masked()) == "triton"
-        assert stand_ins.cuda.calls == calls  # it is asked nothing more
-        assert taken(stand_ins, **tensors(torch.bfloat16)) == "cuda"  # another dtype is another question
+        assert stand_ins.cuda.calls == calls  # it is not called again
+        assert taken(stand_ins, **tensors(torch.bfloat16)) == "cuda"  # another dtype has its own check
 
 
 def test_reasons_are_told_once(accelerator):
@@ -124,11 +124,11 @@ def test_reasons_are_told_once(accelerator):
     assert len(found) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert taken(stand_ins, **tensors(torch.float64)) == "eager"  # which nobody expects to be fused
+        assert taken(stand_ins, **tensors(torch.float64)) == "eager"  # float64 is not expected to be fused
 
 
 def test_a_call_that_the_best_one_objects_to(accelerator):
-    """As the CUDA kernels do to pairwise masks."""
+    """The CUDA kernels object to pairwise masks in this way."""
     stand_ins = accelerator()
     stand_ins.cuda.why_not = lambda call: (
         ["no pairwise masks"] if call.mask is not None and call.mask.shape[2] > 1 else []
@@ -157,7 +157,7 @@ def test_a_full_memory_is_no_verdict_on_a_backend(where, accelerator, monkeypatc
 
 
 def test_a_device_that_is_lost(accelerator, monkeypatch):
-    """After an illegal access no call of anybody succeeds: that is said, and no other backend is asked."""
+    """After an illegal access every later call fails. The error says so, and no other backend is checked."""
 
     def lost(*arguments, **keywords):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -172,12 +172,12 @@ def test_a_device_that_is_lost(accelerator, monkeypatch):
     assert stand_ins.triton.calls == 0
 
 
-# When it is decided
+# When a check runs
 
 
 @pytest.fixture
 def checks(monkeypatch):
-    """The checks that were made."""
+    """The checks that have run."""
     made = []
     prove = proof.prove
 
@@ -239,7 +239,7 @@ def test_a_compiled_program_is_decided_when_it_is_traced(accelerator, checks, dy
     output.sum().backward()
     assert leaf.grad is not None and len(checks) == 1
     (node,) = [n for g in graphs for n in g.graph.nodes if n.target == torch.ops.deberta_fast.attention_forward]
-    assert "triton" in node.args  # and nothing of the check is in the program
+    assert "triton" in node.args  # and the program contains no part of the check
     assert not any(word in str(graphs[0].graph) for word in ("softmax", "randn"))
     before = stand_ins.triton.calls
     attention(**tensors(length=50))
@@ -260,7 +260,7 @@ def test_an_exported_program_too(accelerator, checks):
 
 
 def test_modes_of_the_caller_do_not_reach_the_check(accelerator, checks):
-    """Each would change what the check computes, or what it is computed with."""
+    """Each mode would change what the check computes, or the tensors that it uses."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     stand_ins = accelerator()
@@ -276,12 +276,12 @@ def test_modes_of_the_caller_do_not_reach_the_check(accelerator, checks):
     torch.func.vmap(lambda q: deberta_fast.disentangled_attention(**tensors_on_cpu(torch.float16) | {"query": q}))(
         tensors_on_cpu(torch.float16)["query"][None]
     )
-    assert len(checks) == 2  # what is transformed runs by the reference, whatever a check would find
+    assert len(checks) == 2  # the reference runs transformed calls, whether or not other backends pass a check
     assert torch.equal(state, torch.get_rng_state())
 
 
 def tensors_on_cpu(dtype=torch.float32):
-    """Their numbers leave torch's generator alone."""
+    """Returns tensors without a draw from torch's generator."""
     numbers = lambda *shape: torch.linspace(-1, 1, torch.Size(shape).numel(), device="cpu").view(shape).to(dtype)
     given = {"position_buckets": 16, "max_relative_positions": 32}
     heads = {name: numbers(1, 2, 40, SIZE) for name in ("query", "key", "value")}
@@ -391,7 +391,7 @@ def test_the_bound_is_the_precision_rule(which, error, passes, monkeypatch):
 @pytest.mark.parametrize("kind", COMMON + (Kind(mask="pairs"), Kind(c2p=False, p2c=False)), ids=str)
 @pytest.mark.parametrize("shape", speed.SHAPES)
 def test_timed_calls(shape, kind):
-    """Of the kind that is decided, v3's base model by size, and nothing is hidden."""
+    """They are of the kind that is decided, have the size of v3's base model, and hide no key."""
     call, (batch, length) = speed.timed_call(shape, kind, torch.bfloat16, 64, torch.device("cpu")), speed.SHAPES[shape]
     assert Kind.of(call) == kind and call.max_seqlen == length and call.table.rows == 512
     tokens = (1, 12, batch * length) if kind.packed else (batch, 12, length)

@@ -1,4 +1,4 @@
-"""torch.jit.trace, meta tensors and fake tensors: what records a call, or asks for its shapes alone."""
+"""torch.jit.trace, which records a call, and meta and fake tensors, which ask only for shapes."""
 
 import io
 import warnings
@@ -18,14 +18,14 @@ ENDS = torch.tensor([0, 4, 6], dtype=torch.int32)
 
 @pytest.fixture(autouse=True)
 def told(monkeypatch):
-    """The reasons for which the reference ran, of this test alone."""
+    """The reasons for which the reference ran, in this test only."""
     reasons = set()
     monkeypatch.setattr(backends, "_told", reasons)
     return reasons
 
 
 class Attention(torch.nn.Module):
-    """Of heads (B, 2, L, 8) that are queries, keys and values at once."""
+    """Computes attention of heads (B, 2, L, 8), which are queries, keys and values at once."""
 
     def __init__(self, **keywords):
         super().__init__()
@@ -56,7 +56,7 @@ def saved_and_loaded(module, arguments, **keywords):
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("warm", [False, True], ids=["first-call", "later-call"])
 def test_traced_saved_and_loaded(warm, return_lse):
-    """Once, for other batches and lengths too; after which calls outside go on as before."""
+    """One trace serves other batches and lengths too, and later calls outside the trace are unchanged."""
     module = Attention(return_lse=return_lse)
     relative_position._on_devices.clear()
     if warm:
@@ -113,7 +113,7 @@ def test_packed_sequences_are_not_traced(backend):
         torch.jit.trace(run, (torch.randn(6, 2, 8), ENDS))
 
 
-# Shapes alone
+# Only shapes
 
 
 def empty(device):

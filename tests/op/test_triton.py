@@ -1,4 +1,4 @@
-"""The Triton backend without a GPU: compiled for GPUs that are not there, its plans, its refusals."""
+"""The Triton backend without a GPU: kernels compiled for absent GPUs, its plans, its refusals."""
 
 import functools
 
@@ -66,7 +66,7 @@ NARROW_LOADS = {
 
 
 def test_no_gather_in_a_loop(compiled):
-    """Loops read vectors: no look-up table, no single elements."""
+    """Loops read vectors, not single elements of a look-up table."""
     for (label, capability), kernel in compiled.items():
         size, dtype, *_, name = label.split()
         if name in MAIN:
@@ -99,7 +99,7 @@ COUNTS = {
 def test_instructions(compiled, capability):
     """Bounds the machine code of each kernel to 3 % above the measured counts.
 
-    Counts are of whole kernels, each instruction once, in a loop or not. Far tiles of forward make only the two
+    Counts are of whole kernels, each instruction once, in a loop or not. Far tiles of forward compute only the two
     products of plain attention, half as many as near ones, so a position term that reaches their loops shows in mma.
     """
     for name, (instructions, mma) in COUNTS[capability].items():
@@ -122,7 +122,7 @@ OPTIONS = {
 
 
 def variants(capability):
-    costly = ("pairs", "dropout", "float16")  # of shared memory
+    costly = ("pairs", "dropout", "float16")  # they take much shared memory
     for name, options in OPTIONS.items():
         if capability == 86 and name not in costly:
             continue
@@ -131,7 +131,7 @@ def variants(capability):
 
 
 def test_every_option_compiles():
-    """Masks, packing, dropout, absent tables: on sm_90, and what takes room on a GPU with little shared memory."""
+    """Every option compiles for sm_90, and those that take much shared memory also for sm_86, which has little."""
     compiled = compile_all(variants, (86, 90))
     assert {label.split()[0] for label, capability in compiled if capability == 90} == set(OPTIONS)
     assert {key: x.shared for key, x in compiled.items() if x.shared > SHARED_LIMIT[key[1]]} == {}
@@ -149,7 +149,7 @@ def test_lengths_and_strides_compile_nothing_anew():
 
 
 def test_constants_do_not_depend_on_the_length():
-    """Three classes of length at most."""
+    """There are at most three classes of length."""
 
     def constants(length):
         return {
@@ -163,7 +163,7 @@ def test_constants_do_not_depend_on_the_length():
 
 
 def test_parts_are_launched_as_compiled_for_the_first():
-    """Triton looks up what it compiled once for each kernel of a part; grids have three numbers then."""
+    """Triton looks up a kernel for the first part. Other parts launch it directly, with grids of three numbers."""
 
     class Kernel:
         def __init__(self):
@@ -192,7 +192,7 @@ def test_parts_are_launched_as_compiled_for_the_first():
 
 @pytest.fixture
 def made(monkeypatch):
-    """The bytes that a plan of meta tensors allocates."""
+    """Counts the bytes that a plan of meta tensors allocates."""
     sizes = {}
 
     def counting(allocate):
@@ -207,7 +207,7 @@ def made(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, counting(getattr(torch.Tensor, name)))
 
     def count(inputs):
-        """Counts all besides results of forward, then of backward, and the launches."""
+        """Yields the bytes besides results and the number of launches, for forward, then for backward."""
         output, lse = torch.empty_like(inputs.query), torch.empty(inputs.query.shape[:3], device="meta")
         grads = [torch.empty_like(x) for x in inputs[:5]]
         chosen = configuration.default(Target(90, 64, inputs.query.element_size()))
@@ -225,7 +225,7 @@ def made(monkeypatch):
 @pytest.mark.parametrize("length", [128, 512, 2048, 16384])
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_workspace_is_bounded(length, packed, made):
-    """Forward and backward of 16384 tokens, 12 heads of 64: all that is allocated besides results, at most 256 MiB."""
+    """Forward and backward of 16384 tokens and 12 heads of size 64 allocate at most 256 MiB besides results."""
     batch, tokens = (1, 16384) if packed else (16384 // length, length)
     meta = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
     query, key, value = (meta(batch, 12, tokens, 64) for _ in range(3))
@@ -241,7 +241,7 @@ def test_workspace_is_bounded(length, packed, made):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", speed.SHAPES)
 def test_timing_of_the_check_takes_little_memory(shape, dtype, made):
-    """Inputs, results and workspace of what a process times before it chooses: at most 300 MB."""
+    """Inputs, results and workspace of the calls that a process times before its choice take at most 300 MB."""
     for kind in COMMON[0], COMMON[4]:
         call = speed.timed_call(shape, kind, dtype, 64, torch.device("meta"))
         tensors = sum(x.numel() * x.element_size() for x in call[:8] if x is not None)

@@ -1,4 +1,4 @@
-"""The Triton backend on GPUs that are not NVIDIA's, or too old: compiled for AMD's without one, and its refusals."""
+"""The Triton backend on GPUs of AMD and Intel, and on old ones: kernels compiled for AMD without a GPU, refusals."""
 
 from types import SimpleNamespace
 
@@ -89,7 +89,7 @@ def test_devices_that_are_not_there(name):
 
 
 def test_a_fake_tensor_is_refused_with_reasons():
-    """Traced by torch.compile too."""
+    """torch.compile traces the refusal too."""
     inputs = make_inputs(Case("", 5, 5, size=16), torch.bfloat16)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         query = torch.empty(inputs.query.shape, dtype=torch.bfloat16, device="cuda")
@@ -101,7 +101,7 @@ def test_a_fake_tensor_is_refused_with_reasons():
 
 
 def test_targets(device):
-    """Configurations are chosen by these."""
+    """A configuration is chosen by its target."""
     target = lambda name: configuration.target_of(torch.device(name), 64, 2)
     device(hip="7.0", name="AMD Instinct MI300X", gcnArchName="gfx942:sramecc+:xnack-", major=9, minor=4)
     assert target("cuda:0") == configuration.Target("gfx942", 64, 2)
@@ -114,7 +114,7 @@ def test_targets(device):
 @pytest.mark.parametrize("hip, precision", [(None, "tf32"), ("7.0", "ieee")])
 def test_tf32_is_nvidias(hip, precision, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", hip)
-    # Not by monkeypatch, which would delete what is no ordinary attribute.
+    # monkeypatch would delete this, since it is not an ordinary attribute.
     usual = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:

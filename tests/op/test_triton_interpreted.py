@@ -8,7 +8,7 @@ from emulated import ROOT, run
 
 
 def test_interpreted():
-    """Every class of tile and mask, forward and backward, against the reference: in a process of its own."""
+    """Another process compares every class of tile and mask, forward and backward, with the reference."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", "--durations=10"]
     status, output = run(*command, "triton_interpreted.py", TRITON_INTERPRET="1", PYTHONPATH=str(ROOT))

@@ -1,6 +1,6 @@
 """The Triton backend in Triton's interpreter, on CPU tensors.
 
-``test_triton_interpreted.py`` runs this file in a process of its own: TRITON_INTERPRET=1 has to be there before Triton
+``test_triton_interpreted.py`` runs this file in a process of its own: TRITON_INTERPRET=1 has to be set before Triton
 is imported.
 """
 
@@ -36,13 +36,13 @@ FAR_L300 = replace(BY_NAME["far-L700"], name="far-L300", query_length=300, key_l
 
 
 def quick(name_or_case) -> Case:
-    """With as few heads as a case can do with."""
+    """Returns a case with as few heads as it needs."""
     case = BY_NAME[name_or_case] if isinstance(name_or_case, str) else name_or_case
     return replace(case, heads=2 if case.mask == "heads" else 1)
 
 
 def draws(case) -> int:
-    """The interpreter takes milliseconds for every step of a loop."""
+    """Returns one draw for large cases, since the interpreter takes milliseconds for every step of a loop."""
     return 4 if case.query_length * case.key_length < 100**2 else 1
 
 
@@ -59,7 +59,7 @@ def assert_equal_but_for_rounding(one, other):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """What nobody has written is NaN: a kernel that reads it shows."""
+    """Fills new memory with NaN, so that a read of unwritten memory changes the results."""
     allocate = torch.Tensor.new_empty
 
     def poisoned(self, *arguments, **options):
@@ -78,7 +78,10 @@ def nothing_in_vain(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def checked_promises(monkeypatch):
-    """What kernels tell the compiler of alignment is true. Nothing else here would show it: on a GPU it is a fault."""
+    """Checks that the alignment that kernels promise to the compiler is true.
+
+    A false promise is a fault on a GPU, but has no other effect here.
+    """
 
     def checked(handle, name, values):
         if name == "tt.divisibility":
@@ -90,7 +93,10 @@ def checked_promises(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def checked_addresses(monkeypatch):
-    """Kernels stay inside their arguments. Here they would be seen outside by luck alone, on a GPU it is a fault."""
+    """Checks that kernels access only their arguments.
+
+    An access out of bounds is a fault on a GPU, but would show only by luck here.
+    """
     ranges = []
     run_launch, builder = plan.Launch.run, interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
@@ -145,7 +151,7 @@ def configured(monkeypatch, alignment, rows, columns, step=None):
 @pytest.mark.parametrize("alignment, rows, columns, step", [(32, 16, 32, 1), (64, 64, 32, 8), (128, 64, 128, 2)])
 @pytest.mark.parametrize("name", ["far-L300", "dropout-L140", "left-padding-L200"])
 def test_any_tiles_give_the_same(name, alignment, rows, columns, step, monkeypatch):
-    """The dropout mask among it."""
+    """The dropout mask is the same too."""
     case = FAR_L300 if name == "far-L300" else name
     usual = run(case)
     configured(monkeypatch, alignment, rows, columns, step)
@@ -172,7 +178,7 @@ LENGTHS = [5, 130, 1, 0, 64, 0]
 @pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3}, {"mask": True}], ids=["plain", "dropout", "masked"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_packed_sequences(dtype, options, monkeypatch):
-    """Against the eager backend, which takes them one by one."""
+    """Results equal those of the eager backend, which takes the sequences one by one."""
     options, total = dict(options), sum(LENGTHS)
     mask = (torch.arange(total) % 7 != 2) if options.pop("mask", False) else None
     ends = torch.tensor([0, *LENGTHS]).cumsum(0, dtype=torch.int32)
@@ -197,7 +203,7 @@ def test_packed_sequences(dtype, options, monkeypatch):
 
 
 def test_dropout_is_the_mask_of_keep_mask():
-    """Values that are rows of an identity matrix show every probability."""
+    """The values are the rows of an identity matrix, so the output shows every probability."""
     length, p = 64, 0.4
     query, key = torch.randn(2, 2, 3, length, 64, generator=torch.Generator().manual_seed(0)).unbind(0)
     value = torch.eye(length).expand_as(key)
@@ -211,7 +217,7 @@ def test_dropout_is_the_mask_of_keep_mask():
 
 
 def test_what_is_not_finite_stays_in_its_row():
-    """A padding token full of infinities, which no valid token sees."""
+    """Padding tokens, which no valid token sees, are full of infinities."""
     inputs = make_inputs(quick("left-padding-L200"), torch.bfloat16)
     clean, _ = public("triton")(inputs)
     padded = ~inputs.mask[1, 0, 0]
@@ -282,7 +288,7 @@ def test_patched_model(name):
 
 
 def test_what_does_not_fit_shrinks(monkeypatch):
-    """Kernels that pretend to need more shared memory than there is, until their tiles are small enough."""
+    """Kernels pretend to need more shared memory than there is, until their tiles are small enough."""
     monkeypatch.setattr(configuration, "_chosen", {})
     run_launch = plan.Launch.run
 
