@@ -58,18 +58,6 @@ def assert_equal_but_for_rounding(one, other):
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Fills new memory with NaN, so that a read of unwritten memory changes the results."""
-    allocate = torch.Tensor.new_empty
-
-    def poisoned(self, *arguments, **options):
-        x = allocate(self, *arguments, **options)
-        return x.fill_(torch.nan) if x.is_floating_point() else x
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-
-
-@pytest.fixture(autouse=True)
 def nothing_in_vain(monkeypatch):
     restore = without_vain_work(monkeypatch.setattr)
     yield
