@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from .batch_encoding import BatchEncoding
 from .files import Files
-from .model_inputs import SIDES, ModelInputs, Options, check_choice, make_options
+from .model_inputs import SIDES, ModelInputs, Options, check_choice, describe, make_options
 from .special_tokens import NAMES, AddedToken, SpecialTokens, as_added_token
 
 # A str may hold half of a surrogate pair, which UTF-8 cannot encode.
@@ -198,14 +198,14 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
             raise TypeError(f"expected text to be a str, a list of str or a list of pairs, got {type(text).__name__}")
         words = options.is_split_into_words
         if isinstance(text, str) or (words and not (text and isinstance(text[0], rows))):
-            return self._encode_checked([(text, text_pair)], True, options)
+            return self._check_and_encode([(text, text_pair)], True, options)
         if text_pair is None:
             return self._encode_batch(text, options)
         if not isinstance(text_pair, rows):
             raise TypeError(f"expected text_pair to be a list, as text is, got {type(text_pair).__name__}")
         if len(text) != len(text_pair):
             raise ValueError(f"got {len(text)} texts, but {len(text_pair)} as text_pair")
-        return self._encode_checked(list(zip(text, text_pair)), False, options)
+        return self._check_and_encode(list(zip(text, text_pair)), False, options)
 
     def encode(self, text: str, text_pair: str | None = None, add_special_tokens: bool = True, **options) -> list[int]:
         """Returns the ids of a text or pair of texts; for ``options`` see ``__call__``."""
@@ -213,7 +213,7 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
 
     def encode_plus(self, text: str, text_pair: str | None = None, **options) -> BatchEncoding:
         """Encodes one text or pair of texts. A slow tokenizer takes lists of tokens or ids too."""
-        return self._encode_checked([(text, text_pair)], True, make_options(options))
+        return self._check_and_encode([(text, text_pair)], True, make_options(options))
 
     def batch_encode_plus(self, batch_text_or_text_pairs: Sequence, **options) -> BatchEncoding:
         """Encodes a list of texts, or of pairs of texts."""
@@ -227,9 +227,9 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
         for row in rows:
             pair = isinstance(row, list | tuple) and len(row) == 2 and all(isinstance(text, kind) for text in row)
             examples.append(tuple(row) if pair else (row, None))
-        return self._encode_checked(examples, False, options)
+        return self._check_and_encode(examples, False, options)
 
-    def _encode_checked(self, examples: list[tuple], single: bool, options: Options) -> BatchEncoding:
+    def _check_and_encode(self, examples: list[tuple], single: bool, options: Options) -> BatchEncoding:
         options = self._resolve(options, any(second is not None for _, second in examples))
         for i, (first, second) in enumerate(examples):
             where = "" if single else f" {i} of the batch"
@@ -252,7 +252,7 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
         if options.is_split_into_words:
             expected, parts = "a list of words (str)", text if isinstance(text, list | tuple) else [None]
         if not all(isinstance(part, str) for part in parts):
-            raise TypeError(f"expected {what} to be {expected}, got {_describe(text)}")
+            raise TypeError(f"expected {what} to be {expected}, got {describe(text)}")
         for part in parts:
             lone = None if part.isascii() else _LONE_SURROGATE.search(part)
             if lone:
@@ -311,11 +311,6 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
         for spaced in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
             out_string = out_string.replace(spaced, spaced.strip())
         return out_string
-
-
-def _describe(value) -> str:
-    kinds = sorted({type(item).__name__ for item in value}) if isinstance(value, list | tuple) else None
-    return type(value).__name__ if kinds is None else f"a {type(value).__name__} of {', '.join(kinds) or 'nothing'}"
 
 
 def _to_ids(ids) -> int | list[int]:

@@ -124,7 +124,7 @@ class BatchEncoding(UserDict):
 
     def _row(self, index: int, asked: str):
         if self.encodings is None:
-            raise ValueError(f"{asked} needs what a fast tokenizer (DebertaV2TokenizerFast, DebertaTokenizerFast) made")
+            raise ValueError(f"{asked} needs a fast tokenizer's result (DebertaV2TokenizerFast, DebertaTokenizerFast)")
         return self.encodings[index]
 
     def _find(self, method: str, first: int, second: int | None, *sequence: int, span: type | None = None):

@@ -18,9 +18,9 @@ from .special_tokens import AddedToken
 
 SPM = "spm.model"
 # Types of the settings that sp_model_kwargs may hold. They say how to split a text; others could open another file.
-_SETTINGS = dict.fromkeys(("enable_sampling", "add_bos", "add_eos", "reverse", "emit_unk_piece"), bool)
-_SETTINGS |= {"nbest_size": int, "num_threads": int, "alpha": int | float, "out_type": type | str}
-_MOST_BEST = 512  # sentencepiece refuses a larger nbest_size, but only when it encodes the first text.
+_SPM_SETTINGS = dict.fromkeys(("enable_sampling", "add_bos", "add_eos", "reverse", "emit_unk_piece"), bool)
+_SPM_SETTINGS |= {"nbest_size": int, "num_threads": int, "alpha": int | float, "out_type": type | str}
+_LARGEST_NBEST = 512  # sentencepiece refuses a larger nbest_size, but only when it encodes the first text.
 
 
 class DebertaV2Tokenizer(SlowTokenizer):
@@ -185,8 +185,7 @@ class DebertaV2TokenizerFast(FastTokenizer):
             made_from = self.vocab_file or "other files"
             raise ValueError(f"there is no {SPM} to copy: the tokenizer was made from {made_from}")
         path = path_in(save_directory, filename_prefix, SPM)
-        if not (path.exists() and path.samefile(self.vocab_file)):
-            replace_file(path, Path(self.vocab_file).read_bytes())
+        replace_file(path, Path(self.vocab_file).read_bytes())
         return (str(path),)
 
 
@@ -195,15 +194,15 @@ def _settings(do_lower_case: bool, split_by_punct: bool, sp_model_kwargs: dict |
     if not isinstance(sp_model_kwargs, dict | None):
         raise ValueError(f"sp_model_kwargs must be a dict, got {type(sp_model_kwargs).__name__}")
     for name, value in (sp_model_kwargs or {}).items():
-        if name not in _SETTINGS:
-            raise ValueError(f"sp_model_kwargs may hold {', '.join(_SETTINGS)}, got {name!r}")
-        if not isinstance(value, _SETTINGS[name]) or (isinstance(value, bool) and _SETTINGS[name] is not bool):
-            kind = getattr(_SETTINGS[name], "__name__", _SETTINGS[name])
+        if name not in _SPM_SETTINGS:
+            raise ValueError(f"sp_model_kwargs may hold {', '.join(_SPM_SETTINGS)}, got {name!r}")
+        if not isinstance(value, _SPM_SETTINGS[name]) or (isinstance(value, bool) and _SPM_SETTINGS[name] is not bool):
+            kind = getattr(_SPM_SETTINGS[name], "__name__", _SPM_SETTINGS[name])
             raise ValueError(f"sp_model_kwargs: {name} must be of type {kind}, got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"sp_model_kwargs: {name} must be finite, got {value}")
-        if name == "nbest_size" and value > _MOST_BEST:
-            raise ValueError(f"sp_model_kwargs: nbest_size must be at most {_MOST_BEST}, got {value}")
+        if name == "nbest_size" and value > _LARGEST_NBEST:
+            raise ValueError(f"sp_model_kwargs: nbest_size must be at most {_LARGEST_NBEST}, got {value}")
     sp_model_kwargs = dict(sp_model_kwargs or {})
     return dict(do_lower_case=do_lower_case, split_by_punct=split_by_punct, sp_model_kwargs=sp_model_kwargs)
 

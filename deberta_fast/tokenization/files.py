@@ -68,7 +68,7 @@ class Files:
 
         Args:
             pretrained_model_name_or_path: a folder, or the name of a model on the hub (needs huggingface_hub).
-            use_fast: the class decides this; a value that contradicts it raises a warning.
+            use_fast: has no effect; a warning follows if the class contradicts it.
             trust_remote_code: has no effect, since no code is loaded.
             overrides: arguments of ``__init__``, which take precedence over those in tokenizer_config.json; and
                 revision, cache_dir, token, local_files_only, force_download and subfolder as in ``hub.Source``.
@@ -78,8 +78,8 @@ class Files:
             TypeError: an override is no argument of ``__init__``.
             ValueError: a file is damaged.
         """
-        place = {name: overrides.pop(name) for name in Source.OPTIONS if name in overrides}
-        source = Source(pretrained_model_name_or_path, **place)
+        options = {name: overrides.pop(name) for name in Source.OPTIONS if name in overrides}
+        source = Source(pretrained_model_name_or_path, **options)
         if use_fast is not None and bool(use_fast) != cls.is_fast:
             other = cls.__name__.removesuffix("Fast") + ("" if cls.is_fast else "Fast")
             warnings.warn(f"use_fast={use_fast} does nothing for a {cls.__name__}: see {other}", stacklevel=2)
@@ -145,8 +145,7 @@ class Files:
                 continue
             if name == "additional_special_tokens":
                 more = [as_added_token(token, special=True) for token in (config.get(name) or [])]
-                more += [_special(token) for token in value]
-                settings[name] = list({token.content: token for token in more}.values())
+                settings[name] = more + [_special(token) for token in value]
             elif name in NAMES:
                 settings[name] = _special(value) if isinstance(value, dict) else value
         special = {content_of({**config, **settings, **overrides}.get(name)) for name in NAMES}

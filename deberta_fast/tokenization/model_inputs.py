@@ -200,11 +200,11 @@ class ModelInputs:
             names = list(encoded_inputs[0]) if encoded_inputs else []
             for row in encoded_inputs:
                 if not isinstance(row, Mapping) or set(row) != set(names):
-                    raise ValueError(f"expected rows that are dicts with {', '.join(names)}, got {_describe(row)}")
+                    raise ValueError(f"expected rows that are dicts with {', '.join(names)}, got {describe(row)}")
             encoded_inputs = {name: [row[name] for row in encoded_inputs] for name in names}
         main = self.model_input_names[0]
         if main not in encoded_inputs:
-            raise ValueError(f"pad needs {main}, got {_describe(encoded_inputs)}")
+            raise ValueError(f"pad needs {main}, got {describe(encoded_inputs)}")
         return_tensors = _kind(encoded_inputs[main]) if return_tensors is None else return_tensors
         lists = {name: _to_lists(value) for name, value in encoded_inputs.items()}
         options = Options(
@@ -344,7 +344,10 @@ class ModelInputs:
             warnings.warn(message, stacklevel=2)
 
 
-def _describe(value) -> str:
+def describe(value) -> str:
+    """Describes an unexpected value: the names in a dict, or its type and the types of its items."""
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of {', '.join(sorted({type(x).__name__ for x in value})) or 'nothing'}"
     return ", ".join(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
 
 
