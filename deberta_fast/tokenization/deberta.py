@@ -10,11 +10,10 @@ from pathlib import Path
 
 from ..checkpoint.hub import Source
 from ..checkpoint.json_object import read_object
-from ..checkpoint.replace import replace_file
 from .backends import byte_level_backend, check_ids, load_backend, tokenizers_library, without_panics
 from .bpe_encoder import read_bpe_encoder
 from .fast import FastTokenizer, backend_token
-from .files import TOKENIZER, content_of, existing, missing, path_in, write_json
+from .files import TOKENIZER, content_of, existing, missing, save
 from .slow import SlowTokenizer
 from .special_tokens import AddedToken, as_added_token
 
@@ -43,10 +42,9 @@ class _ByteLevel:
     def save_vocabulary(self, save_directory: str | os.PathLike, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Writes vocab.json and merges.txt into a folder that exists; returns their paths."""
         vocab, merges = _tables(self._tokenizer)
-        path = path_in(save_directory, filename_prefix, MERGES)
-        vocab_path = write_json(path_in(save_directory, filename_prefix, VOCAB), vocab)
-        replace_file(path, "\n".join(["#version: 0.2", *map(" ".join, merges), ""]).encode())
-        return (vocab_path, str(path))
+        lines = "\n".join(["#version: 0.2", *map(" ".join, merges), ""])
+        contents = {VOCAB: vocab, MERGES: lines.encode()}
+        return tuple(save(save_directory, filename_prefix, name, content) for name, content in contents.items())
 
 
 class DebertaTokenizer(_ByteLevel, SlowTokenizer):

@@ -9,10 +9,9 @@ from itertools import groupby
 from pathlib import Path
 
 from ..checkpoint.hub import Source
-from ..checkpoint.replace import replace_file
 from .backends import load_backend, load_sentencepiece, set_metaspace, tokenizers_library, unigram_backend
 from .fast import FastTokenizer
-from .files import TOKENIZER, existing, missing, path_in
+from .files import TOKENIZER, existing, missing, save
 from .slow import SlowTokenizer
 from .special_tokens import AddedToken
 
@@ -97,22 +96,19 @@ class DebertaV2Tokenizer(SlowTokenizer):
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Returns the text of tokens."""
         special = set(self.all_special_tokens)
-        text, current, after_special = "", [], False
+        text, current = "", []
         for token in tokens:
             if token in special:
-                # transformers puts a space before the text, and none between the text and the special token.
-                text += ("" if after_special else " ") + self.spm.decode_pieces(current) + token
+                # As in transformers, a space precedes a text, and none separates it from the special token after it.
+                text += (" " if current else "") + self.spm.decode_pieces(current) + token
                 current = []
             else:
                 current.append(token)
-            after_special = token in special
         return (text + self.spm.decode_pieces(current)).strip()
 
     def save_vocabulary(self, save_directory: str | os.PathLike, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Writes spm.model into a folder that exists; returns its path."""
-        path = path_in(save_directory, filename_prefix, SPM)
-        replace_file(path, self.spm.serialized_model_proto())
-        return (str(path),)
+        return (save(save_directory, filename_prefix, SPM, self.spm.serialized_model_proto()),)
 
 
 class DebertaV2TokenizerFast(FastTokenizer):
@@ -184,9 +180,7 @@ class DebertaV2TokenizerFast(FastTokenizer):
         if not self.can_save_slow_tokenizer:
             made_from = self.vocab_file or "other files"
             raise ValueError(f"there is no {SPM} to copy: the tokenizer was made from {made_from}")
-        path = path_in(save_directory, filename_prefix, SPM)
-        replace_file(path, Path(self.vocab_file).read_bytes())
-        return (str(path),)
+        return (save(save_directory, filename_prefix, SPM, Path(self.vocab_file).read_bytes()),)
 
 
 def _settings(do_lower_case: bool, split_by_punct: bool, sp_model_kwargs: dict | None) -> dict:

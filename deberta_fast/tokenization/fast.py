@@ -8,11 +8,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from ..checkpoint.replace import replace_file
 from .backends import tokenizers_library, without_panics
 from .base import TokenizerBase
 from .batch_encoding import BatchEncoding
-from .files import TOKENIZER, path_in
+from .files import TOKENIZER, save
 from .model_inputs import Options
 from .special_tokens import AddedToken, as_added_token
 
@@ -202,11 +201,10 @@ class FastTokenizer(TokenizerBase):
         paths = super()._save_backend(folder, None, filename_prefix) if saves_slow else ()
         if legacy_format:
             return paths
-        path = path_in(folder, filename_prefix, TOKENIZER)
         with self._lock:
             self._reset_backend()
-            replace_file(path, self._tokenizer.to_str(pretty=True).encode())
-        return (*paths, str(path))
+            content = self._tokenizer.to_str(pretty=True)
+        return (*paths, save(folder, filename_prefix, TOKENIZER, content.encode()))
 
     def train_new_from_iterator(
         self,

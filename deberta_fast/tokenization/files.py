@@ -20,18 +20,15 @@ TOKENIZER = "tokenizer.json"
 FOREIGN_SETTINGS = ("tokenizer_class", "backend", "is_local", "local_files_only", "transformers_version")
 
 
-def write_json(path: Path, content: dict) -> str:
-    """Writes a JSON file and returns its path."""
-    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    replace_file(path, text.encode())
-    return str(path)
-
-
-def path_in(folder: str | os.PathLike, prefix: str | None, name: str) -> Path:
-    """Returns the path of a file to save. Raises NotADirectoryError if there is no such folder."""
+def save(folder: str | os.PathLike, prefix: str | None, name: str, content: bytes | dict) -> str:
+    """Writes a file, a dict as JSON, and returns its path. Raises NotADirectoryError if there is no such folder."""
     if not Path(folder).is_dir():
         raise NotADirectoryError(f"expected a folder to save in, got {os.fspath(folder)}")
-    return Path(folder, f"{prefix}-{name}" if prefix else name)
+    path = Path(folder, f"{prefix}-{name}" if prefix else name)
+    if isinstance(content, dict):
+        content = (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    replace_file(path, content)
+    return str(path)
 
 
 def existing(path: str | os.PathLike) -> str:
@@ -189,8 +186,8 @@ class Files:
             name: [_flags(token) for token in value] if isinstance(value, list) else _flags(value)
             for name, value in self.special_tokens_map_extended.items()
         }
-        config = write_json(path_in(folder, filename_prefix, CONFIG), self._config())
-        special_tokens = write_json(path_in(folder, filename_prefix, SPECIAL_TOKENS), tokens)
+        config = save(folder, filename_prefix, CONFIG, self._config())
+        special_tokens = save(folder, filename_prefix, SPECIAL_TOKENS, tokens)
         return (config, special_tokens, *self._save_backend(folder, legacy_format, filename_prefix))
 
     def _save_backend(self, folder: Path, legacy_format: bool | None, filename_prefix: str | None) -> tuple[str, ...]:
@@ -199,7 +196,7 @@ class Files:
             raise ValueError("legacy_format=False is for fast tokenizers: a slow one has no tokenizer.json")
         paths = self.save_vocabulary(folder, filename_prefix)
         added = {token: index for token, index in self.added_tokens_encoder.items() if index >= self.vocab_size}
-        return (*paths, write_json(path_in(folder, filename_prefix, ADDED_TOKENS), added)) if added else paths
+        return (*paths, save(folder, filename_prefix, ADDED_TOKENS, added)) if added else paths
 
     def _config(self) -> dict:
         name = type(self).__name__

@@ -95,7 +95,7 @@ class SlowTokenizer(TokenizerBase):
         # The first search finds added tokens that keep their case, the second one those that are in lower case.
         if self.do_lower_case:
             text = "".join(part if found else self._lower(part) for part, found in self._split_at_added(text))
-        parts = list(self._split_at_added(text))
+        parts = self._split_at_added(text)
         for i, (part, found) in enumerate(parts):
             if not found:
                 continue
