@@ -67,9 +67,8 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
     ):
         for name, value in settings.items():
             setattr(self, name, value)
-        named = (bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token)
         self._special_tokens = {}
-        for name, token in zip(NAMES, named):
+        for name, token in zip(NAMES, (bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token)):
             setattr(self, name, token)
         if isinstance(extra_special_tokens, Mapping):
             extra_special_tokens = list(extra_special_tokens.values())

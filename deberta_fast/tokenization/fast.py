@@ -181,7 +181,7 @@ class FastTokenizer(TokenizerBase):
                 return backend.encode_batch(
                     inputs, is_pretokenized=options.is_split_into_words, add_special_tokens=options.add_special_tokens
                 )
-            except BaseException as error:  # A PanicException is no Exception.
+            except BaseException as error:  # PanicException does not derive from Exception.
                 if "Truncation error" in str(error):
                     why = "the text that it may shorten is too short"
                 elif type(error).__name__ == "PanicException" and "stride" in str(error):

@@ -284,7 +284,7 @@ class ModelInputs:
         return name in self.model_input_names if asked is None else asked
 
     def _resolve(self, options: Options, pair: bool) -> Options:
-        """Checks ``options`` and spells out padding, truncation and max_length. ``pair``: any row has two texts."""
+        """Checks ``options`` and spells out padding, truncation and max_length. ``pair``: a row has two texts."""
         max_length, multiple = options.max_length, options.pad_to_multiple_of
         for name, value in (("max_length", max_length), ("stride", options.stride)):
             if value is not None and (not isinstance(value, Integral) or value < 0):
@@ -310,7 +310,7 @@ class ModelInputs:
             if self.model_max_length <= UNLIMITED:
                 max_length = self.model_max_length
             else:
-                message = "neither max_length nor the tokenizer's model_max_length is set: there is no limit"
+                message = "there is no max_length or model_max_length to which rows could be truncated or padded"
                 self._warn_once(options, "no max_length", message)
                 padding = "do_not_pad" if padding == "max_length" else padding
                 truncation = "do_not_truncate"
@@ -352,7 +352,7 @@ def describe(value) -> str:
 
 
 def _to_lists(value):
-    """Copies a list, or a tensor or lists of tensors as lists."""
+    """Returns a copy of nested lists and tensors, as lists."""
     if isinstance(value, list | tuple):
         return list(value) if value and isinstance(value[0], int | str) else [_to_lists(row) for row in value]
     return value.tolist() if hasattr(value, "tolist") else value
