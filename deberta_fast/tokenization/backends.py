@@ -8,13 +8,14 @@ from pathlib import Path
 
 from ..checkpoint.json_object import read_object
 
-# sentencepiece refuses longer pieces (in bytes); tokenizers overflows the stack on them.
+# In bytes. sentencepiece refuses longer pieces, and tokenizers overflows the stack on them.
 _LONGEST_PIECE = 7999
-# Bound on the bytes read to find the merges of a BPE model: about one second of work.
-_MOST_HALVES = 10**9
+# Finding the merges of a BPE model reads as many letters as the squared lengths of its pieces add up to. This bound is
+# about one second of work.
+_MOST_LETTERS = 10**9
 # Model types and piece types of sentencepiece's ModelProto.
-UNIGRAM, BPE = 1, 2
-CONTROL, USER_DEFINED = 3, 4
+_UNIGRAM, _BPE = 1, 2
+_CONTROL, _USER_DEFINED = 3, 4
 
 
 def tokenizers_library():
@@ -51,24 +52,20 @@ def check_ids(what: str, vocab: dict) -> None:
 
 
 def unigram_backend(
-    spm_path: str | os.PathLike,
-    *,
-    do_lower_case: bool = False,
-    split_by_punct: bool = False,
-    add_prefix_space: bool = True,
+    path: str | os.PathLike, *, do_lower_case: bool = False, split_by_punct: bool = False, add_prefix_space: bool = True
 ):
     """Builds the backend of DeBERTa v2 and v3 from spm.model, whose model may be unigram or BPE.
 
-    The backend has the model's control and user-defined symbols as added tokens, and no post-processor yet. It does not
-    use pieces of bytes (byte_fallback): characters without a piece become the unknown token. A warning says so.
-    A damaged file, a model of another type, and a character map that tokenizers cannot use raise ValueError.
+    The backend has the model's control and user-defined symbols as added tokens, and no post-processor. It ignores
+    pieces of bytes (byte_fallback) with a warning: characters without a piece become the unknown token.
+
+    Raises ValueError for a damaged file, a model of another type, and a character map that tokenizers cannot use.
     """
     tokenizers = tokenizers_library()
     normalizers = tokenizers.normalizers
-    path, content = os.fspath(spm_path), Path(spm_path).read_bytes()
+    path, content = os.fspath(path), Path(path).read_bytes()
     kinds, trainer, charsmap = _read_model(path, content)
-    steps = [normalizers.Lowercase()] if do_lower_case else []
-    steps.append(normalizers.Strip())
+    steps = [*([normalizers.Lowercase()] if do_lower_case else []), normalizers.Strip()]
     with without_panics(path):
         if charsmap:
             try:
@@ -77,7 +74,7 @@ def unigram_backend(
                 raise ValueError(f"{path}: precompiled_charsmap cannot be read: {error}") from None
         normalizer = normalizers.Sequence([*steps, normalizers.Replace(tokenizers.Regex(" {2,}"), " ")])
         _try_normalizer(normalizer)
-        # Only now, since sentencepiece might read beyond the end of a damaged character map.
+        # tokenizers has checked the character map. sentencepiece might read beyond the end of a damaged one.
         spm, pieces = load_sentencepiece(path, content, {})
         scores = [(piece, spm.get_score(index)) for index, piece in enumerate(pieces)]
         unknown = pieces[spm.unk_id()]
@@ -86,26 +83,21 @@ def unigram_backend(
                 f"{path} has pieces for single bytes, which the fast tokenizer does not use: characters that have no "
                 f"piece become {unknown}; the slow tokenizer splits them into bytes"
             )
-        model_type = trainer.get(3, UNIGRAM)
-        if model_type == UNIGRAM:
+        model_type = trainer.get(3, _UNIGRAM)
+        if model_type == _UNIGRAM:
             model = tokenizers.models.Unigram(scores, unk_id=spm.unk_id(), byte_fallback=False)
-        elif model_type == BPE:
+        elif model_type == _BPE:
             vocab = {piece: index for index, piece in enumerate(pieces)}
-            if sum(len(piece) ** 2 for piece in vocab) > _MOST_HALVES:
+            if sum(len(piece) ** 2 for piece in vocab) > _MOST_LETTERS:
                 raise ValueError(f"{path}: its pieces are too long to find how they are merged (the slow one can)")
             model = tokenizers.models.BPE(vocab, _merges(vocab, dict(scores)), unk_token=unknown, fuse_unk=True)
         else:
             raise ValueError(f"{path}: expected a unigram (1) or BPE (2) model, got model_type {model_type}")
         backend = tokenizers.Tokenizer(model)
-    # The normalizer must be set first: tokens that are matched in normalized text are normalized when added.
     backend.normalizer = normalizer
-    backend.add_tokens(
-        [
-            tokenizers.AddedToken(piece, normalized=False, special=kind == CONTROL)
-            for piece, kind in zip(pieces, kinds)
-            if kind in (CONTROL, USER_DEFINED)
-        ]
-    )
+    symbols = [(piece, kind) for piece, kind in zip(pieces, kinds) if kind in (_CONTROL, _USER_DEFINED)]
+    token = tokenizers.AddedToken
+    backend.add_tokens([token(piece, normalized=False, special=kind == _CONTROL) for piece, kind in symbols])
     set_metaspace(backend, split_by_punct, add_prefix_space)
     return backend
 
@@ -114,8 +106,8 @@ def set_metaspace(backend, split_by_punct: bool, add_prefix_space: bool) -> None
     """Makes ``backend`` write spaces as "▁" and, if asked, split at every punctuation mark."""
     pre_tokenizers = tokenizers_library().pre_tokenizers
     spaces = dict(replacement="▁", prepend_scheme="always" if add_prefix_space else "never")
-    splits = [pre_tokenizers.Punctuation(behavior="isolated")] if split_by_punct else []
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.Metaspace(**spaces)])
+    punctuation = [pre_tokenizers.Punctuation(behavior="isolated")] if split_by_punct else []
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*punctuation, pre_tokenizers.Metaspace(**spaces)])
     backend.decoder = tokenizers_library().decoders.Metaspace(**spaces)
 
 
@@ -125,7 +117,9 @@ def byte_level_backend(vocab: dict[str, int], merges: list[tuple[str, str]], nam
     Args:
         vocab: id of every piece, in the letters that stand for bytes.
         merges: pairs of pieces in the order in which they are merged.
-        name: the name of the model in messages, such as ValueError for a merge whose pieces are not in ``vocab``.
+        name: the name of the model in messages.
+
+    Raises ValueError for a merge whose pieces are not in ``vocab``.
     """
     tokenizers = tokenizers_library()
     with without_panics(f"{name}: vocab and merges"):
@@ -141,21 +135,20 @@ def byte_level_backend(vocab: dict[str, int], merges: list[tuple[str, str]], nam
 
 def load_backend(path: str | os.PathLike):
     """Reads a tokenizer.json. Raises ValueError if the installed ``tokenizers`` cannot."""
-    tokenizers = tokenizers_library()
+    tokenizers, path = tokenizers_library(), os.fspath(path)
     model = read_object(path).get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, dict):
-        check_ids(os.fspath(path), vocab)
+        check_ids(path, vocab)
     elif isinstance(vocab, list):
-        for entry in vocab:
-            if isinstance(entry, list) and entry and isinstance(entry[0], str):
-                piece, length = entry[0], len(entry[0].encode(errors="surrogatepass"))
-                if length > _LONGEST_PIECE:
-                    limit = f"a piece must be of at most {_LONGEST_PIECE} bytes"
-                    raise ValueError(f"{os.fspath(path)}: {limit}, got {length}: {piece[:20]!r}...")
-    with without_panics(os.fspath(path)):
+        for piece in [x[0] for x in vocab if isinstance(x, list) and x and isinstance(x[0], str)]:
+            length = len(piece.encode(errors="surrogatepass"))
+            if length > _LONGEST_PIECE:
+                limit = f"a piece must be of at most {_LONGEST_PIECE} bytes"
+                raise ValueError(f"{path}: {limit}, got {length}: {piece[:20]!r}...")
+    with without_panics(path):
         try:
-            backend = tokenizers.Tokenizer.from_file(os.fspath(path))
+            backend = tokenizers.Tokenizer.from_file(path)
         except Exception as error:  # tokenizers raises no narrower class
             raise ValueError(f"{path} is not a tokenizer.json that tokenizers can read: {error}") from None
         _try_normalizer(backend.normalizer)
@@ -163,14 +156,14 @@ def load_backend(path: str | os.PathLike):
 
 
 def _try_normalizer(normalizer):
-    """Normalizes a few texts, so that a damaged character map panics now and not on the first text."""
+    """Normalizes a few texts, so that a damaged character map panics before the user's first text."""
     if normalizer is not None:
         for text in ("a B\t1.", "é ﬁ ①", "\u3000ｶ 日本", "😀\u200d"):
             normalizer.normalize_str(text)
 
 
 def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Finds the merges of a sentencepiece BPE model, which stores only pieces and scores; in the order of merging."""
+    """Finds the merges of a sentencepiece BPE model, which stores only pieces and their scores. The best come first."""
     merges = []
     for piece, score in scores.items():
         halves = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
@@ -203,6 +196,7 @@ def _read_model(path: str, content: bytes) -> tuple[list[int], dict, bytes]:
     """Reads the types of the pieces, trainer_spec and precompiled_charsmap, which sentencepiece does not expose.
 
     The file is a protobuf message (ModelProto). If a field occurs twice, the last one counts; messages are merged.
+    The numbers of fields are those of sentencepiece_model.proto.
     """
     try:
         fields = list(message_fields(content))
@@ -225,15 +219,12 @@ def message_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     while position < end:
         key, position = _varint(data, position)
         number, wire_type = key >> 3, key & 7
-        if wire_type == 0:
+        if wire_type not in (0, 1, 2, 5):
+            raise ValueError(f"wire type {wire_type} at byte {position}")
+        if wire_type in (0, 2):
             value, position = _varint(data, position)
-        else:
-            if wire_type == 2:
-                length, position = _varint(data, position)
-            else:
-                length = {1: 8, 5: 4}.get(wire_type)
-                if length is None:
-                    raise ValueError(f"wire type {wire_type} at byte {position}")
+        if wire_type > 0:
+            length = value if wire_type == 2 else {1: 8, 5: 4}[wire_type]
             value = data[position : position + length]
             position += length
             if position > end:

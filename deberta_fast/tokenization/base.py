@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from .batch_encoding import BatchEncoding
 from .files import Files
-from .model_inputs import SIDES, ModelInputs, Options, check_choice, make_options
+from .model_inputs import SIDES, ModelInputs, Options, check_choice, describe, make_options
 from .special_tokens import NAMES, AddedToken, SpecialTokens, as_added_token
 
-# Python text may hold them, UTF-8 may not.
+# A str may hold half of a surrogate pair, which UTF-8 cannot encode.
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -67,10 +67,9 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
     ):
         for name, value in settings.items():
             setattr(self, name, value)
-        named = (bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token)
-        self._special_tokens = {
-            name: None if token is None else as_added_token(token, special=True) for name, token in zip(NAMES, named)
-        }
+        self._special_tokens = {}
+        for name, token in zip(NAMES, (bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token)):
+            setattr(self, name, token)
         if isinstance(extra_special_tokens, Mapping):
             extra_special_tokens = list(extra_special_tokens.values())
         more = [*(additional_special_tokens or ()), *(extra_special_tokens or ())]
@@ -83,13 +82,13 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
         self.split_special_tokens = split_special_tokens
         self.name_or_path = str(name_or_path)
         self.verbose = verbose
-        # The topics that were warned of. Collators of transformers write here, hence the name.
+        # The topics of the warnings that were given. transformers' collators write into a dict of this name.
         self.deprecation_warnings: dict[str, bool] = {}
         self._add_first_tokens({int(i): as_added_token(token) for i, token in (added_tokens_decoder or {}).items()})
         defaults = dict(padding_side="right", truncation_side="right", split_special_tokens=False)
         defaults["model_input_names"] = type(self).model_input_names
         changed = {name: getattr(self, name) for name, default in defaults.items() if getattr(self, name) != default}
-        # The settings that save_pretrained writes beside the special tokens.
+        # save_pretrained writes these settings beside the special tokens.
         self.init_kwargs = changed | settings
 
     @property
@@ -192,20 +191,20 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
         return inputs
 
     def _encode_any(self, text, text_pair, options: Options) -> BatchEncoding:
-        """Tells single texts from batches."""
+        """Decides whether ``text`` is a single text or a batch, and encodes it."""
         rows = (list, tuple)
         if not isinstance(text, (str, *rows)):
             raise TypeError(f"expected text to be a str, a list of str or a list of pairs, got {type(text).__name__}")
         words = options.is_split_into_words
         if isinstance(text, str) or (words and not (text and isinstance(text[0], rows))):
-            return self._encode_checked([(text, text_pair)], True, options)
+            return self._check_and_encode([(text, text_pair)], True, options)
         if text_pair is None:
             return self._encode_batch(text, options)
         if not isinstance(text_pair, rows):
             raise TypeError(f"expected text_pair to be a list, as text is, got {type(text_pair).__name__}")
         if len(text) != len(text_pair):
             raise ValueError(f"got {len(text)} texts, but {len(text_pair)} as text_pair")
-        return self._encode_checked(list(zip(text, text_pair)), False, options)
+        return self._check_and_encode(list(zip(text, text_pair)), False, options)
 
     def encode(self, text: str, text_pair: str | None = None, add_special_tokens: bool = True, **options) -> list[int]:
         """Returns the ids of a text or pair of texts; for ``options`` see ``__call__``."""
@@ -213,7 +212,7 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
 
     def encode_plus(self, text: str, text_pair: str | None = None, **options) -> BatchEncoding:
         """Encodes one text or pair of texts. A slow tokenizer takes lists of tokens or ids too."""
-        return self._encode_checked([(text, text_pair)], True, make_options(options))
+        return self._check_and_encode([(text, text_pair)], True, make_options(options))
 
     def batch_encode_plus(self, batch_text_or_text_pairs: Sequence, **options) -> BatchEncoding:
         """Encodes a list of texts, or of pairs of texts."""
@@ -222,14 +221,14 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
         return self._encode_batch(batch_text_or_text_pairs, make_options(options))
 
     def _encode_batch(self, rows: Sequence, options: Options) -> BatchEncoding:
-        part = (list, tuple) if options.is_split_into_words else str
+        kind = (list, tuple) if options.is_split_into_words else str
         examples = []
         for row in rows:
-            pair = isinstance(row, list | tuple) and len(row) == 2 and all(isinstance(text, part) for text in row)
+            pair = isinstance(row, list | tuple) and len(row) == 2 and all(isinstance(text, kind) for text in row)
             examples.append(tuple(row) if pair else (row, None))
-        return self._encode_checked(examples, False, options)
+        return self._check_and_encode(examples, False, options)
 
-    def _encode_checked(self, examples: list[tuple], single: bool, options: Options) -> BatchEncoding:
+    def _check_and_encode(self, examples: list[tuple], single: bool, options: Options) -> BatchEncoding:
         options = self._resolve(options, any(second is not None for _, second in examples))
         for i, (first, second) in enumerate(examples):
             where = "" if single else f" {i} of the batch"
@@ -238,8 +237,7 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
                     self._check_text(f"{name}{where}", text, options)
         if not examples:
             names = [name for name in ("token_type_ids", "attention_mask") if name in self.model_input_names]
-            empty = {name: [] for name in ("input_ids", *names)}
-            return BatchEncoding(empty, tensor_type=options.return_tensors)
+            return BatchEncoding({name: [] for name in ("input_ids", *names)}, tensor_type=options.return_tensors)
         return self._encode(examples, single, options)
 
     def _is_encoded(self, text, options: Options) -> bool:
@@ -253,7 +251,7 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
         if options.is_split_into_words:
             expected, parts = "a list of words (str)", text if isinstance(text, list | tuple) else [None]
         if not all(isinstance(part, str) for part in parts):
-            raise TypeError(f"expected {what} to be {expected}, got {_describe(text)}")
+            raise TypeError(f"expected {what} to be {expected}, got {describe(text)}")
         for part in parts:
             lone = None if part.isascii() else _LONE_SURROGATE.search(part)
             if lone:
@@ -298,9 +296,9 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
         if ids and min(ids) < 0:
             raise ValueError(f"there is no token with id {min(ids)} (labels hold -100 where there is none)")
         text = self._decode(ids, skip_special_tokens, spaces_between_special_tokens)
-        if self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces:
-            return self.clean_up_tokenization(text)
-        return text
+        clean_up = clean_up_tokenization_spaces
+        clean_up = self.clean_up_tokenization_spaces if clean_up is None else clean_up
+        return self.clean_up_tokenization(text) if clean_up else text
 
     def batch_decode(self, sequences, skip_special_tokens: bool = False, **options) -> list[str]:
         """Returns the texts of several rows of ids; for ``options`` see ``decode``."""
@@ -309,17 +307,9 @@ class TokenizerBase(SpecialTokens, ModelInputs, Files):
     @staticmethod
     def clean_up_tokenization(out_string: str) -> str:
         """Removes the spaces before English punctuation and contractions."""
-        for mark in (".", "?", "!", ","):
-            out_string = out_string.replace(f" {mark}", mark)
-        out_string = out_string.replace(" ' ", "'")
-        for ending in ("n't", "'m", "'s", "'ve", "'re"):
-            out_string = out_string.replace(f" {ending}", ending)
+        for spaced in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
+            out_string = out_string.replace(spaced, spaced.strip())
         return out_string
-
-
-def _describe(value) -> str:
-    kinds = sorted({type(item).__name__ for item in value}) if isinstance(value, list | tuple) else None
-    return type(value).__name__ if kinds is None else f"a {type(value).__name__} of {', '.join(kinds) or 'nothing'}"
 
 
 def _to_ids(ids) -> int | list[int]:

@@ -30,9 +30,8 @@ class BatchEncoding(UserDict):
     Args:
         data: the items.
         encoding: the ``tokenizers.Encoding`` of every row (or of a single row), if a fast tokenizer made them.
-        tensor_type: "pt" or "np" to convert the items to tensors.
-        prepend_batch_axis: convert a single row to tensors with a batch axis.
-        n_sequences: number of texts per row, 1 or 2 (pairs).
+        tensor_type, prepend_batch_axis: see ``convert_to_tensors``.
+        n_sequences: see below.
 
     Attributes:
         encodings: the ``tokenizers.Encoding`` of every row; None if no fast tokenizer made the rows.
@@ -71,9 +70,8 @@ class BatchEncoding(UserDict):
         raise KeyError(f"expected a name or a slice, got {item!r}; rows by index need a fast tokenizer")
 
     def __getattr__(self, name: str):
-        data = self.__dict__.get("data", {})  # unpickling asks for attributes before data is set
-        if name in data:
-            return data[name]
+        if name in self.__dict__.get("data", {}):  # Unpickling asks for attributes before data is set.
+            return self.data[name]
         raise AttributeError(f"{type(self).__name__} has no attribute or item {name!r}")
 
     def tokens(self, batch_index: int = 0) -> list[str]:
@@ -126,7 +124,7 @@ class BatchEncoding(UserDict):
 
     def _row(self, index: int, asked: str):
         if self.encodings is None:
-            raise ValueError(f"{asked} needs what a fast tokenizer (DebertaV2TokenizerFast, DebertaTokenizerFast) made")
+            raise ValueError(f"{asked} needs a fast tokenizer's result (DebertaV2TokenizerFast, DebertaTokenizerFast)")
         return self.encodings[index]
 
     def _find(self, method: str, first: int, second: int | None, *sequence: int, span: type | None = None):
@@ -144,7 +142,7 @@ class BatchEncoding(UserDict):
             tensor_type: "pt", "np", or None to change nothing. Others raise ValueError.
             prepend_batch_axis: add a batch axis of one row.
         """
-        tensor_type = getattr(tensor_type, "value", tensor_type)  # transformers has an enumeration of them
+        tensor_type = getattr(tensor_type, "value", tensor_type)  # It may be transformers' TensorType.
         if tensor_type is None:
             return self
         if tensor_type == "pt":
@@ -158,11 +156,10 @@ class BatchEncoding(UserDict):
             raise ValueError(f'expected return_tensors to be "pt" or "np", got {tensor_type!r}')
         for name, value in self.data.items():
             value = [value] if prepend_batch_axis else value
-            if not isinstance(value, kind):
-                try:
-                    self.data[name] = convert(value)
-                except (ValueError, TypeError, RuntimeError) as error:
-                    raise ValueError(f"{name} does not make one tensor{_why(name, value)}: {error}") from error
+            try:
+                self.data[name] = value if isinstance(value, kind) else convert(value)
+            except (ValueError, TypeError, RuntimeError) as error:
+                raise ValueError(f"{name} does not make one tensor{_why(name, value)}: {error}") from error
         return self
 
     def to(self, device: str | int | torch.device, *, non_blocking: bool = False) -> "BatchEncoding":
@@ -170,13 +167,14 @@ class BatchEncoding(UserDict):
         if not isinstance(device, str | int | torch.device):
             warnings.warn(f"a BatchEncoding stays as it is: expected a device, got {device}")
             return self
-        tensors = {name: value for name, value in self.data.items() if isinstance(value, torch.Tensor)}
-        self.data |= {name: value.to(device, non_blocking=non_blocking) for name, value in tensors.items()}
+        for name, value in self.data.items():
+            if isinstance(value, torch.Tensor):
+                self.data[name] = value.to(device, non_blocking=non_blocking)
         return self
 
 
 def _empty(value) -> bool:
-    """Whether ``value`` holds no number, so that it determines no dtype."""
+    """Whether ``value`` holds no number from which a dtype could follow."""
     return isinstance(value, list | tuple) and all(map(_empty, value))
 
 
@@ -187,6 +185,7 @@ def _torch_tensor(value) -> torch.Tensor:
 
 
 def _why(name: str, value) -> str:
+    """Explains why an item makes no tensor; "" if the reason is unknown."""
     if name == "overflowing_tokens":
         return ", since rows overflow by different lengths (a fast tokenizer returns what overflows as more rows)"
     if isinstance(value, list | tuple) and all(isinstance(row, list | tuple) for row in value):

@@ -1,35 +1,33 @@
 """Reads bpe_encoder.bin, Microsoft's tokenizer file of DeBERTa v1, and runs no code that it may carry."""
 
 import io
-import os
 import pickle
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
-# The older format of torch.save is four pickles: this number, the format's version, facts on the machine, the object.
+# torch.save's older format is four pickles: this number, the format's version, sizes of C types, the object.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 KEYS = ("dict_map", "vocab", "encoder")
 FIRST = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 MASK = "[MASK]"
 
 
-def read_bpe_encoder(path: str | os.PathLike) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def read_bpe_encoder(path: str | Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Reads the id of every piece, and the merges in their order.
 
     The file holds a dict: ``encoder`` gives GPT-2's id of every piece, ``vocab`` the merges, and ``dict_map`` lists
     GPT-2's ids, as text, in the order of DeBERTa's own. These begin with [PAD] 0, [CLS] 1, [SEP] 2, [UNK] 3 and end
-    with [MASK]. Words of ``dict_map`` that are no such id (fillers) stand for themselves.
+    with [MASK]. Words of ``dict_map`` that are not an id of ``encoder`` (fillers) are pieces themselves.
 
-    A damaged file, and one that asks for anything except plain data, raises ValueError.
+    Raises ValueError if the file is damaged, or if its pickle needs anything except plain data.
     """
-    name = os.fspath(path)
-    with open(path, "rb") as file:
-        content = file.read()
+    content = Path(path).read_bytes()
     try:
         return _tables(_load(content))
     except Exception as error:  # damaged pickles raise many classes: KeyError, IndexError, AttributeError, ...
         reason = f"{error}" if isinstance(error, ValueError | pickle.UnpicklingError) else repr(error)
-        raise ValueError(f"{name} is not a bpe_encoder.bin, or is damaged: {reason}") from error
+        raise ValueError(f"{path} is not a bpe_encoder.bin, or is damaged: {reason}") from error
 
 
 # The unpickler in C allocates as much memory as a forged index asks for; the one in Python does not.
@@ -51,16 +49,14 @@ def _load(content: bytes):
             names = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
             if len(names) != 1:
                 raise ValueError(f"expected one data.pkl in it, got {len(names)}")
-            # torch.save does not compress; stored data is no larger than the file.
+            # torch.save does not compress. Compressed data could be much larger than the file.
             if archive.getinfo(names[0]).compress_type != zipfile.ZIP_STORED:
                 raise ValueError("its data.pkl is compressed")
             return _PlainUnpickler(io.BytesIO(archive.read(names[0]))).load()
     stream = io.BytesIO(content)
     if _PlainUnpickler(stream).load() != LEGACY_MAGIC:
         raise ValueError("it was not written by torch.save")
-    for _ in range(2):
-        _PlainUnpickler(stream).load()
-    return _PlainUnpickler(stream).load()
+    return [_PlainUnpickler(stream).load() for _ in range(3)][-1]
 
 
 def _tables(content) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -82,7 +78,7 @@ def _tables(content) -> tuple[dict[str, int], list[tuple[str, str]]]:
         for piece in (left, right, left + right):
             if piece not in vocab:
                 raise ValueError(f"its merges need the piece {piece!r}, which dict_map does not have")
-    return vocab, [(left, right) for left, right in merges]
+    return vocab, [*map(tuple, merges)]
 
 
 def _check_rows(key: str, rows, kinds: tuple[type, type]):

@@ -10,11 +10,10 @@ from pathlib import Path
 
 from ..checkpoint.hub import Source
 from ..checkpoint.json_object import read_object
-from ..checkpoint.replace import replace_file
 from .backends import byte_level_backend, check_ids, load_backend, tokenizers_library, without_panics
 from .bpe_encoder import read_bpe_encoder
 from .fast import FastTokenizer, backend_token
-from .files import TOKENIZER, existing, missing, path_in, write_json
+from .files import TOKENIZER, content_of, existing, missing, save
 from .slow import SlowTokenizer
 from .special_tokens import AddedToken, as_added_token
 
@@ -22,7 +21,7 @@ VOCAB, MERGES, ENCODER = "vocab.json", "merges.txt", "bpe_encoder.bin"
 
 
 class _ByteLevel:
-    """The files of both tokenizers. ``_tokenizer`` is a ``tokenizers.Tokenizer`` with the model."""
+    """Finds and writes the files of both tokenizers, whose ``_tokenizer`` is a ``tokenizers.Tokenizer``."""
 
     model_input_names = ["input_ids", "attention_mask", "token_type_ids"]
 
@@ -31,26 +30,21 @@ class _ByteLevel:
         tokenizer = source.file(TOKENIZER)
         if cls.is_fast and tokenizer is not None:
             return {"tokenizer_file": tokenizer}
-        vocab, merges = source.file(VOCAB), source.file(MERGES)
-        if vocab is not None and merges is not None:
-            files = {"vocab_file": vocab, "merges_file": merges}
-        else:
+        files = {"vocab_file": source.file(VOCAB), "merges_file": source.file(MERGES)}
+        lacking = [name for name, path in zip((VOCAB, MERGES), files.values()) if path is None]
+        if lacking:
             files = {"vocab_file": source.file(ENCODER) or tokenizer}
-            if files["vocab_file"] is None and vocab is merges:
-                raise missing(source, VOCAB, TOKENIZER, ENCODER)
             if files["vocab_file"] is None:
-                raise missing(source, VOCAB if vocab is None else MERGES)
+                raise missing(source, *(lacking if len(lacking) == 1 else (VOCAB, TOKENIZER, ENCODER)))
         template = None if tokenizer is None else _pair_template(tokenizer)
         return files if template is None else {**files, "pair_template": template}
 
     def save_vocabulary(self, save_directory: str | os.PathLike, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Writes vocab.json and merges.txt into a folder that exists; returns their paths."""
-        paths = [path_in(save_directory, filename_prefix, name) for name in (VOCAB, MERGES)]
         vocab, merges = _tables(self._tokenizer)
-        write_json(paths[0], vocab)
-        lines = ["#version: 0.2", *map(" ".join, merges), ""]
-        replace_file(paths[1], "\n".join(lines).encode())
-        return tuple(map(str, paths))
+        lines = "\n".join(["#version: 0.2", *map(" ".join, merges), ""])
+        contents = {VOCAB: vocab, MERGES: lines.encode()}
+        return tuple(save(save_directory, filename_prefix, name, content) for name, content in contents.items())
 
 
 class DebertaTokenizer(_ByteLevel, SlowTokenizer):
@@ -60,7 +54,7 @@ class DebertaTokenizer(_ByteLevel, SlowTokenizer):
         vocab_file: vocab.json, tokenizer.json, or Microsoft's bpe_encoder.bin.
         merges_file: merges.txt, with vocab.json.
         errors: how to decode bytes that are no UTF-8, as in ``bytes.decode``.
-        mask_token: takes the space before it along, unless an ``AddedToken`` or tokenizer.json says otherwise.
+        mask_token: includes the space before it, unless an ``AddedToken`` or tokenizer.json says otherwise.
         pair_template: the parts of a row of two texts with their types; None for
             ["[CLS]:0", "$A:0", "[SEP]:0", "$B:1", "[SEP]:1"]. ``from_pretrained`` takes that of tokenizer.json.
         add_prefix_space: put a space before a text that does not begin with one; also an option of ``__call__``.
@@ -85,7 +79,7 @@ class DebertaTokenizer(_ByteLevel, SlowTokenizer):
     ):
         settings = _settings(errors, add_prefix_space, add_bos_token, pair_template)
         self._vocab, merges = _read_tables(vocab_file, merges_file)
-        # In byte-level BPE a visible Latin-1 letter stands for its own byte, letters from 256 on for the other bytes.
+        # In byte-level BPE a visible Latin-1 letter stands for its own byte, and letters from 256 on for the others.
         letters = set(tokenizers_library().pre_tokenizers.ByteLevel.alphabet())
         byte_of = [*range(256), *(byte for byte in range(256) if chr(byte) not in letters)]
         self._bytes = {letter: bytes([byte_of[ord(letter)]]) for letter in letters}
@@ -97,9 +91,8 @@ class DebertaTokenizer(_ByteLevel, SlowTokenizer):
     def _saved_tokens(cls, source: Source, config: dict, overrides: dict) -> dict:
         settings = super()._saved_tokens(source, config, overrides)
         if "added_tokens_decoder" not in config:
-            # added_tokens.json has no flags; tokenizer.json has.
-            mask = config.get("mask_token") or "[MASK]"
-            mask = mask["content"] if isinstance(mask, dict) else mask
+            # added_tokens.json has no flags, so the mask token gets its default ones, unless tokenizer.json has others.
+            mask = content_of(config.get("mask_token") or "[MASK]")
             own = cls._tokens_of_backend_file(source)
             for index, token in settings["added_tokens_decoder"].items():
                 if token.content == mask and index not in own:
@@ -121,14 +114,14 @@ class DebertaTokenizer(_ByteLevel, SlowTokenizer):
         model, tokens = self._tokenizer.model, []
         with without_panics(self.name_or_path or type(self).__name__):
             for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text):
-                # The model drops letters that it does not know; they must become the unknown token.
+                # The model would drop unknown letters. As tokens of their own, they become the unknown token.
                 for known, letters in groupby(word, key=self._vocab.__contains__):
                     tokens += [token.value for token in model.tokenize("".join(letters))] if known else letters
         return tokens
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Returns the text of tokens."""
-        # Letters of added tokens may stand for no byte; they stand for themselves.
+        # A letter of an added token may stand for no byte. Then it stands for itself.
         letters = "".join(token or "" for token in tokens)
         data = b"".join([self._bytes.get(letter) or letter.encode() for letter in letters])
         return data.decode(errors=self.errors)
@@ -179,7 +172,7 @@ class DebertaTokenizerFast(_ByteLevel, FastTokenizer):
         else:
             raise ValueError("expected a vocab_file and merges_file, a tokenizer_file or a tokenizer_object")
         if not from_vocabulary and mask_token is not None and not isinstance(mask_token, str):
-            # The flags that were asked for replace those of the file.
+            # The flags of the argument replace those of the file.
             mask = as_added_token(mask_token)
             if backend.token_to_id(mask.content) is not None:
                 backend.add_tokens([backend_token(replace(mask, special=True))])
@@ -218,8 +211,7 @@ def _load(path: str | os.PathLike):
 def _tables(backend) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Returns the ids of the pieces and the merges in their order."""
     model = json.loads(backend.to_str())["model"]
-    # tokenizers before 0.20 writes both pieces of a merge as one text.
-    return model["vocab"], [tuple(x.split(" ")) if isinstance(x, str) else tuple(x) for x in model["merges"]]
+    return model["vocab"], [tuple(pieces) for pieces in model["merges"]]
 
 
 def _read_tables(vocab_file, merges_file) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -234,7 +226,7 @@ def _read_tables(vocab_file, merges_file) -> tuple[dict[str, int], list[tuple[st
     if merges_file is None:
         raise ValueError(f"{path.name} needs a merges_file ({MERGES}) too")
     try:
-        lines = Path(existing(merges_file)).read_bytes().decode().split("\n")  # splitlines splits at more letters
+        lines = Path(existing(merges_file)).read_bytes().decode().split("\n")  # Pieces may hold other line ends.
     except UnicodeDecodeError as error:
         raise ValueError(f"{merges_file} is no text: {error}") from None
     merges = []
@@ -252,7 +244,7 @@ def _mask(token: str | AddedToken | None) -> AddedToken | None:
 
 
 def _pair_template(path: str | os.PathLike) -> list[str] | None:
-    """Reads the pair template of a tokenizer.json; None for [CLS] A [SEP] B [SEP], a warning for others."""
+    """Reads the pair template of a tokenizer.json. Returns None for [CLS] A [SEP] B [SEP], and warns of others."""
     processor = read_object(path).get("post_processor")
     if not isinstance(processor, dict) or processor.get("type") != "TemplateProcessing":
         return None

@@ -9,18 +9,17 @@ from itertools import groupby
 from pathlib import Path
 
 from ..checkpoint.hub import Source
-from ..checkpoint.replace import replace_file
 from .backends import load_backend, load_sentencepiece, set_metaspace, tokenizers_library, unigram_backend
 from .fast import FastTokenizer
-from .files import TOKENIZER, existing, missing, path_in
+from .files import TOKENIZER, existing, missing, save
 from .slow import SlowTokenizer
 from .special_tokens import AddedToken
 
 SPM = "spm.model"
-# The settings that sp_model_kwargs may hold: they say how to split a text, and open no other file.
-_SETTINGS = dict.fromkeys(("enable_sampling", "add_bos", "add_eos", "reverse", "emit_unk_piece"), bool)
-_SETTINGS |= {"nbest_size": int, "num_threads": int, "alpha": int | float, "out_type": type | str}
-_MOST_BEST = 512  # sentencepiece refuses to sample from more segmentations, but only on the first text
+# Types of the settings that sp_model_kwargs may hold. They say how to split a text; others could open another file.
+_SPM_SETTINGS = dict.fromkeys(("enable_sampling", "add_bos", "add_eos", "reverse", "emit_unk_piece"), bool)
+_SPM_SETTINGS |= {"nbest_size": int, "num_threads": int, "alpha": int | float, "out_type": type | str}
+_LARGEST_NBEST = 512  # sentencepiece refuses a larger nbest_size, but only when it encodes the first text.
 
 
 class DebertaV2Tokenizer(SlowTokenizer):
@@ -51,9 +50,7 @@ class DebertaV2Tokenizer(SlowTokenizer):
     ):
         if not add_prefix_space:
             raise ValueError("sentencepiece always adds the space: add_prefix_space=False needs DebertaV2TokenizerFast")
-        settings = dict(
-            do_lower_case=do_lower_case, split_by_punct=split_by_punct, sp_model_kwargs=_settings(sp_model_kwargs)
-        )
+        settings = _settings(do_lower_case, split_by_punct, sp_model_kwargs)
         self.vocab_file = existing(vocab_file)
         self._load(Path(vocab_file).read_bytes(), settings["sp_model_kwargs"])
         super().__init__(settings, unk_token=_unknown(unk_token), **options)
@@ -99,22 +96,19 @@ class DebertaV2Tokenizer(SlowTokenizer):
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Returns the text of tokens."""
         special = set(self.all_special_tokens)
-        text, current, after_special = "", [], False
+        text, current = "", []
         for token in tokens:
             if token in special:
-                # transformers puts a space before the text, and none between the text and the special token.
-                text += ("" if after_special else " ") + self.spm.decode_pieces(current) + token
+                # As in transformers, a space precedes a text, and none separates it from the special token after it.
+                text += (" " if current else "") + self.spm.decode_pieces(current) + token
                 current = []
             else:
                 current.append(token)
-            after_special = token in special
         return (text + self.spm.decode_pieces(current)).strip()
 
     def save_vocabulary(self, save_directory: str | os.PathLike, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Writes spm.model into a folder that exists; returns its path."""
-        path = path_in(save_directory, filename_prefix, SPM)
-        replace_file(path, self.spm.serialized_model_proto())
-        return (str(path),)
+        return (save(save_directory, filename_prefix, SPM, self.spm.serialized_model_proto()),)
 
 
 class DebertaV2TokenizerFast(FastTokenizer):
@@ -135,6 +129,7 @@ class DebertaV2TokenizerFast(FastTokenizer):
     """
 
     vocab_files_names = {"vocab_file": SPM, "tokenizer_file": TOKENIZER}
+    add_prefix_space = True
 
     def __init__(
         self,
@@ -149,27 +144,22 @@ class DebertaV2TokenizerFast(FastTokenizer):
         unk_token: str | AddedToken | None = "[UNK]",
         **options,
     ):
-        tokenizers = tokenizers_library()
-        sp_model_kwargs = _settings(sp_model_kwargs)
-        if sp_model_kwargs.get("enable_sampling"):
+        settings = _settings(do_lower_case, split_by_punct, sp_model_kwargs)
+        if settings["sp_model_kwargs"].get("enable_sampling"):
             warnings.warn("a fast tokenizer does not sample: sp_model_kwargs counts for DebertaV2Tokenizer only")
         self.vocab_file = None if vocab_file is None else existing(vocab_file)
-        self.add_prefix_space = add_prefix_space
         if tokenizer_file is not None:
             existing(tokenizer_file)
         steps = dict(do_lower_case=do_lower_case, split_by_punct=split_by_punct, add_prefix_space=add_prefix_space)
         from_vocabulary = tokenizer_object is None and (tokenizer_file is None or from_slow)
         if tokenizer_object is not None:
-            backend = tokenizers.Tokenizer.from_str(tokenizer_object.to_str())
+            backend = tokenizers_library().Tokenizer.from_str(tokenizer_object.to_str())
         elif not from_vocabulary:
             backend = _load(tokenizer_file, self.vocab_file, **steps)
         elif self.vocab_file is not None:
             backend = unigram_backend(self.vocab_file, **steps)
         else:
-            raise ValueError(
-                "expected a vocab_file (spm.model), a tokenizer_file (tokenizer.json) or a tokenizer_object"
-            )
-        settings = dict(do_lower_case=do_lower_case, split_by_punct=split_by_punct, sp_model_kwargs=sp_model_kwargs)
+            raise ValueError(f"expected a vocab_file ({SPM}), a tokenizer_file ({TOKENIZER}) or a tokenizer_object")
         if not add_prefix_space:
             settings["add_prefix_space"] = False
         super().__init__(backend, from_vocabulary, settings, unk_token=_unknown(unk_token), **options)
@@ -188,48 +178,45 @@ class DebertaV2TokenizerFast(FastTokenizer):
     def save_vocabulary(self, save_directory: str | os.PathLike, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Copies spm.model into a folder that exists; returns its path. Raises ValueError if there is no spm.model."""
         if not self.can_save_slow_tokenizer:
-            raise ValueError(
-                f"there is no {SPM} to copy: the tokenizer was made from {self.vocab_file or 'other files'}"
-            )
-        path = path_in(save_directory, filename_prefix, SPM)
-        if not (path.exists() and path.samefile(self.vocab_file)):
-            replace_file(path, Path(self.vocab_file).read_bytes())
-        return (str(path),)
+            made_from = self.vocab_file or "other files"
+            raise ValueError(f"there is no {SPM} to copy: the tokenizer was made from {made_from}")
+        return (save(save_directory, filename_prefix, SPM, Path(self.vocab_file).read_bytes()),)
 
 
-def _settings(sp_model_kwargs: dict | None) -> dict:
-    """Checks sp_model_kwargs. Raises ValueError for unknown settings, such as a file to open."""
+def _settings(do_lower_case: bool, split_by_punct: bool, sp_model_kwargs: dict | None) -> dict:
+    """Collects the settings that are saved. Raises ValueError for unknown sp_model_kwargs, such as a file to open."""
     if not isinstance(sp_model_kwargs, dict | None):
         raise ValueError(f"sp_model_kwargs must be a dict, got {type(sp_model_kwargs).__name__}")
     for name, value in (sp_model_kwargs or {}).items():
-        if name not in _SETTINGS:
-            raise ValueError(f"sp_model_kwargs may hold {', '.join(_SETTINGS)}, got {name!r}")
-        if not isinstance(value, _SETTINGS[name]) or (isinstance(value, bool) and _SETTINGS[name] is not bool):
-            kind = getattr(_SETTINGS[name], "__name__", _SETTINGS[name])
+        if name not in _SPM_SETTINGS:
+            raise ValueError(f"sp_model_kwargs may hold {', '.join(_SPM_SETTINGS)}, got {name!r}")
+        if not isinstance(value, _SPM_SETTINGS[name]) or (isinstance(value, bool) and _SPM_SETTINGS[name] is not bool):
+            kind = getattr(_SPM_SETTINGS[name], "__name__", _SPM_SETTINGS[name])
             raise ValueError(f"sp_model_kwargs: {name} must be of type {kind}, got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"sp_model_kwargs: {name} must be finite, got {value}")
-        if name == "nbest_size" and value > _MOST_BEST:
-            raise ValueError(f"sp_model_kwargs: nbest_size must be at most {_MOST_BEST}, got {value}")
-    return dict(sp_model_kwargs or {})
+        if name == "nbest_size" and value > _LARGEST_NBEST:
+            raise ValueError(f"sp_model_kwargs: nbest_size must be at most {_LARGEST_NBEST}, got {value}")
+    sp_model_kwargs = dict(sp_model_kwargs or {})
+    return dict(do_lower_case=do_lower_case, split_by_punct=split_by_punct, sp_model_kwargs=sp_model_kwargs)
 
 
 def _unknown(token: str | AddedToken | None) -> str | AddedToken | None:
-    # Unlike the other special tokens, it is looked for in the normalized text, as in transformers.
+    # As in transformers, only this special token is searched for in the normalized text.
     return AddedToken(token, normalized=True, special=True) if isinstance(token, str) else token
 
 
 def _load(tokenizer_file, vocab_file: str | None, do_lower_case: bool, split_by_punct: bool, add_prefix_space: bool):
-    """Reads the backend of tokenizer.json and adds settings that it may lack."""
+    """Reads the backend of tokenizer.json, and adds the character map and the given settings if it lacks them."""
     normalizers = tokenizers_library().normalizers
     backend = load_backend(tokenizer_file)
     if b"ByteLevel" in _state(backend.pre_tokenizer):
         raise ValueError(f"{os.fspath(tokenizer_file)}: expected a model of sentencepiece's, got byte-level BPE")
     if b"Precompiled" not in _state(backend.normalizer):
-        # transformers 5 writes no character map, which turns "ﬁ" into fi and "①" into 1.
-        whole = None if vocab_file is None else unigram_backend(vocab_file)
-        if whole is not None and whole.get_vocab_size(False) == backend.get_vocab_size(False):
-            backend.normalizer = whole.normalizer
+        # transformers 5 omits the character map, which turns "ﬁ" into "fi" and "①" into "1". spm.model has it.
+        from_spm = None if vocab_file is None else unigram_backend(vocab_file)
+        if from_spm is not None and from_spm.get_vocab_size(False) == backend.get_vocab_size(False):
+            backend.normalizer = from_spm.normalizer
         else:
             warnings.warn(
                 f"{os.fspath(tokenizer_file)} has no map of characters, as transformers 5 writes it: letters such as "
@@ -245,9 +232,10 @@ def _load(tokenizer_file, vocab_file: str | None, do_lower_case: bool, split_by_
 
 
 def _state(part) -> bytes:
+    """Returns the JSON of a part of the backend; b"" if there is none."""
     return b"" if part is None else part.__getstate__()
 
 
 def _is_punctuation(char: str) -> bool:
-    # string.punctuation has ASCII marks that Unicode calls symbols ($, ^, `).
+    # Some marks of string.punctuation are symbols in Unicode ($, ^, `).
     return char in string.punctuation or unicodedata.category(char).startswith("P")

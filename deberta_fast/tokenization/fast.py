@@ -8,11 +8,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from ..checkpoint.replace import replace_file
 from .backends import tokenizers_library, without_panics
 from .base import TokenizerBase
 from .batch_encoding import BatchEncoding
-from .files import TOKENIZER, path_in
+from .files import TOKENIZER, save
 from .model_inputs import Options
 from .special_tokens import AddedToken, as_added_token
 
@@ -21,7 +20,7 @@ class FastTokenizer(TokenizerBase):
     """A tokenizer that runs on a ``tokenizers.Tokenizer``.
 
     Args:
-        backend: the ``tokenizers.Tokenizer``, which this object then owns.
+        backend: the ``tokenizers.Tokenizer``. This object changes it, so it must not be shared.
         from_vocabulary: the backend was made from a vocabulary, so the flags of added tokens are those of ``options``;
             otherwise the backend's flags count.
         settings, options: see ``TokenizerBase``.
@@ -32,7 +31,7 @@ class FastTokenizer(TokenizerBase):
     def __init__(self, backend, from_vocabulary: bool, settings: dict, /, **options):
         self._tokenizer = backend
         self._from_vocabulary = from_vocabulary
-        # Padding and truncation are settings of the backend, which threads must not change under each other.
+        # Padding and truncation are settings of the backend. The lock keeps other threads from changing them in a call.
         self._lock = threading.Lock()
         # A tokenizer.json may hold the padding and truncation that were set when it was written.
         for name, saved in (("truncation_side", backend.truncation), ("padding_side", backend.padding)):
@@ -90,8 +89,7 @@ class FastTokenizer(TokenizerBase):
         self._add_tokens([replace(token, special=token.special or token.content in special) for token in tokens])
         added = {token.content: token for token in self.added_tokens_decoder.values()}
         for name, token in self._special_tokens.items():
-            if token is not None:
-                self._special_tokens[name] = added.get(token.content, token)
+            self._special_tokens[name] = token and added.get(token.content, token)
         for index, token in decoder.items():
             own = self._tokenizer.token_to_id(token.content)
             if own != index:
@@ -152,17 +150,17 @@ class FastTokenizer(TokenizerBase):
 
     def _encodings(self, examples: list[tuple], options: Options) -> list:
         inputs = [first if second is None else (first, second) for first, second in examples]
-        if options.truncation != "do_not_truncate":
-            special = self.num_special_tokens_to_add(pair=False) if options.add_special_tokens else 0
-            room = options.max_length - special
-            if options.stride and options.stride >= room:
+        truncates = options.truncation != "do_not_truncate"
+        if truncates and options.stride:
+            room = options.max_length - (self.num_special_tokens_to_add() if options.add_special_tokens else 0)
+            if options.stride >= room:
                 raise ValueError(
                     f"stride is {options.stride}: max_length leaves room for {room} tokens, which must be more"
                 )
         backend, split = self._tokenizer, options.split_special_tokens
         with self._lock, self._without_panics():
             self._reset_backend()
-            if options.truncation != "do_not_truncate":
+            if truncates:
                 backend.enable_truncation(
                     max_length=min(int(options.max_length), sys.maxsize),
                     stride=int(options.stride),
@@ -183,7 +181,7 @@ class FastTokenizer(TokenizerBase):
                 return backend.encode_batch(
                     inputs, is_pretokenized=options.is_split_into_words, add_special_tokens=options.add_special_tokens
                 )
-            except BaseException as error:  # a PanicException too
+            except BaseException as error:  # PanicException does not derive from Exception.
                 if "Truncation error" in str(error):
                     why = "the text that it may shorten is too short"
                 elif type(error).__name__ == "PanicException" and "stride" in str(error):
@@ -199,16 +197,14 @@ class FastTokenizer(TokenizerBase):
     def _save_backend(self, folder: Path, legacy_format: bool | None, filename_prefix: str | None) -> tuple[str, ...]:
         if legacy_format and not self.can_save_slow_tokenizer:
             raise ValueError("legacy_format=True needs the vocabulary of the slow tokenizer, which is not there")
-        paths = ()
-        if legacy_format is not False and self.can_save_slow_tokenizer:
-            paths = super()._save_backend(folder, None, filename_prefix)
+        saves_slow = legacy_format is not False and self.can_save_slow_tokenizer
+        paths = super()._save_backend(folder, None, filename_prefix) if saves_slow else ()
         if legacy_format:
             return paths
-        path = path_in(folder, filename_prefix, TOKENIZER)
         with self._lock:
             self._reset_backend()
-            replace_file(path, self._tokenizer.to_str(pretty=True).encode())
-        return (*paths, str(path))
+            content = self._tokenizer.to_str(pretty=True)
+        return (*paths, save(folder, filename_prefix, TOKENIZER, content.encode()))
 
     def train_new_from_iterator(
         self,
@@ -236,14 +232,14 @@ class FastTokenizer(TokenizerBase):
             options["unk_token"] = self.unk_token
         else:
             model["vocab"], model["merges"] = {}, []
-            if description["normalizer"] is None:  # byte-level: every byte needs a letter
+            if description["normalizer"] is None:  # byte-level BPE, which needs a letter for every byte
                 options["initial_alphabet"] = tokenizers.pre_tokenizers.ByteLevel.alphabet()
         description.update(added_tokens=[], post_processor=None)
         backend = tokenizers.Tokenizer.from_str(json.dumps(description))
         new = [as_added_token(token, special=True) for token in new_special_tokens or ()]
         special = [token for token in self.added_tokens_decoder.values() if token.special or unigram] + new
-        kind = tokenizers.trainers.UnigramTrainer if unigram else tokenizers.trainers.BpeTrainer
         special = [backend_token(replace(token, special=True)) for token in special]
+        kind = tokenizers.trainers.UnigramTrainer if unigram else tokenizers.trainers.BpeTrainer
         trainer = kind(vocab_size=vocab_size, special_tokens=special, **options)
         with self._without_panics():
             backend.train_from_iterator(text_iterator, trainer=trainer, length=length)

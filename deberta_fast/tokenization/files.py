@@ -16,20 +16,19 @@ CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
 TOKENIZER = "tokenizer.json"
-# transformers 5 writes these into tokenizer_config.json for its own loading; they are no settings of the tokenizer.
+# transformers 5 writes these into tokenizer_config.json for its own loading. They are not settings of a tokenizer.
 FOREIGN_SETTINGS = ("tokenizer_class", "backend", "is_local", "local_files_only", "transformers_version")
 
 
-def write_json(path: Path, content: dict):
-    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    replace_file(path, text.encode())
-
-
-def path_in(folder: str | os.PathLike, prefix: str | None, name: str) -> Path:
-    """Returns the path of a file to save. Raises NotADirectoryError if there is no such folder."""
+def save(folder: str | os.PathLike, prefix: str | None, name: str, content: bytes | dict) -> str:
+    """Writes a file, a dict as JSON, and returns its path. Raises NotADirectoryError if there is no such folder."""
     if not Path(folder).is_dir():
         raise NotADirectoryError(f"expected a folder to save in, got {os.fspath(folder)}")
-    return Path(folder, f"{prefix}-{name}" if prefix else name)
+    path = Path(folder, f"{prefix}-{name}" if prefix else name)
+    if isinstance(content, dict):
+        content = (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    replace_file(path, content)
+    return str(path)
 
 
 def existing(path: str | os.PathLike) -> str:
@@ -51,8 +50,7 @@ class Files:
 
     vocab_files_names: dict[str, str]
     is_fast: bool
-    # Whether the slow tokenizer's vocabulary is at hand.
-    can_save_slow_tokenizer = True
+    can_save_slow_tokenizer = True  # whether ``save_vocabulary`` can write the slow tokenizer's vocabulary
 
     @classmethod
     def from_pretrained(
@@ -67,7 +65,7 @@ class Files:
 
         Args:
             pretrained_model_name_or_path: a folder, or the name of a model on the hub (needs huggingface_hub).
-            use_fast: the class decides this; a value that contradicts it raises a warning.
+            use_fast: has no effect; a warning follows if the class contradicts it.
             trust_remote_code: has no effect, since no code is loaded.
             overrides: arguments of ``__init__``, which take precedence over those in tokenizer_config.json; and
                 revision, cache_dir, token, local_files_only, force_download and subfolder as in ``hub.Source``.
@@ -77,8 +75,8 @@ class Files:
             TypeError: an override is no argument of ``__init__``.
             ValueError: a file is damaged.
         """
-        place = {name: overrides.pop(name) for name in Source.OPTIONS if name in overrides}
-        source = Source(pretrained_model_name_or_path, **place)
+        options = {name: overrides.pop(name) for name in Source.OPTIONS if name in overrides}
+        source = Source(pretrained_model_name_or_path, **options)
         if use_fast is not None and bool(use_fast) != cls.is_fast:
             other = cls.__name__.removesuffix("Fast") + ("" if cls.is_fast else "Fast")
             warnings.warn(f"use_fast={use_fast} does nothing for a {cls.__name__}: see {other}", stacklevel=2)
@@ -91,10 +89,9 @@ class Files:
         try:
             return cls._from_files(source, config, overrides, known)
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-            # Errors that name the file, and errors about the caller's arguments
-            if any(name in str(error) for name in (str(source), *overrides)):
-                raise
-            if overrides and isinstance(error, TypeError):
+            # Such an error names the file already, or is about the caller's arguments.
+            named = any(name in str(error) for name in (str(source), *overrides))
+            if named or (overrides and isinstance(error, TypeError)):
                 raise
             reason = f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             raise ValueError(f"{path or source} cannot be used: {reason}") from error
@@ -105,18 +102,19 @@ class Files:
         if saved_by.startswith("Deberta") and saved_by != cls.__name__.removesuffix("Fast"):
             saved_by = config["tokenizer_class"]
             raise ValueError(f"{source} holds a {saved_by}, according to its {CONFIG}; {cls.__name__} cannot read it")
-        # Paths in a config are those of the machine that wrote it.
+        # Paths in a config exist only on the machine that wrote it.
         paths = (*cls.vocab_files_names, "tokenizer_file")
         saved = {name: value for name, value in config.items() if name not in paths}
         settings = {name: value for name, value in saved.items() if name in known}
-        if "max_len" in config:  # the older name
+        if "max_len" in config:  # the older name of model_max_length
             settings.setdefault("model_max_length", config["max_len"])
         settings.update(cls._saved_tokens(source, config, overrides))
         settings.update(cls._find_files(source))
         settings.update(overrides, name_or_path=source.name)
+        # Special tokens get the flags of the added tokens with the same text.
         by_content = {token.content: token for token in settings.get("added_tokens_decoder", {}).values()}
         for name in NAMES:
-            if (content := _content(settings.get(name))) in by_content:
+            if (content := content_of(settings.get(name))) in by_content:
                 settings[name] = by_content[content]
         tokenizer = cls(**settings)
         # Settings of other libraries stay in the file when it is saved again.
@@ -139,31 +137,25 @@ class Files:
             return {"added_tokens_decoder": {int(index): as_added_token(token) for index, token in saved.items()}}
         # transformers before 4.34 and transformers 5 write the tokens into other files.
         settings, decoder = {}, {}
-        path = source.file(SPECIAL_TOKENS)
-        for name, value in ({} if path is None else read_object(path)).items():
+        for name, value in _read_if_any(source, SPECIAL_TOKENS).items():
             if overrides.get(name):
                 continue
             if name == "additional_special_tokens":
                 more = [as_added_token(token, special=True) for token in (config.get(name) or [])]
-                more += [_special(token) for token in value]
-                settings[name] = list({token.content: token for token in more}.values())
+                settings[name] = more + [_special(token) for token in value]
             elif name in NAMES:
                 settings[name] = _special(value) if isinstance(value, dict) else value
-        path = source.file(ADDED_TOKENS)
-        if path is not None:
-            special = {_content({**config, **settings, **overrides}.get(name)) for name in NAMES}
-            special |= {str(token) for token in settings.get("additional_special_tokens", ())}
-            for content, index in read_object(path).items():
-                decoder[index] = AddedToken(content, special=content in special)
+        special = {content_of({**config, **settings, **overrides}.get(name)) for name in NAMES}
+        special |= {str(token) for token in settings.get("additional_special_tokens", ())}
+        for content, index in _read_if_any(source, ADDED_TOKENS).items():
+            decoder[index] = AddedToken(content, special=content in special)
         return {**settings, "added_tokens_decoder": decoder | cls._tokens_of_backend_file(source)}
 
     @classmethod
     def _tokens_of_backend_file(cls, source: Source) -> dict[int, AddedToken]:
         """Reads the added tokens of tokenizer.json, for slow tokenizers; fast ones load that file as a whole."""
-        path = None if cls.is_fast else source.file(TOKENIZER)
-        if path is None:
-            return {}
-        return {token["id"]: as_added_token(token) for token in read_object(path).get("added_tokens", ())}
+        content = {} if cls.is_fast else _read_if_any(source, TOKENIZER)
+        return {token["id"]: as_added_token(token) for token in content.get("added_tokens", ())}
 
     def save_pretrained(
         self,
@@ -176,11 +168,11 @@ class Files:
         """Writes all files of the tokenizer; ``from_pretrained`` and transformers read them.
 
         Args:
-            save_directory: is made if it does not exist. NotADirectoryError if it is a file.
-            legacy_format: for a fast tokenizer, True: without tokenizer.json; False: without the slow one's vocabulary.
-                ValueError if the tokenizer cannot.
+            save_directory: the folder, which is made if it does not exist. A file raises NotADirectoryError.
+            legacy_format: for a fast tokenizer, True: omit tokenizer.json; False: omit the slow tokenizer's vocabulary.
+                ValueError if the tokenizer cannot do this.
             filename_prefix: the names of the files begin with it and "-".
-            push_to_hub: must be False, otherwise ValueError; huggingface_hub uploads folders.
+            push_to_hub: True raises ValueError; huggingface_hub uploads folders.
 
         Returns:
             The paths of the files.
@@ -188,17 +180,15 @@ class Files:
         if push_to_hub:
             raise ValueError("push_to_hub is not supported: save, and call huggingface_hub.upload_folder")
         folder = Path(save_directory)
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"expected a folder to save in, and {folder} is a file")
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = [path_in(folder, filename_prefix, name) for name in (CONFIG, SPECIAL_TOKENS)]
-        write_json(paths[0], self._config())
+        if not folder.exists():
+            folder.mkdir(parents=True, exist_ok=True)
         tokens = {
             name: [_flags(token) for token in value] if isinstance(value, list) else _flags(value)
             for name, value in self.special_tokens_map_extended.items()
         }
-        write_json(paths[1], tokens)
-        return (*map(str, paths), *self._save_backend(folder, legacy_format, filename_prefix))
+        config = save(folder, filename_prefix, CONFIG, self._config())
+        special_tokens = save(folder, filename_prefix, SPECIAL_TOKENS, tokens)
+        return (config, special_tokens, *self._save_backend(folder, legacy_format, filename_prefix))
 
     def _save_backend(self, folder: Path, legacy_format: bool | None, filename_prefix: str | None) -> tuple[str, ...]:
         """Writes the files of the slow tokenizer: vocabulary and added tokens."""
@@ -206,16 +196,12 @@ class Files:
             raise ValueError("legacy_format=False is for fast tokenizers: a slow one has no tokenizer.json")
         paths = self.save_vocabulary(folder, filename_prefix)
         added = {token: index for token, index in self.added_tokens_encoder.items() if index >= self.vocab_size}
-        if not added:
-            return paths
-        path = path_in(folder, filename_prefix, ADDED_TOKENS)
-        write_json(path, added)
-        return (*paths, str(path))
+        return (*paths, save(folder, filename_prefix, ADDED_TOKENS, added)) if added else paths
 
     def _config(self) -> dict:
         name = type(self).__name__
         return {
-            **dict.fromkeys(NAMES),  # tokens that are not set must stay so
+            **dict.fromkeys(NAMES),  # A token that is not set is saved as null, so that it gets no default when loaded.
             **{name: getattr(self, name, value) for name, value in self.init_kwargs.items()},
             **self.special_tokens_map,
             "model_max_length": self.model_max_length,
@@ -226,7 +212,13 @@ class Files:
         }
 
 
-def _content(token: dict | AddedToken | str | None) -> str:
+def _read_if_any(source: Source, name: str) -> dict:
+    """Returns the object in a JSON file; an empty one if there is no such file."""
+    path = source.file(name)
+    return {} if path is None else read_object(path)
+
+
+def content_of(token: dict | AddedToken | str | None) -> str:
     return str(token.get("content") if isinstance(token, dict) else token)
 
 

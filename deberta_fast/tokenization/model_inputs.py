@@ -10,7 +10,7 @@ from .batch_encoding import BatchEncoding
 PADDINGS = ("longest", "max_length", "do_not_pad")
 TRUNCATIONS = ("longest_first", "only_first", "only_second", "do_not_truncate")
 SIDES = ("right", "left")
-# Bound on padded rows. Libraries allocate a row at once and end the process if the memory is missing.
+# Bound on the length to which rows are padded. tokenizers would end the process if there is too little memory.
 LONGEST_ROW = 2**20
 # A larger model_max_length means that the model has no limit.
 UNLIMITED = int(1e20)
@@ -41,7 +41,7 @@ class Options:
 
 
 def make_options(options: dict, *values) -> Options:
-    """Makes ``Options`` of ``values``, in the order of the fields, and of ``options`` by name."""
+    """Makes ``Options`` from ``values``, in the order of the fields, and from ``options`` by name."""
     unknown = [name for name in options if name not in Options.__dataclass_fields__]
     if unknown:
         raise TypeError(f"there is no option {', '.join(unknown)}, but {', '.join(Options.__dataclass_fields__)}")
@@ -49,7 +49,7 @@ def make_options(options: dict, *values) -> Options:
 
 
 def check_choice(name: str, value, choices: tuple) -> str:
-    value = getattr(value, "value", value)  # transformers has enumerations of the choices
+    value = getattr(value, "value", value)  # It may be a member of transformers' enumeration of the choices.
     if value not in choices:
         raise ValueError(f"expected {name} to be one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
@@ -58,15 +58,14 @@ def check_choice(name: str, value, choices: tuple) -> str:
 class ModelInputs:
     """Builds, truncates and pads rows of ids. Needs ``SpecialTokens`` and the attributes of ``TokenizerBase``."""
 
-    # None stands for ["[CLS]:0", "$A:0", "[SEP]:0", "$B:1", "[SEP]:1"].
+    # None stands for ["[CLS]:0", "$A:0", "[SEP]:0", "$B:1", "[SEP]:1"], with this tokenizer's special tokens.
     pair_template: list[str] | None = None
 
     def _template(self, pair: bool) -> list[tuple[str, int]]:
         """Lists the parts of a row in order, with their types: "$A", "$B" and special tokens."""
-        first = [(self.cls_token, 0), ("$A", 0), (self.sep_token, 0)]
         if pair and self.pair_template:
-            parts = [part.rpartition(":") for part in self.pair_template]
-            return [(name, int(kind)) for name, _, kind in parts]
+            return [(part[:-2], int(part[-1])) for part in self.pair_template]
+        first = [(self.cls_token, 0), ("$A", 0), (self.sep_token, 0)]
         return [*first, ("$B", 1), (self.sep_token, 1)] if pair else first
 
     def _parts(self, token_ids_0: list, token_ids_1: list | None) -> list[tuple[list, int, int]]:
@@ -97,7 +96,7 @@ class ModelInputs:
         if not already_has_special_tokens:
             return [special for ids, _, special in self._parts(token_ids_0, token_ids_1) for _ in ids]
         if token_ids_1 is not None:
-            raise ValueError("a row that already has its special tokens is given as token_ids_0 alone")
+            raise ValueError("already_has_special_tokens=True takes a whole row as token_ids_0, and no token_ids_1")
         special = set(self.all_special_ids)
         return [int(int(index) in special) for index in token_ids_0]
 
@@ -140,24 +139,23 @@ class ModelInputs:
             num_tokens_to_remove: number of tokens.
             truncation_strategy: the text to shorten: "longest_first" (token by token), "only_first", "only_second",
                 "do_not_truncate".
-            stride: number of the remaining tokens that are returned along with the removed ones.
+            stride: number of remaining tokens that are returned with the removed ones.
 
         Returns:
             The remaining ids of both texts, and the removed ones: none for two texts and "longest_first".
         """
-        strategy = check_choice("truncation_strategy", truncation_strategy, TRUNCATIONS)
-        count = num_tokens_to_remove
+        strategy, count = check_choice("truncation_strategy", truncation_strategy, TRUNCATIONS), num_tokens_to_remove
         if count <= 0 or strategy == "do_not_truncate":
             return ids, pair_ids, []
         if strategy == "only_second" and pair_ids is None:
             raise ValueError('truncation="only_second" needs a second text')
         lengths = len(ids), len(pair_ids or ())
         both = strategy == "longest_first" and pair_ids is not None
+        first = 0 if strategy == "only_second" else count
         if both:
+            # The longer text first shrinks to the length of the other one, then they shrink in turn.
             uneven = min(abs(lengths[0] - lengths[1]), count)
             first = (count - uneven) // 2 + (uneven if lengths[0] > lengths[1] else 0)
-        else:
-            first = 0 if strategy == "only_second" else count
         second = count - first
         if first > lengths[0] or second > lengths[1]:
             hint = "" if both or pair_ids is None else "; another truncation could take some from the other text"
@@ -169,6 +167,7 @@ class ModelInputs:
         return ids, pair_ids, [] if both else overflow
 
     def _cut(self, ids: list[int], count: int, stride: int) -> tuple[list[int], list[int]]:
+        """Returns the remaining ids, and the ``count`` removed ones with the ``stride`` ids next to them."""
         window = min(len(ids), stride + count)
         if self.truncation_side == "left":
             return ids[count:], ids[:window]
@@ -188,38 +187,31 @@ class ModelInputs:
         """Pads rows that are already encoded, as a ``collate_fn`` does.
 
         Args:
-            encoded_inputs: a dict with a list or tensor of rows per item, one with a single row, or a list of dicts
-                with one row each. ``input_ids``, ``token_type_ids``, ``attention_mask``, ``special_tokens_mask`` and
+            encoded_inputs: a dict of lists or tensors of rows, a dict with a single row, or a list of dicts with a row
+                each. ``input_ids``, ``token_type_ids``, ``attention_mask``, ``special_tokens_mask`` and
                 ``offset_mapping`` are padded; other items (labels) stay as they are.
             return_tensors: "pt" or "np"; None for the kind of ``encoded_inputs``, lists or tensors.
             padding, max_length, pad_to_multiple_of, padding_side, return_attention_mask: see ``__call__``.
 
         Raises:
-            ValueError: there are no ``input_ids``, items differ in their number of rows, or rows in their items.
+            ValueError: there are no ``input_ids``, or the numbers of rows, or the items of the rows, differ.
         """
         if isinstance(encoded_inputs, list | tuple):
             names = list(encoded_inputs[0]) if encoded_inputs else []
             for row in encoded_inputs:
                 if not isinstance(row, Mapping) or set(row) != set(names):
-                    raise ValueError(f"expected rows that are dicts with {', '.join(names)}, got {_describe(row)}")
+                    raise ValueError(f"expected rows that are dicts with {', '.join(names)}, got {describe(row)}")
             encoded_inputs = {name: [row[name] for row in encoded_inputs] for name in names}
         main = self.model_input_names[0]
         if main not in encoded_inputs:
-            raise ValueError(f"pad needs {main}, got {_describe(encoded_inputs)}")
+            raise ValueError(f"pad needs {main}, got {describe(encoded_inputs)}")
+        return_tensors = _kind(encoded_inputs[main]) if return_tensors is None else return_tensors
         lists = {name: _to_lists(value) for name, value in encoded_inputs.items()}
-        if return_tensors is None:
-            return_tensors = lists[main][1]
-        lists = {name: value for name, (value, _) in lists.items()}
         options = Options(
-            padding=padding,
-            truncation=False,
-            max_length=max_length,
-            pad_to_multiple_of=pad_to_multiple_of,
-            padding_side=padding_side,
-            return_tensors=return_tensors,
-            return_attention_mask=return_attention_mask,
+            padding=padding, truncation=False, max_length=max_length, pad_to_multiple_of=pad_to_multiple_of,
+            padding_side=padding_side, return_tensors=return_tensors, return_attention_mask=return_attention_mask,
             verbose=verbose,
-        )
+        )  # fmt: skip
         options = self._resolve(options, pair=False)
         ids = lists[main]
         if not ids:
@@ -238,56 +230,47 @@ class ModelInputs:
     ) -> BatchEncoding:
         """Pads rows and makes their tensors. As in transformers, the length of a single row includes its padding."""
         lengths = [len(row["input_ids"]) for row in rows] if options.return_length else None
-        rows = self._pad_rows(rows, options)
+        self._pad_rows(rows, options)
         data = rows[0] if single else {name: [row[name] for row in rows] for name in rows[0]}
         if options.return_length:
             data["length"] = len(data["input_ids"]) if single else lengths
         return BatchEncoding(data, tensor_type=options.return_tensors, prepend_batch_axis=prepend_batch_axis)
 
-    def _pad_rows(self, rows: list[dict], options: Options) -> list[dict]:
+    def _pad_rows(self, rows: list[dict], options: Options):
+        """Adds the attention mask and the padding, in place."""
         main = self.model_input_names[0]
-        wants_mask = self._wants("attention_mask", options.return_attention_mask)
-        rows = [{**row, main: list(row[main])} for row in rows]
-        if wants_mask:
+        fill = {main: self.pad_token_id, "token_type_ids": self.pad_token_type_id}
+        fill |= {"special_tokens_mask": 1, "offset_mapping": (0, 0)}
+        if self._wants("attention_mask", options.return_attention_mask):
+            fill["attention_mask"] = 0
             for row in rows:
                 row.setdefault("attention_mask", [1] * len(row[main]))
         if options.padding == "do_not_pad":
-            return rows
+            return
         length = max(len(row[main]) for row in rows) if options.padding == "longest" else options.max_length
         multiple = options.pad_to_multiple_of or 1
         length = -(-length // multiple) * multiple
         left = (options.padding_side or self.padding_side) == "left"
-        fill = {
-            main: self.pad_token_id,
-            "token_type_ids": self.pad_token_type_id,
-            "special_tokens_mask": 1,
-            "offset_mapping": (0, 0),
-            **({"attention_mask": 0} if wants_mask else {}),
-        }
         for row in rows:
             missing = length - len(row[main])
             for name in fill.keys() & row.keys():
                 more = [fill[name]] * missing
-                row[name] = more + list(row[name]) if left else list(row[name]) + more
-        return rows
+                row[name] = [*more, *row[name]] if left else [*row[name], *more]
 
     def _row(self, ids: list[int], pair_ids: list[int] | None, options: Options) -> dict:
         """Makes a row without padding. ``options`` are resolved."""
         if options.return_token_type_ids and not options.add_special_tokens:
             raise ValueError("return_token_type_ids=True needs add_special_tokens=True")
-        row = {}
         pair = pair_ids is not None
         if options.return_overflowing_tokens and pair and options.truncation == "longest_first":
-            raise ValueError(
-                'return_overflowing_tokens with two texts needs truncation="only_first" or "only_second", or a fast '
-                "tokenizer"
-            )
+            needs = 'truncation="only_first" or "only_second", or a fast tokenizer'
+            raise ValueError(f"return_overflowing_tokens with two texts needs {needs}")
         special = self.num_special_tokens_to_add(pair) if options.add_special_tokens else 0
         total = len(ids) + len(pair_ids or ()) + special
         surplus = 0 if options.max_length is None else total - options.max_length
         ids, pair_ids, overflow = self.truncate_sequences(ids, pair_ids, surplus, options.truncation, options.stride)
-        if options.return_overflowing_tokens:
-            row["overflowing_tokens"], row["num_truncated_tokens"] = overflow, surplus
+        asked = options.return_overflowing_tokens
+        row = {"overflowing_tokens": overflow, "num_truncated_tokens": surplus} if asked else {}
         parts = self._parts(ids, pair_ids) if options.add_special_tokens else [(ids, 0, 0), (pair_ids or [], 0, 0)]
         row["input_ids"] = [index for part, _, _ in parts for index in part]
         if self._wants("token_type_ids", options.return_token_type_ids):
@@ -301,11 +284,7 @@ class ModelInputs:
         return name in self.model_input_names if asked is None else asked
 
     def _resolve(self, options: Options, pair: bool) -> Options:
-        """Checks ``options`` and spells out padding, truncation and max_length.
-
-        Args:
-            pair: whether any row has two texts.
-        """
+        """Checks ``options`` and spells out padding, truncation and max_length. ``pair``: a row has two texts."""
         max_length, multiple = options.max_length, options.pad_to_multiple_of
         for name, value in (("max_length", max_length), ("stride", options.stride)):
             if value is not None and (not isinstance(value, Integral) or value < 0):
@@ -316,27 +295,23 @@ class ModelInputs:
             check_choice("padding_side", options.padding_side, SIDES)
         if max_length is not None and max_length > UNLIMITED:  # the model_max_length of a model without a limit
             max_length = None
-        warn = self._warn_once if options.verbose else lambda topic, message: None
         truncation = options.truncation
         if truncation is None and options.padding is False and max_length is not None:
             truncation = True
-            warn("max_length without truncation", "max_length is given: truncating to it, longest first")
+            self._warn_once(options, "truncation", "max_length is given: truncating to it, longest first")
         short = {True: "longest_first", False: "do_not_truncate", None: "do_not_truncate"}
         truncation = check_choice("truncation", short.get(truncation, truncation), TRUNCATIONS)
         short = {True: "longest", False: "do_not_pad", None: "do_not_pad"}
         padding = check_choice("padding", short.get(options.padding, options.padding), PADDINGS)
         if options.padding is True and max_length is not None and truncation == "do_not_truncate":
-            warn(
-                "padding=True with max_length",
-                'max_length does nothing with padding=True and without truncation; there is padding="max_length"',
-            )
+            message = 'max_length does nothing with padding=True and without truncation; there is padding="max_length"'
+            self._warn_once(options, "padding", message)
         if max_length is None and (padding == "max_length" or truncation != "do_not_truncate"):
             if self.model_max_length <= UNLIMITED:
                 max_length = self.model_max_length
             else:
-                warn(
-                    "no max_length", "neither max_length nor the tokenizer's model_max_length is set: taking no length"
-                )
+                message = "there is no max_length or model_max_length to which rows could be truncated or padded"
+                self._warn_once(options, "no max_length", message)
                 padding = "do_not_pad" if padding == "max_length" else padding
                 truncation = "do_not_truncate"
         if padding != "do_not_pad":
@@ -359,26 +334,34 @@ class ModelInputs:
         return replace(options, padding=padding, truncation=truncation, max_length=max_length)
 
     def _warn_if_too_long(self, ids: list[int], options: Options):
-        if options.max_length is None and len(ids) > self.model_max_length > 0 and options.verbose:
-            self._warn_once(
-                "too long", f"a row has {len(ids)} tokens, more than the model_max_length, {self.model_max_length}"
-            )
+        if options.max_length is None and len(ids) > self.model_max_length > 0:
+            message = f"a row has {len(ids)} tokens, more than the model_max_length, {self.model_max_length}"
+            self._warn_once(options, "too long", message)
 
-    def _warn_once(self, topic: str, message: str):
-        if not self.deprecation_warnings.get(topic):
+    def _warn_once(self, options: Options, topic: str, message: str):
+        if options.verbose and not self.deprecation_warnings.get(topic):
             self.deprecation_warnings[topic] = True
             warnings.warn(message, stacklevel=2)
 
 
-def _describe(value) -> str:
+def describe(value) -> str:
+    """Describes an unexpected value: the names in a dict, or its type and the types of its items."""
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of {', '.join(sorted({type(x).__name__ for x in value})) or 'nothing'}"
     return ", ".join(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
 
 
-def _to_lists(value) -> tuple[list, str | None]:
-    """Converts a list or tensor to lists, and names the kind of its tensors: "pt", "np" or None."""
+def _to_lists(value):
+    """Returns a copy of nested lists and tensors, as lists."""
     if isinstance(value, list | tuple):
-        rows = [_to_lists(row) for row in value] if value and not isinstance(value[0], int | str) else []
-        return ([row for row, _ in rows] if rows else list(value)), (rows[0][1] if rows else None)
-    if hasattr(value, "tolist"):
-        return value.tolist(), "pt" if type(value).__module__.startswith("torch") else "np"
-    return value, None
+        return list(value) if value and isinstance(value[0], int | str) else [_to_lists(row) for row in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _kind(value) -> str | None:
+    """Names the kind of a tensor, or of the first tensor in a list: "pt", "np", or None for numbers."""
+    while isinstance(value, list | tuple) and value:
+        value = value[0]
+    if not hasattr(value, "tolist"):
+        return None
+    return "pt" if type(value).__module__.startswith("torch") else "np"

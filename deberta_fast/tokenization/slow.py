@@ -15,7 +15,7 @@ class SlowTokenizer(TokenizerBase):
 
     A subclass has ``convert_tokens_to_string``, ``_vocab`` (the ids of the model's own tokens),
     ``_base_id_to_token(index)``, ``_prepare(text, word, add_prefix_space)``, which adds a space before a text or a word
-    where needed, and ``_tokenize(text)``, which splits a text without added tokens.
+    where it needs one, and ``_tokenize(text)``, which splits a text without added tokens.
     """
 
     is_fast = False
@@ -45,8 +45,7 @@ class SlowTokenizer(TokenizerBase):
         for token in tokens:
             content = token.content
             if self.do_lower_case and token.normalized and not token.special:
-                # It is looked for in lower-case text.
-                content = content.lower()
+                content = content.lower()  # The text is in lower case when such tokens are searched for.
                 token = replace(token, content=content)
             index = self._added_ids.get(content, self._vocab.get(content))
             if index is None:
@@ -55,7 +54,7 @@ class SlowTokenizer(TokenizerBase):
                 self._additional_special_tokens.append(token)
             self._added[index] = token
             self._added_ids[content] = index
-        # Where two tokens begin at the same place, the longer one counts.
+        # If two tokens begin at the same place, the longer one matches.
         longest_first = sorted(filter(None, self._added_ids), key=len, reverse=True)
         self._added_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         return count - before
@@ -90,13 +89,13 @@ class SlowTokenizer(TokenizerBase):
 
     def _split(self, text: str, options: Options) -> list[str]:
         """Splits at added tokens, then lets the model split the rest."""
-        whole = options.split_special_tokens
-        if self.split_special_tokens if whole is None else whole:
+        split = options.split_special_tokens
+        if self.split_special_tokens if split is None else split:
             return self._tokenize(self._lower(text))
-        # Added tokens are looked for in lower-case text; those that are not normalized keep their case.
+        # The first search finds added tokens that keep their case, the second one those that are in lower case.
         if self.do_lower_case:
             text = "".join(part if found else self._lower(part) for part, found in self._split_at_added(text))
-        parts = list(self._split_at_added(text))
+        parts = self._split_at_added(text)
         for i, (part, found) in enumerate(parts):
             if not found:
                 continue
@@ -111,11 +110,7 @@ class SlowTokenizer(TokenizerBase):
                     parts[i - 1], parts[i] = (parts[i - 1][0] + part, False), ("", False)
                 elif right and not right.startswith(" ") and not parts[i + 1][1]:
                     parts[i + 1], parts[i] = (part + parts[i + 1][0], False), ("", False)
-        tokens = []
-        for part, found in parts:
-            if part:
-                tokens += [part] if found else self._tokenize(part)
-        return tokens
+        return [token for part, found in parts if part for token in ([part] if found else self._tokenize(part))]
 
     def _split_at_added(self, text: str) -> list[tuple[str, bool]]:
         """Splits a text at added tokens; returns the parts, and whether each is an added token."""
@@ -123,7 +118,7 @@ class SlowTokenizer(TokenizerBase):
         return [(part, i % 2 == 1) for i, part in enumerate(parts) if part]
 
     def _lower(self, text: str) -> str:
-        # Letter by letter: str.lower has a final sigma, which the models do not know.
+        # str.lower of a whole word writes a final sigma (ς), which the models do not know.
         return "".join(map(str.lower, text)) if self.do_lower_case else text
 
     def _ids(self, text, options: Options) -> list[int]:
@@ -135,17 +130,15 @@ class SlowTokenizer(TokenizerBase):
     def _encode(self, examples: list[tuple], single: bool, options: Options) -> BatchEncoding:
         if options.return_offsets_mapping:
             raise NotImplementedError("return_offsets_mapping needs a fast tokenizer")
-        rows = []
-        for first, second in examples:
-            ids = self._ids(first, options)
-            rows.append(self._row(ids, None if second is None else self._ids(second, options), options))
+        ids = lambda text: None if text is None else self._ids(text, options)
+        rows = [self._row(ids(first), ids(second), options) for first, second in examples]
         return self._finish(rows, options, single, prepend_batch_axis=single)
 
     def _decode(self, ids: list[int], skip_special_tokens: bool, spaces_between_special_tokens: bool) -> str:
         special = set(self.all_special_tokens)
-        # convert_tokens_to_string takes no added tokens, except special ones of the model's own vocabulary.
-        behind = {token for token in self.additional_special_tokens if self._token_to_id(token) >= self.vocab_size}
-        apart = (self._added_ids.keys() - special) | behind
+        # convert_tokens_to_string must not get added tokens, except special ones of the model's own vocabulary.
+        beyond = {token for token in self.additional_special_tokens if self._token_to_id(token) >= self.vocab_size}
+        apart = (self._added_ids.keys() - special) | beyond
         tokens = [self._id_to_token(index) for index in ids]
         if None in tokens:
             raise ValueError(f"there is no token with id {ids[tokens.index(None)]}")
@@ -155,5 +148,5 @@ class SlowTokenizer(TokenizerBase):
         for added, run in groupby(tokens, apart.__contains__):
             run = list(run)
             texts += run if added else [self.convert_tokens_to_string(run)]
-        texts = [*filter(None, texts[:-1]), *texts[-1:]]  # only the last text counts if it is empty
+        texts = [*filter(None, texts[:-1]), *texts[-1:]]  # As in transformers, an empty text counts if it is the last.
         return (" " if spaces_between_special_tokens else "").join(texts)

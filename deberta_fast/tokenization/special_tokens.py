@@ -1,4 +1,4 @@
-"""Tokens that are never split: ``AddedToken``, and ``SpecialTokens``, which gives the special ones their names."""
+"""``AddedToken``, a token that is never split, and ``SpecialTokens``, the special tokens of a tokenizer by name."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
@@ -12,10 +12,10 @@ class AddedToken:
 
     Args:
         content: the text.
-        single_word: does not match within a longer word.
-        lstrip, rstrip: takes the white space on its left (right) along.
-        normalized: is looked for in the normalized text; None: if it is not special.
-        special: ``decode(skip_special_tokens=True)`` omits it.
+        single_word: the token is not found within a longer word.
+        lstrip, rstrip: the token includes the white space on its left (right).
+        normalized: the token is searched for in the normalized text instead of the original; None: ``not special``.
+        special: ``decode(skip_special_tokens=True)`` omits the token.
     """
 
     content: str
@@ -99,7 +99,7 @@ class SpecialTokens:
 
     @additional_special_tokens.setter
     def additional_special_tokens(self, tokens: Sequence | None):
-        self._additional_special_tokens = [as_added_token(token, special=True) for token in _as_list(tokens or ())]
+        self._additional_special_tokens = _as_special(tokens or ())
 
     @property
     def additional_special_tokens_ids(self) -> list[int]:
@@ -125,9 +125,8 @@ class SpecialTokens:
     @property
     def all_special_tokens_extended(self) -> list[AddedToken]:
         """All special tokens, each once."""
-        tokens = filter(None, [*self._special_tokens.values(), *self._additional_special_tokens])
         first = {}
-        for token in tokens:
+        for token in filter(None, [*self._special_tokens.values(), *self._additional_special_tokens]):
             first.setdefault(token.content, token)
         return list(first.values())
 
@@ -154,7 +153,7 @@ class SpecialTokens:
                 tokens.append(as_added_token(value, special=True))
                 setattr(self, name, tokens[-1])
             elif name == "additional_special_tokens":
-                new = [as_added_token(token, special=True) for token in _as_list(value)]
+                new = _as_special(value)
                 if not replace_additional_special_tokens:
                     new = [token for token in new if token.content not in self.additional_special_tokens]
                     self._additional_special_tokens += new
@@ -166,9 +165,9 @@ class SpecialTokens:
         return self.add_tokens(tokens, special_tokens=True)
 
     def add_tokens(self, new_tokens, special_tokens: bool = False) -> int:
-        """Adds tokens after the last id of the vocabulary. Tokens that it already has are never split from now on.
+        """Adds tokens with the next ids. Tokens that the vocabulary already has keep theirs, and are no longer split.
 
-        Returns how many the vocabulary gained; a model needs embeddings of ``len(tokenizer)`` rows.
+        Returns the number of new ids; a model needs embeddings of ``len(tokenizer)`` rows.
 
         Args:
             new_tokens: text or ``AddedToken``, one or a list of them. Others raise TypeError.
@@ -182,7 +181,7 @@ class SpecialTokens:
         return self._add_tokens([token for token in tokens if token.content])
 
 
-def _as_list(tokens) -> list:
+def _as_special(tokens) -> list[AddedToken]:
     if not isinstance(tokens, list | tuple):
         raise TypeError(f"expected a list of tokens, got {type(tokens).__name__}")
-    return list(tokens)
+    return [as_added_token(token, special=True) for token in tokens]
