@@ -1,4 +1,4 @@
-"""Damaged and hostile files of checkpoints: each is refused by its name and a reason, and none is executed."""
+"""Damaged and hostile checkpoint files: each error names the file and a reason, and no code in a file runs."""
 
 import copyreg
 import io
@@ -251,8 +251,8 @@ def test_no_code_is_run(tmp_path, trick):
     try:
         pickle.loads(content)
     except AttributeError:
-        pass  # the harm is done by then
-    assert mark.is_dir()  # which proves that the trick works on whoever falls for it
+        pass  # the folder exists by then
+    assert mark.is_dir()  # so the trick works on Python's pickle
     mark.rmdir()
     advice = "refused, as it holds more than tensors .*convert it to safetensors"
     for variant in (
@@ -295,7 +295,7 @@ def test_other_kinds_of_archives_run_nothing(tmp_path):
 
 
 def tensor(key="0", offset=0, size=2):
-    """A pickle of a tensor over the record ``data/key``."""
+    """Pickle opcodes for a tensor whose values are in the record ``data/key``."""
     storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(key) + text("cpu") + b"K\x02tQ"
     numbers = b"K" + bytes([offset]) + b"K" + bytes([size]) + b"\x85K\x01\x85\x89ccollections\nOrderedDict\n)R"
     return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + numbers + b"tR"
@@ -334,7 +334,7 @@ DATA = [("data/0", struct.pack("<2f", 1, 2))]
 
 
 def test_the_written_archives_are_read_when_sound(tmp_path):
-    """So that what is refused above is refused for its content."""
+    """The helpers write valid archives, so the archives above are refused for their content."""
     path = save_zip(tmp_path / "zip.bin", b"\x80\x02}" + text("x") + tensor() + b"s.", records=DATA)
     assert_same(read_only(path), {"x": torch.tensor([1.0, 2.0])})
     path = save_legacy(tmp_path / "legacy.bin", legacy_pickles()[0][3])

@@ -74,7 +74,7 @@ def test_torch_save(tmp_path, zipped):
     path = tmp_path / "pytorch_model.bin"
     torch.save(OrderedDict(tensors), path, _use_new_zipfile_serialization=zipped)
     assert_same(read(tmp_path), tensors)
-    read(tmp_path)["a"].add_(1)  # of a map of the file; the file stays
+    read(tmp_path)["a"].add_(1)  # changes the tensor, not the file behind it
     assert_same(read(tmp_path), tensors)
 
 
@@ -93,7 +93,7 @@ def test_a_tensor_may_be_called_model(tmp_path):
 
 
 def test_an_archive_that_was_compressed(tmp_path):
-    """torch maps its records as if they were not."""
+    """torch maps the records of such an archive as if they were uncompressed."""
     path, packed = tmp_path / "pytorch_model.bin", tmp_path / "packed.bin"
     torch.save(TENSORS, path)
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as other:
@@ -224,7 +224,7 @@ def test_a_crash_while_writing_loses_nothing(tmp_path, monkeypatch, before, afte
 @pytest.mark.parametrize("before", [10**6, 32, 16])
 @pytest.mark.parametrize("after", [10**6, 32, 16])
 def test_a_crash_while_renaming_mixes_nothing(tmp_path, monkeypatch, before, after):
-    """At any moment the folder holds the old weights, the new ones or none; the new ones are complete by then."""
+    """At any moment the old or the new weights can be loaded, or none; if none, the new ones are already written."""
     tensors = lambda value: {f"x{i}": torch.full((4,), value) for i in range(4)}
     real = os.replace
     for moment in range(10):
@@ -249,7 +249,7 @@ def test_a_crash_while_renaming_mixes_nothing(tmp_path, monkeypatch, before, aft
         except FileNotFoundError:
             assert before == after != 10**6
             written = [x for x in folder.iterdir() if x.suffix in (".unfinished", ".safetensors")]
-            assert written  # under their temporary names or already under their own
+            assert written  # under temporary or final names
         else:
             assert values in ({0.0}, {1.0})
     assert values == {1.0}

@@ -1,4 +1,4 @@
-"""Names and layouts of checkpoints: Hugging Face's, Microsoft's, Keras's and what wrappers make of them."""
+"""Names and layouts of checkpoints: Hugging Face's, Microsoft's, Keras's, and those that wrappers change."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def test_hugging_face(name, version):
 
 
 def test_v1_rows_are_interleaved_by_head():
-    """in_proj's rows, numbered: of either head 4 of the query, 4 of the key, 4 of the value."""
+    """The rows of in_proj, numbered: each of the two heads has 4 of the query, 4 of the key and 4 of the value."""
     name = "encoder.layer.0.attention.self."
     numbers = torch.arange(3 * WIDTH).float()[:, None].expand(-1, WIDTH)
     got, _ = load({"embeddings.LayerNorm.weight": torch.ones(1), name + "in_proj.weight": numbers}, 1)
@@ -84,7 +84,10 @@ def test_talking_heads():
 @pytest.mark.parametrize("name", ["small", "mlm", "cls"])
 @pytest.mark.parametrize("file", ["", "mlm", "cls"])
 def test_a_file_of_another_model(name, file, version):
-    """A bare model from a task's file and a task's from a bare one; the other's head is known, its own is missing."""
+    """A model loads the body from a file of another task or of a bare model.
+
+    The head in the file is recognised and ignored, and the model's own head is missing.
+    """
     wanted = native(version, seed=1, **OPTIONS[name])
     tensors = native(version, file)
     got, ignored = load(as_v1(tensors) if version == 1 else tensors, version, expected=wanted)
@@ -102,7 +105,7 @@ def test_a_file_of_another_model(name, file, version):
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["small", "cls", "mlm"])
 def test_prefixes(prefix, name):
-    """A body of any name; what stands around it stands around the heads too."""
+    """The body may have any name; the prefix of a wrapper is on the names of the heads too."""
     expected = native(**OPTIONS[name])
     around = prefix.removesuffix("deberta.").removesuffix("bert.") if prefix.endswith("bert.") or "a." in prefix else ""
     around = "module." if prefix == "module." else around if "deberta._" not in prefix else ""
@@ -138,7 +141,7 @@ def test_unknown_names_stay():
     got, ignored = load(native(head="cls") | extra, head="cls")
     assert got.keys() == native_shapes(head="cls").keys() | extra.keys() and not ignored
     got, _ = load(native(head="cls") | {"classifier.extra": torch.ones(1)}, head="cls")
-    assert "classifier.extra" in got  # its own head's
+    assert "classifier.extra" in got  # a part of its own head
     got, _ = load(native() | {"encoder.extra": torch.ones(1)})
     assert "encoder.extra" in got
     got, _ = load({"fc.weight": torch.ones(1)})
@@ -176,14 +179,14 @@ def test_layouts_of_the_other_version_are_named():
 
 
 def test_v1_saved_by_microsofts_code():
-    """Which splits in_proj, and gives the keys biases of zero; trained ones have no place in v1."""
+    """Microsoft's code splits in_proj and saves biases of zero for the keys; v1 has no place for trained ones."""
     expected = native(1, "cls")
     names = [f"deberta.encoder.layer.{i}.attention.self.{x}_proj.bias" for i in (0, 1) for x in ("key", "pos_key")]
     assert_loads(expected | {x: torch.zeros(WIDTH) for x in names}, expected, 1, ignored=names)
     got, ignored = load(expected | {x: torch.ones(WIDTH) for x in names}, 1, expected=expected)
     assert got.keys() == expected.keys() | set(names) and not ignored
     v2 = native(2, "cls") | {x: torch.zeros(WIDTH) for x in names}
-    assert_loads(v2, v2)  # which has them
+    assert_loads(v2, v2)  # v2 has these biases
 
 
 def test_v3_with_the_discriminators_head():
@@ -239,7 +242,7 @@ def test_differences_are_added_to_the_generators_embeddings():
     for name, tensor in discriminator.items():
         torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-6)
     assert_loads(first | second, generator, part="generator", ignored=second)
-    without = set(discriminator) - {POSITIONS + "weight"}  # to which the positions' difference is of no use
+    without = set(discriminator) - {POSITIONS + "weight"}  # this model does not use the positions' difference
     got, ignored = load(first | second, expected=without)
     assert got.keys() == without and "discriminator." + POSITIONS + "_weight" in ignored
 
@@ -253,7 +256,7 @@ def test_differences_without_the_generator():
         ) as raised:
             load(file, expected=discriminator)
         assert next(x for x in file if WORDS + "_weight" in x) in str(raised.value)
-    # the positions' difference matters to those who add positions
+    # Only a model that adds positions needs the positions' difference.
     alone = as_difference(discriminator, generator, (POSITIONS,))
     with pytest.raises(CheckpointError, match=r"position_embeddings\._weight is what"):
         load(alone, expected=discriminator)
@@ -296,7 +299,7 @@ def test_tied_decoders():
         load(differs, expected=expected)
     with pytest.raises(CheckpointError, match="differs"):
         load(full | {"cls.predictions.decoder.weight": words[1:]}, expected=expected)
-    cls = native(head="cls")  # which has no use for it, whatever it is
+    cls = native(head="cls")  # a model that does not use the decoder
     got, ignored = load(differs, expected=cls)
     assert got.keys() == {x for x in cls if x.startswith("deberta.")}
     assert "cls.predictions.decoder.weight" in ignored
@@ -305,7 +308,7 @@ def test_tied_decoders():
 
 
 def test_a_decoder_may_stand_for_the_embeddings():
-    """Of two tensors that are tied, some savers keep the first by name."""
+    """Some savers keep only that one of two tied tensors whose name comes first."""
     expected = native(head="mlm")
     legacy = renamed(expected, LEGACY)
     legacy["cls.predictions.decoder.weight"] = legacy.pop(WORDS + "weight")
@@ -319,14 +322,14 @@ def test_a_decoder_of_its_own():
     expected = native(head="mlm", tied=False)
     legacy = renamed(expected, LEGACY)
     assert_loads(legacy, expected)
-    # Hugging Face 5 leaves the first bias at zero then, and adds the other.
+    # transformers 5 then leaves cls.predictions.bias at zero and adds the decoder's bias.
     bias = legacy["cls.predictions.bias"]
     assert_loads(legacy | {"cls.predictions.decoder.bias": bias, "cls.predictions.bias": torch.zeros(20)}, expected)
     assert_loads({"cls.predictions.decoder.bias": bias} | legacy | {"cls.predictions.bias": torch.zeros(20)}, expected)
     with pytest.raises(ValueError, match="legacy=True only"):
         to_hf(expected, version=2, heads=HEADS, legacy=False)
     tied = native(head="mlm")
-    assert load(tied, expected=expected)[0].keys() == tied.keys()  # the decoder is missing, which the caller sees
+    assert load(tied, expected=expected)[0].keys() == tied.keys()  # the caller sees that the decoder is missing
 
 
 def test_two_heads_in_a_file():
@@ -354,12 +357,12 @@ def test_keras(tmp_path, name, version):
     tensors, file = read_tensors(Source(tmp_path))
     assert file == "tf_model.h5" and all("/" in x for x in tensors)
     assert_loads(tensors, expected, version)
-    # Its safetensors and its shards leave out the model's name.
+    # TensorFlow's safetensors files and shards omit the model's name.
     assert_loads({x.split("/", 1)[1]: y for x, y in tensors.items()}, expected, version)
 
 
 def test_keras_names():
-    """As TensorFlow wrote them, with the shapes of PyTorch's side by side."""
+    """TensorFlow's names become PyTorch's, and kernels are transposed."""
     file = "tf_deberta_v2_for_masked_lm/"
     names = {
         "deberta/embeddings/word_embeddings/weight:0": "deberta.embeddings.word_embeddings.weight",

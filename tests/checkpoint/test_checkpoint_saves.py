@@ -1,4 +1,4 @@
-"""Saves that are killed, that meet, that are read meanwhile or find no room: what can be loaded is always one whole."""
+"""Saves that are killed, run at the same time, are read meanwhile or fill the disk: loads find one whole checkpoint."""
 
 import itertools
 import json
@@ -30,9 +30,9 @@ def model(number, **changes):
 
 
 def number_of(folder):
-    """The number of the one model that lies in a folder."""
+    """The number of the model in a folder, which must not mix several models."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # of parameters that are initialised or left over
+        warnings.simplefilter("error")  # about parameters that are initialised or left over
         found = DebertaV2Model.from_pretrained(folder)
     (number,) = {float(x) for tensor in found.state_dict().values() for x in tensor.unique()}
     assert found.config.layer_norm_eps == number * 1e-3
@@ -40,7 +40,7 @@ def number_of(folder):
 
 
 def kill_at(step, folder):
-    """Ends this process before its ``step``-th change of a file in ``folder``; files that are opened to write count."""
+    """Ends this process before its ``step``-th change of a file in ``folder``. Opening a file to write is a change."""
     left = step
 
     def hook(event, arguments):
@@ -81,7 +81,7 @@ def test_killed_at_any_step(tmp_path, before, after):
 
 
 def test_killed_with_what_others_write_after(tmp_path, monkeypatch):
-    """What is kept for the old weights says nothing of others."""
+    """The configuration that is kept for the old weights does not hide a config.json that is saved later."""
     model(1).save_pretrained(tmp_path)
     real = os.replace
 
@@ -105,7 +105,7 @@ def test_killed_with_what_others_write_after(tmp_path, monkeypatch):
 
 @sizes
 def test_stopped_at_any_step(tmp_path, monkeypatch, before, after):
-    """A full disk or Ctrl-C: the old checkpoint stays, and nothing else does."""
+    """After a full disk the old checkpoint is still there, and no unfinished file is."""
     folder, real = tmp_path / "model", os.replace
     for step in range(20):
         model(1).save_pretrained(folder, max_shard_size=before)
@@ -203,7 +203,7 @@ def test_read_only_folder(tmp_path):
 
 
 def test_a_disk_that_is_full_for_the_configuration(tmp_path, monkeypatch):
-    """In a folder of its own, too, where only config.json is written."""
+    """A save of only the configuration and a save of a model both keep the old checkpoint."""
     model(1).save_pretrained(tmp_path)
 
     def full(descriptor):

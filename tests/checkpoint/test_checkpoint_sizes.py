@@ -1,4 +1,4 @@
-"""Configurations that are no model's, or not the one of the weights beside them: refused at once, by name."""
+"""Configurations that fit no model, or not the weights beside them: an error names the field at once."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from deberta_fast import (
 )
 from deberta_fast.checkpoint import CheckpointError, check_layers
 
-SLOW = 5  # seconds; what is refused too late takes minutes
+SLOW = 5  # seconds; a refusal that comes too late takes minutes
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_contradicted(saved, field, value, message):
     ],
 )
 def test_too_large_to_initialise(saved, field, lacking, value):
-    """What the file lacks is drawn, and would fill the memory."""
+    """Weights that the file lacks are initialised, and these would fill the memory."""
     folder = saved("v1", **{field: value})
     tensors = load_file(folder / "model.safetensors")
     kept = {x: tensor for x, tensor in tensors.items() if x != lacking and not x.startswith(("pooler", "classifier"))}
@@ -91,7 +91,7 @@ def test_too_large_to_initialise(saved, field, lacking, value):
 
 
 def test_asked_for_by_name(saved):
-    """More layers than the file has are no mistake where the caller says so, and neither is what a file may lack."""
+    """The caller may ask for more layers than the file has, and the file may lack one of its layers."""
     folder = saved()
     with pytest.warns(UserWarning, match="initialised, for the file lacks them: .*layer.2"):
         model = DebertaV2Model.from_pretrained(folder, num_hidden_layers=3)

@@ -1,4 +1,4 @@
-"""Checkpoints of Hugging Face's own models, read and given back; `make test-oldest` takes transformers 4.48."""
+"""Checkpoints of Hugging Face's own models, read and written; `make test-oldest` runs this with transformers 4.48."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ MODELS += [
     for name in CONFIGS
     for legacy in (True, False)
     for tied in (True, False)
-    # The other head takes no narrow embeddings, and transformers 4 ties its dense layer to the embeddings.
+    # The head without ``legacy`` takes no narrow embeddings, and transformers 4 ties its dense layer to the embeddings.
     if legacy or ("narrow" not in name and not (tied and transformers.__version__.startswith("4.")))
 ]
 IDS = ["-".join(map(str, (name, task, *changes.values()))) for name, task, changes in MODELS]
@@ -51,7 +51,7 @@ def build(name, task, changes):
 
 
 def expected_names(model, version):
-    """Of this package's model for the same configuration."""
+    """The parameter names of this package's model for the same configuration."""
     names = set()
     v1 = {"q_bias": "query_proj.bias", "v_bias": "value_proj.bias", "pos_proj.weight": "pos_key_proj.weight",
           "pos_q_proj.weight": "pos_query_proj.weight", "pos_q_proj.bias": "pos_query_proj.bias"}  # fmt: skip
@@ -82,7 +82,7 @@ def assert_hugging_face_loads(folder, model, unexpected=()):
 
 
 def tie_bias(model):
-    """transformers 5 has two of them where it ties nothing, and adds the decoder's alone."""
+    """Makes the two biases of the head equal: if nothing is tied, transformers 5 adds only the decoder's."""
     if hasattr(model, "cls"):
         model.cls.predictions.bias.data.copy_(model.cls.predictions.decoder.bias.data)
 
@@ -126,7 +126,7 @@ def test_their_bin_files_and_their_shards(tmp_path):
 
 
 def test_positions_that_they_do_not_add(tmp_path):
-    """The enhanced mask decoder's: saved, and of no harm."""
+    """The enhanced mask decoder's positions are saved, and transformers ignores them."""
     positions = "deberta.embeddings.position_embeddings.weight"
     for name in ("v1-talking", "v2"):
         model, version = build(name, "ForMaskedLM", {})
@@ -142,7 +142,7 @@ def test_positions_that_they_do_not_add(tmp_path):
 
 @torch.no_grad()
 def test_v1_projections_are_theirs():
-    """Query, key and value of each head, as their attention splits them."""
+    """Query, key and value of each head equal those that transformers' attention splits from in_proj."""
     model, _ = build("v1", "Model", {})
     native, _ = to_native(
         model.state_dict(), version=1, heads=HEADS, expected=expected_names(model, 1), part="discriminator"
@@ -158,14 +158,14 @@ def test_v1_projections_are_theirs():
 
 @pytest.mark.parametrize("size", ["20KB", "1GB"])
 def test_shards_are_found_by_transformers(tmp_path, size):
-    """Their names are this package's own, and no other save's."""
+    """transformers loads our shards, although every save gives them new names."""
     model = native_models.build("v3")
     for _ in range(2):
         model.save_pretrained(tmp_path, max_shard_size=size)
         found = transformers.AutoModel.from_pretrained(tmp_path)
         ids = torch.arange(1, 9)[None]
         torch.testing.assert_close(found(ids)[0], model(ids)[0], atol=1e-5, rtol=1e-5)
-    found.save_pretrained(tmp_path, max_shard_size=size)  # which leaves nothing of the other
+    found.save_pretrained(tmp_path, max_shard_size=size)  # leaves no file of our save
     torch.testing.assert_close(type(model).from_pretrained(tmp_path)(ids)[0], model(ids)[0], atol=1e-5, rtol=1e-5)
     files = {x.name for x in tmp_path.iterdir() if x.suffix == ".safetensors"}
     index = tmp_path / "model.safetensors.index.json"

@@ -1,4 +1,4 @@
-"""Where checkpoints are looked for: folders, and what huggingface_hub has downloaded."""
+"""Places of checkpoints: folders, and the files that huggingface_hub has downloaded."""
 
 import sys
 
@@ -13,7 +13,7 @@ from deberta_fast.checkpoint.hub import Source
 
 @pytest.fixture
 def cache(tmp_path):
-    """A cache as huggingface_hub keeps it, with one model."""
+    """A cache in the layout of huggingface_hub that holds one model."""
     pytest.importorskip("huggingface_hub")
     place = tmp_path / "models--someone--some-model"
     files = place / "snapshots" / ("0" * 40)
@@ -57,7 +57,7 @@ def test_answers_of_the_hub(error, kind, message, monkeypatch):
 
     def download(name, file, **options):
         assert (name, file, options["revision"]) == ("someone/some-model", "config.json", "v2")
-        # made without the response that the real ones carry
+        # ``__new__`` needs no response, which ``__init__`` requires.
         raise getattr(errors, error).__new__(getattr(errors, error), "as the hub says")
 
     monkeypatch.setattr(hub, "hf_hub_download", download)

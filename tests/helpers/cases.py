@@ -29,10 +29,10 @@ class Case:
     mask: str | None = None
     offset: int = 0
     far_negative: str = "hf"
-    window: bool = False  # only the rows of the tables that the lengths can reach
+    window: bool = False  # the tables hold only the rows that the lengths can reach
     fused_qkv: bool = False  # query, key, value as views of one projection
     dropout_p: float = 0.0
-    device: str = "cpu"  # where the tensors lie; their numbers are drawn on the CPU, the same for all
+    device: str = "cpu"  # where the tensors lie; their values are drawn on the CPU, so every device gets the same
 
 
 CASES = [
@@ -69,7 +69,7 @@ BY_NAME = {case.name: case for case in CASES}
 
 
 def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> Call:
-    """Unit-variance inputs of a case, exactly the same numbers whatever the dtype rounds them to."""
+    """Unit-variance inputs of a case. Every dtype rounds the same numbers."""
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -112,12 +112,12 @@ def seed_after(manual_seed: int, device: str = "cpu") -> torch.Tensor:
 
 
 def _mask(case: Case, random: torch.Generator) -> torch.Tensor | None:
-    """(B or 1, H or 1, Lq or 1, Lk)."""
+    """The mask of a case, of shape (B or 1, H or 1, Lq or 1, Lk), or None."""
     batch, rows, keys = case.batch, case.query_length, case.key_length
     lengths = torch.tensor([keys, *(max(1, keys * 2 // 3 - 5 * b) for b in range(1, batch))])
     valid = torch.arange(keys) < lengths[:, None]
     some = torch.rand(batch, keys, generator=random) > 0.4
-    # A block-diagonal mask hides packed neighbours; row 3 of the pairwise one sees nothing.
+    # The block-diagonal mask separates packed sequences. Row 3 of the pairwise mask sees no key.
     segment = torch.arange(keys) // 37
     pairwise = (torch.rand(batch, 1, rows, keys, generator=random) > 0.5) & (torch.arange(rows) != 3)[:, None]
     return {
@@ -133,14 +133,14 @@ def _mask(case: Case, random: torch.Generator) -> torch.Tensor | None:
     }[case.mask]()
 
 
-# Backends that take CPU tensors; tests/op/triton_interpreted.py and tests/op/test_gpu.py are for the others.
+# Backends that take CPU tensors; tests/op/triton_interpreted.py and tests/op/test_gpu.py test the others.
 ON_CPU = [
     name for name, reasons in backends.why_not(make_inputs(BY_NAME["one-token"], torch.float32)).items() if not reasons
 ]
 
 
 def as_dtype(inputs: Call, dtype: torch.dtype) -> Call:
-    """The very same numbers in another dtype, as leaves that ask for gradients."""
+    """The same inputs cast to another dtype, as leaves that require gradients."""
     cast = {
         name: None if x is None else x.detach().to(dtype).requires_grad_()
         for name, x in ((name, getattr(inputs, name)) for name in TENSORS)
@@ -151,7 +151,8 @@ def as_dtype(inputs: Call, dtype: torch.dtype) -> Call:
 def forward_and_gradients(attention, inputs: Call) -> dict[str, torch.Tensor]:
     """Output, log-sum-exp and the gradients of all tensors, under one fixed cotangent.
 
-    Rows that see no key have no share in the cotangent and are left out: there Hugging Face's code answers otherwise.
+    Rows that see no key are set to zero and have no part in the loss, because Hugging Face's code gives other results
+    there.
     """
     output, lse = attention(inputs)
     random = torch.Generator().manual_seed(99)

@@ -72,7 +72,7 @@ def native(version=2, head="", seed=0, **options):
 
 
 def renamed(tensors, replacements):
-    """With parts of the names replaced, one after the other."""
+    """The tensors with parts of their names replaced, one replacement after the other."""
     result = {}
     for name, tensor in tensors.items():
         for old, new in replacements:
@@ -82,7 +82,7 @@ def renamed(tensors, replacements):
 
 
 def as_v1(tensors):
-    """Hugging Face's v1 layout, row by row: of head 0 the query's, the key's, the value's, then head 1's."""
+    """Hugging Face's v1 layout: in_proj holds the query's, key's and value's rows of head 0, then those of head 1."""
     tensors = dict(tensors)
     for name in [x for x in tensors if x.endswith("self.query_proj.weight")]:
         prefix = name.removesuffix("query_proj.weight")
@@ -109,7 +109,10 @@ LEGACY = [
 
 
 def as_keras(tensors, model="tf_deberta_model"):
-    """What Hugging Face's TensorFlow classes call it, by layer of Keras; of v2 too v1's names of the position terms."""
+    """The tensors by Keras layer, under the names of Hugging Face's TensorFlow classes.
+
+    Those classes give the position terms v1's names in v2 too.
+    """
     layers = {}
     kernel = lambda x: x.permute(*reversed(range(x.dim())))
     replacements = [*LEGACY, ("pos_key_proj", "pos_proj"), ("pos_query_proj", "pos_q_proj")]
@@ -134,9 +137,10 @@ def as_keras(tensors, model="tf_deberta_model"):
 
 
 def write_keras(path, layers):
-    """In the layout of Keras's save_weights; layers with nothing in them (dropout) are listed too.
+    """Writes the layout of Keras's save_weights, which also lists layers without weights (dropout).
 
-    h5py made strings of one length of these lists, and later ones that say their length; here are both.
+    Older versions of h5py stored these lists as strings of fixed length, newer ones as strings of variable length. The
+    file contains both.
     """
     import h5py
     import numpy
@@ -157,7 +161,7 @@ TENSORS = {"a": torch.arange(6.0).view(2, 3), "b.c": torch.ones(4, dtype=torch.b
 
 
 def read(path, **options):
-    """Of a folder, or of the file of that name."""
+    """The tensors of a folder. If ``path`` is a file, of the folder that contains it."""
     path = Path(path)
     return read_tensors(Source(path) if path.is_dir() else Source(path.parent), **options)[0]
 
@@ -189,7 +193,7 @@ def text(x):
 
 
 def save_zip(path, content, *, records=(), compression=zipfile.ZIP_STORED):
-    """As torch.save writes it, around ``content``, the pickle of what is saved."""
+    """Writes an archive in the layout of torch.save; ``content`` is the pickle of the saved object."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("archive/data.pkl", content)
         archive.writestr("archive/byteorder", b"little")
@@ -201,7 +205,7 @@ def save_zip(path, content, *, records=(), compression=zipfile.ZIP_STORED):
 
 @functools.cache
 def legacy_pickles():
-    """The five that make up the older format, of {"weight": a tensor}, and the data behind them."""
+    """The five pickles that torch.save's older format has for {"weight": a tensor}, and the data behind them."""
     stream = io.BytesIO()
     torch.save({"weight": torch.arange(4.0)}, stream, _use_new_zipfile_serialization=False)
     stream.seek(0)
@@ -215,14 +219,14 @@ def legacy_pickles():
 
 
 def save_legacy(path, content, place=3):
-    """The older format with one of its pickles replaced; the fourth is what is saved."""
+    """Writes the older format with one of its pickles replaced, by default the fourth: that of the saved object."""
     pickles, data = legacy_pickles()
     Path(path).write_bytes(b"".join([*pickles[:place], content, *pickles[place + 1 :], data]))
     return path
 
 
 class Hostile:
-    """Unpickled by Python, it makes a folder of that name."""
+    """Python's pickle creates the folder ``mark`` when it loads such an object."""
 
     def __init__(self, mark):
         self.mark = str(mark)
@@ -232,7 +236,7 @@ class Hostile:
 
 
 def hostile_pickles(mark):
-    """Ways to have code run by unpickling, each of which makes the folder ``mark`` when Python's pickle loads it."""
+    """Pickles that run code: each creates the folder ``mark`` when Python's pickle loads it."""
     mark = str(mark)
     path, code = text(mark), text(f"__import__('os').mkdir({mark!r})")
     mkdir, partial = b"cos\nmkdir\n", b"cfunctools\npartial\n"

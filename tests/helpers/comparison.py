@@ -1,4 +1,4 @@
-"""A backend against the reference under the precision rule of ``tolerance``, and wrong inputs that it must catch."""
+"""Compares a backend with the reference by the precision rule of ``tolerance``; mistakes that it must catch."""
 
 import torch
 from cases import DROPOUT_SEED, TENSORS, Case, as_dtype, forward_and_gradients, make_inputs
@@ -42,10 +42,10 @@ def public(backend):
 
 
 def compare(attention, case: Case, dtype: torch.dtype, draws: int = 4) -> None:
-    """Output, log-sum-exp and gradients under the rule of ``tolerance``."""
+    """Compares output, log-sum-exp and gradients by the rule of ``tolerance``."""
     draws = [make_inputs(case, dtype, seed) for seed in range(1 if dtype == torch.float64 else draws)]
     if dtype == torch.float64 or case.key_length <= 1:
-        # Nothing to measure by: float64 has no better, and a softmax of one score is exact in eager code.
+        # There is no yardstick: nothing is more precise than float64, and eager code is exact for a softmax of one score.
         exact, got = _run(reference.attention, draws, torch.float64), _run(attention, draws, dtype)
         assert got.keys() == exact.keys()
         bound = 1e-11 if dtype == torch.float64 else 16 * torch.finfo(dtype).eps
@@ -57,7 +57,7 @@ def compare(attention, case: Case, dtype: torch.dtype, draws: int = 4) -> None:
 
 
 def compare_draws(attention, draws: list[Call]) -> None:
-    """The same for these inputs, all of one shape, in their own dtype."""
+    """Compares the results for these inputs, which have one shape, in their own dtype."""
     dtype = draws[0].query.dtype
     exact, got, yardstick = (
         _run(function, draws, kind)
@@ -87,7 +87,7 @@ def reversed_distance(inputs):
 
 
 def mistake_far_distances(monkeypatch, **steps: int) -> None:
-    """far_past and far_future of every call are off by these, on the host and on the device."""
+    """Makes far_past and far_future of every call wrong by these steps, on the host and on the device."""
     for name in ("table", "device_tables"):
         right = getattr(Call, name).fget
 

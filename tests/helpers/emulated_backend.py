@@ -28,7 +28,7 @@ each_half = pytest.mark.parametrize("dtype", HALF.values(), ids=list(HALF))
 
 
 def emulate(seed=1, check_races=True, count_conflicts=False, skip_barrier=-1):
-    """`seed`: of the order in which blocks, warps and lanes go on."""
+    """Sets the emulator's options; ``seed`` determines the order in which blocks, warps and lanes run."""
     emulator.emulator_options(ctypes.c_uint64(seed), check_races, count_conflicts, skip_barrier)
 
 
@@ -41,14 +41,14 @@ def usual_emulator():
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """What nobody has written is NaN, the workspace among it: a kernel that reads it shows."""
+    """Memory that was never written, also the workspace, reads as NaN, so that tests notice a kernel that reads it."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def quick(name_or_case) -> Case:
-    """With no more heads than a case needs."""
+    """The case with two heads if it has three."""
     case = BY_NAME[name_or_case] if isinstance(name_or_case, str) else name_or_case
     return replace(case, heads=2 if case.heads == 3 else case.heads)
 

@@ -28,7 +28,7 @@ def on_device(name_or_case, **changes):
 
 
 def usual_dtype(backend):
-    """Where a test is not about dtypes."""
+    """The dtype for tests that are not about dtypes."""
     return torch.bfloat16 if backend in HALF_ONLY else torch.float32
 
 

@@ -10,7 +10,7 @@ from native_models import randomise
 transformers = pytest.importorskip("transformers")
 V1, V2 = (importlib.import_module(f"transformers.models.{x}.modeling_{x}") for x in ("deberta", "deberta_v2"))
 V3 = dict(position_buckets=16, max_relative_positions=64, share_att_key=True, norm_rel_ebd="layer_norm")
-# LENGTH lies beyond max_relative_positions everywhere, save where that defaults to max_position_embeddings.
+# LENGTH lies beyond max_relative_positions everywhere, except where that defaults to max_position_embeddings.
 LENGTH = 83
 CONFIGS = {
     "v1": dict(max_relative_positions=24),
@@ -55,7 +55,7 @@ def tokens(padding="right", length=LENGTH, choices=(), seed=1):
 
 
 def results(model, inputs, gradients=True):
-    """Outputs, rows of padding among them, and the gradients of all parameters by name; None where there is none."""
+    """Outputs, including the rows of padding, and the gradient of each parameter by name, or None if it has none."""
     model.zero_grad()
     outputs = [x for x in tuple(model(**inputs).values()) if isinstance(x, torch.Tensor)]
     if gradients:
@@ -65,11 +65,12 @@ def results(model, inputs, gradients=True):
 
 
 def assert_as_precise(got, eager, exact):
-    """At most twice Hugging Face's own error in this dtype, in the largest element and in the mean.
+    """The largest and the mean error are at most twice Hugging Face's own in this dtype.
 
-    Each argument is a list of draws of random inputs, a draw a list of tensors. All tensors together, each error in
-    units of its tensor's rounding, and the largest averaged over the draws: which of a bias's few elements errs most is
-    a matter of luck. Some gradients are zero but for rounding (a key's bias): there the scale of the others counts.
+    Each argument holds one list of tensors per draw of random inputs. The rule takes all tensors together, and measures
+    each error in units of its tensor's rounding. It averages the largest error over the draws, because chance decides
+    which of a bias's few elements has the largest error. Some gradients are zero except for rounding (a key's bias);
+    their unit comes from the scale of the other tensors.
     """
     assert [[x.dtype for x in draw] for draw in got] == [[x.dtype for x in draw] for draw in eager]
     (largest, mean), (largest_allowed, mean_allowed) = _errors(got, exact), _errors(eager, exact)
@@ -89,7 +90,7 @@ def _errors(draws, exact_draws):
 
 
 def assert_close(got, expected, tolerance=1e-10):
-    """Compares float64 models: outputs, which gradients there are, and gradients."""
+    """Compares float64 models: their outputs, which parameters have gradients, and the gradients."""
     assert len(got[0]) == len(expected[0]) and got[1].keys() == expected[1].keys()
     for name, x, y in [*zip("01", got[0], expected[0]), *((name, got[1][name], expected[1][name]) for name in got[1])]:
         assert (x is None) == (y is None), name

@@ -31,7 +31,7 @@ def pair(name, kind="english", **options):
     files, more = (byte_level_files() if name.startswith("DebertaT") else [spm_model(kind)]), {}
     own = getattr(ours, name)(*files, **options)
     if name == "DebertaV2TokenizerFast" and not PROTOBUF:
-        # Without it they cannot read spm.model.
+        # transformers cannot read spm.model without protobuf.
         more = dict(tokenizer_object=own.backend_tokenizer)
     return own, getattr(transformers, name)(*files, **options, **more)
 
@@ -42,7 +42,7 @@ CASES += [(name, "english", option) for name in NAMES[2:] for option in BYTE_LEV
 
 
 def plain(value):
-    """Results as lists and dicts, so that ours and theirs can be equal."""
+    """Results as lists and dicts, so that ours and theirs can be compared."""
     if hasattr(value, "keys"):
         return {key: plain(value[key]) for key in sorted(value.keys())}
     if isinstance(value, list | tuple):
@@ -51,11 +51,11 @@ def plain(value):
 
 
 def outcome(call):
-    """What a call returns, or that it fails: they need not fail with the same words."""
+    """The result of a call, or "fails" if it raises, because error messages may differ."""
     try:
         return plain(call())
     except BaseException as error:
-        # tokenizers' own panics are no Exception.
+        # The PanicException of tokenizers does not inherit from Exception.
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             return "fails"
         raise

@@ -15,7 +15,7 @@ def serve_cpu() -> None:
     device_reasons, create_dot = triton.device_reasons, interpreter.InterpreterBuilder.create_dot
 
     def upcast_dot(self, a, b, *arguments):
-        """The interpreter's own products of bfloat16 are wrong."""
+        """Multiplies in float32, because the interpreter's own products of bfloat16 are wrong."""
         return create_dot(self, *(self.cast_impl(x, tl.float32) for x in (a, b)), *arguments)
 
     triton.device_reasons = lambda device: [] if device.type == "cpu" else device_reasons(device)
@@ -26,15 +26,16 @@ def serve_cpu() -> None:
 
 
 def without_vain_work(patch: Callable) -> Callable[[], None]:
-    """Leaves out what takes more than half of the interpreter's time to no effect: integer sums and products made
-    again, to find overflows that only ``debug`` reports; Triton's language patched anew in every call of a device
-    function.
+    """Makes the interpreter skip useless work that takes more than half of its time.
+
+    It computes integer sums and products twice to find overflows that only ``debug`` reports, and it patches Triton's
+    language again in every call of a device function. The language now stays patched.
 
     Args:
-        patch: as ``setattr``.
+        patch: a function with the arguments of ``setattr``.
 
     Returns:
-        What takes back the language's patches, which now last.
+        A function that removes the patches of the language.
     """
     import triton.language as tl
     from triton.runtime import interpreter

@@ -35,7 +35,7 @@ def settings(name: str, **changes) -> dict:
 
 
 def randomise(module):
-    """Weights that keep unit variance: behind the usual 0.02 the position terms could be wrong without being seen."""
+    """Draws weights that keep unit variance: at the usual 0.02, tests would not notice wrong position terms."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in module.named_parameters():
         fan_in = 1 if "embeddings" in name else parameter[0].numel() if parameter.dim() > 1 else 10
@@ -45,14 +45,14 @@ def randomise(module):
 
 
 def build(name: str = "v3", head: str = "Model", **changes):
-    """A model in evaluation mode; ``changes`` are of its configuration."""
+    """A model in evaluation mode; ``changes`` are options of its configuration."""
     prefix = "Deberta" if name.startswith("v1") else "DebertaV2"
     config = getattr(deberta_fast, prefix + "Config")(**settings(name, **changes))
     return randomise(getattr(deberta_fast, prefix + head)(config)).eval()
 
 
 def tokens(padding: str = "none", length: int = LENGTH, batch: int = 3, seed: int = 1) -> dict:
-    """input_ids, token_type_ids and attention_mask. Padded are all texts but the last; "holes" on both sides too."""
+    """input_ids, token_type_ids and attention_mask. All rows except the last are padded; "holes" pads both sides too."""
     ids = torch.randint(1, COMMON["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(ids)
     for row in range(batch - 1):

@@ -1,4 +1,4 @@
-"""Padded batches of texts, the same texts packed, and what is asked of models that run them."""
+"""Padded batches of texts, the same texts packed, and helpers to compare models that run them."""
 
 import torch
 from torch.nn import functional as F
@@ -19,7 +19,7 @@ LAYOUTS = {
 
 
 def batch_of(layout, seed=1):
-    """Padding holds token ids too: what looks at it goes wrong."""
+    """A padded batch. Padding holds random token ids too, so that code that reads it gives wrong results."""
     rows = LAYOUTS[layout] if isinstance(layout, str) else layout
     ids = torch.randint(1, 70, (len(rows), LENGTH), generator=torch.Generator().manual_seed(seed))
     mask = torch.zeros_like(ids)
@@ -52,7 +52,7 @@ def flat(output):
 
 
 def shapes_seen(model):
-    """Of the states that each layer gets."""
+    """Returns a list that collects the shape of the states that each layer receives."""
     seen = []
     for layer in model.base_model.encoder.layer:
         layer.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
@@ -70,7 +70,7 @@ def assert_same_gradients(got, expected, tolerance):
     for key, x in expected.items():
         assert (got[key] is None) == (x is None), key
         if x is not None:
-            # a key's bias has no gradient but for rounding
+            # The gradient of a key's bias is zero except for rounding.
             torch.testing.assert_close(
                 got[key], x, rtol=0, atol=tolerance * float(max(x.abs().max(), 1e-3 * largest)), msg=key
             )

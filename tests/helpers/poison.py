@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 ALLOCATORS = [(torch, name) for name in ("empty", "empty_like", "empty_strided", "empty_permuted")]
 ALLOCATORS += [(torch.Tensor, name) for name in ("new_empty", "new_empty_strided")]
-LARGEST = 1 << 28  # bytes: some tests reserve more than the machine has, and touch none of it
+LARGEST = 1 << 28  # bytes; some tests reserve more memory than the machine has, and never touch it
 
 
 def poison_empty_memory() -> None:

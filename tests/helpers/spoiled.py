@@ -1,16 +1,17 @@
-"""One NaN among the inputs, and where results must show it.
+"""One NaN among the inputs, and the results that must be NaN because of it.
 
-A query is spoilt if it meets a NaN: its own, or that of a key or value that it sees. A backend loses no NaN and spreads
-none too far:
+A query is spoilt if it contains the NaN, or if it sees the key or value that contains it. A backend loses no NaN and
+spreads none too far:
 
-- output and log-sum-exp are NaN for queries spoilt by a query or a key, and for no others; a NaN in a value is in its
-  column of their output, and in no log-sum-exp;
-- dQ is NaN for every spoilt query, dK for every key that one sees, dV too unless the NaN is a value's, gradients of the
-  tables in every row that one reads. Without a mask or dropout nothing else is NaN;
-- a mask keeps the NaN of a hidden key from output and log-sum-exp. Gradients of the same head and batch row, and the
-  output where the NaN is a hidden value's, may be NaN all the same;
-- dropout may keep a NaN from dV, since a pair that was dropped has no share in it;
-- no result of another head or batch row is NaN.
+- If the NaN is in a query or key, output and log-sum-exp are NaN for the spoilt queries and for no others. If it is in
+  a value, only its column of their output is NaN, and no log-sum-exp is.
+- dQ is NaN for every spoilt query. dK is NaN for every key that a spoilt query sees, and so is dV unless the NaN is in
+  a value. The gradients of the tables are NaN in every row that a spoilt query reads. Without a mask or dropout nothing
+  else is NaN.
+- A mask keeps the NaN of a hidden key out of output and log-sum-exp. Gradients of the same head and batch row may still
+  be NaN. If the NaN is in a hidden value, the output may be NaN too.
+- Dropout may keep a NaN out of dV, since a dropped pair does not contribute to it.
+- No result of another head or batch row is NaN.
 """
 
 import torch
@@ -26,7 +27,7 @@ PLACES = {"query": (150, 3), "key": (202, 5), "value": (171, 7)}
 
 
 def where_nan(attention, case: Case, dtype: torch.dtype, name: str) -> dict[str, torch.Tensor]:
-    """True where results of batch row 0 and HEAD are NaN, ``name`` being NaN at one place. No other head has any."""
+    """Where results of batch row 0 and HEAD are NaN if ``name`` has one NaN. Asserts that no other head has any."""
     inputs = make_inputs(case, dtype)
     row, column = PLACES[name]
     getattr(inputs, name)[0, HEAD, row, column] = torch.nan
@@ -45,7 +46,7 @@ def assert_same_nans(attention, case: Case, dtype: torch.dtype, name: str) -> No
 
 
 def assert_no_nan_is_lost(attention, case: Case, dtype: torch.dtype, name: str) -> None:
-    """All of the promise, said of the pairs that a mask leaves."""
+    """Checks the rules above for all pairs that the mask leaves visible."""
     found, (place, column) = where_nan(attention, case, dtype, name), PLACES[name]
     inputs, length = make_inputs(case, dtype), case.query_length
     visible = torch.ones(length, length, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Backends that stand in for those of an accelerator, and faults to plant in them."""
+"""Backends that replace those of an accelerator, and faults that tests put into them."""
 
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from deberta_fast.op.backends import eager
 
 
 class StandIn(SimpleNamespace):
-    """A backend that computes by ``eager``, and counts its forward passes; a fault changes what it computes."""
+    """A backend that computes with ``eager`` and counts its forward passes; a fault changes its results."""
 
     def __init__(self, fault=None, reasons=()):
         super().__init__(calls=0, fault=fault, reasons=list(reasons))
@@ -49,13 +49,13 @@ def raises(tensors):
 
 
 def a_slot_too_far(tensors):
-    """The gradient of one table, added to the neighbouring row."""
+    """Shifts the gradient of one table by one row."""
     if tensors.grad_pos_query is not None:
         tensors.grad_pos_query.copy_(tensors.grad_pos_query.roll(1, 1))
 
 
 class Race:
-    """Two blocks race for one row: it changes by less than the precision rule sees."""
+    """Two blocks race for one row: the row changes by less than the precision rule detects."""
 
     runs = 0
 
@@ -65,7 +65,7 @@ class Race:
 
 
 def not_written(tensors):
-    """The last row of a cut tile: what lay there before stays."""
+    """The last row of a partial tile keeps its earlier content."""
     tensors.output[:, :, -1] = tensors.before[:, :, -1]
 
 
@@ -85,8 +85,11 @@ FAULTS = {
 
 @contextmanager
 def cpu_as_accelerator(**milliseconds):
-    """Tensors of the CPU count as an accelerator's, of which nothing is decided yet; the two fused backends take these
-    times. What it gives installs stand-ins for them, by default right ones."""
+    """Makes CPU tensors count as an accelerator's whose backends are not checked yet.
+
+    Speed measurements return ``milliseconds`` for the two fused backends. The context yields a function that installs
+    stand-ins for these backends, by default correct ones.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "is_checked", lambda device: device.type == "cpu")
         patch.setattr(selection, "_exists", lambda device: device.type == "cpu")

@@ -1,4 +1,4 @@
-"""Texts, and tokenizers' files made once a run: sentencepiece and byte-level BPE models trained on what is here."""
+"""Texts, and tokenizer files written once per run: sentencepiece and byte-level BPE models trained on these texts."""
 
 import functools
 import json
@@ -52,7 +52,7 @@ def sentences() -> list[str]:
 
 
 def spm_folder(kind: str = "english") -> Path:
-    """A folder with nothing but the spm.model."""
+    """A folder that holds only spm.model."""
     return _trained(kind)
 
 
@@ -126,14 +126,14 @@ def byte_level_files() -> tuple[str, str]:
 
 @functools.cache
 def dict_map() -> list[tuple[str, int]]:
-    """GPT-2's ids as text with how often each was seen, the commonest first; words to fill up at the end."""
+    """GPT-2's ids as text with their counts, the most frequent first, and filler words at the end."""
     ids = list(_gpt2()[0].values())
     random.Random(1).shuffle(ids)
     return [(str(i), 5 * (len(ids) - n)) for n, i in enumerate(ids)] + [(f"madeupword000{n}", 0) for n in range(3)]
 
 
 def bpe_encoder() -> dict:
-    """What Microsoft's bpe_encoder.bin holds."""
+    """The content of Microsoft's bpe_encoder.bin."""
     encoder, merges = _gpt2()
     return {"dict_map": dict_map(), "vocab": merges, "encoder": encoder}
 
