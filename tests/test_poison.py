@@ -24,3 +24,10 @@ def test_what_programs_record_is_not_poisoned():
     traced = torch.jit.trace(lambda x: torch.empty_like(x).copy_(x), torch.ones(3), check_trace=False)
     assert "fill_" not in str(traced.graph)
     assert torch.empty(2, device="meta").is_meta and torch.empty(2, requires_grad=True).isnan().all()
+
+
+def test_default_devices_still_apply():
+    """Models are made on the meta device, where ten terabytes take no memory."""
+    with torch.device("meta"):
+        made = [torch.empty(10**13), torch.nn.Linear(10**6, 10**6).weight, torch.zeros(10**13)]
+    assert all(x.is_meta for x in made)

@@ -81,8 +81,9 @@ struct Backward {
   Statistic row_max{}, row_sum{};             // from forward, or null if only the log-sum-exp is known
 };
 
+// Functions here are static: the objects of every instruction set keep their own copy, and the linker must not pick one.
 // The row sigma(delta) of the tables. Distances beyond the lengths may lie outside of the given rows.
-inline int64_t slot_of(const Attention& a, int64_t delta) {
+static inline int64_t slot_of(const Attention& a, int64_t delta) {
   const int64_t slot = a.slots[std::clamp(delta, -a.reach, a.reach) + a.reach] - a.first_slot;
   return std::clamp<int64_t>(slot, 0, a.table_rows - 1);
 }
@@ -92,7 +93,7 @@ struct Range {
   int64_t start, stop;
 };
 
-inline int64_t stretches_of(const Attention& a, int64_t queries) {
+static inline int64_t stretches_of(const Attention& a, int64_t queries) {
   return a.parts * div_up(queries, a.parts * kMaxBlockRows);
 }
 

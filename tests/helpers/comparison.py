@@ -45,7 +45,7 @@ def compare(attention, case: Case, dtype: torch.dtype, draws: int = 4) -> None:
     """Compares output, log-sum-exp and gradients by the rule of ``tolerance``."""
     draws = [make_inputs(case, dtype, seed) for seed in range(1 if dtype == torch.float64 else draws)]
     if dtype == torch.float64 or case.key_length <= 1:
-        # There is no yardstick: nothing is more precise than float64, and eager code is exact for a softmax of one score.
+        # There is no yardstick: nothing is more precise than float64, and eager is exact for a softmax of one score.
         exact, got = _run(reference.attention, draws, torch.float64), _run(attention, draws, dtype)
         assert got.keys() == exact.keys()
         bound = 1e-11 if dtype == torch.float64 else 16 * torch.finfo(dtype).eps

@@ -52,7 +52,7 @@ def build(name: str = "v3", head: str = "Model", **changes):
 
 
 def tokens(padding: str = "none", length: int = LENGTH, batch: int = 3, seed: int = 1) -> dict:
-    """input_ids, token_type_ids and attention_mask. All rows except the last are padded; "holes" pads both sides too."""
+    """input_ids, token_type_ids and attention_mask. All rows except the last are padded; "holes" pads both sides."""
     ids = torch.randint(1, COMMON["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(ids)
     for row in range(batch - 1):

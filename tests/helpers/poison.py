@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+import torch.utils._device
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 ALLOCATORS = [(torch, name) for name in ("empty", "empty_like", "empty_strided", "empty_permuted")]
@@ -13,6 +14,8 @@ LARGEST = 1 << 28  # bytes; some tests reserve more memory than the machine has,
 
 def poison_empty_memory() -> None:
     """Replaces torch's allocators by functions that fill what they return. A second call does nothing."""
+    # ``with torch.device(...)`` looks up the functions that it affects in a set, which must hold torch's own.
+    torch.utils._device._device_constructors()
     for owner, name in ALLOCATORS:
         allocate = getattr(owner, name)
         if not hasattr(allocate, "__wrapped__"):
