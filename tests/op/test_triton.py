@@ -31,19 +31,21 @@ def test_every_configuration_fits_its_gpu(compiled):
     assert {key: size for key, size in shared.items() if size > SHARED_LIMIT[key[1]]} == {}
 
 
-# Loads and stores of spilled registers in each kernel that has some, by capability, with Triton 3.6; all are outside of
-# loops.
+# Loads and stores of spilled registers in each kernel that has some, by capability, with Triton 3.6. All are outside of
+# innermost loops, except one of "32 bfloat16 backward_by_distance".
 SPILLS = {
     "128 bfloat16 expand_table": {80: 8, 86: 8, 90: 9, 100: 9, 120: 9},
     "128 bfloat16 forward": {80: 114, 86: 114, 90: 112, 100: 26, 120: 106},
     "128 bfloat16 backward_delta": {100: 6},
-    "128 bfloat16 backward_key": {80: 18, 90: 188},
-    "128 bfloat16 backward_query": {90: 62, 100: 6},
+    "128 bfloat16 backward_key": {80: 22, 90: 188},
+    "128 bfloat16 backward_query": {90: 62, 100: 9},
     "256 bfloat16 forward": {80: 57, 90: 243},
+    "256 bfloat16 backward_delta": {90: 2},
+    "32 bfloat16 backward_by_distance": {100: 2},
     "64 float32 tf32 backward_key": {80: 6, 86: 6, 120: 4},
-    "64 float32 ieee backward_key": {86: 15},
+    "64 float32 ieee backward_key": {86: 15, 120: 9},
     "64 float32 ieee backward_query": {90: 4, 100: 2},
-    "128 float32 tf32 backward_key": {120: 3},
+    "128 float32 tf32 backward_key": {120: 6},
     "256 float32 tf32 forward": {80: 41},
 }
 
