@@ -1,11 +1,12 @@
 """The attention operator on a GPU against its neighbours: ``python -m bench.attention_gpu``.
 
-``variants.operator`` describes the variants. Every length has as many sequences as make the same number of tokens.
-Results go to bench/results/<GPU>, after every row. ``--device cpu`` serves to try this out.
+``variants.operator`` describes the variants. The batch of every length has the same number of tokens. Results go to
+bench/results/<GPU>, after every row. ``--device cpu`` serves to try this out.
 """
 
 import argparse
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator
 
@@ -13,12 +14,12 @@ import torch
 
 from . import device as devices
 from . import timing
-from .device import Device, Table, by_length, times_by_length
+from .device import Device, Table, summary, summary_of_times
 from .variants import Entry, described
 from .variants.operator import VARIANTS, Variant, Workload
 
-PASSES = ("forward", "backward", "forward+backward")
-FLOPS = {"forward": 4, "backward": 10, "forward+backward": 14}  # times length^2 x size of plain attention's heads
+FLOPS = {"forward": 4, "backward": 10, "forward+backward": 14}  # of plain attention, divided by length^2 size
+PASSES = tuple(FLOPS)
 LENGTHS = (512, 2048, 8192, 128, 1024, 4096, 16384, 256)  # most wanted first
 SECONDS_A_VARIANT = 0.15
 LEGEND = (
@@ -33,21 +34,19 @@ HOST_LEGEND = (
     "overwritten."
 )
 MEMORY_LEGEND = (
-    "Peak MiB that torch allocates in a call above what is in use before it; and the same without outputs and "
-    "gradients, which every call has to leave behind."
+    "MiB: peak that torch allocates in a call above what is in use before it. beyond results: the same without "
+    "outputs and gradients, which every call returns."
 )
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = _options(arguments)
-    device = Device(options.device)
     run = host if options.host else memory if options.memory else times
-    timing.provenance()
-    run(options, device)
+    run(options, Device(options.device))
 
 
 def times(options: argparse.Namespace, device: Device) -> None:
-    table = _table(options, LEGEND, times_by_length("x plain"))
+    table = _table(options, LEGEND, summary_of_times("x plain"))
     for workload, chosen in _workloads(options):
         exact = {name: workload.difference(name, variant) for name, variant in chosen.items()}
         for passes in options.passes:
@@ -64,16 +63,29 @@ def times(options: argparse.Namespace, device: Device) -> None:
 
 
 def memory(options: argparse.Namespace, device: Device) -> None:
-    summarise = lambda rows: by_length(rows, lambda row: timing.cell(row["MiB"]) if "MiB" in row else "failed")
-    table = _table(options, MEMORY_LEGEND, summarise)
+    cell = lambda row: timing.cell(row.get("MiB", "failed"))
+    table = _table(options, MEMORY_LEGEND, lambda rows: summary(rows, "MiB", cell))
+    _add_rows(table, options, functools.partial(peak_row, device))
+
+
+def host(options: argparse.Namespace, device: Device) -> None:
+    def columns(variant: Variant, passes: str) -> dict:
+        outcome = device.measure({"": functools.partial(variant.call, passes)}, 0.0)[""]
+        if outcome.error:
+            return {"error": outcome.error}
+        return {"host us": 1e6 * device.host_seconds(variant.call(passes), options.repeats)}
+
+    _add_rows(_table(options, HOST_LEGEND), options, columns)
+
+
+def _add_rows(table: Table, options: argparse.Namespace, columns: Callable[[Variant, str], dict]) -> None:
     for workload, chosen in _workloads(options):
-        for passes in options.passes:
-            for name, variant in chosen.items():
-                table.add(_row(workload, passes, name) | peak_row(device, variant, passes))
+        for passes, (name, variant) in itertools.product(options.passes, chosen.items()):
+            table.add(_row(workload, passes, name) | columns(variant, passes))
 
 
 def peak_row(device: Device, variant: Variant, passes: str) -> dict:
-    """Returns the last columns of a row: MiB, MiB without what the call has to leave behind, or the error."""
+    """Returns the last columns of a row: MiB, MiB without outputs and gradients, or the error."""
     peak = device.peak(functools.partial(variant.call, passes))
     if isinstance(peak, str):
         return {"MiB": None, "beyond results MiB": None, "error": peak}
@@ -81,34 +93,18 @@ def peak_row(device: Device, variant: Variant, passes: str) -> dict:
     return {"MiB": peak / timing.MIB, "beyond results MiB": beyond / timing.MIB, "error": None}
 
 
-def host(options: argparse.Namespace, device: Device) -> None:
-    table = _table(options, HOST_LEGEND)
-    for workload, chosen in _workloads(options):
-        for passes in options.passes:
-            for name, variant in chosen.items():
-                row = _row(workload, passes, name)
-                outcome = device.measure({name: functools.partial(variant.call, passes)}, 0.0)[name]
-                if outcome.error is None:
-                    row["host us"] = 1e6 * device.host_seconds(variant.call(passes), repeats=options.repeats)
-                table.add(row | {"error": outcome.error})
-
-
 def _row(workload: Workload, passes: str, variant: str) -> dict:
     return {"length": workload.length, "batch": workload.batch, "pass": passes, "variant": variant}
 
 
 def _workloads(options: argparse.Namespace) -> Iterator[tuple[Workload, dict[str, Variant]]]:
-    """Yields the workload of each length with its variants, as long as time is left."""
+    """Yields the workload of each length with its variants, until options.seconds have passed."""
     start = time.perf_counter()
-    for length in options.lengths:
-        spent = time.perf_counter() - start
-        if spent > options.seconds:
-            print(f"out of time before length {length}", flush=True)
-            return
+    for length in timing.in_time(options.seconds, options.lengths, "length {}".format):
         workload = _workload(options, length)
         entries = _entries(options, workload)
-        if options.host or spent >= options.seconds / 2:
-            entries.pop("flex", None)  # torch compiles it for every length and pass
+        if options.host or time.perf_counter() - start >= options.seconds / 2:
+            entries.pop("flex", None)  # torch compiles it for minutes, for every length and pass
         yield workload, {name: entry.build(workload) for name, entry in entries.items()}
 
 
@@ -149,7 +145,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=12, metavar="H")
     parser.add_argument("--repeats", type=int, default=100, metavar="N", help="calls in a row, with --host")
     parser.add_argument("--seconds", type=float, default=200.0, help="no length begins later than this")
-    parser.add_argument("--name", help="of the table; by default what is measured")
+    parser.add_argument("--name", help="name of the table; by default it says what is measured")
     options = parser.parse_args(arguments)
     if options.lengths is None:
         options.lengths = (128,) if options.host else (512, 2048, 8192, 16384) if options.memory else LENGTHS

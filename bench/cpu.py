@@ -6,12 +6,14 @@ Results go to bench/results/cpu/, after every row.
 """
 
 import argparse
-import functools
+import itertools
 from collections.abc import Callable
 
 import torch
+from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Encoder
 
 from . import models, timing
+from .device import Table
 from .variants import Entry, call_of, described
 from .variants.layer import ATTENTION, ENCODER, Layer
 
@@ -22,7 +24,7 @@ LEVELS: dict[str, dict[str, Entry]] = {
     "attention": dict(zip(VARIANTS, (ATTENTION[x] for x in ("hf-eager", "patched-mask", "native", "plain")))),
     "encoder": ENCODER,
 }
-SHORT = {"attention": [], "encoder": [(1, 16)]}  # batch and length
+SHORT = {"attention": [], "encoder": [(1, 16)]}  # more shapes: batch and length
 LEGEND = " float32, dropout off, nothing masked; forward without gradients. Higher ratios are better."
 NOTES = {
     "attention": "Milliseconds of one DeBERTa-v3-base attention module with its projections, medians."
@@ -38,36 +40,33 @@ NOTES = {
 
 def main(arguments: list[str] | None = None) -> None:
     options = _options(arguments)
-    lengths, memory_length = sorted(options.lengths), options.memory_length
+    lengths = sorted(options.lengths)
     shapes = [(1, length) for length in lengths] + [(lengths[-1] // n, n) for n in lengths]
-    jobs = []
     for level in options.levels:
-        for threads in options.threads:
-            for passes in PASSES:
-                for batch, length in dict.fromkeys(SHORT[level] + shapes):
-                    make = functools.partial(time_rows, level, threads, passes, batch, length, options.seconds)
-                    jobs.append((level, f"{level} {passes} {batch}x{length}, {threads} thread(s)", make))
-    for level in options.levels if memory_length else ():
-        for passes in PASSES:
-            make = functools.partial(memory_rows, level, options.threads[-1], passes, memory_length)
-            jobs.append(("memory", f"{level} {passes} {memory_length}, memory", make))
-    timing.fill(jobs, NOTES, options.out)
+        table = Table(level, options.out, NOTES[level])
+        for threads, passes in itertools.product(options.threads, PASSES):
+            for batch, length in dict.fromkeys(SHORT[level] + shapes):
+                table.add(time_row(level, threads, passes, batch, length, options.seconds))
+    if options.memory_length:
+        table = Table("memory", options.out, NOTES["memory"])
+        for level, passes in itertools.product(options.levels, PASSES):
+            table.add(memory_row(level, options.threads[-1], passes, options.memory_length))
 
 
-def time_rows(level: str, threads: int, passes: str, batch: int, length: int, seconds: float) -> list[dict]:
+def time_row(level: str, threads: int, passes: str, batch: int, length: int, seconds: float) -> dict:
     torch.set_num_threads(threads)
     taken = timing.medians(calls(level, passes, batch, length), seconds)
     row = {"pass": passes, "threads": threads, "batch": batch, "length": length}
     row |= {f"{variant} ms": 1000 * taken[variant] for variant in VARIANTS}
-    return [row | {f"eager/{variant}": taken["eager"] / taken[variant] for variant in VARIANTS[1:]}]
+    return row | {f"eager/{variant}": taken["eager"] / taken[variant] for variant in VARIANTS[1:]}
 
 
-def memory_rows(level: str, threads: int, passes: str, length: int) -> list[dict]:
+def memory_row(level: str, threads: int, passes: str, length: int) -> dict:
     torch.set_num_threads(threads)
     peak = {x: timing.peak_memory(measured, level, x, passes, 1, length)[0] / timing.MIB for x in VARIANTS}
     row = {"what": level, "pass": passes, "batch": 1, "length": length}
     row |= {f"{variant} MiB": peak[variant] for variant in VARIANTS}
-    return [row | {f"eager/{variant}": peak["eager"] / peak[variant] for variant in ("patched", "native")}]
+    return row | {f"eager/{variant}": peak["eager"] / peak[variant] for variant in ("patched", "native")}
 
 
 def calls(level: str, passes: str, batch: int, length: int) -> dict[str, Callable[[], object]]:
@@ -82,13 +81,13 @@ def calls(level: str, passes: str, batch: int, length: int) -> dict[str, Callabl
 
 
 def measured(level: str, variant: str, passes: str, batch: int, length: int) -> list[Callable[[], object]]:
-    """Returns one call for ``timing.peak_memory``, after the same call over a few tokens. .grad tensors exist then."""
+    """Returns one call for ``timing.peak_memory``, after one over a few tokens, which makes the weights' gradients."""
     encoder = _encoder(level)
     _call(level, variant, Layer(encoder, 1, 8), passes)()
     return [_call(level, variant, Layer(encoder, batch, length), passes)]
 
 
-def _encoder(level: str):
+def _encoder(level: str) -> DebertaV2Encoder:
     return models.encoder_v3_base(1 if level == "attention" else ENCODER_LAYERS)
 
 
@@ -98,20 +97,14 @@ def _call(level: str, variant: str, layer: Layer, passes: str) -> Callable[[], o
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = timing.cpu_parser("cpu", __doc__)
-    parser.add_argument("--lengths", type=_positive, nargs="+", metavar="L")
-    parser.add_argument("--threads", type=_positive, nargs="+", metavar="N")
+    parser = timing.parser("cpu", __doc__)
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="L")
+    parser.add_argument("--threads", type=int, nargs="+", metavar="N")
     parser.add_argument("--levels", choices=LEVELS, nargs="+")
     parser.add_argument("--memory-length", type=int, metavar="L", help="length of the memory rows; 0 for none")
     whole = dict(lengths=[128, 512, 2048], threads=[1, 2], levels=list(LEVELS), memory_length=4096, seconds=10.0)
     quick = dict(lengths=[128, 512], threads=[1], levels=["attention"], memory_length=1024)
-    return timing.parse(parser, arguments, whole, quick)
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return number
+    return timing.complete(parser.parse_args(arguments), whole, quick)
 
 
 if __name__ == "__main__":

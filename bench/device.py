@@ -1,13 +1,14 @@
-"""Times of calls on a GPU, whose variants run in turn and may fail; on a CPU too, to try a benchmark out.
+"""Times variants on a GPU. They run in turn, and one that fails is left out. A CPU serves to try a benchmark out.
 
-CUDA events around the call time a GPU, after the second-level cache was overwritten. What lies between the events
-depends on how far the host is ahead:
+On a GPU the second-level cache is overwritten, then CUDA events around the call take its time. There are two ways:
 
-    queued       the GPU is kept busy until the whole call is in its queue: the time of the kernels only
-    not queued   the GPU is idle: the host's time counts as far as the kernels do not hide it
+    queued       a first kernel keeps the GPU busy until the host has queued the whole call. The time is that of the
+                 kernels only.
+    not queued   the GPU is idle when the call starts. The time includes the host's, where the GPU waits for it.
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,19 +19,12 @@ import torch
 
 from . import timing
 
-BUSY_CYCLES = 2_000_000  # about a millisecond: what the host needs to queue a call
-MOST = 50  # calls of a variant
-
-
-def nothing() -> None:
-    pass
-
 
 class Call(NamedTuple):
-    """A timed function, and one that prepares it and is not timed."""
+    """A timed function, and a function that runs before it, untimed."""
 
     run: Callable[[], object]
-    reset: Callable[[], object] = nothing
+    reset: Callable[[], object] = lambda: None
 
 
 class Taken(NamedTuple):
@@ -45,8 +39,8 @@ class Taken(NamedTuple):
 
 
 class Device:
-    most = MOST
-    busy_cycles = BUSY_CYCLES
+    most = 50  # calls of a variant
+    busy_cycles = 2_000_000  # about a millisecond, in which the host queues a call
 
     def __init__(self, name: str):
         self.name = name
@@ -80,12 +74,12 @@ class Device:
         fewest: int = 3,
         warmup: int = 2,
     ) -> dict[str, Taken]:
-        """Medians over interleaved rounds.
+        """Takes medians over interleaved rounds.
 
         Args:
-            build: functions that make each variant's call. A variant that raises, here or in a call, is left out from
-                then on.
-            seconds: for each variant; one that has used them gets no more calls after the ``fewest``.
+            build: for each variant, a function that makes its call. A variant whose function or call raises is left
+                out from then on.
+            seconds: for each variant. After them, and at least ``fewest`` calls, it is not called again.
             warmup: untimed calls of each variant before the rounds.
         """
         taken, ready, times = {}, {}, {}
@@ -121,7 +115,10 @@ class Device:
             return self.failure(error).error
 
     def host_seconds(self, call: Call, repeats: int) -> float:
-        """Times one call until it returns, over many calls in a row, so that none waits for the GPU to start."""
+        """Returns the time after which a call returns, the median over rounds of ``repeats`` calls.
+
+        The host does not synchronise with the GPU within a round.
+        """
         rounds = []
         for _ in range(5):
             self.synchronize()
@@ -139,18 +136,19 @@ class Device:
     def failure(self, error: Exception) -> Taken:
         """Describes an error in one line and frees the memory that the call held."""
         text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        self.synchronize()  # raises if the device is lost: no later time would be worth anything
+        self.synchronize()  # raises if the device is lost, which ends the benchmark
         if self.is_gpu:
             torch.cuda.empty_cache()
         return Taken(error=text[:90].replace("|", "/"))
 
 
 class Table:
-    """Rows that are saved and printed as they come."""
+    """Rows that are saved and printed as they are added."""
 
     def __init__(self, name: str, folder: Path, notes: str, summarise: Callable[[list[dict]], str] = lambda rows: ""):
         self.name, self.folder, self.notes, self.summarise = name, folder, notes, summarise
         self.rows: list[dict] = []
+        timing.provenance()
 
     def add(self, *rows: dict) -> None:
         self.rows += [{key: value for key, value in row.items() if value is not None} for row in rows]
@@ -159,31 +157,45 @@ class Table:
             print("  ".join(timing.cell(value) for value in row.values()), flush=True)
 
 
-def by_length(rows: list[dict], cell: Callable[[dict], str]) -> str:
-    """Makes a Markdown table of lengths and variants for each pass, from rows of one variant each."""
-    parts = []
-    for passes in dict.fromkeys(row["pass"] for row in rows):
-        chosen = sorted((row for row in rows if row["pass"] == passes), key=lambda row: row["length"])
-        parts += [f"## {passes}", timing.pivot(chosen, ("length", "batch"), lambda row: row["variant"], cell)]
-    return "\n\n".join(parts)
+def summary(
+    rows: list[dict],
+    title: str,
+    cell: Callable[[dict], str],
+    group: tuple[str, ...] = ("pass",),
+    line: tuple[str, ...] = ("length", "batch"),
+) -> str:
+    """Makes a Markdown table for each pass, with a line for each length and a column for each variant.
+
+    Args:
+        rows: each of one variant.
+        title: says what a cell holds.
+    """
+    tables: dict[str, list[dict]] = {}
+    for row in sorted(rows, key=lambda row: row["length"]):
+        tables.setdefault(", ".join(row[head] for head in group), []).append(row)
+    parts = [
+        (f"## {name}: {title}", timing.pivot(mine, line, lambda row: row["variant"], cell))
+        for name, mine in tables.items()
+    ]
+    return "\n\n".join(itertools.chain(*parts))
 
 
-def times_by_length(ratio: str) -> Callable[[list[dict]], str]:
-    """``by_length`` of milliseconds, followed by the column ``ratio`` in brackets."""
+def summary_of_times(ratio: str, **shape: tuple[str, ...]) -> Callable[[list[dict]], str]:
+    """Makes a function that makes the ``summary`` of milliseconds, each with the column ``ratio`` in brackets."""
 
     def cell(row: dict) -> str:
         if "ms" not in row:
             return "failed"
         return f"{row['ms']:.3g}" + (f" ({row[ratio]:.2f}x)" if ratio in row else "")
 
-    return lambda rows: by_length(rows, cell)
+    return lambda rows: summary(rows, f"ms ({ratio})", cell, **shape)
 
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:
-    """The options that all benchmarks on a GPU have."""
+    """Makes a parser of the options that all benchmarks on a GPU have."""
     options = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=description.split("\n\n")[0])
     options.add_argument("--lengths", type=int, nargs="+", metavar="L", help="in this order")
-    options.add_argument("--tokens", type=int, default=16384, metavar="N", help="of all sequences of a batch")
+    options.add_argument("--tokens", type=int, default=16384, metavar="N", help="tokens of a batch")
     options.add_argument("--device", default="cuda")
     options.add_argument("--out", type=Path, default=timing.results_folder(), metavar="DIR", help="folder of results")
     return options

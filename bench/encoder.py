@@ -11,8 +11,8 @@ Results go to bench/results/cpu/ or the GPU's folder, after every group of rows.
 
 import argparse
 import functools
+import itertools
 import os
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,26 +20,40 @@ from pathlib import Path
 import torch
 
 from . import timing
-from .device import Call, Device, Table
+from .device import Call, Device, Table, summary_of_times
 from .variants import described, relative_difference
 from .variants import model as variants
 from .variants.model import VARIANTS, Batch, Case, Encoders
 
 PASSES = ("forward", "forward+backward")
 SHAPES = ("variable", "full", "one")  # a batch of variable lengths, a full one, one sequence
-LENGTHS = {"cuda": (512, 8192, 4096, 2048, 128), "cpu": (128, 512, 2048)}  # most wanted first; cheapest first
-DTYPES = {"cuda": ("bfloat16", "float32"), "cpu": ("float32",)}
-FLOAT32_LENGTHS = {"cuda": (512,), "cpu": LENGTHS["cpu"]}  # unless --dtypes names float32
-TOKENS = {"cuda": 16384, "cpu": 2048}
-MOST_SEQUENCES = {"cuda": 1 << 10, "cpu": 8}
-SECONDS = {"cuda": 0.4, "cpu": 5.0}
-LIMIT = {"cuda": 180.0, "cpu": 1200.0}
+# Options that are not given, by kind of device. float32_lengths are those of float32 where --dtypes does not name it.
+DEFAULTS = {
+    "cuda": dict(
+        lengths=(512, 8192, 4096, 2048, 128),  # The most wanted come first, because time may run out.
+        float32_lengths=(512,),
+        default_dtypes=("bfloat16", "float32"),
+        tokens=16384,
+        most_sequences=1 << 10,
+        seconds=0.4,
+        limit=180.0,
+    ),
+    "cpu": dict(
+        lengths=(128, 512, 2048),
+        float32_lengths=(128, 512, 2048),
+        default_dtypes=("float32",),
+        tokens=2048,
+        most_sequences=8,
+        seconds=5.0,
+        limit=1200.0,
+    ),
+}
 FEWEST = 2  # calls per variant
-# Relative differences of the states. After 12 or 24 layers in bfloat16, rounding changes 0.01, and a missing position
-# term 0.04 to 0.06.
+# Allowed relative differences of the states. After 12 or 24 layers in bfloat16, rounding makes a difference of 0.01, a
+# missing position term one of 0.04 to 0.06.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.03, "float16": 0.01}
-GRADIENTS_TOLERANCE = 5  # times as much: rounding changes 0.04, a missing term 0.9
-DENSE = ("eager", "eager+compile", "onnxruntime")  # they hold all scores at once
+GRADIENTS_TOLERANCE = 5  # factor for gradients, where rounding makes 0.04, a missing term 0.9
+DENSE = ("eager", "eager+compile", "onnxruntime")  # variants that hold all scores at once
 LEGEND = (
     f"Base models with embeddings, {variants.VOCABULARY} words, random weights: token ids and mask in, last states "
     "out. variable: lengths spread evenly from {:.0f} to 100 % of the length, padded at the right; tokens, tokens/s: "
@@ -63,18 +77,16 @@ def main(arguments: list[str] | None = None) -> None:
     options = _options(arguments)
     device = Device(options.device)
     torch.set_num_threads(max(options.threads))
-    timing.provenance()
     notes = LEGEND + described(VARIANTS, options.variants) + timing.installed("onnxruntime", "flash-attn")
-    table = Table(options.name, options.out, notes, summarise)
-    start, encoders = time.perf_counter(), None
-    for case in _cases(options):
-        if time.perf_counter() - start > options.limit:
-            print(f"out of time before {case.passes} of {case.batch} x {case.length}, {case.dtype}", flush=True)
-            return
+    shape = ("dtype", "threads", "batch", "length", "lengths")
+    table = Table(options.name, options.out, notes, summary_of_times("x eager", group=("model", "pass"), line=shape))
+    encoders = None
+    saying = "{0.passes} of {0.batch} x {0.length}, {0.dtype}"
+    for case in timing.in_time(options.limit, _cases(options), saying.format):
         torch.set_num_threads(case.threads)
         dtype = getattr(torch, case.dtype)
         if encoders is None or (encoders.size, encoders.dtype) != (case.model, dtype):
-            encoders = None  # frees the old ones first
+            encoders = None  # frees the old ones before new ones are made
             encoders = Encoders(case.model, dtype, options.device)
         for row in measure(case, encoders, device, options):
             table.add(row)
@@ -82,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def measure(case: Case, encoders: Encoders, device: Device, options: argparse.Namespace) -> list[dict]:
     """Measures a row for each variant."""
-    torch.compiler.reset()  # programs for other shapes count towards its limit, beyond which it runs eagerly
+    torch.compiler.reset()  # Torch runs a function eagerly after a number of compilations, also for other shapes.
     batch = Batch(case.batch, case.length, case.variable, options.device)
     calls, references, differences, peaks = {}, {}, {}, {}
 
@@ -97,7 +109,7 @@ def measure(case: Case, encoders: Encoders, device: Device, options: argparse.Na
     suitable = [name for name in options.variants if VARIANTS[name].suits(case, device.is_gpu)]
     builds = {name: functools.partial(build, name) for name in suitable}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of exports, compilers and quantization
+        warnings.simplefilter("ignore")  # exports, compilers and quantization warn
         taken = device.measure(builds, options.seconds, queued=False, fewest=FEWEST, warmup=0)
         seconds = {name: outcome.seconds for name, outcome in taken.items() if outcome.seconds}
         errors = {name: outcome.error for name, outcome in taken.items()}
@@ -159,86 +171,54 @@ def difference(case: Case, name: str, encoders: Encoders, states: torch.Tensor, 
 
 
 def _refuse_what_does_not_fit(case: Case) -> None:
-    """Raises before Linux kills the process for want of memory."""
+    """Raises MemoryError, because Linux would kill the process."""
     needed, free = case.eager_bytes(), _free_memory()
     if needed > 0.8 * free:
         raise MemoryError(f"needs about {needed / 2**30:.0f} GiB for dense scores, {free / 2**30:.0f} are free")
 
 
 def _free_memory() -> int:
-    path = Path("/proc/meminfo")
-    if path.exists():
-        line = next(line for line in path.read_text().splitlines() if line.startswith("MemAvailable:"))
-        return int(line.split()[1]) << 10
+    if Path("/proc/meminfo").exists():
+        return timing.bytes_in("/proc/meminfo", "MemAvailable")
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def summarise(rows: list[dict]) -> str:
-    """Makes a table of shapes and variants for each model and pass: milliseconds, and times as fast as eager."""
-    shape = ("dtype", "threads", "batch", "length", "lengths")
-
-    def cell(row: dict) -> str:
-        ratio = f" ({row['x eager']:.2f}x)" if "x eager" in row else ""
-        return f"{timing.cell(row['ms'])}{ratio}" if "ms" in row else "not run"
-
-    parts = []
-    for model, passes in dict.fromkeys((row["model"], row["pass"]) for row in rows):
-        chosen = [row for row in rows if (row["model"], row["pass"]) == (model, passes)]
-        parts += [f"## {model}, {passes}: ms (x eager)", timing.pivot(chosen, shape, lambda row: row["variant"], cell)]
-    return "\n\n".join(parts)
-
-
 def _cases(options: argparse.Namespace) -> list[Case]:
+    """Lists the cases in the order in which they are measured."""
     found = []
-    for model in options.models:
-        for dtype in options.dtypes or DTYPES[options.kind]:
-            at = options.lengths if options.dtypes or dtype != "float32" else options.float32_lengths
-            for passes in options.passes:
-                for threads in options.threads:
-                    for length in at:
-                        batch = max(2, min(options.tokens // length, MOST_SEQUENCES[options.kind]))
-                        wanted = [shape for shape in options.shapes if shape != "one" or passes == "forward"]
-                        shapes = [(1 if shape == "one" else batch, shape == "variable") for shape in wanted]
-                        found += [Case(model, dtype, passes, threads, n, length, variable) for n, variable in shapes]
+    for model, dtype in itertools.product(options.models, options.dtypes or options.default_dtypes):
+        lengths = options.float32_lengths if dtype == "float32" and not options.dtypes else options.lengths
+        rest = options.passes, options.threads, lengths, options.shapes
+        for passes, threads, length, shape in itertools.product(*rest):
+            batch = 1 if shape == "one" else max(2, min(options.tokens // length, options.most_sequences))
+            if shape != "one" or passes == "forward":
+                found.append(Case(model, dtype, passes, threads, batch, length, shape == "variable"))
     return found
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    cuda = torch.cuda.is_available()
     uncompiled = [name for name in VARIANTS if "compile" not in name]
-    parser = argparse.ArgumentParser(prog="python -m bench.encoder", description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="take a short look: length 128, forward; results go to build/"
-    )
+    parser = timing.parser("encoder", __doc__)
     parser.add_argument("--models", choices=variants.SIZES, nargs="+", default=["v3-base"])
     parser.add_argument("--lengths", type=int, nargs="+", metavar="L", help="in this order")
-    parser.add_argument("--passes", choices=PASSES, nargs="+", default=PASSES)
+    parser.add_argument("--passes", choices=PASSES, nargs="+")
     parser.add_argument("--shapes", choices=SHAPES, nargs="+", default=SHAPES, help="of batches, in this order")
     parser.add_argument("--dtypes", choices=TOLERANCE, nargs="+", help="by default also float32 at 512 on a GPU")
-    parser.add_argument("--variants", choices=VARIANTS, nargs="+", default=uncompiled, metavar="NAME")
+    parser.add_argument("--variants", choices=VARIANTS, nargs="+", metavar="NAME")
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()], metavar="N")
     parser.add_argument("--tokens", type=int, metavar="N", help="in a batch, padding included")
     parser.add_argument(
         "--memory", action="store_true", help="measure peak memory on the CPU too, each in its own process"
     )
-    parser.add_argument("--seconds", type=float, help="aim at this time per variant and row")
     parser.add_argument("--limit", type=float, metavar="S", help="no group of rows begins later than this")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--name", default="encoder-models", help="of the table")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--name", default="encoder-models", help="name of the table")
     options = parser.parse_args(arguments)
-    options.kind = kind = torch.device(options.device).type
-    if options.quick:
-        options.lengths, options.passes, options.seconds = options.lengths or [128], ["forward"], 0.5
-        options.variants = [name for name in options.variants if name != "onnxruntime"]  # its export takes a minute
-        options.out = options.out or Path("build/bench")
-    options.float32_lengths = options.lengths or FLOAT32_LENGTHS[kind]
-    options.lengths = options.lengths or LENGTHS[kind]
-    options.tokens = options.tokens or TOKENS[kind]
-    options.seconds = SECONDS[kind] if options.seconds is None else options.seconds
-    options.limit = LIMIT[kind] if options.limit is None else options.limit
-    options.out = options.out or timing.results_folder()
-    return options
+    vars(options).update(default_dtypes=None, most_sequences=None, float32_lengths=options.lengths)
+    whole = DEFAULTS[torch.device(options.device).type] | dict(passes=PASSES, variants=uncompiled)
+    quick = dict(lengths=[128], float32_lengths=[128], passes=["forward"])
+    quick["variants"] = [name for name in uncompiled if name != "onnxruntime"]  # its export takes a minute
+    return timing.complete(options, whole | {"out": timing.results_folder()}, quick)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Far keys by torch's flash attention, merged with near ones by their log-sum-exp: ``python -m bench.far_flash``.
 
-For a block of queries, the keys far before it and far behind it are two slices of plain attention with a shifted query
-and a constant per row (equation 7 of csrc/README.md), which torch's operator takes as they are. The keys between go to
-a fused backend. The question is whether this is faster than the backend's own far loop. An experiment of the forward
-pass: ``merged`` is the whole of it, ``far`` and ``near`` are its parts, without the sum of their outputs.
+Every block of queries has far keys before and behind it. Attention to each of these two slices is plain attention with
+a shifted query and a constant per row (equation 7 of csrc/README.md), so torch's operator computes it. A fused backend
+computes attention to the keys between. The question is whether this is faster than the backend's own loop over far
+keys. ``merged`` is the whole forward pass; ``far`` and ``near`` are its parts, without the sum of their outputs.
 """
 
 import argparse
@@ -18,19 +18,19 @@ from deberta_fast.op.relative_position import slot_table
 
 from . import device as devices
 from . import timing
-from .device import Call, Device, Table, by_length
+from .device import Call, Device, Table, summary
 from .variants import relative_difference
 from .variants.operator import BUCKETS, LONGEST, VARIANTS, Workload, asked
 
-BLOCKS = (2048, 1024, 4096)  # queries
-ALIGN = 64  # slices of keys begin at its multiples: Triton would compile each other alignment anew
+BLOCKS = (2048, 1024, 4096)  # queries of a block
+ALIGN = 64  # Slices of keys begin at multiples of this, because Triton compiles a kernel for each other alignment.
 SECONDS = 0.1
 BUSY_CYCLES = 10_000_000  # enough to queue dozens of launches before the first one starts
 Part = tuple[torch.Tensor, torch.Tensor]  # output (B, H, M, D) and log-sum-exp (B, H, M), natural
 
 
 class Tensors(NamedTuple):
-    """query, key and value (B, H, L, D), tables (H, R, D), and the parameters of their buckets."""
+    """query, key and value (B, H, L, D), tables (H, R, D), position_buckets and max_relative_positions."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -55,7 +55,7 @@ def attention(x: Tensors, block: int, backend: str) -> torch.Tensor:
 
 
 def merged(parts: list[Part]) -> torch.Tensor:
-    """Merges attention to disjoint sets of keys into attention to all of them, in the outputs' dtype."""
+    """Combines attention to disjoint sets of keys into attention to all of them, in the outputs' dtype."""
     if len(parts) == 1:
         return parts[0][0]
     weights = torch.stack([lse for _, lse in parts]).softmax(0).unsqueeze(-1)
@@ -79,7 +79,7 @@ def _far_parts(x: Tensors, start: int, stop: int, past: int, future: int) -> lis
 
 
 def far(x: Tensors, start: int, stop: int, first: int, last: int, row: int) -> Part:
-    """Attends to keys that all read one table row: plain attention with a shifted query, c2p a constant per query."""
+    """Attends to keys that all read one table row, by plain attention with a shifted query; c2p is constant."""
     query = x.query[:, :, start:stop]
     shifted = query + x.pos_query[:, row, None]
     output, lse = _flash(shifted, x.key[:, :, first:last], x.value[:, :, first:last], x.scale)
@@ -117,12 +117,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = Device(options.device)
     device.busy_cycles = BUSY_CYCLES
-    timing.provenance()
     notes = (
         f"{options.tokens} tokens, {options.heads} heads of 64, tables of 512 rows, bfloat16, forward. The number "
         f"of a variant counts the queries of a block. difference: from the eager backend's output.\n\n{__doc__}"
     )
-    table = Table("far-flash", options.out, notes, lambda rows: by_length(rows, lambda row: timing.cell(row.get("ms"))))
+    table = Table(
+        "far-flash", options.out, notes, lambda rows: summary(rows, "ms", lambda row: timing.cell(row.get("ms")))
+    )
     for length in options.lengths:
         workload = Workload(length, max(1, options.tokens // length), options.heads, device=options.device)
         build, differences = _variants(workload, options)

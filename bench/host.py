@@ -1,16 +1,10 @@
 """Host time of one small call, where overhead dominates: ``python -m bench.host``.
 
-    sdpa     torch's scaled_dot_product_attention on the same query, key and value: no position terms
-    dense    disentangled_attention, by the backend that it chooses
-    varlen   disentangled_attention_varlen on the same tokens
-
-One sequence of 8 tokens, 2 heads of 64, float32, one thread. forward runs under torch.inference_mode;
-forward+backward computes the gradients of all inputs. On a GPU, the time until the call returns. Results go to
-bench/results/cpu/ or the GPU's folder, after every row.
+LEGEND describes the variants and the call. Results go to bench/results/cpu/ or the GPU's folder, after every row.
 """
 
-import argparse
 import functools
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -21,10 +15,10 @@ from . import timing
 from .device import Call, Device, Table
 
 BATCH, HEADS, LENGTH, SIZE = 1, 2, 8, 64
-ROWS = 512  # of DeBERTa-v3's position tables
+ROWS = 512  # rows of DeBERTa-v3's position tables
 PASSES = ("forward", "forward+backward")
-CALLS = 200  # of one variant in a row, before the next variant's turn
-CALLS_ON_GPU = 10  # few enough for the queue of launches: the host waits when it is full
+CALLS = 200  # calls of a variant in a row, before the next variant's turn
+CALLS_ON_GPU = 10  # so few that the queue of launches does not fill up, which would block the host
 MOST_ROUNDS = 1000
 LEGEND = (
     f"Microseconds of host time per call, {BATCH} sequence of {LENGTH} tokens, {HEADS} heads of {SIZE}, float32, one "
@@ -36,20 +30,17 @@ LEGEND = (
     "Lower ratios are better."
 )
 
-Variants = dict[str, Callable[[], object]]
-
 
 def main(arguments: list[str] | None = None) -> None:
-    options = _options(arguments)
+    options = timing.parser("host", __doc__).parse_args(arguments)
+    options = timing.complete(options, dict(seconds=10.0, out=timing.results_folder()), {})
     torch.set_num_threads(1)
-    timing.provenance()
-    # attention_gpu writes a table "host" to the GPU's folder.
     gpu = torch.cuda.is_available()
+    # In the GPU's folder, attention_gpu has a table named "host".
     table = Table("host-call" if gpu else "host", options.out, LEGEND)
-    for device in ("cpu", "cuda") if gpu else ("cpu",):
-        for tables in (True, False):
-            for passes in PASSES:
-                table.add(row(device, passes, tables, options.seconds))
+    devices = ("cpu", "cuda") if gpu else ("cpu",)
+    for device, tables, passes in itertools.product(devices, (True, False), PASSES):
+        table.add(row(device, passes, tables, options.seconds))
 
 
 def row(device: str, passes: str, tables: bool, seconds: float) -> dict:
@@ -60,7 +51,10 @@ def row(device: str, passes: str, tables: bool, seconds: float) -> dict:
         taken = timing.medians(rounds, seconds, most=MOST_ROUNDS)
         us = {name: 1e6 * taken[name] / CALLS for name in calls}
     else:
-        us = {name: 1e6 * _until_return(device, call) for name, call in calls.items()}
+        us = {}
+        for name, call in calls.items():
+            call()  # compiles
+            us[name] = 1e6 * Device(device).host_seconds(Call(call), CALLS_ON_GPU)
     return {
         "device": device,
         "pass": passes,
@@ -71,7 +65,7 @@ def row(device: str, passes: str, tables: bool, seconds: float) -> dict:
     }
 
 
-def variants(device: str, passes: str, tables: bool) -> Variants:
+def variants(device: str, passes: str, tables: bool) -> dict[str, Callable[[], object]]:
     """Returns calls without arguments by name; they return the output, or the gradients."""
     torch.manual_seed(0)
     normal = functools.partial(torch.randn, device=device)
@@ -101,16 +95,6 @@ def _call(function: Callable, inputs: list[torch.Tensor], gradient: torch.Tensor
 def _repeat(call: Callable[[], object]) -> None:
     for _ in range(CALLS):
         call()
-
-
-def _until_return(device: str, call: Callable[[], object]) -> float:
-    call()  # compiles
-    return Device(device).host_seconds(Call(call), CALLS_ON_GPU)
-
-
-def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = timing.cpu_parser("host", __doc__)
-    return timing.parse(parser, arguments, dict(seconds=10.0, out=timing.results_folder()), {})
 
 
 if __name__ == "__main__":

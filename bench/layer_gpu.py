@@ -8,7 +8,7 @@ describes the variants; other libraries take part where they are installed.
 
 import argparse
 import functools
-import time
+import itertools
 
 import torch
 
@@ -16,12 +16,12 @@ from deberta_fast.op.relative_position import slot_table
 
 from . import device as devices
 from . import models, timing
-from .device import Call, Device, Table, times_by_length
+from .device import Device, Table, summary_of_times
 from .variants import Entry, described, relative_difference
 from .variants.layer import ATTENTION, Layer
 
-PASSES = ("forward", "backward", "forward+backward")
-FLOPS = {"forward": (4, 4), "backward": (10, 12), "forward+backward": (14, 16)}  # of L^2 D and of L R D
+FLOPS = {"forward": (4, 4), "backward": (10, 12), "forward+backward": (14, 16)}  # divided by L^2 D, and by L R D
+PASSES = tuple(FLOPS)
 LENGTHS = (512, 2048, 8192, 128, 1024, 4096)  # most wanted first
 SECONDS_A_VARIANT = 0.15
 VARIANTS = {name: entry for name, entry in ATTENTION.items() if name not in ("native", "plain")}
@@ -40,47 +40,37 @@ LEGEND = (
 def main(arguments: list[str] | None = None) -> None:
     options = _options(arguments)
     device = Device(options.device)
-    timing.provenance()
-    start = time.perf_counter()
     chosen = {name: entry for name, entry in VARIANTS.items() if name.startswith(tuple(options.variants))}
     notes = f"{options.tokens} tokens, {options.dtype}. {LEGEND}{described(chosen)}"
     notes += timing.installed("disentangled-flash", "flashdeberta")
     name = "layer" + ("" if options.dtype == "bfloat16" else f"-{options.dtype}")
-    table = Table(name, options.out, notes, times_by_length("x eager"))
+    table = Table(name, options.out, notes, summary_of_times("x eager"))
     encoder = models.encoder_v3_base(1).to(options.device, getattr(torch, options.dtype))
-    for length in options.lengths:
-        batch = max(1, options.tokens // length)
-        layer = Layer(encoder, batch, length)
-        found = {name: entry for name, entry in chosen.items() if entry.suits(layer)}
-        differences = _differences(layer, found) if "forward" in options.passes else {}
-        for passes in options.passes:
-            if time.perf_counter() - start > options.seconds:
-                print(f"out of time before length {length}, {passes}", flush=True)
-                return
-            build = {name: functools.partial(_build, layer, entry, passes) for name, entry in found.items()}
-            taken = device.measure(build, SECONDS_A_VARIANT, queued=False)
-            ran = {name: make for name, make in build.items() if taken[name].seconds}
-            kernels = device.measure(ran, SECONDS_A_VARIANT)
-            peaks = {name: device.peak(make) for name, make in ran.items()}
-            eager = taken["hf-eager"].seconds if "hf-eager" in taken else None
-            for name, outcome in taken.items():
-                row = {"length": length, "batch": batch, "pass": passes, "variant": name} | outcome.columns()
-                if seconds := outcome.seconds:
-                    row["kernel ms"] = kernels[name].columns()["ms"]
-                    row["TFLOP/s"] = _flops(layer, passes) / seconds / 1e12
-                    row["x eager"] = eager and eager / seconds
-                    row["peak MiB"] = peaks[name] / timing.MIB if isinstance(peaks[name], int) else None
-                    row["calls"] = outcome.runs
-                    row["difference"] = differences.get(name) if passes == "forward" else None
-                table.add(row)
-
-
-def _build(layer: Layer, entry: Entry, passes: str) -> Call:
-    return layer.call(entry.build(layer, passes), passes)
+    cases = itertools.product(options.lengths, options.passes)
+    for length, passes in timing.in_time(options.seconds, cases, "length {0[0]}, {0[1]}".format):
+        if passes == options.passes[0]:
+            layer = Layer(encoder, max(1, options.tokens // length), length)
+            found = {name: entry for name, entry in chosen.items() if entry.suits(layer)}
+        differences = _differences(layer, found) if passes == "forward" else {}
+        build = {name: functools.partial(layer.call, entry, passes) for name, entry in found.items()}
+        taken = device.measure(build, SECONDS_A_VARIANT, queued=False)
+        ran = {name: make for name, make in build.items() if taken[name].seconds}
+        kernels = device.measure(ran, SECONDS_A_VARIANT)
+        peaks = {name: device.peak(make) for name, make in ran.items()}
+        eager = taken["hf-eager"].seconds if "hf-eager" in taken else None
+        for name, outcome in taken.items():
+            row = {"length": length, "batch": layer.batch, "pass": passes, "variant": name} | outcome.columns()
+            if seconds := outcome.seconds:
+                row["kernel ms"] = kernels[name].columns()["ms"]
+                row["TFLOP/s"] = _flops(layer, passes) / seconds / 1e12
+                row["x eager"] = eager and eager / seconds
+                row["peak MiB"] = peaks[name] / timing.MIB if isinstance(peaks[name], int) else None
+                row |= {"calls": outcome.runs, "difference": differences.get(name)}
+            table.add(row)
 
 
 def _differences(layer: Layer, found: dict[str, Entry]) -> dict[str, float]:
-    """Relative differences from hf-eager's output of the variants that compute the same and do not fail."""
+    """Returns relative differences from hf-eager's output, without variants that fail or have no position terms."""
     outputs = {}
     for name, entry in found.items():
         if name.startswith("plain"):

@@ -9,10 +9,12 @@ bench/results/cpu/, after every row.
 
 import argparse
 import functools
+import itertools
 
 import torch
 
 from . import timing
+from .device import Table
 from .variants import described
 from .variants.operator import VARIANTS, Variant, Workload
 
@@ -24,47 +26,42 @@ DTYPES = ("float32", "bfloat16", "float16")
 SHAPE = f"{HEADS} heads of 64, position tables of 512 rows, nothing masked or dropped."
 COMPARED = ("sdpa", "cpu", "eager")
 LEGEND = described(VARIANTS, COMPARED) + " Lower cpu/sdpa and higher eager/cpu are better."
-NOTES = {
-    "operator": f"Milliseconds of the operator, medians of interleaved calls; {SHAPE} forward without gradients; "
-    "backward without forward, to query, key and value, and except for sdpa to both position tables." + LEGEND,
-    "operator-memory": f"Peak resident MiB of a call above its inputs, each length in its own process; {SHAPE} "
-    "Output and gradients count. forward+backward returns all gradients at once." + LEGEND,
-}
+TIME_NOTES = (
+    f"Milliseconds of the operator, medians of interleaved calls; {SHAPE} forward without gradients; backward without "
+    f"forward, to query, key and value, and except for sdpa to both position tables.{LEGEND}"
+)
+MEMORY_NOTES = (
+    f"Peak resident MiB of a call above its inputs, each length in its own process; {SHAPE} Output and gradients "
+    f"count. forward+backward returns all gradients at once.{LEGEND}"
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = _options(arguments)
     shapes = dict.fromkeys([(max(1, TOKENS // n), n) for n in options.lengths] + [(1, n) for n in options.lengths])
-    jobs = []
-    for dtype in options.dtypes:
-        for one in PASSES:
-            for threads in options.threads:
-                for batch, length in shapes:
-                    make = functools.partial(time_rows, dtype, one, threads, batch, length, options.seconds)
-                    jobs.append(("operator", f"{dtype} {one} {batch}x{length}, {threads} thread(s)", make))
-    for dtype in options.dtypes:
-        for length in options.memory_lengths:
-            make = functools.partial(memory_rows, dtype, options.threads[-1], length)
-            jobs.append(("operator-memory", f"{dtype} 1x{length}, memory", make))
-    timing.fill(jobs, NOTES, options.out)
+    table = Table("operator", options.out, TIME_NOTES)
+    for dtype, one, threads, shape in itertools.product(options.dtypes, PASSES, options.threads, shapes):
+        table.add(time_row(dtype, one, threads, *shape, options.seconds))
+    table = Table("operator-memory", options.out, MEMORY_NOTES)
+    for dtype, length in itertools.product(options.dtypes, options.memory_lengths):
+        table.add(*memory_rows(dtype, options.threads[-1], length))
 
 
-def time_rows(dtype: str, one: str, threads: int, batch: int, length: int, seconds: float) -> list[dict]:
+def time_row(dtype: str, one: str, threads: int, batch: int, length: int, seconds: float) -> dict:
     """Times the pass ``one``, forward or backward."""
     torch.set_num_threads(threads)
     compared = COMPARED if length <= EAGER_LONGEST else COMPARED[:2]
     workload = _workload(dtype, batch, length)
     found = {name: VARIANTS[name].build(workload) for name in compared}
-    if one == "forward":
-        calls = {name: variant.forward for name, variant in found.items()}
-    else:
-        calls = {name: functools.partial(backward, variant, variant.forward()) for name, variant in found.items()}
+    calls = {name: variant.forward for name, variant in found.items()}
+    if one == "backward":
+        calls = {name: functools.partial(backward, found[name], forward()) for name, forward in calls.items()}
     with torch.set_grad_enabled(one != "forward"):
         taken = timing.medians(calls, seconds)
     row = {"dtype": dtype, "pass": one, "threads": threads, "batch": batch, "length": length}
     row |= {f"{name} ms": 1000 * taken[name] if name in taken else None for name in COMPARED}
     row["cpu/sdpa"] = taken["cpu"] / taken["sdpa"]
-    return [row | {"eager/cpu": taken["eager"] / taken["cpu"] if "eager" in taken else None}]
+    return row | {"eager/cpu": taken["eager"] / taken["cpu"] if "eager" in taken else None}
 
 
 def memory_rows(dtype: str, threads: int, length: int) -> list[dict]:
@@ -103,15 +100,17 @@ def _workload(dtype: str, batch: int, length: int) -> Workload:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = timing.cpu_parser("operator_cpu", __doc__)
+    parser = timing.parser("operator_cpu", __doc__)
     parser.add_argument("--lengths", type=int, nargs="+", metavar="L")
     parser.add_argument("--dtypes", choices=DTYPES, nargs="+")
-    parser.add_argument("--threads", type=int, nargs="+", metavar="N", help="the last one also for the memory rows")
-    parser.add_argument("--memory-lengths", type=int, nargs="*", metavar="L", help="of the memory rows; may be empty")
+    parser.add_argument("--threads", type=int, nargs="+", metavar="N", help="memory rows use the last one")
+    parser.add_argument(
+        "--memory-lengths", type=int, nargs="*", metavar="L", help="lengths of the memory rows; may be empty"
+    )
     whole = dict(lengths=[128, 512, 2048, 8192], dtypes=DTYPES[:2], threads=[1, 2], seconds=5.0)
     whole["memory_lengths"] = [2048, 4096, 8192, 16384]
     quick = dict(lengths=[128, 512], dtypes=DTYPES[:1], threads=[1], memory_lengths=[1024])
-    return timing.parse(parser, arguments, whole, quick)
+    return timing.complete(parser.parse_args(arguments), whole, quick)
 
 
 if __name__ == "__main__":

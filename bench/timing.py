@@ -1,4 +1,4 @@
-"""The tools of every benchmark: interleaved times, peak memory, the provenance of figures, and tables of them."""
+"""Tools that all benchmarks share: interleaved times, peak memory, provenance, tables and options."""
 
 import argparse
 import ctypes
@@ -12,11 +12,12 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 import torch
 
@@ -25,7 +26,7 @@ MIB = 1 << 20
 
 
 def interleaved(variants: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Times the variants in turn (A B A B), so that a drift of the machine affects all alike.
+    """Times the variants in turn (A B A B), so that a change of the machine's speed affects all of them.
 
     Returns:
         For each variant the seconds of ``repeats`` calls, without the ``warmup`` first rounds.
@@ -56,34 +57,31 @@ def _synchronize() -> None:
 def peak_memory(build: Callable[..., list[Callable[[], object]]], *arguments, device: str = "cpu") -> list[int]:
     """Measures the peak bytes that calls need above those in use before them, in a fresh process.
 
-    On the CPU this is resident memory. Only Linux can reset its peak; elsewhere the peak of the process's whole life
-    takes its place, which hides what a call needs below the peak of ``build``: a lower bound. On a GPU it is what torch
-    allocates.
+    On a GPU this is the memory that torch allocates. On a CPU it is resident memory. Only Linux can reset the peak of
+    resident memory; elsewhere the result is the growth of the process's lifetime peak, a lower bound.
 
     Args:
-        build: an importable function (it is pickled by name), called in the process with ``arguments``. It builds
-            everything, runs it once at a tiny size, so that the initialisation of libraries does not count, and returns
-            the calls to measure, smallest first.
-        device: where they run.
+        build: an importable function, because it is pickled by name. The new process calls it with ``arguments``. It
+            builds everything and runs it once at a tiny size, so that the initialisation of libraries does not count.
+            It returns the calls to measure, smallest first.
+        device: where the calls run.
 
     Returns:
         The bytes of each call.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(_peaks, build, arguments, device, torch.get_num_threads()).result()
+        process.submit(torch.set_num_threads, torch.get_num_threads())
+        return process.submit(_peaks, build, arguments, device).result()
 
 
-def _peaks(build: Callable, arguments: tuple, device: str, threads: int) -> list[int]:
-    torch.set_num_threads(threads)
+def _peaks(build: Callable, arguments: tuple, device: str) -> list[int]:
     return [peak_of_call(run, device) for run in build(*arguments)]
 
 
 def peak_of_call(run: Callable[[], object], device: str) -> int:
-    """Measures the peak bytes that one call needs. On a CPU, a process that did little before is more accurate."""
-    return (_peak_allocated if torch.device(device).type == "cuda" else _peak_resident)(run)
-
-
-def _peak_allocated(run: Callable[[], object]) -> int:
+    """Measures the peak bytes that one call needs above those in use. On a CPU a fresh process is best."""
+    if torch.device(device).type != "cuda":
+        return _peak_resident(run)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     start = torch.cuda.memory_allocated()
@@ -96,23 +94,26 @@ def _peak_resident(run: Callable[[], object]) -> int:
     _return_free_memory()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # makes the present size the new peak
-        start, lifetime = _status("VmRSS"), None
     except OSError:
-        start, lifetime = 0, _lifetime_peak()
+        start = _lifetime_peak()
+        run()
+        return _lifetime_peak() - start
+    start = bytes_in("/proc/self/status", "VmRSS")
     run()
-    return _status("VmHWM") - start if lifetime is None else _lifetime_peak() - lifetime
+    return bytes_in("/proc/self/status", "VmHWM") - start
 
 
 def _return_free_memory() -> None:
-    # A call could reuse heap that malloc kept after an earlier call, which would not show.
+    # malloc keeps freed memory. A call that reuses it would not raise the resident size.
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):
         pass  # not glibc
 
 
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+def bytes_in(path: str, field: str) -> int:
+    """Reads a line "field: N kB" of a file in /proc."""
+    lines = Path(path).read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field + ":"))
 
 
@@ -123,11 +124,12 @@ def _lifetime_peak() -> int:
 
 @functools.cache
 def provenance() -> dict[str, str | int | None]:
-    """Records what is needed to trust and repeat a figure. Call it before the process writes anything."""
+    """Records command, commit, machine and versions. Call it before the process writes files."""
     import deberta_fast
     from deberta_fast.selfcheck import processor
 
-    record = {
+    gpu = torch.cuda.is_available()
+    return {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "commit": _commit(),
@@ -136,18 +138,14 @@ def provenance() -> dict[str, str | int | None]:
         "torch threads": torch.get_num_threads(),
         "os": platform.platform(),
         "python": platform.python_version(),
+        **({"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} | _gpu_state() if gpu else {}),
+        **{package: version(package) for package in ("torch", "transformers", "triton")},
+        "deberta_fast": deberta_fast.__version__,
     }
-    if torch.cuda.is_available():
-        record["gpu"] = torch.cuda.get_device_name()
-        record["cuda"] = torch.version.cuda
-        record |= _gpu_state()
-    for package in ("torch", "transformers", "triton"):
-        record[package] = version(package)
-    return record | {"deberta_fast": deberta_fast.__version__}
 
 
 def _gpu_state() -> dict[str, str]:
-    """Asks nvidia-smi for driver, clock and power limit. Empty if it does not answer."""
+    """Returns driver, clock and power limit from nvidia-smi, or nothing if it fails."""
     asked = {"driver": "driver_version", "gpu clock": "clocks.max.sm", "power limit": "power.limit"}
     command = ["nvidia-smi", f"--query-gpu={','.join(asked.values())}", "--format=csv,noheader"]
     uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
@@ -177,8 +175,7 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        # Results do not change what is measured.
-        changed = git("status", "--porcelain", "--", ".", ":!bench/results")
+        changed = git("status", "--porcelain", "--", ".", ":!bench/results")  # earlier results do not count
         return git("rev-parse", "HEAD") + (" with uncommitted changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("COMMIT")  # in a copy of the working tree without .git
@@ -186,8 +183,8 @@ def _commit() -> str | None:
 
 def results_folder() -> Path:
     """Returns bench/results/<name of the GPU>, or bench/results/cpu."""
-    kind = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu"
-    return REPOSITORY / "bench" / "results" / kind
+    name = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu"
+    return REPOSITORY / "bench" / "results" / name
 
 
 def save(name: str, rows: list[dict], folder: Path, notes: str = "", summary: str = "") -> None:
@@ -203,29 +200,8 @@ def save(name: str, rows: list[dict], folder: Path, notes: str = "", summary: st
     (folder / f"{name}.md").write_text("\n\n".join(part for part in text if part) + "\n")
 
 
-def fill(jobs: list[tuple[str, str, Callable[[], list[dict]]]], notes: dict[str, str], folder: Path) -> None:
-    """Fills tables row by row, saves and prints them.
-
-    Args:
-        jobs: the name of a table, a description for the progress bar, and a function that makes rows.
-        notes: by table.
-    """
-    from tqdm import tqdm
-
-    provenance()
-    tables: dict[str, list[dict]] = {}
-    with tqdm(jobs, unit="row") as progress:
-        for name, saying, make in progress:
-            progress.set_description(saying)
-            tables.setdefault(name, []).extend(make())
-            save(name, tables[name], folder, notes[name])
-    for name, rows in tables.items():
-        print(f"\n{name}: {notes[name]}\n\n{markdown(rows)}")
-    print(f"\nWritten to {folder}")
-
-
 def markdown(rows: list[dict]) -> str:
-    """Makes a Markdown table whose columns are aligned as plain text too."""
+    """Makes a Markdown table whose columns are also aligned as plain text."""
     heads = list(dict.fromkeys(key for row in rows for key in row))
     cells = [heads, *([cell(row.get(head)) for head in heads] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(heads))]
@@ -235,7 +211,11 @@ def markdown(rows: list[dict]) -> str:
 
 
 def pivot(rows: list[dict], heads: tuple[str, ...], column: Callable[[dict], str], cell: Callable[[dict], str]) -> str:
-    """Makes a Markdown table with one line for all rows that agree in the columns ``heads``, their cells across."""
+    """Makes a Markdown table with a line for each combination of values in the columns ``heads``.
+
+    Args:
+        column, cell: for a row, the head of the column that it fills in this line, and the text there.
+    """
     lines: dict[tuple, dict] = {}
     for row in rows:
         line = {head: row[head] for head in heads if head in row}
@@ -253,21 +233,33 @@ def cell(value: object) -> str:
     return f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
 
 
-def cpu_parser(name: str, description: str) -> argparse.ArgumentParser:
-    """The options that all benchmarks on the CPU have."""
+def parser(name: str, description: str) -> argparse.ArgumentParser:
+    """Makes a parser of the options that all benchmarks on the CPU have; ``complete`` adds their defaults."""
     parser = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=description.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="take a short look; results go to build/bench")
-    parser.add_argument("--seconds", type=float, help="aim at this time per row; never fewer than 5 rounds")
+    parser.add_argument("--seconds", type=float, help="aim at this time per row, or per variant and row")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, arguments: list[str] | None, whole: dict, quick: dict) -> argparse.Namespace:
-    """Parses ``arguments``. Options that are not given come from ``quick`` with --quick, otherwise from ``whole``."""
-    options = parser.parse_args(arguments)
-    quick = {"seconds": 0.5, "out": Path("build/bench")} | quick
-    whole = {"out": REPOSITORY / "bench" / "results" / "cpu"} | whole
-    for name, value in (quick if options.quick else whole).items():
+def complete(options: argparse.Namespace, whole: dict, quick: dict) -> argparse.Namespace:
+    """Sets the options that are None: with --quick to those in ``quick``, otherwise to those in ``whole``."""
+    usual = {"out": REPOSITORY / "bench" / "results" / "cpu"}
+    short = {"seconds": 0.5, "out": Path("build/bench")} | quick
+    for name, value in (whole | short if options.quick else usual | whole).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     return options
+
+
+Case = TypeVar("Case")
+
+
+def in_time(seconds: float, cases: Iterable[Case], describe: Callable[[Case], str]) -> Iterator[Case]:
+    """Yields cases until ``seconds`` have passed, then prints the first case that is left out."""
+    start = time.perf_counter()
+    for case in cases:
+        if time.perf_counter() - start > seconds:
+            print(f"out of time before {describe(case)}", flush=True)
+            return
+        yield case

@@ -19,10 +19,10 @@ Built = tuple[nn.Module, Forward]
 
 
 class Layer:
-    """An encoder, its first attention module, their input and its gradient; dtype and device are the encoder's.
+    """An encoder, its first attention module, random hidden states for both, and a gradient of their output.
 
-    The masks and relative positions of an attention module are made beforehand, as its encoder makes them once for all
-    layers. All tokens are valid.
+    All tokens are valid. Calls of the attention module do not include its mask and relative positions, because an
+    encoder makes them once for all layers.
     """
 
     def __init__(self, encoder: DebertaV2Encoder, batch: int, length: int):
@@ -47,8 +47,8 @@ class Layer:
         module.load_state_dict(self.attention.state_dict(), strict=True)
         return module.to(self.hidden.device, self.hidden.dtype).eval()
 
-    def call(self, built: Built, passes: str) -> Call:
-        module, forward = built
+    def call(self, entry: Entry, passes: str) -> Call:
+        module, forward = entry.build(self, passes)
         return call_of(forward, passes, self.gradient, [*module.parameters(), self.hidden, self.table])
 
 
@@ -105,7 +105,7 @@ def flashdeberta(layer: Layer, passes: str) -> Built:
 
 
 def _able(backend: str, layer: Layer) -> bool:
-    """Tries whether a backend can serve this module, on a few tokens."""
+    """Says whether a backend can serve this module, by a call on a few tokens."""
     module = deberta_fast.patch(layer.twin(), backend)
     try:
         with torch.no_grad():
@@ -116,7 +116,10 @@ def _able(backend: str, layer: Layer) -> bool:
 
 
 def _entries() -> Iterator[tuple[str, Entry]]:
-    """Yields entries whose build(layer, passes) returns a module and its forward call, and imports other libraries."""
+    """Yields entries whose build(layer, passes) returns a module and its forward call.
+
+    build raises ImportError where the library that it needs is not installed.
+    """
     yield "hf-eager", Entry("Hugging Face's module with a (B, 1, L, L) mask and (1, L, L) relative positions", hf_eager)
     about = "the same after deberta_fast.patch"
     for name in backends.BACKENDS:
@@ -135,10 +138,11 @@ def _entries() -> Iterator[tuple[str, Entry]]:
     for name, kernel in PLAIN.items():
         yield f"plain-{name}", Entry(f"{about}, by that kernel", functools.partial(plain_by, kernel))
     about = (
-        "that library with assume_unpadded=True and its heuristic, forward its inference module, which projects the "
+        "that library with assume_unpadded=True and its heuristic, forward by its inference module, which projects the "
+        "positions beforehand, otherwise by its training module"
     )
-    yield "disentangled-flash", Entry(f"{about}positions beforehand, otherwise its training module", disentangled_flash)
-    yield "flashdeberta", Entry("that library without a mask, whose sum it would wait for", flashdeberta)
+    yield "disentangled-flash", Entry(about, disentangled_flash)
+    yield "flashdeberta", Entry("that library without a mask, because a mask makes it synchronise", flashdeberta)
 
 
 ATTENTION = dict(_entries())
@@ -158,8 +162,8 @@ def _patched_encoder(encoder: DebertaV2Encoder) -> DebertaV2Encoder:
     return deberta_fast.patch(models.sharing_parameters(encoder))
 
 
-# Encoder layers, with the (B, L) mask of a tokenizer. The plain ones still make an L x L mask and relative positions,
-# and do not read them.
+# Encoder layers, which get a tokenizer's (B, L) mask. Hugging Face's encoder makes an L x L mask and relative positions
+# for the plain ones too, which do not read them.
 ENCODER = {
     "eager": Entry("Hugging Face's encoder", functools.partial(_hf_encoder, models.sharing_parameters)),
     "patched": Entry("the same after deberta_fast.patch", functools.partial(_hf_encoder, _patched_encoder)),

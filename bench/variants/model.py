@@ -4,9 +4,9 @@ The DeBERTas are one model on one set of weights, except int8's; so are the Mode
 """
 
 import copy
+import functools
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,9 +19,9 @@ from .. import models
 from . import Entry, Forward
 
 VOCABULARY = 4096
-SHORTEST = 0.1  # of variable lengths, as a share of the longest
-GRADIENTS = ("embeddings.word_embeddings.weight", "encoder.rel_embeddings.weight")  # those compared
-SCORES_HELD = {"forward": (6, 0), "forward+backward": (4, 2.5)}  # by eager: at once, and per layer
+SHORTEST = 0.1  # shortest length of a variable batch, divided by the longest
+GRADIENTS = ("embeddings.word_embeddings.weight", "encoder.rel_embeddings.weight")  # gradients that are compared
+SCORES_HELD = {"forward": (6, 0), "forward+backward": (4, 2.5)}  # matrices that eager holds: at once, and per layer
 
 
 class Size(NamedTuple):
@@ -31,7 +31,7 @@ class Size(NamedTuple):
     intermediate_size: int
 
 
-# DeBERTa's, and ModernBERT's of the same width. tiny serves to try this out.
+# DeBERTa's size, and ModernBERT's of the same width. tiny serves to try this out.
 SIZES = {
     "tiny": (Size(2, 64, 2, 96), Size(4, 64, 2, 48)),
     "v3-base": (Size(12, 768, 12, 3072), Size(22, 768, 12, 1152)),
@@ -40,7 +40,7 @@ SIZES = {
 
 
 class Case(NamedTuple):
-    """What a group of rows has in common."""
+    """The columns that all rows of a group share."""
 
     model: str
     dtype: str
@@ -59,7 +59,7 @@ class Case(NamedTuple):
 
 
 class Batch:
-    """Random token ids. Variable lengths are spread evenly from SHORTEST to 1 times the longest, padded at the right.
+    """Random token ids, padded at the right. Variable lengths are spread evenly from SHORTEST to 1 times the longest.
 
     Attributes:
         input_ids, attention_mask: int64 (B, L); 0 for padding.
@@ -116,7 +116,10 @@ class Encoders:
         return self._cached[name]
 
     def modernbert(self) -> ModernBertModel:
-        return self.cached("modernbert", lambda: self._model(ModernBertModel, modernbert_config(self.size)))
+        ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
+        shape = SIZES[self.size][1]._asdict() | ids | {"vocab_size": VOCABULARY}
+        config = ModernBertConfig(**shape, attn_implementation="sdpa", reference_compile=False)
+        return self.cached("modernbert", lambda: self._model(ModernBertModel, config))
 
     def native(self) -> deberta_fast.DebertaV2Model:
         config = deberta_config(deberta_fast.DebertaV2Config, self.size)
@@ -129,7 +132,7 @@ class Encoders:
     def drop_gradients(self) -> None:
         for name in ("eager", "modernbert"):
             if name in self._cached:
-                # Cached too: walking the modules takes longer than some calls.
+                # The list is cached too, because walking the modules takes longer than some calls.
                 for parameter in self.cached(f"{name}'s", lambda name=name: list(self._cached[name].parameters())):
                     parameter.grad = None
 
@@ -149,15 +152,8 @@ def deberta_config(kind: type, size: str):
     return kind(**models.V3_BASE | SIZES[size][0]._asdict() | changes)
 
 
-def modernbert_config(size: str) -> ModernBertConfig:
-    ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
-    return ModernBertConfig(
-        **SIZES[size][1]._asdict(), vocab_size=VOCABULARY, attn_implementation="sdpa", reference_compile=False, **ids
-    )
-
-
 def draw_weights(model: nn.Module) -> None:
-    """Draws weights that keep unit variance: with the usual 0.02, wrong position terms hardly show."""
+    """Draws weights that keep unit variance. With the usual deviation of 0.02, position terms hardly change states."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if name.endswith("LayerNorm.weight"):
@@ -173,10 +169,6 @@ def padded(model: Callable, batch: Batch) -> Forward:
 def packed(forward_packed: Callable, batch: Batch) -> Forward:
     ids, ends, longest = batch.packed_ids, batch.cu_seqlens, batch.longest
     return lambda: forward_packed(ids, ends, max_seqlen=longest).last_hidden_state
-
-
-def native_packed(encoders: Encoders, batch: Batch) -> Forward:
-    return packed(encoders.native().forward_packed, batch)
 
 
 def native_compiled(encoders: Encoders, batch: Batch) -> Forward:
@@ -208,13 +200,13 @@ def native_graph(encoders: Encoders, batch: Batch) -> Forward:
     return replay
 
 
-def modernbert_flash(encoders: Encoders, batch: Batch) -> Forward:
+def _modernbert_by(attention: str, encoders: Encoders) -> ModernBertModel:
     def make():
         twin = models.sharing_parameters(encoders.modernbert())
-        twin.set_attn_implementation("flash_attention_2")
+        twin.set_attn_implementation(attention)
         return twin
 
-    return padded(encoders.cached("modernbert-flash", make), batch)
+    return encoders.cached(attention, make)
 
 
 def modernbert_packed(encoders: Encoders, batch: Batch) -> Forward:
@@ -230,13 +222,8 @@ def modernbert_packed(encoders: Encoders, batch: Batch) -> Forward:
         )  # fmt: skip
         return output.unsqueeze(0), None
 
-    def make():
-        AttentionInterface.register("varlen", attention)
-        twin = models.sharing_parameters(encoders.modernbert())
-        twin.set_attn_implementation("varlen")
-        return twin
-
-    model = encoders.cached("modernbert-packed", make)
+    AttentionInterface.register("varlen", attention)
+    model = _modernbert_by("varlen", encoders)
     ids, positions = batch.packed_ids.unsqueeze(0), batch.positions.unsqueeze(0)
     ends = dict(cu_seq_lens_q=batch.cu_seqlens, max_length_q=batch.longest)
     return lambda: model(input_ids=ids, position_ids=positions, **ends).last_hidden_state[0]
@@ -252,34 +239,22 @@ def onnxruntime(encoders: Encoders, batch: Batch) -> Forward:
 def _session(encoders: Encoders):
     import onnxruntime
 
-    path = encoders.cached("onnx", lambda: _Exported(encoders.deberta)).path
+    path = encoders.cached("onnx", lambda: _exported(encoders.deberta)).name + "/model.onnx"
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
     options.add_session_config_entry("session.force_spinning_stop", "1")  # spinning threads slow the next variant
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-class _Exported:
-    """An ONNX file that exists as long as this object."""
-
-    def __init__(self, model: nn.Module):
-        self._folder = tempfile.TemporaryDirectory()
-        self.path = str(Path(self._folder.name) / "model.onnx")
-        batch, length = (torch.export.Dim(name, min=1, max=1 << 16) for name in ("batch", "length"))
-        inputs = torch.ones(2, 48, dtype=torch.int64), torch.ones(2, 48, dtype=torch.int64)
-        names, shapes = ["input_ids", "attention_mask"], ({0: batch, 1: length}, {0: batch, 1: length})
-        torch.onnx.export(
-            _StatesOnly(model), inputs, self.path, input_names=names, dynamic_shapes=shapes, dynamo=True, verbose=False
-        )
-
-
-class _StatesOnly(nn.Module):
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids, attention_mask).last_hidden_state
+def _exported(model: nn.Module) -> tempfile.TemporaryDirectory:
+    """Returns a folder with model.onnx. It exists as long as this object."""
+    folder = tempfile.TemporaryDirectory()
+    inputs = {name: torch.ones(2, 48, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
+    batch, length = (torch.export.Dim(name, min=1, max=1 << 16) for name in ("batch", "length"))
+    shapes = {name: {0: batch, 1: length} for name in inputs}
+    path = f"{folder.name}/model.onnx"
+    torch.onnx.export(model, (), path, kwargs=inputs, dynamic_shapes=shapes, dynamo=True, verbose=False)
+    return folder
 
 
 def int8(encoders: Encoders, batch: Batch) -> Forward:
@@ -299,18 +274,9 @@ def _compiled(module: Callable[[Encoders], nn.Module]) -> Callable[[Encoders, Ba
     return lambda encoders, batch: padded(torch.compile(module(encoders), dynamic=False), batch)
 
 
-def _variable(case: Case, gpu: bool) -> bool:
-    return case.variable
-
-
-def _half_on_gpu(case: Case, gpu: bool) -> bool:
-    return gpu and case.dtype != "float32"
-
-
-def _forward_on_cpu(case: Case, gpu: bool) -> bool:
-    return not gpu and case.passes == "forward" and case.dtype == "float32"
-
-
+_variable = lambda case, gpu: case.variable
+_half_on_gpu = lambda case, gpu: gpu and case.dtype != "float32"
+_forward_on_cpu = lambda case, gpu: not gpu and case.passes == "forward" and case.dtype == "float32"
 _DEBERTA = "Hugging Face's DebertaV2Model"
 # build(encoders, batch) returns a Forward; suits(case, gpu) says whether a group of rows has the variant.
 VARIANTS = {
@@ -321,7 +287,11 @@ VARIANTS = {
         "after deberta_fast.patch(model, unpad=True)", _of(lambda encoders: encoders.patched(unpad=True)), _variable
     ),
     "native": Entry("deberta_fast.DebertaV2Model, which removes padding by itself", _of(Encoders.native)),
-    "native-packed": Entry("its forward_packed, of a batch that was never padded", native_packed, _variable),
+    "native-packed": Entry(
+        "its forward_packed, of a batch that was never padded",
+        lambda encoders, batch: packed(encoders.native().forward_packed, batch),
+        _variable,
+    ),
     "native+compile": Entry("either in torch.compile(dynamic=False): packed where lengths vary", native_compiled),
     "native-graph": Entry(
         "native in a CUDA graph, ids and mask copied into it",
@@ -330,7 +300,11 @@ VARIANTS = {
     ),
     "modernbert": Entry("Hugging Face's ModernBertModel, scaled_dot_product_attention", _of(Encoders.modernbert)),
     "modernbert+compile": Entry("modernbert in torch.compile(dynamic=False)", _compiled(Encoders.modernbert)),
-    "modernbert-flash": Entry("modernbert with flash-attn, which has to be installed", modernbert_flash, _half_on_gpu),
+    "modernbert-flash": Entry(
+        "modernbert with flash-attn, which has to be installed",
+        _of(functools.partial(_modernbert_by, "flash_attention_2")),
+        _half_on_gpu,
+    ),
     "modernbert-packed": Entry(
         "modernbert of a batch that was never padded, attention by torch's varlen_attn",
         modernbert_packed,
@@ -359,7 +333,7 @@ def build_call(encoders: Encoders, variant: str, passes: str, batch: Batch) -> C
 
 
 def measured(case: Case, variant: str, device: str) -> list[Callable[[], torch.Tensor]]:
-    """Returns one call for ``timing.peak_memory``, after the same call over a few tokens. No gradients exist then."""
+    """Returns one call for ``timing.peak_memory``, after one over a few tokens, whose gradients are dropped."""
     encoders = Encoders(case.model, getattr(torch, case.dtype), device)
     build_call(encoders, variant, case.passes, Batch(2, 8, case.variable, device))()
     encoders.drop_gradients()

@@ -16,9 +16,7 @@ from deberta_fast.op.relative_position import device_tables, distance_slots
 from ..device import Call
 from . import PLAIN, Entry, call_of, relative_difference
 
-SIZE, BUCKETS, LONGEST = 64, 256, 512  # DeBERTa-v3's heads and table
-# Matrices of the size of the scores that eager code holds at once, an estimate that refuses what cannot fit.
-EAGER_MATRICES = 6
+SIZE, BUCKETS, LONGEST = 64, 256, 512  # DeBERTa-v3's head size, position_buckets and max_relative_positions
 
 
 class Variant(NamedTuple):
@@ -32,13 +30,13 @@ class Variant(NamedTuple):
         return call_of(self.forward, passes, self.gradient, self.leaves)
 
     def results(self, passes: str) -> int:
-        """Returns the bytes that a call has to leave behind: the output, and gradients."""
+        """Returns the bytes of the output and the gradients."""
         kept = [self.gradient] * ("forward" in passes) + self.leaves * ("backward" in passes)
         return sum(x.numel() * x.element_size() for x in kept)
 
 
 class Workload:
-    """Random inputs of one shape, laid out as a layer's projections make them, and also packed if they are padded."""
+    """Random inputs of one shape, in the memory layout of a layer's projections; if padded, packed inputs too."""
 
     def __init__(
         self,
@@ -62,7 +60,7 @@ class Workload:
             self._pad(padding)
 
     def _pad(self, share: float) -> None:
-        # Longer and shorter sequences alternate; a single one has exactly its share.
+        # Longer and shorter sequences alternate around the mean. A single sequence has the mean length.
         mean = 1 - share
         spread = 0.0 if self.batch == 1 else min(mean, share) / 2
         self.lengths = [max(1, round(self.length * (mean + spread * (-1) ** b))) for b in range(self.batch)]
@@ -78,7 +76,12 @@ class Workload:
         return heads.transpose(1, 2)[self.mask]
 
     def variant(self, forward: Callable, *arguments, positions: bool = True, packed: bool = False) -> Variant:
-        """Makes forward(self, *arguments) a variant that reads both tables or none, dense tensors or packed ones."""
+        """Makes a variant of forward(self, *arguments).
+
+        Args:
+            positions: whether it reads the position tables, which then get gradients.
+            packed: whether it reads the packed tensors.
+        """
         qkv, gradient = (self.packed_qkv, self.packed_gradient) if packed else (self.qkv, self.gradient)
         return Variant(functools.partial(forward, self, *arguments), qkv + self.tables * positions, gradient)
 
@@ -88,7 +91,7 @@ class Workload:
 
     @functools.cached_property
     def slots(self) -> torch.Tensor:
-        """Row numbers by distance, for i - j from 1 - L to L - 1, int64."""
+        """The table row of each distance i - j from 1 - L to L - 1, int64."""
         return self._slots_of(torch.arange(1 - self.length, self.length, device=self.gradient.device))
 
     @functools.cached_property
@@ -105,12 +108,12 @@ class Workload:
 
     @functools.cached_property
     def expected(self) -> torch.Tensor:
-        """The eager backend's output, which exact variants return without dropout."""
+        """The eager backend's output, with which others are compared if there is no dropout."""
         with torch.no_grad():
             return ours(self, "eager")
 
     def difference(self, name: str, variant: Variant) -> float | None:
-        """Returns the relative difference of an output on valid tokens, in norm; None where outputs must differ."""
+        """Compares the outputs of valid tokens with ``expected``; returns None for plain attention and dropout."""
         if name.startswith(("plain", "sdpa")) or self.dropout_p:
             return None
         try:
@@ -124,7 +127,7 @@ class Workload:
 
 
 def asked(w: Workload) -> AttentionCall:
-    """Makes the call as a backend gets it."""
+    """Makes the Call that a backend receives."""
     mask = None if w.mask is None else w.mask[:, None, None]
     return AttentionCall(
         *w.qkv, *w.tables, mask=mask, cu_seqlens=None, seed=None, position_buckets=BUCKETS,
@@ -161,23 +164,14 @@ def plain_packed(w: Workload) -> torch.Tensor:
 
 
 def hf_eager(w: Workload) -> torch.Tensor:
-    query = w.qkv[0]
-    needed = EAGER_MATRICES * w.batch * w.heads * w.length**2 * query.element_size()
-    if query.is_cuda and needed > _free_bytes(query.device):
-        raise MemoryError(f"needs about {needed / 2**30:.0f} GiB")
     last = 2 * BUCKETS - 1
     slots = (w.buckets + BUCKETS).clamp(0, last), (BUCKETS - w.buckets).clamp(0, last)
     probabilities = torch.softmax(hf_style_scores(asked(w), slots), -1)
     return torch.nn.functional.dropout(probabilities, w.dropout_p) @ w.qkv[2]
 
 
-def _free_bytes(device: torch.device) -> int:
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + cached
-
-
 def flex(w: Workload) -> Callable[[Workload], torch.Tensor]:
-    torch._dynamo.reset()  # it limits how often a function is compiled
+    torch._dynamo.reset()  # because it limits how often a function is compiled
     from torch.nn.attention.flex_attention import flex_attention
 
     scale = (3 * SIZE) ** -0.5
@@ -195,24 +189,19 @@ def flex(w: Workload) -> Callable[[Workload], torch.Tensor]:
     return lambda w: compiled(*w.qkv, *w.tables, w.slots)
 
 
-def _full(w: Workload) -> bool:
-    return w.mask is None
-
-
-def _padded(w: Workload) -> bool:
-    return w.mask is not None
+_full = lambda w: w.mask is None
+_padded = lambda w: w.mask is not None
 
 
 def _entries() -> Iterator[tuple[str, Entry]]:
-    """Yields entries whose build(workload) returns a Variant. Ours accept padding in two ways."""
+    """Yields entries whose build(workload) returns a Variant. Ours take padding as a mask or as packed sequences."""
     for name, backend in backends.BACKENDS.items():
         if name == "reference":
             continue
         dense = lambda w, name=name: w.variant(ours, name)
         packed = lambda w, name=name: w.variant(ours_packed, name, packed=True)
-        full, padded = (
-            lambda w, backend=backend, kind=kind: kind(w) and not backend.why_not(asked(w)) for kind in (_full, _padded)
-        )
+        full = lambda w, backend=backend: _full(w) and not backend.why_not(asked(w))
+        padded = lambda w, backend=backend: _padded(w) and not backend.why_not(asked(w))
         yield name, Entry("disentangled_attention by that backend", dense, full)
         yield f"{name}-mask", Entry("disentangled_attention, told of padding by a mask", dense, padded)
         yield f"{name}-packed", Entry("disentangled_attention_varlen of packed sequences", packed, padded)
