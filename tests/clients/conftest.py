@@ -2,13 +2,9 @@ import os
 import warnings
 
 import pytest
-from poison import restore_empty_memory
 
 # This must precede the imports of the packages. Models and tokenizers come from folders that the tests write.
 os.environ["HF_HUB_OFFLINE"] = "1"
-
-# The weights of some client models depend on memory that their own code has not written.
-restore_empty_memory()
 
 
 @pytest.fixture(autouse=True)

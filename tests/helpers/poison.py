@@ -22,12 +22,6 @@ def poison_empty_memory() -> None:
             setattr(owner, name, _poisoned(allocate))
 
 
-def restore_empty_memory() -> None:
-    """Undoes ``poison_empty_memory``."""
-    for owner, name in ALLOCATORS:
-        setattr(owner, name, getattr(getattr(owner, name), "__wrapped__", getattr(owner, name)))
-
-
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @functools.wraps(allocate)
     def poisoned(*arguments, **options):
