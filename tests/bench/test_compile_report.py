@@ -97,7 +97,7 @@ def test_table(compiled):
 
 @pytest.mark.skipif(not isinstance(attend, triton.JITFunction), reason="TRITON_INTERPRET is set")
 def test_specialization():
-    """As at a launch: 1 and None become constants, multiples of 16 are known as such, unless not to be specialised."""
+    """Arguments specialise a kernel as at a launch: 1 and None become constants, and multiples of 16 are marked."""
     given = launch(warps=4)
     given.arguments |= dict(first=1, length=512, stride=7)
     source = _source(given, triton.backends.compiler.GPUTarget("cuda", 90, 32))

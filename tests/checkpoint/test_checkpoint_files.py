@@ -26,7 +26,7 @@ from deberta_fast.checkpoint import files as checkpoint_files_module
 from deberta_fast.checkpoint import read_tensors, write_tensors
 from deberta_fast.checkpoint.hub import Source
 
-# What is read
+# Reading
 
 
 def test_files_are_sought_in_order(tmp_path):
@@ -140,7 +140,7 @@ def test_keras_without_h5py(tmp_path, monkeypatch):
         read(tmp_path)
 
 
-# What is written
+# Writing
 
 
 def listing(folder):

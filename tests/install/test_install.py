@@ -1,4 +1,4 @@
-"""What is built and installed: wheel, sdist, and pure Python where the extension cannot be built. Needs no network."""
+"""Builds and installs a wheel, an sdist, and pure Python if the extension cannot be built. Needs no network."""
 
 import importlib.util
 import os
@@ -34,8 +34,10 @@ DOES_NOT_RUN = "the C++ compiler /nonexistent does not run: No such file or dire
 
 
 def run(*command, cwd, fails=False, **variables) -> str:
-    """What it prints. It has to succeed, or else to fail. DEBERTA_FAST_CPU is not that of make; no CUDA kernels, which
-    take minutes, unless it is told to."""
+    """Runs a command and returns its output. The command must succeed, or fail if ``fails``.
+
+    It does not inherit DEBERTA_FAST_CPU from make, and builds no CUDA kernels, which take minutes, unless told to.
+    """
     outside = {name: value for name, value in os.environ.items() if name not in ("DEBERTA_FAST_CPU", "PYTHONPATH")}
     own = {"DEBERTA_FAST_CUDA": "0", "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     environment = outside | own | variables
@@ -280,7 +282,7 @@ def test_editable(small, mode):
 
 
 def test_flags_of_the_environment(small):
-    """As for sanitizers: they come last, and an ordinary build does not meet what they made."""
+    """Flags of the environment, such as sanitizers', come last. An ordinary build does not reuse their objects."""
     assert "answer" not in build_in_place(
         small, CXXFLAGS="-O1 -DDEBERTA_FAST_TRIAL='a b'", LDFLAGS="-Wl,-O1", MAX_JOBS="1"
     )
@@ -341,7 +343,7 @@ def test_reasons(reason, objects, setup, monkeypatch, tmp_path):
 
 
 def test_torch_behind_isolation(setup, monkeypatch):
-    """Where pip hides the environment's packages, but sysconfig still names their folder."""
+    """setup.py finds torch if pip hides the environment's packages, because sysconfig still names their folder."""
     folder = Path(torch.__file__).parent
     monkeypatch.setattr(setup, "find_spec", lambda name: None)
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(folder.parent))

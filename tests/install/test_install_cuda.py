@@ -218,7 +218,7 @@ def test_launcher_of_the_compiler(nowhere, monkeypatch):
 
 @pytest.fixture
 def project(small):  # noqa: F811
-    """With little to compile, and a toolkit at its side."""
+    """A project with little to compile, and a toolkit beside it."""
     write(small / "csrc/cuda/ops.cpp", CUDA_HOST)
     write(small / "csrc/cuda/kernel.cpp", PLAN)  # which may have the name of a kernel's file
     write(small / "csrc/cuda/kernel.cu", KERNEL)

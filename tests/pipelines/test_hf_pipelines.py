@@ -237,7 +237,7 @@ QUESTIONS = [
 
 
 def their_answers(their, item, top_k=1, align_to_words=True, handle_impossible_answer=False, **options):
-    """As of version 4.57.6, made of the parts of 4.48, which does not add up the scores of equal answers yet."""
+    """Returns what version 4.57.6 answers, from the parts of 4.48, which does not add the scores of equal answers."""
     from transformers.pipelines.question_answering import select_starts_ends
 
     number = 2 * top_k + 10 if align_to_words else top_k
@@ -320,7 +320,7 @@ def test_theirs_on_patched(name, task, batch_size, fused_calls):
         deberta_fast.unpatch(model)
     assert fused_calls
     if task == "feature-extraction":
-        # What stands behind a text in its batch is no result
+        # Rows of padding behind a text are not results.
         lengths = [len(ids) for ids in their_tokenizer(name)(inputs)["input_ids"]]
         got, expected = ([[x[0][:n]] for x, n in zip(each, lengths)] for each in (got, expected))
     assert_same(got, expected)

@@ -155,7 +155,7 @@ def attentive(run):
 
 @pytest.mark.parametrize("change", [hooked, hooked_below, wrapped, compiled, derived, attentive])
 def test_calls_stay_calls(change):
-    """What is set on a call of the model is not passed by: rows are padded then."""
+    """Hooks and wrappers of the model's call still run, because rows are padded then."""
     run = ready("text-classification")
     expected = run(TEXTS)
     change(run)
@@ -356,7 +356,7 @@ def test_nothing_in_nothing_out():
 
 
 def test_kinds_of_results():
-    """As Hugging Face's: which are lists, and which of a list of one are not."""
+    """Results are lists where Hugging Face's are, also for a list of one text."""
     run = ready("text-classification")
     label = run([TEXTS[0]])[0]
     assert set(label) == {"label", "score"}
@@ -420,7 +420,7 @@ def test_answers_with_a_slow_tokenizer(name):
         for row in rows[0]:
             part = row.about
             assert len(part.offsets) == len(row.input_ids) - part.first - 1
-        # What the words' offsets say is what the tokens are
+        # The offsets of the words cover the whole text.
         words = dict.fromkeys(span for row in rows[0] for span in row.about.offsets)
         assert [context[start:end] for start, end in words] == context.split()
         answer = slow("Who jumps?", context, **options)

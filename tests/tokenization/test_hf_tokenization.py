@@ -1,4 +1,4 @@
-"""What the tokenizers return for the same calls as those of transformers 4."""
+"""The tokenizers return the same for a call as those of transformers 4."""
 
 import random
 

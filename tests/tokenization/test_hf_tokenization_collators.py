@@ -1,4 +1,4 @@
-"""What transformers' collators and Trainer ask of a tokenizer: batches are those that its own tokenizers give."""
+"""transformers' collators and Trainer make the same batches with our tokenizers as with its own."""
 
 import pytest
 import torch

@@ -106,7 +106,7 @@ def test_theirs_in_ours(name, options, tmp_path):
 @pytest.mark.skipif(not FOUR, reason="transformers 5 has no slow ones")
 @pytest.mark.parametrize("slow", ["DebertaTokenizer", "DebertaV2Tokenizer"])
 def test_slow_and_fast(slow, tmp_path):
-    """What either kind saves the other kind loads."""
+    """Slow and fast tokenizers load each other's files."""
     fast = slow + "Fast"
     make(slow, {}).save_pretrained(tmp_path / "slow")
     make(fast, {}).save_pretrained(tmp_path / "fast")
@@ -160,7 +160,7 @@ OLDER = {
 @pytest.mark.parametrize("name", V1 + V2)
 @pytest.mark.parametrize("contents", OLDER.values(), ids=OLDER)
 def test_other_files(name, contents, tmp_path):
-    """As versions before 4.34 wrote them, and as they lie beside published checkpoints."""
+    """Tokenizers load files that versions before 4.34 wrote, and those of published checkpoints."""
     if name == "DebertaV2TokenizerFast" and not importlib.util.find_spec("google"):
         pytest.skip("transformers 4 needs protobuf for spm.model")
     for file in byte_level_files() if name in V1 else (spm_model("world"),):

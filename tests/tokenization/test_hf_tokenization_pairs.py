@@ -49,7 +49,7 @@ def test_pairs_of_their_file(name, theirs, tmp_path):
 @kinds
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_once_more(name, theirs, tmp_path):
-    """What was loaded from their file is saved and loaded as it is."""
+    """A template that was loaded from their file is saved and loaded unchanged."""
     own = getattr(ours, name).from_pretrained(tmp_path / "theirs")
     own.save_pretrained(tmp_path / "own")
     for other in ("DebertaTokenizer", "DebertaTokenizerFast"):

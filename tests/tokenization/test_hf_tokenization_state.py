@@ -22,7 +22,7 @@ ATTRIBUTES = [
 
 
 def flags(token):
-    """Of an added token, ours or theirs."""
+    """Returns the flags of an added token, ours or theirs."""
     return str(token), token.lstrip, token.rstrip, token.single_word, token.normalized, token.special
 
 

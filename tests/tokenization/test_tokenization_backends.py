@@ -1,4 +1,4 @@
-"""What the fast tokenizers run on, and the readers of spm.model, tokenizer.json and bpe_encoder.bin."""
+"""The backends of the fast tokenizers, and the readers of spm.model, tokenizer.json and bpe_encoder.bin."""
 
 import collections
 import io
@@ -55,7 +55,7 @@ TEMPLATE = {
 
 
 def template(backend):
-    """Of the post-processor, as text."""
+    """Returns the templates of the post-processor as text."""
     state = parts(backend)["post_processor"]
     assert state["type"] == "TemplateProcessing"
     assert {name: value["ids"] for name, value in state["special_tokens"].items()} == {"[CLS]": [1], "[SEP]": [2]}
@@ -169,7 +169,7 @@ def test_sentencepiece_bpe():
 
 
 def test_offsets():
-    """Of the original text, whatever the charsmap makes of it."""
+    """Offsets refer to the original text, not to what the charsmap turns it into."""
     text = " the ﬁrst  class, ①"
     encoding = unigram_backend(spm_model()).encode(text, add_special_tokens=False)
     words = [(word, text[start:end].strip()) for word, (start, end) in zip(encoding.word_ids, encoding.offsets)]

@@ -119,7 +119,7 @@ def test_overflow_fast(kind, stride):
     assert all(len(row) == len(expected[i]) for i, row in enumerate(rows["offset_mapping"]))
     padded = tokenizer(LINES, **options, padding="max_length", return_tensors="pt")
     assert padded["input_ids"].shape == (len(expected), 9)
-    # Of pairs only one side may overflow in windows.
+    # Only one text of a pair may overflow in windows.
     pairs = tokenizer(LINES[0], LINES[1], **options | dict(truncation="only_second", max_length=len(ids[0]) + 8))
     assert all(row[: len(ids[0]) + 2] == [1, *ids[0], 2] for row in pairs["input_ids"])
 
@@ -260,7 +260,7 @@ def test_refusals(kind, call, kind_of_error, reason):
 
 
 def test_ids_without_a_token():
-    """What a model with more rows than tokens may give."""
+    """A model with more rows than tokens may predict such ids."""
     tokenizer = make(DebertaTokenizer)
     last = len(tokenizer)
     with pytest.raises(ValueError, match=f"there is no token with id {last}"):

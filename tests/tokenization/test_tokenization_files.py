@@ -58,7 +58,7 @@ def test_from_pretrained(kind, tmp_path):
     same(kind.from_pretrained(published(kind)), make(kind))
     same(kind.from_pretrained(str(published(kind))), make(kind))
     shutil.copytree(published(kind), tmp_path / "model")
-    # As Microsoft's: only the model's own settings beside it.
+    # Like Microsoft's, this config holds only the model's own settings.
     config = dict(tokenizer_class=kind.__name__.removesuffix("Fast"), model_max_length=512, vocab_type="spm")
     (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = kind.from_pretrained(tmp_path / "model")
@@ -87,7 +87,7 @@ CASES = [
 def test_save_and_load(kind, options, tmp_path):
     tokenizer = make(kind, **options)
     tokenizer.add_tokens(["<new>", AddedToken("<l>", lstrip=True)])
-    # What was asked of a call stays out of the files.
+    # Options of a call do not go into the files.
     tokenizer(TEXTS, padding="max_length", max_length=7, truncation=True)
     paths = tokenizer.save_pretrained(tmp_path / "a/b")
     assert set(map(str, paths)) == {str(path) for path in (tmp_path / "a/b").iterdir()}
@@ -171,7 +171,7 @@ def test_hostile_bpe_encoder(kind, tmp_path):
     assert not (tmp_path / "harm").exists()
 
 
-# What is missing or damaged
+# Missing and damaged files
 
 
 @every
