@@ -15,7 +15,13 @@ from .models.task_models import (
     DebertaV2ForSequenceClassification,
     DebertaV2ForTokenClassification,
 )
-from .op import backends, disentangled_attention, disentangled_attention_varlen, set_backend_check
+from .op import (
+    backends,
+    disentangled_attention,
+    disentangled_attention_varlen,
+    release_memory,
+    set_backend_check,
+)
 from .pipelines import pipeline
 from .selfcheck import check
 from .tokenization import (
@@ -52,6 +58,7 @@ __all__ = [
     "disentangled_attention_varlen",
     "patch",
     "pipeline",
+    "release_memory",
     "set_backend_check",
     "unpatch",
 ]

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdlib>
-#include <memory>
 
 #include "params.h"
 
@@ -35,17 +34,23 @@ extern const Kernels kernels;
 }
 
 // Memory for floats, aligned to cache lines and not initialised. Throws a std::bad_alloc that names the size.
+// A thread keeps the memory of up to two objects, at most 32 MiB each, for its next calls, because fresh memory costs more
+// to touch than a short sequence to attend.
 class Scratch {
  public:
   Scratch() = default;
   explicit Scratch(int64_t floats);
-  float* data() const { return memory_.get(); }
+  Scratch(Scratch&& other) noexcept { *this = static_cast<Scratch&&>(other); }
+  Scratch& operator=(Scratch&& other) noexcept;
+  ~Scratch();
+  float* data() const { return data_; }
 
  private:
-  struct Free {
-    void operator()(float* memory) const { std::free(memory); }
-  };
-  std::unique_ptr<float[], Free> memory_;
+  float* data_ = nullptr;
+  int64_t floats_ = 0;
 };
+
+// Frees what the calling thread keeps, and returns the number of bytes.
+int64_t release_memory();
 
 }  // namespace deberta_fast

@@ -184,6 +184,7 @@ STABLE_TORCH_LIBRARY_IMPL(deberta_fast, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(deberta_fast, CompositeExplicitAutograd, m) {
   m.impl("use_instruction_set", TORCH_BOX(&use_instruction_set));
+  m.impl("release_memory", TORCH_BOX(&release_memory));
 }
 
 }  // namespace

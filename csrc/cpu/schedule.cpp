@@ -4,6 +4,7 @@
 #include <new>
 #include <string>
 #include <tuple>
+#include <utility>
 
 namespace deberta_fast {
 namespace {
@@ -14,6 +15,7 @@ constexpr int64_t kMinBlockRows = 59;  // queries of a block in forward if heads
 constexpr int64_t kMinPartRows = 192;  // queries and keys of a part in backward
 constexpr int64_t kMostItems = 96;     // in backward, because each item has its own gradients of the tables
 constexpr int64_t kMostTableFloats = int64_t{8} << 20;  // of the gradients of all items
+constexpr int64_t kMostKeptFloats = int64_t{8} << 20;   // of one Scratch that a thread keeps
 
 // Fills in the fields of a request that the caller leaves open.
 struct Schedule {
@@ -163,6 +165,19 @@ class OutOfMemory : public std::bad_alloc {
   std::string message_;
 };
 
+struct Kept {
+  float* data = nullptr;
+  int64_t floats = 0;
+
+  Kept() = default;
+  Kept& operator=(Kept&& other) noexcept {
+    std::swap(data, other.data), std::swap(floats, other.floats);
+    return *this;
+  }
+  ~Kept() { std::free(data); }
+};
+thread_local Kept kept[2];
+
 }  // namespace
 
 void run_forward(const Kernels& kernels, Request& request, const Forward& forward, const ParallelFor& parallel_for) {
@@ -199,9 +214,39 @@ void run_backward(const Kernels& kernels, Request& request, Backward& b, const P
 
 Scratch::Scratch(int64_t floats) {
   if (floats == 0) return;
+  for (Kept& memory : kept) {
+    if (memory.floats >= floats) {
+      std::swap(data_, memory.data), std::swap(floats_, memory.floats);
+      return;
+    }
+  }
   const int64_t bytes = round_up(floats * 4, 64);
-  memory_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
-  if (memory_ == nullptr) throw OutOfMemory(bytes);
+  data_ = static_cast<float*>(std::aligned_alloc(64, bytes));
+  if (data_ == nullptr) throw OutOfMemory(bytes);
+  floats_ = bytes / 4;
+}
+
+Scratch& Scratch::operator=(Scratch&& other) noexcept {
+  std::swap(data_, other.data_), std::swap(floats_, other.floats_);
+  return *this;
+}
+
+// Keeps the memory in the place of a smaller one.
+Scratch::~Scratch() {
+  if (floats_ <= kMostKeptFloats) {
+    Kept& smaller = kept[0].floats <= kept[1].floats ? kept[0] : kept[1];
+    if (smaller.floats < floats_) std::swap(data_, smaller.data), std::swap(floats_, smaller.floats);
+  }
+  std::free(data_);
+}
+
+int64_t release_memory() {
+  int64_t floats = 0;
+  for (Kept& memory : kept) {
+    floats += memory.floats;
+    memory = Kept();
+  }
+  return floats * 4;
 }
 
 }  // namespace deberta_fast

@@ -2,6 +2,13 @@
 
 from . import backends
 from .api import disentangled_attention, disentangled_attention_varlen
+from .backends.cpu import release_memory
 from .selection import set_backend_check
 
-__all__ = ["backends", "disentangled_attention", "disentangled_attention_varlen", "set_backend_check"]
+__all__ = [
+    "backends",
+    "disentangled_attention",
+    "disentangled_attention_varlen",
+    "release_memory",
+    "set_backend_check",
+]

@@ -13,7 +13,7 @@ from cases import BY_NAME, DROPOUT_SEED, TENSORS, Case, as_dtype, forward_and_gr
 from comparison import compare, public
 from test_schema import BACKWARD, CHECKS, FORWARD
 
-from deberta_fast import backends, disentangled_attention, disentangled_attention_varlen
+from deberta_fast import backends, disentangled_attention, disentangled_attention_varlen, release_memory
 from deberta_fast.op import relative_position
 from deberta_fast.op.backends import cpu, extension
 from deberta_fast.op.call import Call
@@ -421,3 +421,21 @@ def test_nothing_to_attend(shape):
     output = disentangled_attention(query, query, query, *tables, **OPTIONS)
     output.sum().backward()
     assert output.shape == query.grad.shape == shape and (tables.grad == 0).all()
+
+
+def test_kept_memory_is_released():
+    """A thread keeps scratch memory for its next calls, at most 64 MiB, until it is asked to free it."""
+    for length, heads in ((129, 2), (3000, 8)):
+        query, key, value, gradient = torch.randn(4, 1, heads, length, 64).unbind(0)
+        tables = torch.randn(2, heads, 512, 64).unbind(0)
+        leaves = [x.requires_grad_() for x in (query, key, value, *tables)]
+        expected = None
+        for _ in range(3):  # on fresh memory, on kept memory, and on fresh memory again
+            output = disentangled_attention(*leaves, backend="cpu")
+            found = [output, *torch.autograd.grad(output, leaves, gradient)]
+            assert expected is None or all(map(torch.equal, found, expected))
+            if expected is not None:
+                assert 0 <= release_memory() <= 64 << 20 and release_memory() == 0
+            expected = found
+    disentangled_attention(*leaves, backend="cpu")
+    assert release_memory() > 0

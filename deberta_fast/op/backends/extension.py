@@ -21,6 +21,7 @@ SCHEMAS = (
     f"Tensor(e!)? grad_pos_query, Tensor output, Tensor lse, Tensor grad_output, Tensor? grad_lse, {_CALL}) -> ()",
     "use_instruction_set(str name) -> ()",
     "same_bits(Tensor x, Tensor y) -> bool",
+    "release_memory() -> int",
     "finds_torch_stream() -> bool",
     "cuda_architectures() -> str",
     "limit_near_bytes(int bytes) -> ()",
