@@ -9,7 +9,6 @@ when it is traced: the check runs in its own thread, out of reach of the tracer'
 """
 
 import operator
-import statistics
 import threading
 import warnings
 from collections.abc import Callable
@@ -190,7 +189,10 @@ def decide(place: Place, kind: Kind) -> Decision:
 
 
 def _checked(place: Place, kind: Kind) -> Decision:
-    from . import proof, speed  # most processes check nothing
+    # Most processes check nothing.
+    import statistics
+
+    from . import proof, speed
 
     device, dtype, head_size = place
     known = _failures.get(place, {})
