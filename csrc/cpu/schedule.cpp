@@ -82,7 +82,7 @@ struct Schedule {
     a.first_reached = std::max(a.first_distance, 1 - longest_query - a.query_offset);
     const int64_t last_reached = std::min(a.first_distance + a.distances, a.longest_key - a.query_offset) - 1;
     a.reached = std::max<int64_t>(last_reached - a.first_reached + 1, 0);
-    // With an odd number of cache lines per row, the cells of a column fall into different cache sets.
+    // An odd number of cache lines per row puts the cells of a column into different cache sets.
     a.pitch = round_up(a.distances, 16);
     if (a.pitch / 16 % 2 == 0) a.pitch += 16;
     // Slots fall as distances grow. If no pair has one of the distances, all pairs are far, and the expanded tables

@@ -32,7 +32,7 @@ _SIZES = {
 
 
 class LoadingInfo(NamedTuple):
-    """What ``from_pretrained`` did with the tensors of a checkpoint and the parameters of the model, by their names.
+    """Lists, by name, how ``from_pretrained`` used the tensors of a checkpoint and the parameters of the model.
 
     Attributes:
         file: the file that was read.

@@ -30,6 +30,6 @@ def passes_by_wrapper(model: nn.Module) -> bool:
 
 
 def _held(model: nn.Module) -> bool:
-    # With the reducer in Python, training does not need the wrapper's forward
+    # The reducer in Python does not need the wrapper's forward in training
     wrappers = [wrapper for wrapper in _wrappers if not wrapper._use_python_reducer]
     return any(module is model for wrapper in wrappers for module in wrapper.modules())

@@ -138,5 +138,5 @@ def _mask(problem: Problem, rows: int, keys: int, random: torch.Generator) -> to
 
 
 def _uniform(random: torch.Generator, *shape: int) -> torch.Tensor:
-    # With an explicit dtype the numbers do not depend on torch's default dtype
+    # An explicit dtype makes the numbers independent of torch's default dtype
     return torch.rand(*shape, generator=random, dtype=torch.float32)
