@@ -98,8 +98,8 @@ def _call(level: str, variant: str, layer: Layer, passes: str) -> Callable[[], o
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = timing.parser("cpu", __doc__)
-    parser.add_argument("--lengths", type=int, nargs="+", metavar="L")
-    parser.add_argument("--threads", type=int, nargs="+", metavar="N")
+    parser.add_argument("--lengths", type=timing.positive, nargs="+", metavar="L")
+    parser.add_argument("--threads", type=timing.positive, nargs="+", metavar="N")
     parser.add_argument("--levels", choices=LEVELS, nargs="+")
     parser.add_argument("--memory-length", type=int, metavar="L", help="length of the memory rows; 0 for none")
     whole = dict(lengths=[128, 512, 2048], threads=[1, 2], levels=list(LEVELS), memory_length=4096, seconds=10.0)

@@ -200,13 +200,13 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     uncompiled = [name for name in VARIANTS if "compile" not in name]
     parser = timing.parser("encoder", __doc__)
     parser.add_argument("--models", choices=variants.SIZES, nargs="+", default=["v3-base"])
-    parser.add_argument("--lengths", type=int, nargs="+", metavar="L", help="in this order")
+    parser.add_argument("--lengths", type=timing.positive, nargs="+", metavar="L", help="in this order")
     parser.add_argument("--passes", choices=PASSES, nargs="+")
     parser.add_argument("--shapes", choices=SHAPES, nargs="+", default=SHAPES, help="of batches, in this order")
     parser.add_argument("--dtypes", choices=TOLERANCE, nargs="+", help="by default also float32 at 512 on a GPU")
     parser.add_argument("--variants", choices=VARIANTS, nargs="+", metavar="NAME")
-    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()], metavar="N")
-    parser.add_argument("--tokens", type=int, metavar="N", help="in a batch, padding included")
+    parser.add_argument("--threads", type=timing.positive, nargs="+", default=[torch.get_num_threads()], metavar="N")
+    parser.add_argument("--tokens", type=timing.positive, metavar="N", help="in a batch, padding included")
     parser.add_argument(
         "--memory", action="store_true", help="measure peak memory on the CPU too, each in its own process"
     )

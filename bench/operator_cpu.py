@@ -101,9 +101,9 @@ def _workload(dtype: str, batch: int, length: int) -> Workload:
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = timing.parser("operator_cpu", __doc__)
-    parser.add_argument("--lengths", type=int, nargs="+", metavar="L")
+    parser.add_argument("--lengths", type=timing.positive, nargs="+", metavar="L")
     parser.add_argument("--dtypes", choices=DTYPES, nargs="+")
-    parser.add_argument("--threads", type=int, nargs="+", metavar="N", help="memory rows use the last one")
+    parser.add_argument("--threads", type=timing.positive, nargs="+", metavar="N", help="memory rows use the last one")
     parser.add_argument(
         "--memory-lengths", type=int, nargs="*", metavar="L", help="lengths of the memory rows; may be empty"
     )

@@ -242,6 +242,13 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def positive(text: str) -> int:
+    """Converts the value of an option, which must be an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text}")
+    return int(text)
+
+
 def complete(options: argparse.Namespace, whole: dict, quick: dict) -> argparse.Namespace:
     """Sets the options that are None: with --quick to those in ``quick``, otherwise to those in ``whole``."""
     usual = {"out": REPOSITORY / "bench" / "results" / "cpu"}

@@ -74,3 +74,12 @@ def test_operator_without_eager(bench, monkeypatch):
     monkeypatch.setattr(bench("operator_cpu"), "EAGER_LONGEST", 16)
     row = bench("operator_cpu").time_row("bfloat16", "backward", 1, 1, 24, seconds=0)
     assert row["cpu/sdpa"] > 0 and row["eager ms"] is None and row["eager/cpu"] is None
+
+
+@pytest.mark.parametrize("name", ["cpu", "operator_cpu", "encoder"])
+@pytest.mark.parametrize("option", ["--lengths", "--threads"])
+@pytest.mark.parametrize("value", ["0", "-3", "many"])
+def test_sizes_below_one_are_refused(bench, capsys, name, option, value):
+    with pytest.raises(SystemExit):
+        bench(name).main(["--quick", f"{option}={value}"])
+    assert f"argument {option}: must be an integer of at least 1, got {value}" in capsys.readouterr().err
