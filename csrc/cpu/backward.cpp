@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "dropout.h"
+#include "sums.h"
 #include "tile.h"
 
 namespace deberta_fast::DEBERTA_FAST_ISA {
@@ -49,11 +50,11 @@ class BackwardPass : ScoreTiles {
       const int64_t rows = a_.used_rows * size_;
       const auto last_distance = a_.first_distance + a_.distances - 1;
       if (b_.pos_key_sums) {
-        sum_by_slot(grad_key_by_distance_, far_grad_key_, -a_.first_distance, -1, wave == 0,
+        sum_by_slot(a_, grad_key_by_distance_, far_grad_key_, -a_.first_distance, -1, wave == 0, row_,
                     b_.pos_key_sums + item * rows);
       }
       if (b_.pos_query_sums) {
-        sum_by_slot(grad_query_by_distance_, far_grad_query_, -last_distance, 1, wave == 0,
+        sum_by_slot(a_, grad_query_by_distance_, far_grad_query_, -last_distance, 1, wave == 0, row_,
                     b_.pos_query_sums + item * rows);
       }
     }
@@ -275,31 +276,6 @@ class BackwardPass : ScoreTiles {
     }
   }
 
-  // Adds the gradients of distances and of far pairs to `sums`, the rows of a table (11), which it first clears if
-  // `start`. Row t of `by_distance` belongs to i - j = first + step t. Adds sums of kRun rows, because hundreds of
-  // distances share the outermost rows of a table and rounding grows with the length of a sum.
-  void sum_by_slot(const float* by_distance, const float* far, int64_t first, int64_t step, bool start, float* sums) {
-    constexpr int64_t kRun = 16;
-    if (start) std::fill_n(sums, a_.used_rows * size_, 0.0f);
-    const auto row_of = [&](int64_t slot) { return sums + (slot - a_.first_used_row) * size_; };
-    const int64_t last_distance = a_.first_distance + a_.distances - 1;
-    const int64_t begin =
-        step < 0 ? a_.first_reached - a_.first_distance : last_distance - (a_.first_reached + a_.reached - 1);
-    for (int64_t t = begin; t < begin + a_.reached;) {
-      const int64_t slot = slot_of(a_, first + step * t);
-      std::fill_n(row_, size_, 0.0f);
-      for (int64_t n = 0; n < kRun && t < begin + a_.reached && slot_of(a_, first + step * t) == slot; ++n, ++t) {
-        add_scaled(1.0f, by_distance + t * size_, row_, size_);
-      }
-      add_scaled(1.0f, row_, row_of(slot), size_);
-    }
-    for (const Side side : {kPast, kFuture}) {
-      const int64_t slot = slot_of(a_, side == kPast ? a_.reach : -a_.reach);
-      const bool reached = a_.first_used_row <= slot && slot < a_.first_used_row + a_.used_rows;
-      if (reached) add_scaled(1.0f, far + side * size_, row_of(slot), size_);
-    }
-  }
-
   void store_heads(const Heads& to, const float* from, int64_t batch, int64_t first, int64_t count, float scale) {
     with_element(a_.element, [&](auto element) {
       using E = decltype(element);
@@ -324,54 +300,6 @@ class BackwardPass : ScoreTiles {
 
 void backward(const Attention& a, const Backward& b, int64_t wave, int64_t begin, int64_t end) {
   BackwardPass(a, b).items(wave, begin, end);
-}
-
-void store_sums(const Attention& a, const Backward& b, int64_t begin, int64_t end) {
-  const int64_t size = round_up(a.size, kLanes);
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t head = item % a.heads, s = item / a.heads;
-    const Sequence& sequence = a.sequences[s];
-    const int64_t query = (b.query_starts[s] * a.heads + head * sequence.queries) * size;
-    const int64_t key = (b.key_starts[s] * a.heads + head * sequence.keys) * size;
-    with_element(a.element, [&](auto element) {
-      using E = decltype(element);
-      const auto rows = [&](const Heads& heads, int64_t first) {
-        return rows_of<E>(heads, sequence.batch, head, first);
-      };
-      store_rows<E>(b.query_sums + query, size, sequence.queries, a.size, a.scale,
-                    rows(b.grad_query, sequence.first_query));
-      store_rows<E>(b.key_sums + key, size, sequence.keys, a.size, static_cast<float>(1 / kLog2e),
-                    rows(b.grad_key, sequence.first_key));
-      store_rows<E>(b.value_sums + key, size, sequence.keys, a.size, 1.0f, rows(b.grad_value, sequence.first_key));
-    });
-  }
-}
-
-void store_table(const Attention& a, const Backward& b, const float* sums, float scale, void* gradient, int64_t begin,
-                 int64_t end) {
-  const int64_t size = round_up(a.size, kLanes), items = b.groups * a.parts;
-  const int64_t stop = a.first_used_row + a.used_rows;
-  const Scratch row(size);
-  with_element(a.element, [&](auto element) {
-    using E = decltype(element);
-    auto* to = static_cast<typename E::Stored*>(gradient) + begin * a.table_rows * a.size;
-    // The rows that short sequences do not read are zero, which has the same bits in every element type.
-    const auto clear = [&](int64_t rows) {
-      std::memset(to, 0, rows * a.size * sizeof(*to));
-      to += rows * a.size;
-    };
-    for (int64_t head = begin; head < end; ++head) {
-      clear(a.first_used_row);
-      for (int64_t used = 0; used < a.used_rows; ++used, to += a.size) {
-        std::fill_n(row.data(), size, 0.0f);
-        for (int64_t item = head * items; item < (head + 1) * items; ++item) {
-          add_scaled(1.0f, sums + (item * a.used_rows + used) * size, row.data(), size);
-        }
-        store_rows<E>(row.data(), size, 1, a.size, scale, [&](int64_t) { return to; });
-      }
-      clear(a.table_rows - stop);
-    }
-  });
 }
 
 }  // namespace deberta_fast::DEBERTA_FAST_ISA

@@ -28,8 +28,7 @@ class ForwardPass : ScoreTiles {
       const int64_t stretch = (block - next->first_block) / a_.blocks_of_stretch;
       const int64_t share = (block - next->first_block) % a_.blocks_of_stretch;
       const Range all = rows_of_stretch(a_, next->queries, stretch);
-      const auto cut = [&](int64_t n) { return all.start + (all.stop - all.start) * n / a_.blocks_of_stretch; };
-      const Range rows{cut(share), cut(share + 1)};
+      const Range rows = part_of(a_, all, share, a_.blocks_of_stretch);
       if (rows.start == rows.stop) continue;
       if (next != sequence || item / a_.blocks_per_head != head) {
         sequence = next, head = item / a_.blocks_per_head;
