@@ -5,7 +5,7 @@
 //
 // Near tiles add the position terms of (9) as products along the diagonals of dA. The left operand is dA itself, read
 // with skewed strides (gemm.h). A margin of zeros around dA stands for the pairs outside of the tile.
-#include <cmath>
+#include "backward.h"
 
 #include "dropout.h"
 #include "sums.h"
@@ -19,12 +19,6 @@ constexpr int64_t kMarginRows = 8, kMargin = 16;    // zeros above and below dA,
 constexpr int64_t kGradPitch = kBackwardKeys + 48;  // an odd number of cache lines
 static_assert(kMarginRows >= kStrip - 1 && kMargin >= kStrip - 1 && kGradPitch >= kBackwardKeys + 2 * kMargin);
 static_assert(kTileKeys % kBackwardKeys == 0);
-
-// The keys of part `part` of `parts`. Parts begin at multiples of 16, the most floats of a vector.
-Range keys_of_part(int64_t keys, int64_t parts, int64_t part) {
-  const int64_t step = round_up(div_up(keys, parts), 16), start = std::min(keys, part * step);
-  return {start, std::min(keys, start + step)};
-}
 
 class BackwardPass : ScoreTiles {
  public:
@@ -98,7 +92,7 @@ class BackwardPass : ScoreTiles {
       }
     }
     if (a_.parts == 1) {
-      store_heads(b_.grad_key, dk_, sequence.batch, sequence.first_key, sequence.keys, static_cast<float>(1 / kLog2e));
+      store_heads(b_.grad_key, dk_, sequence.batch, sequence.first_key, sequence.keys, a_.key_gradient_scale);
       store_heads(b_.grad_value, dv_, sequence.batch, sequence.first_key, sequence.keys, 1.0f);
     }
   }
@@ -140,27 +134,7 @@ class BackwardPass : ScoreTiles {
       copy_rows<E>(rows(b_.output), block.rows, a_.size, 1.0f, dq_, size_);  // O for now, dQ later
     });
     row_dots(dout_, dq_, block.rows, size_, delta_);
-    const double log_keys = std::log2(static_cast<double>(sequence.keys));
-    for (int64_t r = 0; r < block.rows; ++r) {
-      const auto given = [&](const Statistic& x) { return *at(x, sequence.batch, head_, first + r); };
-      grad_lse_[r] = b_.grad_lse.data ? given(b_.grad_lse) : 0.0f;
-      // The sum of a row, sum_j 2^Z, is 2^row_max row_sum. These two numbers hold it without the rounding of lse. They
-      // are used only if they agree with the given lse.
-      const float lse = given(b_.lse);
-      const bool none = lse == -kInfinity;
-      double row_max = lse * kLog2e, row_sum = 1, log_sum = 0;
-      if (b_.row_max.data) {
-        const double logarithm = std::log2(static_cast<double>(given(b_.row_sum)));
-        if (none ? given(b_.row_max) == lse : log_sum_exp(given(b_.row_max), logarithm) == lse) {
-          row_max = given(b_.row_max), row_sum = given(b_.row_sum), log_sum = logarithm;
-        }
-      }
-      // P = 2^(Z - shift) factor. The shift is closer to most scores than the log-sum-exp, so Z - shift is rounded
-      // less. If lse is minus infinity, the shift is 0 and 2^(Z - shift) is 0. Then the factor is 0 for a row without a
-      // visible key, and NaN, from row_sum, for a row whose visible scores are all minus infinity.
-      shift_[r] = none ? 0.0f : static_cast<float>(row_max + log_sum - log_keys);
-      factor_[r] = static_cast<float>(none ? 0 * row_sum : std::exp2(shift_[r] - row_max) / row_sum);
-    }
+    rows_.load(a_, b_, block);
   }
 
   void tile(const Block& block, Side side, int64_t key, int64_t count) {
@@ -187,8 +161,9 @@ class BackwardPass : ScoreTiles {
   void softmax_gradient(const Block& block, Side side, int64_t key, int64_t columns) {
     for (int64_t r = 0; r < block.rows; ++r) {
       float *const p_row = scores_ + r * kGradPitch, *const g_row = da_ + r * kGradPitch;
-      const float constant = side == kNear ? 0.0f : far_constant_[r], shift = shift_[r];
-      const Vector factor = broadcast(factor_[r]), delta = broadcast(delta_[r]), grad_lse = broadcast(grad_lse_[r]);
+      const float constant = side == kNear ? 0.0f : far_constant_[r], shift = rows_.shift[r];
+      const Vector factor = broadcast(rows_.factor[r]), delta = broadcast(delta_[r]),
+                   grad_lse = broadcast(rows_.grad_lse[r]);
       if (a_.dropout) {
         keep_row(a_, block.sequence * a_.heads + head_, block.first + r, key, columns, keep_);
       }
@@ -293,7 +268,8 @@ class BackwardPass : ScoreTiles {
   float *keep_, *column_sums_;                             // dropout of a row; column sums of dA
   float *far_grad_key_, *far_grad_query_;                  // (2, D)
   float *grad_key_by_distance_, *grad_query_by_distance_;  // (distances, D)
-  float shift_[kMaxBlockRows], factor_[kMaxBlockRows], delta_[kMaxBlockRows], grad_lse_[kMaxBlockRows];
+  RowStatistics rows_;
+  float delta_[kMaxBlockRows];
 };
 
 }  // namespace

@@ -19,9 +19,10 @@ struct Sequence {
 
 struct Attention {
   Element element = Element::float32;
-  int64_t heads, size;  // H, D
-  int64_t padded_size;  // D rounded up for the kernels, the size of their rows
-  float scale;          // s
+  int64_t heads, size;       // H, D
+  int64_t padded_size;       // D rounded up for the kernels, the size of their rows
+  float key_gradient_scale;  // of the sums that dK and dK^e are
+  float scale;               // s
   int64_t query_offset;
   Heads query, key, value;
 

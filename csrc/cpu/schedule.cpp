@@ -29,6 +29,8 @@ struct Schedule {
   Schedule(const Kernels& kernels, Request& request)
       : a(request.attention), sequences(request.sequences), size(round_up(a.size, kernels.size_step)) {
     a.padded_size = size, a.row_step = kernels.row_step;
+    // Kernels that scale queries sum log2(e) s q.
+    a.key_gradient_scale = kernels.scales_queries ? static_cast<float>(1 / kLog2e) : a.scale;
     a.longest_key = 0;
     for (const Sequence& sequence : sequences) {
       longest_query = std::max(longest_query, sequence.queries), queries += sequence.queries;
@@ -206,9 +208,8 @@ void run_backward(const Kernels& kernels, Request& request, Backward& b, const P
   if (a.parts > 1) {
     parallel_for(a.heads * a.sequence_count, [&](int64_t begin, int64_t end) { kernels.store_sums(a, b, begin, end); });
   }
-  for (const auto& [sums, scale, gradient] :
-       {std::tuple{b.pos_key_sums, static_cast<float>(1 / kLog2e), b.grad_pos_key},  // its items sum log2(e) s q
-        std::tuple{b.pos_query_sums, a.scale, b.grad_pos_query}}) {
+  for (const auto& [sums, scale, gradient] : {std::tuple{b.pos_key_sums, a.key_gradient_scale, b.grad_pos_key},
+                                              std::tuple{b.pos_query_sums, a.scale, b.grad_pos_query}}) {
     if (gradient == nullptr) continue;
     parallel_for(a.heads, [&, sums = sums, scale = scale, gradient = gradient](int64_t begin, int64_t end) {
       kernels.store_table(a, b, sums, scale, gradient, begin, end);
