@@ -26,7 +26,7 @@ bool system_saves(uint64_t states) {
 }
 
 // Linux gives a process no memory for tiles until it asks for it. These names are missing in older headers.
-constexpr int kGetPermission = 0x1022, kRequestPermission = 0x1023;  // ARCH_GET_XCOMP_PERM, ARCH_REQ_XCOMP_PERM
+constexpr long kGetPermission = 0x1022, kRequestPermission = 0x1023;  // ARCH_GET_XCOMP_PERM, ARCH_REQ_XCOMP_PERM
 
 bool kernel_permits_tiles() {
   uint64_t permitted = 0;

@@ -1,5 +1,5 @@
-// Tells what the processor supports and the operating system lets the process use, on x86-64 alone. This
-// file does not depend on torch.
+// Tells what the processor supports and the operating system lets the process use, on x86-64. This file does not depend
+// on torch.
 #pragma once
 
 namespace deberta_fast {
