@@ -34,6 +34,13 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+// Kernels for bfloat16 alone (tiles/).
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+namespace amx {
+extern const Kernels kernels;
+}
 
 // Memory for floats, aligned to cache lines and not initialised. Throws a std::bad_alloc that names the size.
 // A thread keeps the memory of up to two objects, at most 32 MiB each, for its next calls, because fresh memory costs more
