@@ -44,11 +44,11 @@ class BackwardPass : ScoreTiles {
       const int64_t rows = a_.used_rows * size_;
       const auto last_distance = a_.first_distance + a_.distances - 1;
       if (b_.pos_key_sums) {
-        sum_by_slot(a_, grad_key_by_distance_, far_grad_key_, -a_.first_distance, -1, wave == 0, row_,
-                    b_.pos_key_sums + item * rows);
+        sum_by_slot(a_, grad_key_by_distance_, far_grad_key_, -a_.first_distance, -1, {0, a_.distances}, wave == 0,
+                    row_, b_.pos_key_sums + item * rows);
       }
       if (b_.pos_query_sums) {
-        sum_by_slot(a_, grad_query_by_distance_, far_grad_query_, -last_distance, 1, wave == 0, row_,
+        sum_by_slot(a_, grad_query_by_distance_, far_grad_query_, -last_distance, 1, {0, a_.distances}, wave == 0, row_,
                     b_.pos_query_sums + item * rows);
       }
     }

@@ -2,6 +2,10 @@
 // same source serves AVX-512, AVX2, SSE2 and NEON.
 #pragma once
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -100,12 +104,17 @@ INLINE float maximum(Vector v) {
   return detail::reduce_steps<kLanes / 2>(v, [](Vector a, Vector b) { return max(a, b); })[0];
 }
 
-// 2^x with a relative error of 2e-8 before rounding; 0 below -127 and for minus infinity. NaN stays NaN.
+// 2^x with a relative error of 2e-8 before rounding; 0 below -126 and for minus infinity. NaN stays NaN.
 INLINE Vector exp2(Vector x) {
+#if defined(__AVX512F__)
+  const Vector n = (Vector)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
+  const Vector f = x - n;
+#else
   constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
-  x = x < -127.0f ? broadcast(-127.0f) : x;
+  x = x < -126.0f ? broadcast(-127.0f) : x;
   const Vector shifted = x + kRound;
   const Vector f = x - (shifted - kRound);
+#endif
   // The minimax polynomial of the relative error over [-1/2, 1/2], by Remez's algorithm.
   Vector p = f * 0x1.41d334p-13f + 0x1.5f456ap-10f;
   p = p * f + 0x1.3b2dbcp-7f;
@@ -113,8 +122,13 @@ INLINE Vector exp2(Vector x) {
   p = p * f + 0x1.ebfbdap-3f;
   p = p * f + 0x1.62e43p-1f;
   p = p * f + 1.0f;
+#if defined(__AVX512F__)
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return (Vector)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
+#else
   const Words power = ((Words)shifted + 127u) << 23;
   return p * (Vector)power;
+#endif
 }
 
 }  // namespace deberta_fast::DEBERTA_FAST_ISA
