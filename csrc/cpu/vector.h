@@ -97,6 +97,23 @@ INLINE Vector reduce_steps(Vector v, Combine combine) {
 // rows[r][c] becomes rows[c][r].
 INLINE void transpose(Vector (&rows)[kLanes]) { detail::transpose_steps<kLanes / 2>(rows); }
 
+// The compiler would divide these conversions of AVX-512 into four.
+INLINE Words widened(const uint16_t* p) {
+  const Halves halves = *reinterpret_cast<const AnyHalves*>(p);
+#if defined(__AVX512F__)
+  return (Words)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)halves);
+#else
+  return __builtin_convertvector(halves, Words);
+#endif
+}
+INLINE void store_narrowed(uint16_t* p, Words words) {
+#if defined(__AVX512F__)
+  *reinterpret_cast<AnyHalves*>(p) = (Halves)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)words);
+#else
+  *reinterpret_cast<AnyHalves*>(p) = __builtin_convertvector(words, Halves);
+#endif
+}
+
 INLINE float sum(Vector v) {
   return detail::reduce_steps<kLanes / 2>(v, [](Vector a, Vector b) { return a + b; })[0];
 }
