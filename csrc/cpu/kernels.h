@@ -20,9 +20,10 @@ struct Kernels {
   // (items, used_rows, D rounded up).
   void (*store_table)(const Attention&, const Backward&, const float* sums, float scale, void* gradient, int64_t begin,
                       int64_t end);
-  int64_t size_step;    // D is rounded up to a multiple of it
-  int64_t row_step;     // blocks of queries begin at multiples of it
-  bool scales_queries;  // before products
+  int64_t size_step;     // D is rounded up to a multiple of it
+  int64_t row_step;      // blocks of queries begin at multiples of it
+  int64_t fewest_items;  // work is divided into so many items if parts do not become too small
+  bool scales_queries;   // before products
 };
 
 namespace plain {
