@@ -279,18 +279,16 @@ struct sigaction before;
 void handle(int signal, siginfo_t* info, void* context) {
   greg_t* const registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
   Instruction it{};
-  const bool from_processor = info->si_code > 0;  // and not from kill()
-  if (from_processor && decode(registers, it)) {
+  if (decode(registers, it)) {
     counts[it.kind].fetch_add(1, std::memory_order_relaxed);
     execute(it);
     registers[REG_RIP] = it.next;
-  } else if (before.sa_flags & SA_SIGINFO) {
-    before.sa_sigaction(signal, info, context);
   } else if (before.sa_handler == SIG_DFL || before.sa_handler == SIG_IGN) {
     sigaction(SIGILL, &before, nullptr);
     raise(SIGILL);  // It arrives when this handler returns.
   } else {
-    before.sa_handler(signal);
+    before.sa_sigaction(signal, info,
+                        context);  // Linux passes these arguments to every handler, with SA_SIGINFO or not.
   }
 }
 
