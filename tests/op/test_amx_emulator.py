@@ -8,106 +8,18 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from itertools import permutations, product
+from itertools import permutations
 from threading import Barrier
 
 import amx
+import amx_functions
 import numpy as np
 import pytest
+from amx_functions import ABSOLUTE, CONSTANT, ILLEGAL, addresses, configuration
 
 pytestmark = pytest.mark.skipif(amx.why_not() is not None, reason=str(amx.why_not()))
 NATIVE = amx.processor_has("amx_tile", "amx_bf16")
 emulated = pytest.mark.skipif(NATIVE, reason="this processor has AMX")
-
-# Assembly. Each function takes an address in rdi and a stride in rsi.
-
-SAVED = "rbx rbp r12 r13 r14 r15".split()
-REGISTERS = "rax rcx rdx rbx rsp rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15".split()
-ABSOLUTE = 0x10000000
-SIMPLE = {
-    "configure": "ldtilecfg (%rdi)",
-    "configure_by_index": "ldtilecfg 64(%rdi,%rsi,2)",
-    "configure_by_rip": "ldtilecfg configuration(%rip)",
-    "configure_by_thread": "mov thread_configuration@gottpoff(%rip), %rax; ldtilecfg %fs:(%rax)",
-    "configure_absolute": f"ldtilecfg {ABSOLUTE}",
-    "read_configuration": "sttilecfg (%rdi)",
-    "read_configuration_by_index": "sttilecfg 64(%rdi,%rsi,2)",
-    "release": "tilerelease",
-    "load_absolute": f"tileloadd {ABSOLUTE + 64}(,%rsi,1), %tmm0",
-    "load_without_index": "tileloadd 16(%rdi), %tmm0",
-    "rounding": "stmxcsr -4(%rsp); movl $0x5f80, -8(%rsp); ldmxcsr -8(%rsp); tdpbf16ps %tmm2, %tmm1, %tmm0;"
-    "stmxcsr (%rdi); ldmxcsr -4(%rsp)",
-    "multiply_same": ".byte 0xc4, 0xe2, 0x7a, 0x5c, 0xc9",  # tdpbf16ps %tmm0, %tmm1, %tmm1, which assemblers refuse
-    **{f"zero{n}": f"tilezero %tmm{n}" for n in range(8)},
-    **{f"load{n}": f"tileloadd (%rdi,%rsi), %tmm{n}" for n in range(8)},
-    **{f"store{n}": f"tilestored %tmm{n}, (%rdi,%rsi)" for n in range(8)},
-    **{f"multiply{s}{x}{y}": f"tdpbf16ps %tmm{y}, %tmm{x}, %tmm{s}" for s, x, y in permutations(range(8), 3)},
-}
-ILLEGAL = {  # for the emulator too; the .byte are a load and products with one bit changed
-    "undefined": "ud2",
-    "multiply_bytes": "tdpbssd %tmm2, %tmm1, %tmm0",
-    "load_wide": ".byte 0xc4, 0xe2, 0xfb, 0x4b, 0x04, 0x37",
-    "load_long": ".byte 0xc4, 0xe2, 0x7f, 0x4b, 0x04, 0x37",
-    "load_with_third_operand": ".byte 0xc4, 0xe2, 0x3b, 0x4b, 0x04, 0x37",
-    "multiply_tile_8": ".byte 0xc4, 0x62, 0x6a, 0x5c, 0xc1",
-    "multiply_by_tile_9": ".byte 0xc4, 0xc2, 0x6a, 0x5c, 0xc1",
-    "multiply_by_tile_10": ".byte 0xc4, 0xe2, 0x2a, 0x5c, 0xc1",
-}
-DATA = """
-.data
-address: .quad 0
-stride: .quad 0
-stack: .quad 0
-configuration: .byte {0}
-.section .tdata,"awT",@progbits
-thread_configuration: .byte {0}
-"""
-
-
-def addresses():
-    """Yields base, index, scale and displacement: every pair of registers, with scales and displacements in turn."""
-    pairs = [(b, i) for b, i in product(REGISTERS, REGISTERS) if b != i != "rsp"]
-    for n, (base, index) in enumerate(pairs):
-        displacement = (0, 64, -64, 4096, -4096)[n % 5]
-        # The frame of the signal lies below the 128 bytes under rsp.
-        yield base, index, 1 << n % 4, abs(displacement) if base == "rsp" else displacement
-
-
-def at_address(instruction, base, index):
-    """Returns code that puts rdi into `base` and rsi into `index` around the instruction."""
-    return "; ".join([
-        "mov %rdi, address(%rip); mov %rsi, stride(%rip)",
-        *(f"push %{name}" for name in SAVED),
-        "mov %rsp, stack(%rip)",
-        f"mov address(%rip), %{base}; mov stride(%rip), %{index}",
-        instruction,
-        "mov stack(%rip), %rsp",
-        *(f"pop %{name}" for name in reversed(SAVED)),
-    ])  # fmt: skip
-
-
-def all_functions():
-    functions = SIMPLE | ILLEGAL
-    for n, (base, index, scale, displacement) in enumerate(addresses()):
-        operand, tile = f"{displacement}(%{base},%{index},{scale})", f"%tmm{n % 8}"
-        functions[f"load_at{n}"] = at_address(f"tileloadd {operand}, {tile}", base, index)
-        functions[f"hinted_load_at{n}"] = at_address(f"tileloaddt1 {operand}, {tile}", base, index)
-        functions[f"store_at{n}"] = at_address(f"tilestored {tile}, {operand}", base, index)
-    return functions
-
-
-def configuration(*shapes, **changes):
-    """Returns the operand of ldtilecfg for tiles of (rows, bytes in a row); `changes` are bytes, such as b2=1."""
-    memory = np.zeros(64, np.uint8)
-    memory[0] = 1
-    for n, (rows, row_bytes) in enumerate(shapes):
-        memory[16 + 2 * n], memory[48 + n] = row_bytes, rows
-    for name, value in changes.items():
-        memory[int(name[1:])] = value
-    return memory
-
-
-CONSTANT = configuration((3, 8), (2, 64))
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +29,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def functions_path(folder):
-    lines = [".text", *(f".globl {name}\n{name}: {code}\nret" for name, code in all_functions().items())]
-    source, library = folder / "functions.s", folder / "functions.so"
-    source.write_text("\n".join(lines) + DATA.format(", ".join(map(str, CONSTANT))))
-    subprocess.run(["g++", "-shared", "-Wl,-z,noexecstack", source, "-o", library], check=True)
-    return library
+    return amx_functions.build(folder)
 
 
 @pytest.fixture(scope="module")
@@ -244,12 +152,12 @@ def test_addresses(call):
             call(f"zero{n % 8}")
             call(f"{name}{n}", memory, unit, offset=middle)
             call(f"store{n % 8}", found, stride=row_bytes)
-            assert np.array_equal(found, expected), all_functions()[f"{name}{n}"]
+            assert np.array_equal(found, expected), amx_functions.code()[f"{name}{n}"]
         written, expected_around = np.zeros_like(memory), np.zeros_like(memory)
         call(f"store_at{n}", written, unit, offset=middle)
         rows_of(expected_around, middle + displacement, unit * scale, rows, row_bytes)[:] = expected
         first = middle - 128 if base == "rsp" else 0
-        assert np.array_equal(written[first:], expected_around[first:]), all_functions()[f"store_at{n}"]
+        assert np.array_equal(written[first:], expected_around[first:]), amx_functions.code()[f"store_at{n}"]
 
 
 @pytest.mark.parametrize("name", ["load_without_index", "load_absolute"])
@@ -490,3 +398,29 @@ def test_other_instructions_go_to_the_earlier_handler(name, functions_path, fold
     assert alone() == (-signal.SIGILL, "")
     status, output = alone("-X", "faulthandler")
     assert status == -signal.SIGILL and output.startswith("Fatal Python error: Illegal instruction"), output
+
+
+OUT_OF_BOUNDS = """
+#include <cstdlib>
+int main(int count, char**) {
+  unsigned char configuration[64] = {1};
+  configuration[16] = 64, configuration[48] = 16;
+  void* const memory = std::malloc(1025 - count);  // one byte too few if there is an argument
+  asm volatile("ldtilecfg (%0); tileloadd (%1,%2), %%tmm0; tilerelease"
+               : : "r"(configuration), "r"(memory), "r"(64l) : "memory");
+  std::free(memory);
+}
+"""
+
+
+@emulated
+def test_sanitizers_see_tiles(tmp_path):
+    """In a sanitized program, a tile that reads beyond its memory is an error, with the program's line."""
+    source, program = tmp_path / "out_of_bounds.cpp", tmp_path / "out_of_bounds"
+    source.write_text(OUT_OF_BOUNDS)
+    flags = "-std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined".split()
+    subprocess.run(["g++", *flags, source, amx.SOURCE, "-o", program], check=True)
+    assert subprocess.run([program], timeout=60).returncode == 0
+    done = subprocess.run([program, "short"], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
+    assert "in main" in done.stderr and "out_of_bounds.cpp:7" in done.stderr, done.stderr
