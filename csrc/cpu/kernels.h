@@ -20,7 +20,9 @@ struct Kernels {
   // (items, used_rows, D rounded up).
   void (*store_table)(const Attention&, const Backward&, const float* sums, float scale, void* gradient, int64_t begin,
                       int64_t end);
-  int64_t lanes;  // D is rounded up to a multiple of it
+  int64_t size_step;    // D is rounded up to a multiple of it
+  int64_t row_step;     // blocks of queries begin at multiples of it
+  bool scales_queries;  // before products
 };
 
 namespace plain {
@@ -30,6 +32,13 @@ namespace avx2 {
 extern const Kernels kernels;
 }
 namespace avx512 {
+extern const Kernels kernels;
+}
+// Kernels for bfloat16 alone (tiles/).
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+namespace amx {
 extern const Kernels kernels;
 }
 
