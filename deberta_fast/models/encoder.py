@@ -50,7 +50,7 @@ class DebertaIntermediate(nn.Module):
         self.intermediate_act_fn = activation(config.hidden_act)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.intermediate_act_fn(project(self.dense, hidden_states))
+        return project(self.dense, hidden_states, self.intermediate_act_fn)
 
 
 class DebertaLayer(nn.Module):
