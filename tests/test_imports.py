@@ -41,7 +41,7 @@ RANKS = [
     {"models"},
     {"models.ordinary", "models.padding"},
     {"models.activation"},
-    {f"models.{name}" for name in ("onednn_linear", "outputs", "packing", "weight_cache")},
+    {f"models.{name}" for name in ("add_norm", "onednn_linear", "outputs", "packing", "weight_cache")},
     {"models.arguments", "models.wrappers"},
     {"models.config"},
     {"models.attention"},

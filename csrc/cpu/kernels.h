@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 
+#include "norm.h"
 #include "params.h"
 
 namespace deberta_fast {
@@ -20,6 +21,12 @@ struct Kernels {
   // (items, used_rows, D rounded up).
   void (*store_table)(const Attention&, const Backward&, const float* sums, float scale, void* gradient, int64_t begin,
                       int64_t end);
+  // Computes rows [begin, end).
+  void (*add_norm)(const AddNorm&, int64_t begin, int64_t end);
+  // Computes rows [begin, end), which are a part.
+  void (*add_norm_backward)(const AddNormBackward&, int64_t part, int64_t begin, int64_t end);
+  // Call after all parts: stores the gradient of weight (which = 0) or bias (1).
+  void (*store_norm_sums)(const AddNormBackward&, int64_t parts, int64_t which, void* gradient);
   int64_t lanes;  // D is rounded up to a multiple of it
 };
 
