@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kBackwardKeys = 192;              // keys of a tile; scores and dA fit into the second-level cache
 constexpr int64_t kMarginRows = 8, kMargin = 16;    // zeros above and below dA, and to its left and right
+constexpr int64_t kGroup = 48, kGroupPitch = kMaxBlockRows + 48;
 constexpr int64_t kGradPitch = kBackwardKeys + 48;  // an odd number of cache lines
 static_assert(kMarginRows >= kStrip - 1 && kMargin >= kStrip - 1 && kGradPitch >= kBackwardKeys + 2 * kMargin);
 static_assert(kTileKeys % kBackwardKeys == 0);
@@ -32,6 +33,8 @@ class BackwardPass : ScoreTiles {
     memory_ = allocate([&](Carver& carver) { carve(carver); });
     // The margins above and to the left stay zero.
     std::fill_n(margins_, (kMarginRows + kMaxBlockRows + kMarginRows) * kGradPitch, 0.0f);
+    std::fill_n(da_t_, kLanes + kGroup * kGroupPitch, 0.0f);
+    da_t_ += kLanes;
     da_ = margins_ + kMarginRows * kGradPitch + kMargin;
   }
 
@@ -39,28 +42,37 @@ class BackwardPass : ScoreTiles {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t part = item % a_.parts, group = item / a_.parts % b_.groups;
       head_ = item / a_.parts / b_.groups;
-      const int64_t by_distance = a_.distances * size_;
-      if (b_.pos_key_sums) std::fill_n(grad_key_by_distance_, by_distance, 0.0f);
-      if (b_.pos_query_sums) std::fill_n(grad_query_by_distance_, by_distance, 0.0f);
+      const int64_t by_run = a_.runs * size_;
+      if (b_.pos_key_sums) std::fill_n(grad_key_by_run_, by_run, 0.0f);
+      if (b_.pos_query_sums) std::fill_n(grad_query_by_run_, by_run, 0.0f);
       std::fill_n(far_grad_key_, 2 * size_, 0.0f);
       std::fill_n(far_grad_query_, 2 * size_, 0.0f);
       for (int64_t s = group == 0 ? 0 : b_.group_ends[group - 1]; s < b_.group_ends[group]; ++s) {
         run(s, part, keys_of_part(a_.sequences[s].keys, a_.parts, (part + wave) % a_.parts));
       }
       const int64_t rows = a_.used_rows * size_;
-      const auto last_distance = a_.first_distance + a_.distances - 1;
       if (b_.pos_key_sums) {
-        sum_by_slot(a_, grad_key_by_distance_, far_grad_key_, -a_.first_distance, -1, wave == 0, row_,
-                    b_.pos_key_sums + item * rows);
+        sum_by_slot(grad_key_by_run_, far_grad_key_, a_.run_slots, 1, wave == 0, b_.pos_key_sums + item * rows);
       }
       if (b_.pos_query_sums) {
-        sum_by_slot(a_, grad_query_by_distance_, far_grad_query_, -last_distance, 1, wave == 0, row_,
+        sum_by_slot(grad_query_by_run_, far_grad_query_, a_.run_slots + a_.runs - 1, -1, wave == 0,
                     b_.pos_query_sums + item * rows);
       }
     }
   }
 
  private:
+  void sum_by_slot(const float* by_run, const float* far, const int32_t* slots, int64_t step, bool start, float* sums) {
+    if (start) std::fill_n(sums, a_.used_rows * size_, 0.0f);
+    const auto row_of = [&](int64_t slot) { return sums + (slot - a_.first_used_row) * size_; };
+    for (int64_t n = 0; n < a_.runs; ++n) add_scaled(1.0f, by_run + n * size_, row_of(slots[step * n]), size_);
+    for (const Side side : {kPast, kFuture}) {
+      const int64_t slot = slot_of(a_, side == kPast ? a_.reach : -a_.reach);
+      const bool reached = a_.first_used_row <= slot && slot < a_.first_used_row + a_.used_rows;
+      if (reached) add_scaled(1.0f, far + side * size_, row_of(slot), size_);
+    }
+  }
+
   void carve(Carver& carver) {
     const Range part = keys_of_part(a_.longest_key, a_.parts, 0);
     const int64_t keys = round_up(part.stop, kTileKeys);
@@ -72,8 +84,9 @@ class BackwardPass : ScoreTiles {
     margins_ = carver((kMarginRows + kMaxBlockRows + kMarginRows) * kGradPitch);
     keep_ = carver(kBackwardKeys + 4 * kLanes), column_sums_ = carver(kBackwardKeys + kLanes);
     far_grad_key_ = carver(2 * size_), far_grad_query_ = carver(2 * size_);
-    if (b_.pos_key_sums) grad_key_by_distance_ = carver(a_.distances * size_);
-    if (b_.pos_query_sums) grad_query_by_distance_ = carver(a_.distances * size_);
+    if (b_.pos_key_sums) grad_key_by_run_ = carver(a_.runs * size_);
+    if (b_.pos_query_sums) grad_query_by_run_ = carver(a_.runs * size_);
+    da_t_ = carver(kLanes + kGroup * kGroupPitch), by_run_ = carver((kGroup + kBackwardKeys) * kGroup);
   }
 
   // Processes the stretches of one part of a sequence's queries against these keys.
@@ -203,7 +216,7 @@ class BackwardPass : ScoreTiles {
           store(p_row + c, p);
         }
       }
-      std::fill_n(g_row + columns, kStrip - 1, 0.0f);
+      std::fill_n(g_row + columns, 32, 0.0f);
     }
     for (int64_t r = block.rows; r < block.rows + kStrip - 1; ++r) {
       std::fill_n(da_ + r * kGradPitch, columns, 0.0f);
@@ -212,46 +225,81 @@ class BackwardPass : ScoreTiles {
 
   // Adds the terms of (9) with K^e: to dQ, and to dK^e.
   void add_c2p_gradients(const Block& block, int64_t key, int64_t count) {
-    const int64_t first = key - (block.position + block.rows - 1) - a_.first_distance;  // of the lower left pair
-    add_distance_gradients({block.rows, kGradPitch}, {count, 1},
-                           a_.key_by_distance + (head_ * a_.distances + first) * size_, query_, dq_,
-                           b_.pos_key_sums ? grad_key_by_distance_ + first * size_ : nullptr);
+    for (int64_t r = 0; r < block.rows; r += kGroup) {
+      add_distance_gradients(std::min(block.rows - r, kGroup), round_up(count, kLanes), da_ + r * kGradPitch, kGradPitch,
+                             a_.key_runs + (key - block.position - r - a_.first_distance),
+                             a_.key_by_run + head_ * a_.runs * size_, query_ + r * size_, dq_ + r * size_,
+                             b_.pos_key_sums ? grad_key_by_run_ : nullptr);
+    }
   }
 
   // Adds the terms of (9) with Q^e: to dK, and to dQ^e.
   void add_p2c_gradients(const Block& block, int64_t key, int64_t count, float* dk) {
     const int64_t last_distance = a_.first_distance + a_.distances - 1;
-    const int64_t first = block.position - (key + count - 1) + last_distance;  // of the upper right pair
-    add_distance_gradients(
-        {count, 1}, {block.rows, kGradPitch}, a_.query_by_distance + (head_ * a_.distances + first) * size_,
-        key_ + (key - first_key_) * size_, dk, b_.pos_query_sums ? grad_query_by_distance_ + first * size_ : nullptr);
+    for (int64_t j = 0; j < count; j += kGroup) {
+      const int64_t keys = std::min(count - j, kGroup);
+      transpose_group(block.rows, keys, da_ + j);
+      add_distance_gradients(keys, block.rows, da_t_, kGroupPitch,
+                             a_.query_runs + (block.position - key - j + last_distance),
+                             a_.query_by_run + head_ * a_.runs * size_, key_ + (key - first_key_ + j) * size_,
+                             dk + j * size_, b_.pos_query_sums ? grad_query_by_run_ : nullptr);
+    }
   }
 
-  // A dimension of the tile dA.
-  struct Dimension {
-    int64_t count, stride;
-  };
+  void transpose_group(int64_t rows, int64_t keys, const float* from) {
+    for (int64_t j = 0; j < keys; j += kLanes) {
+      for (int64_t i = 0; i < rows; i += kLanes) {
+        Vector square[kLanes];
+        for (int64_t l = 0; l < kLanes; ++l) square[l] = i + l < rows ? load(from + (i + l) * kGradPitch + j) : Vector{};
+        transpose(square);
+        for (int64_t l = 0; l < kLanes; ++l) store(da_t_ + (j + l) * kGroupPitch + i, square[l]);
+      }
+      for (int64_t l = 0; l < kLanes; ++l) {
+        for (int64_t i = 0; i < 2 * kLanes; i += kLanes) store(da_t_ + (j + l) * kGroupPitch + round_up(rows, kLanes) + i, Vector{});
+      }
+    }
+  }
 
   // Adds (9) for rows x, which are queries or keys, and their table T: dx_i += sum_e dA^e_i T^e by strips of rows, and
-  // dT^e += sum_i dA^e_i x_i by strips of distances, unless grad_table is null. table and grad_table begin at the first
-  // distance of the tile.
-  void add_distance_gradients(Dimension rows, Dimension columns, const float* table, const float* x, float* dx,
-                              float* grad_table) {
-    for (int64_t r = 0; r < rows.count; r += kStrip) {
-      const int64_t strip = std::min<int64_t>(rows.count - r, kStrip);
-      gemm_add(strip, size_, columns.count + strip - 1,
-               {da_ + r * rows.stride - (strip - 1) * columns.stride, kGradPitch + 1, columns.stride},
-               table + (rows.count - r - strip) * size_, size_, dx + r * size_, size_);
+  // dT^e += sum_i dA^e_i x_i by strips of distances, unless grad_table is null.
+  void add_distance_gradients(int64_t rows, int64_t columns, const float* da, int64_t pitch, const int32_t* runs,
+                              const float* table, const float* x, float* dx, float* grad_table) {
+    const int64_t base = runs[1 - round_up(rows, kLanes)], cells = runs[columns - 1] - base + 1;
+    fold(rows, columns, da, pitch, runs, base, cells);
+    for (int64_t r = 0; r < rows; r += kStrip) {
+      const int64_t strip = std::min<int64_t>(rows - r, kStrip);
+      const int64_t first = runs[-(r + strip - 1)], last = runs[columns - 1 - r];
+      gemm_add(strip, size_, last - first + 1, {by_run_ + (first - base) * kGroup + r, 1, kGroup}, table + first * size_,
+               size_, dx + r * size_, size_);
     }
     if (grad_table == nullptr) return;
-    const int64_t distances = rows.count + columns.count - 1;
-    for (int64_t m = 0; m < distances; m += kStrip) {
-      const int64_t strip = std::min<int64_t>(distances - m, kStrip);
-      const int64_t from = std::max<int64_t>(rows.count - m - strip, 0), to = std::min(rows.count, distances - m);
-      gemm_add(
-          strip, size_, to - from,
-          {da_ + from * (kGradPitch + 1) + (m - (rows.count - 1)) * columns.stride, columns.stride, kGradPitch + 1},
-          x + from * size_, size_, grad_table + m * size_, size_);
+    int64_t e = 1 - rows;
+    const int64_t first = runs[e], last = runs[columns - 1];
+    for (int64_t m = first; m <= last; m += kStrip) {
+      const int64_t strip = std::min<int64_t>(last + 1 - m, kStrip), start = e;
+      while (e < columns && runs[e] < m + strip) ++e;
+      // Cells of distances [start, e).
+      const int64_t from = std::max<int64_t>(1 - e, 0), to = std::min(rows, columns - start);
+      gemm_add(strip, size_, to - from, {by_run_ + (m - base) * kGroup + from, kGroup, 1}, x + from * size_, size_,
+               grad_table + m * size_, size_);
+    }
+  }
+
+  // by_run_[run][r] = sum of dA over the run's distances
+  void fold(int64_t rows, int64_t columns, const float* da, int64_t pitch, const int32_t* runs, int64_t base,
+            int64_t cells) {
+    std::fill_n(by_run_, cells * kGroup, 0.0f);
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      for (int64_t e = 1 - kLanes - r; e < columns - r; e += kLanes) {
+        Vector square[kLanes];
+        for (int64_t l = 0; l < kLanes; ++l) square[l] = r + l < rows ? load(da + (r + l) * (pitch + 1) + e) : Vector{};
+        transpose(square);
+        const int64_t count = std::min<int64_t>(columns - r - e, kLanes);
+        for (int64_t c = 0; c < count; ++c) {
+          float* const to = by_run_ + (runs[e + c] - base) * kGroup + r;
+          store(to, load(to) + square[c]);
+        }
+      }
     }
   }
 
@@ -292,7 +340,8 @@ class BackwardPass : ScoreTiles {
   float *margins_, *da_;                                   // dA (rows, kGradPitch) with its margins
   float *keep_, *column_sums_;                             // dropout of a row; column sums of dA
   float *far_grad_key_, *far_grad_query_;                  // (2, D)
-  float *grad_key_by_distance_, *grad_query_by_distance_;  // (distances, D)
+  float *grad_key_by_run_, *grad_query_by_run_;  // (runs, D)
+  float *da_t_, *by_run_;
   float shift_[kMaxBlockRows], factor_[kMaxBlockRows], delta_[kMaxBlockRows], grad_lse_[kMaxBlockRows];
 };
 

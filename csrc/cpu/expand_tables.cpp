@@ -30,7 +30,21 @@ void expand_tables(const Attention& a, bool with_rows, int64_t begin, int64_t en
       if (with_rows) copy_rows<E>(row, a.reached, a.size, scale, rows + start * size, size);
     });
   };
+  const auto by_run = [&](const Table& table, int64_t head, const int32_t* slots, int64_t step, float scale, float* transposed, float* rows) {
+    if (table.data == nullptr) return;
+    with_element(a.element, [&](auto element) {
+      using E = decltype(element);
+      const auto row = [&](int64_t t) {
+        return static_cast<const typename E::Stored*>(table.data) + head * table.head + slots[step * t] * table.row;
+      };
+      transpose_rows<E>(row, a.runs, a.size, scale, transposed + head * size * a.run_pitch, a.run_pitch);
+      if (with_rows) copy_rows<E>(row, a.runs, a.size, scale, rows + head * size * a.runs, size);
+    });
+  };
   for (int64_t head = begin; head < end; ++head) {
+    by_run(a.pos_key, head, a.run_slots, 1, 1.0f, a.key_by_run_t, a.key_by_run);
+    by_run(a.pos_query, head, a.run_slots + a.runs - 1, -1, static_cast<float>(a.scale * kLog2e), a.query_by_run_t, a.query_by_run);
+    continue;
     expand(a.pos_key, head, a.first_distance, 1, 1.0f, a.key_by_distance_t, a.key_by_distance);
     expand(a.pos_query, head, last_distance, -1, static_cast<float>(a.scale * kLog2e), a.query_by_distance_t,
            a.query_by_distance);

@@ -47,6 +47,11 @@ struct Attention {
   int64_t first_distance, distances, pitch;        // pitch of the transposed tables in floats
   int64_t first_reached, reached;                  // the distances that pairs have; the other rows are zero
   float *key_by_distance_t, *query_by_distance_t;  // (H, D, pitch)
+  const int32_t *key_runs, *query_runs; // (distances + 16)
+  const int32_t *run_slots;
+  int64_t runs, run_pitch;
+  float *key_by_run_t, *query_by_run_t;
+  float *key_by_run, *query_by_run;
   float *key_by_distance, *query_by_distance;      // (H, distances, D rounded up), only in backward
 
   // True for visible pairs. Strides in bytes, 0 for broadcast dimensions.

@@ -45,17 +45,17 @@ struct Schedule {
   // Floats of the expanded tables. with_rows: also of those that backward reads.
   int64_t table_floats(bool with_rows) const {
     const int64_t tables = (a.pos_key.data != nullptr) + (a.pos_query.data != nullptr);
-    return tables * a.heads * size * (a.pitch + (with_rows ? a.distances : 0));
+    return tables * a.heads * size * (a.run_pitch + (with_rows ? a.runs : 0));
   }
 
   void expand_tables(const Kernels& kernels, float* memory, bool with_rows, const ParallelFor& parallel_for) {
-    for (auto [table, by_distance_t, by_distance] :
-         {std::tuple{&a.pos_key, &a.key_by_distance_t, &a.key_by_distance},
-          std::tuple{&a.pos_query, &a.query_by_distance_t, &a.query_by_distance}}) {
+    for (auto [table, by_run_t, by_run] :
+         {std::tuple{&a.pos_key, &a.key_by_run_t, &a.key_by_run},
+          std::tuple{&a.pos_query, &a.query_by_run_t, &a.query_by_run}}) {
       if (table->data == nullptr) continue;
-      *by_distance_t = memory;
-      *by_distance = memory + a.heads * size * a.pitch;
-      memory += a.heads * size * (a.pitch + (with_rows ? a.distances : 0));
+      *by_run_t = memory;
+      *by_run = memory + a.heads * size * a.run_pitch;
+      memory += a.heads * size * (a.run_pitch + (with_rows ? a.runs : 0));
     }
     if (!has_positions()) return;
     parallel_for(a.heads, [&](int64_t begin, int64_t end) { kernels.expand_tables(a, with_rows, begin, end); });
@@ -94,6 +94,20 @@ struct Schedule {
     const int64_t lowest = a.reached > 0 ? a.first_reached : a.first_distance;
     const int64_t highest = a.reached > 0 ? a.first_reached + a.reached - 1 : a.first_distance + a.distances - 1;
     a.first_used_row = slot_of(a, -highest), a.used_rows = slot_of(a, -lowest) + 1 - a.first_used_row;
+    set_runs(lowest, highest);
+  }
+
+  std::vector<int32_t> key_runs, query_runs, run_slots;
+  void set_runs(int64_t lowest, int64_t highest) {
+    for (int64_t t = 0; t < a.distances; ++t) {
+      const int32_t slot = slot_of(a, -std::clamp(a.first_distance + t, lowest, highest));
+      if (run_slots.empty() || run_slots.back() != slot) run_slots.push_back(slot);
+      key_runs.push_back(run_slots.size() - 1);
+    }
+    for (int64_t t = 0; t < a.distances; ++t) query_runs.push_back(run_slots.size() - 1 - key_runs[a.distances - 1 - t]);
+    a.runs = run_slots.size(), a.key_runs = key_runs.data(), a.query_runs = query_runs.data(), a.run_slots = run_slots.data();
+    a.run_pitch = round_up(a.runs + 64, 16);
+    if (a.run_pitch / 16 % 2 == 0) a.run_pitch += 16;
   }
 };
 

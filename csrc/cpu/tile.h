@@ -48,12 +48,12 @@ inline void row_dots(const float* x, const float* y, int64_t count, int64_t size
 }
 
 // scores[i][j] += p2c[j][i] for the p2c scores of a group of keys, by squares of kLanes rows and columns.
-INLINE void add_transposed(const float* p2c, int64_t pitch, int64_t rows, int64_t columns, float* scores,
+INLINE void add_transposed(const float* p2c, int64_t pitch, const int32_t* runs, int64_t rows, int64_t columns, float* scores,
                            int64_t scores_pitch) {
   for (int64_t i = 0; i < rows; i += kLanes) {
     for (int64_t j = 0; j < columns; j += kLanes) {
       Vector square[kLanes];
-      for (int64_t l = 0; l < kLanes; ++l) square[l] = load(p2c + (j + l) * pitch + i);
+      for (int64_t l = 0; l < kLanes; ++l) square[l] = spread(p2c + (j + l) * pitch, runs + i - (j + l));
       transpose(square);
       float* to = scores + i * scores_pitch + j;
       const int64_t count = std::min<int64_t>(rows - i, kLanes);
@@ -145,28 +145,33 @@ class ScoreTiles {
     for (int64_t r = 0; r < block.rows; r += kStrip) {
       const int64_t count = std::min<int64_t>(block.rows - r, kStrip);
       const Operand strip{query_ + r * size_, size_, 1};
-      const float* start = nullptr;
+      float* const scores = scores_ + r * pitch_;
       if (a_.pos_key.data) {
-        const int64_t distance = first_key - (block.position + r + count - 1);
-        gemm(count, columns + count - 1, a_.size, strip,
-             a_.key_by_distance_t + block.head * size_ * a_.pitch + (distance - a_.first_distance), a_.pitch, nullptr,
-             0, c2p_, kKeyPitch);
-        start = c2p_ + count - 1;
+        const int32_t* runs = a_.key_runs + (first_key - (block.position + r + count - 1) - a_.first_distance);
+        const int64_t first = runs[0], last = runs[columns + count - 2];
+        gemm(count, last - first + 1, a_.size, strip, a_.key_by_run_t + block.head * size_ * a_.run_pitch + first,
+             a_.run_pitch, nullptr, 0, c2p_, kKeyPitch);
+        for (int64_t n = 0; n < count; ++n) {
+          for (int64_t c = 0; c < columns; c += kLanes) {
+            store(scores + n * pitch_ + c, spread(c2p_ + n * kKeyPitch - first, runs + count - 1 - n + c));
+          }
+        }
       }
-      gemm(count, columns, a_.size, strip, key_t, kTilePitch, start, kKeyPitch - 1, scores_ + r * pitch_, pitch_);
+      gemm(count, columns, a_.size, strip, key_t, kTilePitch, a_.pos_key.data ? scores : nullptr, pitch_, scores, pitch_);
     }
     if (a_.pos_query.data == nullptr) return;
     for (int64_t group = 0; group < all_keys; group += kKeyGroup) {
       const int64_t keys = std::min(all_keys - group, kKeyGroup), filled = std::min(columns - group, kKeyGroup);
-      // Cell t of key j's row belongs to query i = t + j - (kKeyGroup - 1).
-      const int64_t delta = block.position - (first_key + group) - (kKeyGroup - 1);  // of cell 0 of every key
-      const float* table = a_.query_by_distance_t + block.head * size_ * a_.pitch + (delta + last_distance);
+      const int32_t* runs = a_.query_runs + (block.position - (first_key + group) + last_distance);
+      const int64_t base = runs[-(filled - 1)];
+      const float* table = a_.query_by_run_t + block.head * size_ * a_.run_pitch;
       for (int64_t j = 0; j < keys; j += kStrip) {
-        const int64_t count = std::min<int64_t>(keys - j, kStrip), cell = kKeyGroup - j - count;
-        gemm(count, block.rows + count - 1, a_.size, {key_t + group + j, 1, kTilePitch}, table + cell, a_.pitch,
-             nullptr, 0, p2c_ + j * kQueryPitch + cell, kQueryPitch);
+        const int64_t count = std::min<int64_t>(keys - j, kStrip);
+        const int64_t first = runs[-(j + count - 1)], last = runs[block.rows - 1 - j];
+        gemm(count, last - first + 1, a_.size, {key_t + group + j, 1, kTilePitch}, table + first, a_.run_pitch,
+             nullptr, 0, p2c_ + j * kQueryPitch + (first - base), kQueryPitch);
       }
-      add_transposed(p2c_ + kKeyGroup - 1, kQueryPitch - 1, block.rows, filled, scores_ + group, pitch_);
+      add_transposed(p2c_ - base, kQueryPitch, runs, block.rows, filled, scores_ + group, pitch_);
     }
   }
 
