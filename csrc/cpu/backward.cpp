@@ -5,8 +5,9 @@
 //
 // Near tiles add the position terms of (9) as products along the diagonals of dA. The left operand is dA itself, read
 // with skewed strides (gemm.h). A margin of zeros around dA stands for the pairs outside of the tile.
-#include <cmath>
+#include "backward.h"
 
+#include "band.h"
 #include "dropout.h"
 #include "sums.h"
 #include "tile.h"
@@ -21,28 +22,21 @@ constexpr int64_t kGradPitch = kBackwardKeys + 48;  // an odd number of cache li
 static_assert(kMarginRows >= kStrip - 1 && kMargin >= kStrip - 1 && kGradPitch >= kBackwardKeys + 2 * kMargin);
 static_assert(kTileKeys % kBackwardKeys == 0);
 
-// The keys of part `part` of `parts`. Parts begin at multiples of 16, the most floats of a vector.
-Range keys_of_part(int64_t keys, int64_t parts, int64_t part) {
-  const int64_t step = round_up(div_up(keys, parts), 16), start = std::min(keys, part * step);
-  return {start, std::min(keys, start + step)};
-}
-
 class BackwardPass : ScoreTiles {
  public:
   BackwardPass(const Attention& a, const Backward& b) : ScoreTiles(a), b_(b) {
     memory_ = allocate([&](Carver& carver) { carve(carver); });
     // The margins above and to the left stay zero.
     std::fill_n(margins_, (kMarginRows + kMaxBlockRows + kMarginRows) * kGradPitch, 0.0f);
-    std::fill_n(da_t_, kLanes + kGroup * kGroupPitch, 0.0f);
-    da_t_ += kLanes;
-    da_ = margins_ + kMarginRows * kGradPitch + kMargin;
+    std::fill_n(margins_t_, kMargin + kGroup * kGroupPitch, 0.0f);
+    da_ = margins_ + kMarginRows * kGradPitch + kMargin, da_t_ = margins_t_ + kMargin;
   }
 
   void items(int64_t wave, int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t part = item % a_.parts, group = item / a_.parts % b_.groups;
       head_ = item / a_.parts / b_.groups;
-      const int64_t by_run = a_.runs * size_;
+      const int64_t by_run = a_.run_count * size_;
       if (b_.pos_key_sums) std::fill_n(grad_key_by_run_, by_run, 0.0f);
       if (b_.pos_query_sums) std::fill_n(grad_query_by_run_, by_run, 0.0f);
       std::fill_n(far_grad_key_, 2 * size_, 0.0f);
@@ -52,27 +46,15 @@ class BackwardPass : ScoreTiles {
       }
       const int64_t rows = a_.used_rows * size_;
       if (b_.pos_key_sums) {
-        sum_by_slot(grad_key_by_run_, far_grad_key_, a_.run_slots, 1, wave == 0, b_.pos_key_sums + item * rows);
+        sum_by_slot(a_, grad_key_by_run_, a_.key_runs, far_grad_key_, wave == 0, b_.pos_key_sums + item * rows);
       }
       if (b_.pos_query_sums) {
-        sum_by_slot(grad_query_by_run_, far_grad_query_, a_.run_slots + a_.runs - 1, -1, wave == 0,
-                    b_.pos_query_sums + item * rows);
+        sum_by_slot(a_, grad_query_by_run_, a_.query_runs, far_grad_query_, wave == 0, b_.pos_query_sums + item * rows);
       }
     }
   }
 
  private:
-  void sum_by_slot(const float* by_run, const float* far, const int32_t* slots, int64_t step, bool start, float* sums) {
-    if (start) std::fill_n(sums, a_.used_rows * size_, 0.0f);
-    const auto row_of = [&](int64_t slot) { return sums + (slot - a_.first_used_row) * size_; };
-    for (int64_t n = 0; n < a_.runs; ++n) add_scaled(1.0f, by_run + n * size_, row_of(slots[step * n]), size_);
-    for (const Side side : {kPast, kFuture}) {
-      const int64_t slot = slot_of(a_, side == kPast ? a_.reach : -a_.reach);
-      const bool reached = a_.first_used_row <= slot && slot < a_.first_used_row + a_.used_rows;
-      if (reached) add_scaled(1.0f, far + side * size_, row_of(slot), size_);
-    }
-  }
-
   void carve(Carver& carver) {
     const Range part = keys_of_part(a_.longest_key, a_.parts, 0);
     const int64_t keys = round_up(part.stop, kTileKeys);
@@ -80,13 +62,13 @@ class BackwardPass : ScoreTiles {
     key_ = carver(keys * size_);
     if (a_.parts == 1) dk_ = carver(keys * size_), dv_ = carver(keys * size_);
     dout_ = carver(kMaxBlockRows * size_), dq_ = carver(kMaxBlockRows * size_);
-    carve_scores(carver, kGradPitch);
+    carve_scores(carver, kGradPitch, true);
     margins_ = carver((kMarginRows + kMaxBlockRows + kMarginRows) * kGradPitch);
     keep_ = carver(kBackwardKeys + 4 * kLanes), column_sums_ = carver(kBackwardKeys + kLanes);
     far_grad_key_ = carver(2 * size_), far_grad_query_ = carver(2 * size_);
-    if (b_.pos_key_sums) grad_key_by_run_ = carver(a_.runs * size_);
-    if (b_.pos_query_sums) grad_query_by_run_ = carver(a_.runs * size_);
-    da_t_ = carver(kLanes + kGroup * kGroupPitch), by_run_ = carver((kGroup + kBackwardKeys) * kGroup);
+    if (b_.pos_key_sums) grad_key_by_run_ = carver(a_.run_count * size_);
+    if (b_.pos_query_sums) grad_query_by_run_ = carver(a_.run_count * size_);
+    margins_t_ = carver(kMargin + kGroup * kGroupPitch), by_run_ = carver((kGroup + kBackwardKeys) * kGroup);
   }
 
   // Processes the stretches of one part of a sequence's queries against these keys.
@@ -111,7 +93,7 @@ class BackwardPass : ScoreTiles {
       }
     }
     if (a_.parts == 1) {
-      store_heads(b_.grad_key, dk_, sequence.batch, sequence.first_key, sequence.keys, static_cast<float>(1 / kLog2e));
+      store_heads(b_.grad_key, dk_, sequence.batch, sequence.first_key, sequence.keys, a_.key_gradient_scale);
       store_heads(b_.grad_value, dv_, sequence.batch, sequence.first_key, sequence.keys, 1.0f);
     }
   }
@@ -153,27 +135,7 @@ class BackwardPass : ScoreTiles {
       copy_rows<E>(rows(b_.output), block.rows, a_.size, 1.0f, dq_, size_);  // O for now, dQ later
     });
     row_dots(dout_, dq_, block.rows, size_, delta_);
-    const double log_keys = std::log2(static_cast<double>(sequence.keys));
-    for (int64_t r = 0; r < block.rows; ++r) {
-      const auto given = [&](const Statistic& x) { return *at(x, sequence.batch, head_, first + r); };
-      grad_lse_[r] = b_.grad_lse.data ? given(b_.grad_lse) : 0.0f;
-      // The sum of a row, sum_j 2^Z, is 2^row_max row_sum. These two numbers hold it without the rounding of lse. They
-      // are used only if they agree with the given lse.
-      const float lse = given(b_.lse);
-      const bool none = lse == -kInfinity;
-      double row_max = lse * kLog2e, row_sum = 1, log_sum = 0;
-      if (b_.row_max.data) {
-        const double logarithm = std::log2(static_cast<double>(given(b_.row_sum)));
-        if (none ? given(b_.row_max) == lse : log_sum_exp(given(b_.row_max), logarithm) == lse) {
-          row_max = given(b_.row_max), row_sum = given(b_.row_sum), log_sum = logarithm;
-        }
-      }
-      // P = 2^(Z - shift) factor. The shift is closer to most scores than the log-sum-exp, so Z - shift is rounded
-      // less. If lse is minus infinity, the shift is 0 and 2^(Z - shift) is 0. Then the factor is 0 for a row without a
-      // visible key, and NaN, from row_sum, for a row whose visible scores are all minus infinity.
-      shift_[r] = none ? 0.0f : static_cast<float>(row_max + log_sum - log_keys);
-      factor_[r] = static_cast<float>(none ? 0 * row_sum : std::exp2(shift_[r] - row_max) / row_sum);
-    }
+    rows_.load(a_, b_, block);
   }
 
   void tile(const Block& block, Side side, int64_t key, int64_t count) {
@@ -200,8 +162,9 @@ class BackwardPass : ScoreTiles {
   void softmax_gradient(const Block& block, Side side, int64_t key, int64_t columns) {
     for (int64_t r = 0; r < block.rows; ++r) {
       float *const p_row = scores_ + r * kGradPitch, *const g_row = da_ + r * kGradPitch;
-      const float constant = side == kNear ? 0.0f : far_constant_[r], shift = shift_[r];
-      const Vector factor = broadcast(factor_[r]), delta = broadcast(delta_[r]), grad_lse = broadcast(grad_lse_[r]);
+      const float constant = side == kNear ? 0.0f : far_constant_[r], shift = rows_.shift[r];
+      const Vector factor = broadcast(rows_.factor[r]), delta = broadcast(delta_[r]),
+                   grad_lse = broadcast(rows_.grad_lse[r]);
       if (a_.dropout) {
         keep_row(a_, block.sequence * a_.heads + head_, block.first + r, key, columns, keep_);
       }
@@ -216,90 +179,60 @@ class BackwardPass : ScoreTiles {
           store(p_row + c, p);
         }
       }
-      std::fill_n(g_row + columns, 32, 0.0f);
+      std::fill_n(g_row + columns, 2 * kLanes, 0.0f);
     }
     for (int64_t r = block.rows; r < block.rows + kStrip - 1; ++r) {
       std::fill_n(da_ + r * kGradPitch, columns, 0.0f);
     }
   }
 
-  // Adds the terms of (9) with K^e: to dQ, and to dK^e.
+  // Adds the terms of (9) with K^n: to dQ, and to dK^n.
   void add_c2p_gradients(const Block& block, int64_t key, int64_t count) {
     for (int64_t r = 0; r < block.rows; r += kGroup) {
-      add_distance_gradients(std::min(block.rows - r, kGroup), round_up(count, kLanes), da_ + r * kGradPitch, kGradPitch,
-                             a_.key_runs + (key - block.position - r - a_.first_distance),
-                             a_.key_by_run + head_ * a_.runs * size_, query_ + r * size_, dq_ + r * size_,
-                             b_.pos_key_sums ? grad_key_by_run_ : nullptr);
+      const int64_t rows = std::min(block.rows - r, kGroup);
+      const int32_t* runs = tables_.key.runs.from(key - (block.position + r));
+      const float* const da = da_ + r * kGradPitch;
+      const Band band = shares_runs(runs, rows, count) ? sum_runs(da, kGradPitch, rows, count, runs, by_run_, kGroup)
+                                                       : Band{da + (1 - rows), kGradPitch + 1, 1};
+      add_run_gradients(band, rows, count, runs, tables_.key.rows, query_ + r * size_, dq_ + r * size_,
+                        b_.pos_key_sums ? grad_key_by_run_ : nullptr);
     }
   }
 
-  // Adds the terms of (9) with Q^e: to dK, and to dQ^e.
+  // Adds the terms of (9) with Q^n: to dK, and to dQ^n.
   void add_p2c_gradients(const Block& block, int64_t key, int64_t count, float* dk) {
-    const int64_t last_distance = a_.first_distance + a_.distances - 1;
     for (int64_t j = 0; j < count; j += kGroup) {
-      const int64_t keys = std::min(count - j, kGroup);
-      transpose_group(block.rows, keys, da_ + j);
-      add_distance_gradients(keys, block.rows, da_t_, kGroupPitch,
-                             a_.query_runs + (block.position - key - j + last_distance),
-                             a_.query_by_run + head_ * a_.runs * size_, key_ + (key - first_key_ + j) * size_,
-                             dk + j * size_, b_.pos_query_sums ? grad_query_by_run_ : nullptr);
+      const int64_t rows = std::min(count - j, kGroup), columns = block.rows;
+      const int32_t* runs = tables_.query.runs.from(block.position - (key + j));
+      Band band{da_ + j + (1 - rows) * kGradPitch, kGradPitch + 1, kGradPitch};
+      if (shares_runs(runs, rows, columns)) {
+        transpose_band(da_ + j, kGradPitch, columns, rows, da_t_, kGroupPitch);
+        band = sum_runs(da_t_, kGroupPitch, rows, columns, runs, by_run_, kGroup);
+      }
+      add_run_gradients(band, rows, columns, runs, tables_.query.rows, key_ + (key - first_key_ + j) * size_,
+                        dk + j * size_, b_.pos_query_sums ? grad_query_by_run_ : nullptr);
     }
   }
 
-  void transpose_group(int64_t rows, int64_t keys, const float* from) {
-    for (int64_t j = 0; j < keys; j += kLanes) {
-      for (int64_t i = 0; i < rows; i += kLanes) {
-        Vector square[kLanes];
-        for (int64_t l = 0; l < kLanes; ++l) square[l] = i + l < rows ? load(from + (i + l) * kGradPitch + j) : Vector{};
-        transpose(square);
-        for (int64_t l = 0; l < kLanes; ++l) store(da_t_ + (j + l) * kGroupPitch + i, square[l]);
-      }
-      for (int64_t l = 0; l < kLanes; ++l) {
-        for (int64_t i = 0; i < 2 * kLanes; i += kLanes) store(da_t_ + (j + l) * kGroupPitch + round_up(rows, kLanes) + i, Vector{});
-      }
-    }
-  }
-
-  // Adds (9) for rows x, which are queries or keys, and their table T: dx_i += sum_e dA^e_i T^e by strips of rows, and
-  // dT^e += sum_i dA^e_i x_i by strips of distances, unless grad_table is null.
-  void add_distance_gradients(int64_t rows, int64_t columns, const float* da, int64_t pitch, const int32_t* runs,
-                              const float* table, const float* x, float* dx, float* grad_table) {
-    const int64_t base = runs[1 - round_up(rows, kLanes)], cells = runs[columns - 1] - base + 1;
-    fold(rows, columns, da, pitch, runs, base, cells);
+  // Adds (9) for rows x, which are queries or keys, and their table T: dx_i += sum_n dA^n_i T^n by strips of rows, and
+  // dT^n += sum_i dA^n_i x_i by strips of runs, unless grad_table is null. runs[c - r] is the run of cell (r, c).
+  void add_run_gradients(const Band& band, int64_t rows, int64_t columns, const int32_t* runs, const float* table,
+                         const float* x, float* dx, float* grad_table) {
+    const int64_t first = runs[1 - rows], last = runs[columns - 1];
+    const auto cell = [&](int64_t r, int64_t n) { return band.cells + r * band.row + (n - first) * band.run; };
     for (int64_t r = 0; r < rows; r += kStrip) {
       const int64_t strip = std::min<int64_t>(rows - r, kStrip);
-      const int64_t first = runs[-(r + strip - 1)], last = runs[columns - 1 - r];
-      gemm_add(strip, size_, last - first + 1, {by_run_ + (first - base) * kGroup + r, 1, kGroup}, table + first * size_,
-               size_, dx + r * size_, size_);
+      const int64_t n = runs[1 - strip - r], stop = runs[columns - 1 - r] + 1;
+      gemm_add(strip, size_, stop - n, {cell(r, n), band.row, band.run}, table + n * size_, size_, dx + r * size_,
+               size_);
     }
     if (grad_table == nullptr) return;
-    int64_t e = 1 - rows;
-    const int64_t first = runs[e], last = runs[columns - 1];
-    for (int64_t m = first; m <= last; m += kStrip) {
-      const int64_t strip = std::min<int64_t>(last + 1 - m, kStrip), start = e;
-      while (e < columns && runs[e] < m + strip) ++e;
-      // Cells of distances [start, e).
-      const int64_t from = std::max<int64_t>(1 - e, 0), to = std::min(rows, columns - start);
-      gemm_add(strip, size_, to - from, {by_run_ + (m - base) * kGroup + from, kGroup, 1}, x + from * size_, size_,
-               grad_table + m * size_, size_);
-    }
-  }
-
-  // by_run_[run][r] = sum of dA over the run's distances
-  void fold(int64_t rows, int64_t columns, const float* da, int64_t pitch, const int32_t* runs, int64_t base,
-            int64_t cells) {
-    std::fill_n(by_run_, cells * kGroup, 0.0f);
-    for (int64_t r = 0; r < rows; r += kLanes) {
-      for (int64_t e = 1 - kLanes - r; e < columns - r; e += kLanes) {
-        Vector square[kLanes];
-        for (int64_t l = 0; l < kLanes; ++l) square[l] = r + l < rows ? load(da + (r + l) * (pitch + 1) + e) : Vector{};
-        transpose(square);
-        const int64_t count = std::min<int64_t>(columns - r - e, kLanes);
-        for (int64_t c = 0; c < count; ++c) {
-          float* const to = by_run_ + (runs[e + c] - base) * kGroup + r;
-          store(to, load(to) + square[c]);
-        }
-      }
+    for (int64_t n = first, start = 1 - rows, stop = start; n <= last; n += kStrip, start = stop) {
+      const int64_t strip = std::min<int64_t>(last + 1 - n, kStrip);
+      while (stop < columns && runs[stop] < n + strip) ++stop;
+      const int64_t from = std::max<int64_t>(1 - stop, 0), to = std::min(rows, columns - start);
+      gemm_add(strip, size_, to - from, {cell(from, n), band.run, band.row}, x + from * size_, size_,
+               grad_table + n * size_, size_);
     }
   }
 
@@ -340,9 +273,10 @@ class BackwardPass : ScoreTiles {
   float *margins_, *da_;                                   // dA (rows, kGradPitch) with its margins
   float *keep_, *column_sums_;                             // dropout of a row; column sums of dA
   float *far_grad_key_, *far_grad_query_;                  // (2, D)
-  float *grad_key_by_run_, *grad_query_by_run_;  // (runs, D)
-  float *da_t_, *by_run_;
-  float shift_[kMaxBlockRows], factor_[kMaxBlockRows], delta_[kMaxBlockRows], grad_lse_[kMaxBlockRows];
+  float *grad_key_by_run_, *grad_query_by_run_;             // (runs, D)
+  float *margins_t_, *da_t_, *by_run_;
+  RowStatistics rows_;
+  float delta_[kMaxBlockRows];
 };
 
 }  // namespace

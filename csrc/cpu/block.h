@@ -81,16 +81,19 @@ struct Segment {
   Side side;
 };
 
-// Divides the keys [start, stop) into those far from all queries of a stretch, on either side, and those between. The
-// near ones begin and end at multiples of kLanes, or at start or stop. Without position terms all keys are far.
+// Segments and visible keys begin and end at multiples of it, or where the keys do.
+INLINE int64_t key_step(const Attention& a) { return std::max<int64_t>(kLanes, a.row_step); }
+
+// Divides the keys [start, stop) into those far from all queries of a stretch, on either side, and those between.
+// Without position terms all keys are far.
 inline void cut_segments(const Attention& a, const Block& stretch, int64_t start, int64_t stop,
                          Segment (&segments)[3]) {
   int64_t near_start = stop, near_stop = stop;
   if (a.pos_key.data || a.pos_query.data) {
     const auto within = [&](int64_t key) { return std::clamp(key, start, stop); };
-    near_start = within(round_down(std::max<int64_t>(stretch.position - a.far_past + 1, 0), kLanes));
+    near_start = within(round_down(std::max<int64_t>(stretch.position - a.far_past + 1, 0), key_step(a)));
     near_stop = stretch.position + stretch.rows - 1 - a.far_future;
-    near_stop = std::max(near_start, within(round_up(std::max<int64_t>(near_stop, 0), kLanes)));
+    near_stop = std::max(near_start, within(round_up(std::max<int64_t>(near_stop, 0), key_step(a))));
   }
   segments[0] = {start, near_start, kPast};
   segments[1] = {near_start, near_stop, kNear};
@@ -134,7 +137,7 @@ class VisibleKeys {
         bias[j] = -kInfinity;
       }
     }
-    start = stop == 0 ? 0 : round_down(start, kLanes);
+    start = stop == 0 ? 0 : round_down(start, key_step(a));
     holes_ = std::any_of(bias + start, bias + stop, [](float b) { return b != 0; });
   }
 

@@ -5,13 +5,12 @@
 
 namespace deberta_fast::DEBERTA_FAST_ISA {
 
-void expand_tables(const Attention&, bool with_rows, int64_t begin, int64_t end);
 void forward(const Attention&, const Forward&, int64_t begin, int64_t end);
 void backward(const Attention&, const Backward&, int64_t wave, int64_t begin, int64_t end);
 void store_sums(const Attention&, const Backward&, int64_t begin, int64_t end);
 void store_table(const Attention&, const Backward&, const float* sums, float scale, void* gradient, int64_t begin,
                  int64_t end);
 
-const Kernels kernels = {expand_tables, forward, backward, store_sums, store_table, kLanes, 1};
+const Kernels kernels = {nullptr, forward, backward, store_sums, store_table, kLanes, 1, true};
 
 }  // namespace deberta_fast::DEBERTA_FAST_ISA

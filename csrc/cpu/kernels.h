@@ -8,7 +8,8 @@
 namespace deberta_fast {
 
 struct Kernels {
-  // Expands heads [begin, end) of the tables (6); with_rows: also the rows for backward.
+  // Expands heads [begin, end) of the tables (6) to distances; with_rows: also the rows for backward. Null if the
+  // passes expand them to runs.
   void (*expand_tables)(const Attention&, bool with_rows, int64_t begin, int64_t end);
   // Computes query blocks [begin, end) of heads * blocks_per_head.
   void (*forward)(const Attention&, const Forward&, int64_t begin, int64_t end);
@@ -20,8 +21,9 @@ struct Kernels {
   // (items, used_rows, D rounded up).
   void (*store_table)(const Attention&, const Backward&, const float* sums, float scale, void* gradient, int64_t begin,
                       int64_t end);
-  int64_t size_step;  // D is rounded up to a multiple of it
-  int64_t row_step;   // blocks of queries begin at multiples of it
+  int64_t size_step;    // D is rounded up to a multiple of it
+  int64_t row_step;     // blocks of queries begin at multiples of it
+  bool scales_queries;  // before products
 };
 
 namespace plain {
@@ -31,6 +33,13 @@ namespace avx2 {
 extern const Kernels kernels;
 }
 namespace avx512 {
+extern const Kernels kernels;
+}
+// Kernels for bfloat16 alone (tiles/).
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+namespace amx {
 extern const Kernels kernels;
 }
 

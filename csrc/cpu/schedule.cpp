@@ -29,6 +29,8 @@ struct Schedule {
   Schedule(const Kernels& kernels, Request& request)
       : a(request.attention), sequences(request.sequences), size(round_up(a.size, kernels.size_step)) {
     a.padded_size = size, a.row_step = kernels.row_step;
+    // Kernels that scale queries sum log2(e) s q.
+    a.key_gradient_scale = kernels.scales_queries ? static_cast<float>(1 / kLog2e) : a.scale;
     a.longest_key = 0;
     for (const Sequence& sequence : sequences) {
       longest_query = std::max(longest_query, sequence.queries), queries += sequence.queries;
@@ -42,22 +44,23 @@ struct Schedule {
   bool has_positions() const { return a.pos_key.data || a.pos_query.data; }
   int64_t heads_of_sequences() const { return std::max<int64_t>(1, a.heads * a.sequence_count); }
 
-  // Floats of the expanded tables. with_rows: also of those that backward reads.
-  int64_t table_floats(bool with_rows) const {
+  // Floats of the tables by distance. with_rows: also of those that backward reads.
+  int64_t table_floats(const Kernels& kernels, bool with_rows) const {
+    if (kernels.expand_tables == nullptr) return 0;
     const int64_t tables = (a.pos_key.data != nullptr) + (a.pos_query.data != nullptr);
-    return tables * a.heads * size * (a.run_pitch + (with_rows ? a.runs : 0));
+    return tables * a.heads * size * (a.pitch + (with_rows ? a.distances : 0));
   }
 
   void expand_tables(const Kernels& kernels, float* memory, bool with_rows, const ParallelFor& parallel_for) {
-    for (auto [table, by_run_t, by_run] :
-         {std::tuple{&a.pos_key, &a.key_by_run_t, &a.key_by_run},
-          std::tuple{&a.pos_query, &a.query_by_run_t, &a.query_by_run}}) {
+    if (kernels.expand_tables == nullptr || !has_positions()) return;
+    for (auto [table, by_distance_t, by_distance] :
+         {std::tuple{&a.pos_key, &a.key_by_distance_t, &a.key_by_distance},
+          std::tuple{&a.pos_query, &a.query_by_distance_t, &a.query_by_distance}}) {
       if (table->data == nullptr) continue;
-      *by_run_t = memory;
-      *by_run = memory + a.heads * size * a.run_pitch;
-      memory += a.heads * size * (a.run_pitch + (with_rows ? a.runs : 0));
+      *by_distance_t = memory;
+      *by_distance = memory + a.heads * size * a.pitch;
+      memory += a.heads * size * (a.pitch + (with_rows ? a.distances : 0));
     }
-    if (!has_positions()) return;
     parallel_for(a.heads, [&](int64_t begin, int64_t end) { kernels.expand_tables(a, with_rows, begin, end); });
   }
 
@@ -97,18 +100,21 @@ struct Schedule {
     set_runs(lowest, highest);
   }
 
-  std::vector<int32_t> key_runs, query_runs, run_slots;
+  // Distances that no pair has count to the run next to them.
   void set_runs(int64_t lowest, int64_t highest) {
     for (int64_t t = 0; t < a.distances; ++t) {
-      const int32_t slot = slot_of(a, -std::clamp(a.first_distance + t, lowest, highest));
-      if (run_slots.empty() || run_slots.back() != slot) run_slots.push_back(slot);
-      key_runs.push_back(run_slots.size() - 1);
+      const auto slot = static_cast<int32_t>(slot_of(a, -std::clamp(a.first_distance + t, lowest, highest)));
+      if (key_slots_.empty() || key_slots_.back() != slot) key_slots_.push_back(slot);
+      key_runs_.push_back(static_cast<int32_t>(key_slots_.size()) - 1);
     }
-    for (int64_t t = 0; t < a.distances; ++t) query_runs.push_back(run_slots.size() - 1 - key_runs[a.distances - 1 - t]);
-    a.runs = run_slots.size(), a.key_runs = key_runs.data(), a.query_runs = query_runs.data(), a.run_slots = run_slots.data();
-    a.run_pitch = round_up(a.runs + 64, 16);
-    if (a.run_pitch / 16 % 2 == 0) a.run_pitch += 16;
+    query_slots_.assign(key_slots_.rbegin(), key_slots_.rend());
+    for (auto run = key_runs_.rbegin(); run != key_runs_.rend(); ++run) query_runs_.push_back(key_runs_.back() - *run);
+    a.run_count = static_cast<int64_t>(key_slots_.size());
+    a.key_runs = {key_runs_.data(), key_slots_.data(), a.first_distance};
+    a.query_runs = {query_runs_.data(), query_slots_.data(), 1 - a.first_distance - a.distances};
   }
+
+  std::vector<int32_t> key_runs_, key_slots_, query_runs_, query_slots_;
 };
 
 // Divides backward into items and places the memory for their sums.
@@ -200,7 +206,7 @@ thread_local Kept kept[2];
 
 void run_forward(const Kernels& kernels, Request& request, const Forward& forward, const ParallelFor& parallel_for) {
   Schedule call(kernels, request);
-  const Scratch memory(call.table_floats(false));
+  const Scratch memory(call.table_floats(kernels, false));
   call.expand_tables(kernels, memory.data(), false, parallel_for);
   parallel_for(call.a.heads * call.a.blocks_per_head,
                [&](int64_t begin, int64_t end) { kernels.forward(call.a, forward, begin, end); });
@@ -210,7 +216,7 @@ void run_backward(const Kernels& kernels, Request& request, Backward& b, const P
   Schedule call(kernels, request);
   Shares work(call, b);
   const Attention& a = call.a;
-  const int64_t tables = call.table_floats(true);
+  const int64_t tables = call.table_floats(kernels, true);
   const Scratch memory(tables + work.floats());
   call.expand_tables(kernels, memory.data(), true, parallel_for);
   work.place(memory.data() + tables);
@@ -220,9 +226,8 @@ void run_backward(const Kernels& kernels, Request& request, Backward& b, const P
   if (a.parts > 1) {
     parallel_for(a.heads * a.sequence_count, [&](int64_t begin, int64_t end) { kernels.store_sums(a, b, begin, end); });
   }
-  for (const auto& [sums, scale, gradient] :
-       {std::tuple{b.pos_key_sums, static_cast<float>(1 / kLog2e), b.grad_pos_key},  // its items sum log2(e) s q
-        std::tuple{b.pos_query_sums, a.scale, b.grad_pos_query}}) {
+  for (const auto& [sums, scale, gradient] : {std::tuple{b.pos_key_sums, a.key_gradient_scale, b.grad_pos_key},
+                                              std::tuple{b.pos_query_sums, a.scale, b.grad_pos_query}}) {
     if (gradient == nullptr) continue;
     parallel_for(a.heads, [&, sums = sums, scale = scale, gradient = gradient](int64_t begin, int64_t end) {
       kernels.store_table(a, b, sums, scale, gradient, begin, end);

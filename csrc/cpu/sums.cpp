@@ -19,7 +19,7 @@ void store_sums(const Attention& a, const Backward& b, int64_t begin, int64_t en
       };
       store_rows<E>(b.query_sums + query, size, sequence.queries, a.size, a.scale,
                     rows(b.grad_query, sequence.first_query));
-      store_rows<E>(b.key_sums + key, size, sequence.keys, a.size, static_cast<float>(1 / kLog2e),
+      store_rows<E>(b.key_sums + key, size, sequence.keys, a.size, a.key_gradient_scale,
                     rows(b.grad_key, sequence.first_key));
       store_rows<E>(b.value_sums + key, size, sequence.keys, a.size, 1.0f, rows(b.grad_value, sequence.first_key));
     });

@@ -5,6 +5,16 @@
 
 namespace deberta_fast::DEBERTA_FAST_ISA {
 
+// Adds the gradients of far pairs, (2, D), to the rows that they read.
+inline void add_far_rows(const Attention& a, const float* far, float* sums) {
+  for (const Side side : {kPast, kFuture}) {
+    const int64_t row = slot_of(a, side == kPast ? a.reach : -a.reach) - a.first_used_row;
+    if (0 <= row && row < a.used_rows) {
+      add_scaled(1.0f, far + side * a.padded_size, sums + row * a.padded_size, a.padded_size);
+    }
+  }
+}
+
 // Adds the gradients of distances and of far pairs to `sums`, the rows of a table (11), which it first clears if
 // `start`. Row t of `by_distance`, (distances, D), belongs to i - j = first + step t. `row` is memory
 // for D floats. Adds sums of kRun rows, because hundreds of distances share the outermost rows of a table and rounding
@@ -26,11 +36,18 @@ inline void sum_by_slot(const Attention& a, const float* by_distance, const floa
     }
     add_scaled(1.0f, row, row_of(slot), size);
   }
-  for (const Side side : {kPast, kFuture}) {
-    const int64_t slot = slot_of(a, side == kPast ? a.reach : -a.reach);
-    const bool reached = a.first_used_row <= slot && slot < a.first_used_row + a.used_rows;
-    if (reached) add_scaled(1.0f, far + side * size, row_of(slot), size);
+  add_far_rows(a, far, sums);
+}
+
+// The same for gradients of runs, (run_count, D).
+inline void sum_by_slot(const Attention& a, const float* by_run, const Runs& runs, const float* far, bool start,
+                        float* sums) {
+  const int64_t size = a.padded_size;
+  if (start) std::fill_n(sums, a.used_rows * size, 0.0f);
+  for (int64_t n = 0; n < a.run_count; ++n) {
+    add_scaled(1.0f, by_run + n * size, sums + (runs.slots[n] - a.first_used_row) * size, size);
   }
+  add_far_rows(a, far, sums);
 }
 
 }  // namespace deberta_fast::DEBERTA_FAST_ISA

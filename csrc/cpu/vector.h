@@ -13,7 +13,7 @@
 #include "params.h"
 
 #ifndef DEBERTA_FAST_ISA
-#error "compile with -DDEBERTA_FAST_ISA=plain, avx2 or avx512"
+#error "compile with -DDEBERTA_FAST_ISA=plain, avx2, avx512, avx512_bf16 or amx"
 #endif
 
 // One library has the kernels of several instruction sets, each in its own namespace.

@@ -20,6 +20,7 @@ SCHEMAS = (
     "fused_backward(Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!)? grad_pos_key, "
     f"Tensor(e!)? grad_pos_query, Tensor output, Tensor lse, Tensor grad_output, Tensor? grad_lse, {_CALL}) -> ()",
     "use_instruction_set(str name) -> ()",
+    "bfloat16_instruction_sets() -> str",
     "same_bits(Tensor x, Tensor y) -> bool",
     "release_memory() -> int",
     "finds_torch_stream() -> bool",
