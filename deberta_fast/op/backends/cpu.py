@@ -33,6 +33,11 @@ def instruction_sets() -> list[str]:
     return [*products, *SETS[SETS.index(vectors) :]]
 
 
+def built_sets() -> list[str]:
+    """Returns the instruction sets that the extension was built with, for this processor or not."""
+    return torch.ops.deberta_fast.built_instruction_sets().split() if NOT_LOADED is None else []
+
+
 @contextlib.contextmanager
 def using(name: str):
     """Makes all threads of the process use the kernels of another instruction set within the context."""
