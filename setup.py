@@ -36,17 +36,21 @@ import setuptools.errors
 OLDEST_TORCH = (2, 11)
 OLDEST_CUDA = (12, 0)
 CPU = sorted(map(str, Path("csrc/cpu").glob("*.cpp")))
-HOST = [path for path in CPU if Path(path).stem in ("ops", "schedule")]
+HOST = [path for path in CPU if Path(path).stem in ("ops", "processor", "schedule")]
 KERNELS = [path for path in CPU if path not in HOST]
+TILES = [*sorted(map(str, Path("csrc/cpu/tiles").glob("*.cpp"))), "csrc/cpu/sums.cpp"]  # products of bfloat16
 CUDA_HOST = sorted(map(str, Path("csrc/cuda").glob("*.cpp")))
 CUDA_KERNELS = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
 HEADERS = sorted(map(str, Path("csrc").rglob("*.h")))
 # No -ffast-math, because softmax handles infinities; no OpenMP, because torch owns the threads.
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi".split()
 INSTRUCTION_SETS = {"plain": []}
+TILE_SETS = {}  # with TILES; left out if the compiler does not know them
 if platform.machine() == "x86_64":
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma -mf16c".split()
     INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c".split()
+    TILE_SETS["avx512_bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
+    TILE_SETS["amx"] = [*TILE_SETS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
 # Compression makes the library a quarter as large.
 CUDA_FLAGS = "-std=c++17 -O3 --threads=2 -Xfatbin=-compress-all -Xcompiler=-fPIC,-fvisibility=hidden".split()
 # Static, so that the extension loads on machines without CUDA.
@@ -63,12 +67,14 @@ class Unavailable(Exception):
 
 
 class Host(NamedTuple):
-    """The C++ compiler, its command for all sources, flags added for sources that include torch, and linker flags."""
+    """The C++ compiler, its command for all sources, flags added for sources that include torch, linker flags, and the
+    keys of TILE_SETS that it knows."""
 
     compiler: list[str]
     compiling: list[str]
     hosting: list[str]
     linking: list[str]
+    tiles: list[str]
 
 
 class Toolkit(NamedTuple):
@@ -106,6 +112,26 @@ def find_compiler() -> list[str]:
     return compiler
 
 
+def find_tiles(compiler: list[str]) -> list[str]:
+    """Returns the keys of TILE_SETS whose instructions the compiler and its assembler know, after a trial."""
+    known = []
+    for name, flags in TILE_SETS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "trial.cpp")
+            tile = 'asm volatile("tilezero %tmm0");' if name == "amx" else ""
+            source.write_text(
+                "#include <immintrin.h>\n"
+                f"__m512 f(__m512 x, __m512bh y) {{ {tile} return _mm512_dpbf16_ps(x, y, y); }}\n"
+            )
+            trial = [*compiler, *FLAGS, *words("CXXFLAGS"), *flags, "-c", source, "-o", f"{folder}/trial.o"]
+            run = subprocess.run(trial, capture_output=True, text=True)
+        if run.returncode == 0:
+            known.append(name)
+        else:
+            print(f"deberta_fast: without bfloat16 kernels for {name}: {run.stderr.strip()}", file=sys.stderr)
+    return known
+
+
 def find_torch() -> Path:
     """Returns the folder of torch without importing it, because pip's isolation may hide packages that it needs."""
     try:
@@ -137,11 +163,14 @@ def find_host() -> Host:
     if not Path(python, "Python.h").exists():
         raise Unavailable(f"the headers of Python are not installed: no Python.h in {python}")
     torch, compiler = find_torch(), find_compiler()
+    tiles = find_tiles(compiler)
+    including = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", f"{torch}/include", "-isystem", python]
     return Host(
         compiler,
         [*compiler, *FLAGS, *words("CXXFLAGS")],
-        ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", f"{torch}/include", "-isystem", python],
+        [*including, *(f"-DDEBERTA_FAST_{name.upper()}" for name in tiles)],
         [*words("LDFLAGS"), f"-L{torch}/lib", "-ltorch_cpu"],
+        tiles,
     )
 
 
@@ -231,9 +260,10 @@ def plan(host: Host) -> tuple[Path, list[Command]]:
     folder = build_folder("cpu", platform.machine(), *host[1:])
     hosting = [*host.compiling, *host.hosting]
     commands = [compilation(hosting, source, f"{folder}/{Path(source).stem}.o") for source in HOST]
-    for name, flags in INSTRUCTION_SETS.items():
+    sets = [(name, flags, KERNELS) for name, flags in INSTRUCTION_SETS.items()]
+    for name, flags, sources in [*sets, *((name, TILE_SETS[name], TILES) for name in host.tiles)]:
         compiling = [*host.compiling, f"-DDEBERTA_FAST_ISA={name}", *flags]
-        commands += [compilation(compiling, source, f"{folder}/{Path(source).stem}.{name}.o") for source in KERNELS]
+        commands += [compilation(compiling, source, f"{folder}/{Path(source).stem}.{name}.o") for source in sources]
     objects = [command.output for command in commands]
     return folder, [*commands, link(host, objects, host.linking, f"{folder}/_C.so")]
 
@@ -335,7 +365,7 @@ class build_ext(setuptools.command.build_ext.build_ext):
 
 
 if __name__ == "__main__":
-    sources = [*HOST, *KERNELS, *CUDA_HOST, *CUDA_KERNELS]
+    sources = [*HOST, *KERNELS, *TILES[:-1], *CUDA_HOST, *CUDA_KERNELS]
     extension = setuptools.Extension("deberta_fast._C", sources, depends=HEADERS, py_limited_api=True)
     options = {"bdist_wheel": {"py_limited_api": PYTHON_ABI}}
     setuptools.setup(ext_modules=[extension], cmdclass={"build_ext": build_ext}, options=options)

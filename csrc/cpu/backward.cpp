@@ -5,9 +5,10 @@
 //
 // Near tiles add the position terms of (9) as products along the diagonals of dA. The left operand is dA itself, read
 // with skewed strides (gemm.h). A margin of zeros around dA stands for the pairs outside of the tile.
-#include <cmath>
+#include "backward.h"
 
 #include "dropout.h"
+#include "sums.h"
 #include "tile.h"
 
 namespace deberta_fast::DEBERTA_FAST_ISA {
@@ -18,12 +19,6 @@ constexpr int64_t kMarginRows = 8, kMargin = 16;    // zeros above and below dA,
 constexpr int64_t kGradPitch = kBackwardKeys + 48;  // an odd number of cache lines
 static_assert(kMarginRows >= kStrip - 1 && kMargin >= kStrip - 1 && kGradPitch >= kBackwardKeys + 2 * kMargin);
 static_assert(kTileKeys % kBackwardKeys == 0);
-
-// The keys of part `part` of `parts`. Parts begin at multiples of 16, the most floats of a vector.
-Range keys_of_part(int64_t keys, int64_t parts, int64_t part) {
-  const int64_t step = round_up(div_up(keys, parts), 16), start = std::min(keys, part * step);
-  return {start, std::min(keys, start + step)};
-}
 
 class BackwardPass : ScoreTiles {
  public:
@@ -49,11 +44,11 @@ class BackwardPass : ScoreTiles {
       const int64_t rows = a_.used_rows * size_;
       const auto last_distance = a_.first_distance + a_.distances - 1;
       if (b_.pos_key_sums) {
-        sum_by_slot(grad_key_by_distance_, far_grad_key_, -a_.first_distance, -1, wave == 0,
-                    b_.pos_key_sums + item * rows);
+        sum_by_slot(a_, grad_key_by_distance_, far_grad_key_, -a_.first_distance, -1, {0, a_.distances}, wave == 0,
+                    row_, b_.pos_key_sums + item * rows);
       }
       if (b_.pos_query_sums) {
-        sum_by_slot(grad_query_by_distance_, far_grad_query_, -last_distance, 1, wave == 0,
+        sum_by_slot(a_, grad_query_by_distance_, far_grad_query_, -last_distance, 1, {0, a_.distances}, wave == 0, row_,
                     b_.pos_query_sums + item * rows);
       }
     }
@@ -97,7 +92,7 @@ class BackwardPass : ScoreTiles {
       }
     }
     if (a_.parts == 1) {
-      store_heads(b_.grad_key, dk_, sequence.batch, sequence.first_key, sequence.keys, static_cast<float>(1 / kLog2e));
+      store_heads(b_.grad_key, dk_, sequence.batch, sequence.first_key, sequence.keys, a_.key_gradient_scale);
       store_heads(b_.grad_value, dv_, sequence.batch, sequence.first_key, sequence.keys, 1.0f);
     }
   }
@@ -139,27 +134,7 @@ class BackwardPass : ScoreTiles {
       copy_rows<E>(rows(b_.output), block.rows, a_.size, 1.0f, dq_, size_);  // O for now, dQ later
     });
     row_dots(dout_, dq_, block.rows, size_, delta_);
-    const double log_keys = std::log2(static_cast<double>(sequence.keys));
-    for (int64_t r = 0; r < block.rows; ++r) {
-      const auto given = [&](const Statistic& x) { return *at(x, sequence.batch, head_, first + r); };
-      grad_lse_[r] = b_.grad_lse.data ? given(b_.grad_lse) : 0.0f;
-      // The sum of a row, sum_j 2^Z, is 2^row_max row_sum. These two numbers hold it without the rounding of lse. They
-      // are used only if they agree with the given lse.
-      const float lse = given(b_.lse);
-      const bool none = lse == -kInfinity;
-      double row_max = lse * kLog2e, row_sum = 1, log_sum = 0;
-      if (b_.row_max.data) {
-        const double logarithm = std::log2(static_cast<double>(given(b_.row_sum)));
-        if (none ? given(b_.row_max) == lse : log_sum_exp(given(b_.row_max), logarithm) == lse) {
-          row_max = given(b_.row_max), row_sum = given(b_.row_sum), log_sum = logarithm;
-        }
-      }
-      // P = 2^(Z - shift) factor. The shift is closer to most scores than the log-sum-exp, so Z - shift is rounded
-      // less. If lse is minus infinity, the shift is 0 and 2^(Z - shift) is 0. Then the factor is 0 for a row without a
-      // visible key, and NaN, from row_sum, for a row whose visible scores are all minus infinity.
-      shift_[r] = none ? 0.0f : static_cast<float>(row_max + log_sum - log_keys);
-      factor_[r] = static_cast<float>(none ? 0 * row_sum : std::exp2(shift_[r] - row_max) / row_sum);
-    }
+    rows_.load(a_, b_, block);
   }
 
   void tile(const Block& block, Side side, int64_t key, int64_t count) {
@@ -186,8 +161,9 @@ class BackwardPass : ScoreTiles {
   void softmax_gradient(const Block& block, Side side, int64_t key, int64_t columns) {
     for (int64_t r = 0; r < block.rows; ++r) {
       float *const p_row = scores_ + r * kGradPitch, *const g_row = da_ + r * kGradPitch;
-      const float constant = side == kNear ? 0.0f : far_constant_[r], shift = shift_[r];
-      const Vector factor = broadcast(factor_[r]), delta = broadcast(delta_[r]), grad_lse = broadcast(grad_lse_[r]);
+      const float constant = side == kNear ? 0.0f : far_constant_[r], shift = rows_.shift[r];
+      const Vector factor = broadcast(rows_.factor[r]), delta = broadcast(delta_[r]),
+                   grad_lse = broadcast(rows_.grad_lse[r]);
       if (a_.dropout) {
         keep_row(a_, block.sequence * a_.heads + head_, block.first + r, key, columns, keep_);
       }
@@ -275,31 +251,6 @@ class BackwardPass : ScoreTiles {
     }
   }
 
-  // Adds the gradients of distances and of far pairs to `sums`, the rows of a table (11), which it first clears if
-  // `start`. Row t of `by_distance` belongs to i - j = first + step t. Adds sums of kRun rows, because hundreds of
-  // distances share the outermost rows of a table and rounding grows with the length of a sum.
-  void sum_by_slot(const float* by_distance, const float* far, int64_t first, int64_t step, bool start, float* sums) {
-    constexpr int64_t kRun = 16;
-    if (start) std::fill_n(sums, a_.used_rows * size_, 0.0f);
-    const auto row_of = [&](int64_t slot) { return sums + (slot - a_.first_used_row) * size_; };
-    const int64_t last_distance = a_.first_distance + a_.distances - 1;
-    const int64_t begin =
-        step < 0 ? a_.first_reached - a_.first_distance : last_distance - (a_.first_reached + a_.reached - 1);
-    for (int64_t t = begin; t < begin + a_.reached;) {
-      const int64_t slot = slot_of(a_, first + step * t);
-      std::fill_n(row_, size_, 0.0f);
-      for (int64_t n = 0; n < kRun && t < begin + a_.reached && slot_of(a_, first + step * t) == slot; ++n, ++t) {
-        add_scaled(1.0f, by_distance + t * size_, row_, size_);
-      }
-      add_scaled(1.0f, row_, row_of(slot), size_);
-    }
-    for (const Side side : {kPast, kFuture}) {
-      const int64_t slot = slot_of(a_, side == kPast ? a_.reach : -a_.reach);
-      const bool reached = a_.first_used_row <= slot && slot < a_.first_used_row + a_.used_rows;
-      if (reached) add_scaled(1.0f, far + side * size_, row_of(slot), size_);
-    }
-  }
-
   void store_heads(const Heads& to, const float* from, int64_t batch, int64_t first, int64_t count, float scale) {
     with_element(a_.element, [&](auto element) {
       using E = decltype(element);
@@ -317,61 +268,14 @@ class BackwardPass : ScoreTiles {
   float *keep_, *column_sums_;                             // dropout of a row; column sums of dA
   float *far_grad_key_, *far_grad_query_;                  // (2, D)
   float *grad_key_by_distance_, *grad_query_by_distance_;  // (distances, D)
-  float shift_[kMaxBlockRows], factor_[kMaxBlockRows], delta_[kMaxBlockRows], grad_lse_[kMaxBlockRows];
+  RowStatistics rows_;
+  float delta_[kMaxBlockRows];
 };
 
 }  // namespace
 
 void backward(const Attention& a, const Backward& b, int64_t wave, int64_t begin, int64_t end) {
   BackwardPass(a, b).items(wave, begin, end);
-}
-
-void store_sums(const Attention& a, const Backward& b, int64_t begin, int64_t end) {
-  const int64_t size = round_up(a.size, kLanes);
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t head = item % a.heads, s = item / a.heads;
-    const Sequence& sequence = a.sequences[s];
-    const int64_t query = (b.query_starts[s] * a.heads + head * sequence.queries) * size;
-    const int64_t key = (b.key_starts[s] * a.heads + head * sequence.keys) * size;
-    with_element(a.element, [&](auto element) {
-      using E = decltype(element);
-      const auto rows = [&](const Heads& heads, int64_t first) {
-        return rows_of<E>(heads, sequence.batch, head, first);
-      };
-      store_rows<E>(b.query_sums + query, size, sequence.queries, a.size, a.scale,
-                    rows(b.grad_query, sequence.first_query));
-      store_rows<E>(b.key_sums + key, size, sequence.keys, a.size, static_cast<float>(1 / kLog2e),
-                    rows(b.grad_key, sequence.first_key));
-      store_rows<E>(b.value_sums + key, size, sequence.keys, a.size, 1.0f, rows(b.grad_value, sequence.first_key));
-    });
-  }
-}
-
-void store_table(const Attention& a, const Backward& b, const float* sums, float scale, void* gradient, int64_t begin,
-                 int64_t end) {
-  const int64_t size = round_up(a.size, kLanes), items = b.groups * a.parts;
-  const int64_t stop = a.first_used_row + a.used_rows;
-  const Scratch row(size);
-  with_element(a.element, [&](auto element) {
-    using E = decltype(element);
-    auto* to = static_cast<typename E::Stored*>(gradient) + begin * a.table_rows * a.size;
-    // The rows that short sequences do not read are zero, which has the same bits in every element type.
-    const auto clear = [&](int64_t rows) {
-      std::memset(to, 0, rows * a.size * sizeof(*to));
-      to += rows * a.size;
-    };
-    for (int64_t head = begin; head < end; ++head) {
-      clear(a.first_used_row);
-      for (int64_t used = 0; used < a.used_rows; ++used, to += a.size) {
-        std::fill_n(row.data(), size, 0.0f);
-        for (int64_t item = head * items; item < (head + 1) * items; ++item) {
-          add_scaled(1.0f, sums + (item * a.used_rows + used) * size, row.data(), size);
-        }
-        store_rows<E>(row.data(), size, 1, a.size, scale, [&](int64_t) { return to; });
-      }
-      clear(a.table_rows - stop);
-    }
-  });
 }
 
 }  // namespace deberta_fast::DEBERTA_FAST_ISA

@@ -9,7 +9,7 @@
 namespace deberta_fast::DEBERTA_FAST_ISA {
 
 void expand_tables(const Attention& a, bool with_rows, int64_t begin, int64_t end) {
-  const int64_t size = round_up(a.size, kLanes), last_distance = a.first_distance + a.distances - 1;
+  const int64_t size = a.padded_size, last_distance = a.first_distance + a.distances - 1;
   // Row t has the distance e = first + step t.
   const auto expand = [&](const Table& table, int64_t head, int64_t first, int64_t step, float scale, float* transposed,
                           float* rows) {

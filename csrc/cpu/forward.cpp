@@ -5,7 +5,7 @@
 //
 // A thread processes consecutive blocks. The keys of a head and sequence, transposed, and its values stay in float32
 // from one block to the next.
-#include <cmath>
+#include "forward.h"
 
 #include "dropout.h"
 #include "tile.h"
@@ -20,27 +20,13 @@ class ForwardPass : ScoreTiles {
   }
 
   void blocks(int64_t begin, int64_t end) {
-    const Sequence* sequence = nullptr;
-    int64_t head = -1;
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t block = item % a_.blocks_per_head;
-      const Sequence* next = sequence_of(block);
-      const int64_t stretch = (block - next->first_block) / a_.blocks_of_stretch;
-      const int64_t share = (block - next->first_block) % a_.blocks_of_stretch;
-      const Range all = rows_of_stretch(a_, next->queries, stretch);
-      const auto cut = [&](int64_t n) { return all.start + (all.stop - all.start) * n / a_.blocks_of_stretch; };
-      const Range rows{cut(share), cut(share + 1)};
-      if (rows.start == rows.stop) continue;
-      if (next != sequence || item / a_.blocks_per_head != head) {
-        sequence = next, head = item / a_.blocks_per_head;
-        visible_ = VisibleKeys(a_, *sequence, head, bias_);
-        load_keys(*sequence, head);
-      }
-      const auto block_of = [&](const Range& r) {
-        return Block{head, sequence - a_.sequences, r.start, r.stop - r.start, r.start + a_.query_offset};
-      };
-      run(block_of(rows), block_of(all));
-    }
+    for_each_block(
+        a_, begin, end,
+        [&](const Sequence& sequence, int64_t head) {
+          visible_ = VisibleKeys(a_, sequence, head, bias_);
+          load_keys(sequence, head);
+        },
+        [&](const Block& block, const Block& stretch) { run(block, stretch); });
   }
 
  private:
@@ -49,11 +35,6 @@ class ForwardPass : ScoreTiles {
     key_t_ = carver(tile_offset(keys, size_)), value_ = carver(keys * size_);
     output_ = carver(kMaxBlockRows * size_), keep_ = carver(kTileKeys + 4 * kLanes);
     carve_scores(carver, kTilePitch);
-  }
-
-  const Sequence* sequence_of(int64_t block) const {
-    const auto before = [](int64_t n, const Sequence& sequence) { return n < sequence.first_block; };
-    return std::upper_bound(a_.sequences, a_.sequences + a_.sequence_count, block, before) - 1;
   }
 
   void load_keys(const Sequence& sequence, int64_t head) {
@@ -77,7 +58,7 @@ class ForwardPass : ScoreTiles {
                     gemm_add(block.rows, size_, count, {scores_, kTilePitch, 1}, value_ + key * size_, size_, output_,
                              size_);
                   });
-    finish(block, sequence);
+    finish(a_, f_, block, visible_, row_max_, row_sum_, output_);
   }
 
   void online_softmax(const Block& block, Side side, int64_t key, int64_t columns) {
@@ -107,31 +88,6 @@ class ForwardPass : ScoreTiles {
         for (int64_t c = 0; c < columns; c += kLanes) store(row + c, load(row + c) * load(keep_ + c));
       }
     }
-  }
-
-  void finish(const Block& block, const Sequence& sequence) {
-    for (int64_t r = 0; r < block.rows; ++r) {
-      float* const output = output_ + r * size_;
-      const bool some = row_sum_[r] > 0 || visible_.seen_by(a_, block.first + r);
-      if (!some) {  // the query sees no key; it may itself be NaN
-        std::fill_n(output, size_, 0.0f);
-        row_max_[r] = -kInfinity, row_sum_[r] = 0;
-      }
-      const float lse = log_sum_exp(row_max_[r], std::log2(static_cast<double>(row_sum_[r])));
-      if (some && row_sum_[r] == 0) row_sum_[r] = kNaN;  // all visible scores are minus infinity
-      const float inverse = some ? 1 / row_sum_[r] : 0.0f;
-      for (int64_t d = 0; d < size_; d += kLanes) store(output + d, load(output + d) * inverse);
-      const int64_t row = sequence.first_query + block.first + r;
-      const auto write = [&](const Statistic& to, float x) {
-        if (to.data) *at(to, sequence.batch, block.head, row) = x;
-      };
-      write(f_.lse, lse), write(f_.row_max, row_max_[r]), write(f_.row_sum, row_sum_[r]);
-    }
-    with_element(a_.element, [&](auto element) {
-      using E = decltype(element);
-      const auto rows = rows_of<E>(f_.output, sequence.batch, block.head, sequence.first_query + block.first);
-      store_rows<E>(output_, size_, block.rows, a_.size, 1.0f, rows);
-    });
   }
 
   const Forward& f_;

@@ -15,7 +15,7 @@ void add_norm(const AddNorm&, int64_t begin, int64_t end);
 void add_norm_backward(const AddNormBackward&, int64_t part, int64_t begin, int64_t end);
 void store_norm_sums(const AddNormBackward&, int64_t parts, int64_t which, void* gradient);
 
-const Kernels kernels = {expand_tables, forward,           backward,        store_sums, store_table,
-                         add_norm,      add_norm_backward, store_norm_sums, kLanes};
+const Kernels kernels = {expand_tables, forward, backward, store_sums, store_table, kLanes, 1, 24, true};
+const NormKernels norm_kernels = {add_norm, add_norm_backward, store_norm_sums};
 
 }  // namespace deberta_fast::DEBERTA_FAST_ISA

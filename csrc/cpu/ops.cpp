@@ -8,10 +8,12 @@
 #include <atomic>
 #include <cstring>
 #include <exception>
+#include <iterator>
 #include <mutex>
 #include <string>
 
 #include "../given.h"
+#include "processor.h"
 #include "schedule.h"
 
 namespace deberta_fast {
@@ -20,27 +22,51 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr struct {
+struct InstructionSet {
   const char* name;
-  const Kernels& kernels;
-} kInstructionSets[] = {
-#if defined(__x86_64__)
-    {"avx512", avx512::kernels},
-    {"avx2", avx2::kernels},
+  const Kernels &kernels, &bfloat16_kernels;
+  const NormKernels& norm_kernels;
+};
+constexpr InstructionSet kInstructionSets[] = {
+#if defined(DEBERTA_FAST_AMX)
+    {"amx", avx512::kernels, amx::kernels, avx512::norm_kernels},
 #endif
-    {"plain", plain::kernels},
+#if defined(DEBERTA_FAST_AVX512_BF16)
+    {"avx512_bf16", avx512::kernels, avx512_bf16::kernels, avx512::norm_kernels},
+#endif
+#if defined(__x86_64__)
+    {"avx512", avx512::kernels, avx512::kernels, avx512::norm_kernels},
+    {"avx2", avx2::kernels, avx2::kernels, avx2::norm_kernels},
+#endif
+    {"plain", plain::kernels, plain::kernels, plain::norm_kernels},
 };
 
-const Kernels* kernels = &plain::kernels;  // of the instruction set in use
+const InstructionSet* in_use = std::end(kInstructionSets) - 1;
+
+const Kernels& kernels_of(const Request& request) {
+  return request.attention.element == Element::bfloat16 ? in_use->bfloat16_kernels : in_use->kernels;
+}
 
 // The package calls this at import, because torch's stable ABI does not tell what the processor supports.
 void use_instruction_set(std::string name) {
   for (const auto& set : kInstructionSets)
     if (name == set.name) {
-      kernels = &set.kernels;
+      in_use = &set;
       return;
     }
   STD_TORCH_CHECK(false, "deberta_fast: built without kernels for ", name);
+}
+
+// The instruction sets with products of bfloat16 that were built and that this processor has, the fastest first.
+std::string bfloat16_instruction_sets() {
+  std::string sets;
+#if defined(DEBERTA_FAST_AMX)
+  if (has_avx512_bf16() && has_amx()) sets += "amx ";
+#endif
+#if defined(DEBERTA_FAST_AVX512_BF16)
+  if (has_avx512_bf16()) sets += "avx512_bf16 ";
+#endif
+  return sets;
 }
 
 Element element_of(const Tensor& x) {
@@ -143,7 +169,7 @@ void fused_forward(Tensor output, MaybeTensor lse, DEBERTA_FAST_GIVEN) {
   Forward forward{};
   forward.output = heads_of(output);
   if (lse) place_statistics(*lse, forward);
-  run_forward(*kernels, request, forward, parallel_for);
+  run_forward(kernels_of(request), request, forward, parallel_for);
 }
 
 void fused_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, MaybeTensor grad_pos_key,
@@ -158,7 +184,7 @@ void fused_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, Maybe
   backward.grad_key = heads_of(grad_key), backward.grad_value = heads_of(grad_value);
   backward.grad_pos_key = gradient_of_table(grad_pos_key);
   backward.grad_pos_query = gradient_of_table(grad_pos_query);
-  run_backward(*kernels, request, backward, parallel_for);
+  run_backward(kernels_of(request), request, backward, parallel_for);
 }
 
 // The data of a contiguous tensor with these elements.
@@ -184,7 +210,7 @@ void add_norm(Tensor output, MaybeTensor sum, MaybeTensor statistics, Tensor x, 
   a.output = rows_of(output, x, all), a.sum = sum ? rows_of(*sum, x, all) : nullptr;
   a.mean = statistics ? statistics_of(*statistics, rows) : nullptr, a.inverse_root = a.mean + rows;
   parallel_for(div_up(rows, kNormRows), [&](int64_t begin, int64_t end) {
-    kernels->add_norm(a, begin * kNormRows, std::min(end * kNormRows, rows));
+    in_use->norm_kernels.add_norm(a, begin * kNormRows, std::min(end * kNormRows, rows));
   });
 }
 
@@ -201,10 +227,12 @@ void add_norm_backward(Tensor grad_sum, MaybeTensor grad_weight, MaybeTensor gra
   const Scratch partial(grad_weight || grad_bias ? parts * 2 * size : 0);
   a.partial = partial.data();
   parallel_for(parts, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) kernels->add_norm_backward(a, p, p * rows / parts, (p + 1) * rows / parts);
+    for (int64_t p = begin; p < end; ++p) {
+      in_use->norm_kernels.add_norm_backward(a, p, p * rows / parts, (p + 1) * rows / parts);
+    }
   });
-  if (grad_weight) kernels->store_norm_sums(a, parts, 0, rows_of(*grad_weight, sum, size));
-  if (grad_bias) kernels->store_norm_sums(a, parts, 1, rows_of(*grad_bias, sum, size));
+  if (grad_weight) in_use->norm_kernels.store_norm_sums(a, parts, 0, rows_of(*grad_weight, sum, size));
+  if (grad_bias) in_use->norm_kernels.store_norm_sums(a, parts, 1, rows_of(*grad_bias, sum, size));
 }
 
 // Whether two contiguous tensors hold the same bytes. Compares on all threads, unlike torch.equal.
@@ -232,6 +260,7 @@ STABLE_TORCH_LIBRARY_IMPL(deberta_fast, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(deberta_fast, CompositeExplicitAutograd, m) {
   m.impl("use_instruction_set", TORCH_BOX(&use_instruction_set));
+  m.impl("bfloat16_instruction_sets", TORCH_BOX(&bfloat16_instruction_sets));
   m.impl("release_memory", TORCH_BOX(&release_memory));
 }
 

@@ -19,15 +19,18 @@ struct Sequence {
 
 struct Attention {
   Element element = Element::float32;
-  int64_t heads, size;  // H, D
-  float scale;          // s
+  int64_t heads, size;       // H, D
+  int64_t padded_size;       // D rounded up for the kernels, the size of their rows
+  float key_gradient_scale;  // of the sums that dK and dK^e are
+  float scale;               // s
   int64_t query_offset;
   Heads query, key, value;
 
   const Sequence* sequences;
   int64_t sequence_count, longest_key;
-  // The queries of a sequence are divided into stretches of at most kMaxBlockRows. Forward and backward tell near from
+  // The queries of a sequence are divided into stretches of at most kMaxBlockRows, at multiples of row_step. Forward and backward tell near from
   // far keys for a whole stretch, so that a score has the same bits in both.
+  int64_t row_step;
   int64_t parts;              // of a sequence's queries and keys in backward; divides the number of its stretches
   int64_t blocks_of_stretch;  // in forward
   int64_t blocks_per_head;    // of all sequences
@@ -94,12 +97,18 @@ struct Range {
 };
 
 static inline int64_t stretches_of(const Attention& a, int64_t queries) {
-  return a.parts * div_up(queries, a.parts * kMaxBlockRows);
+  return a.parts * div_up(div_up(queries, a.row_step), a.parts * (kMaxBlockRows / a.row_step));
 }
 
-inline Range rows_of_stretch(const Attention& a, int64_t queries, int64_t stretch) {
-  const int64_t stretches = stretches_of(a, queries);
-  return {queries * stretch / stretches, queries * (stretch + 1) / stretches};
+// Part `part` of `parts` of these rows. Parts begin at multiples of row_step from the first row.
+static inline Range part_of(const Attention& a, Range rows, int64_t part, int64_t parts) {
+  const int64_t steps = div_up(rows.stop - rows.start, a.row_step);
+  const auto cut = [&](int64_t n) { return std::min(rows.start + steps * n / parts * a.row_step, rows.stop); };
+  return {cut(part), cut(part + 1)};
+}
+
+static inline Range rows_of_stretch(const Attention& a, int64_t queries, int64_t stretch) {
+  return part_of(a, {0, queries}, stretch, stretches_of(a, queries));
 }
 
 }  // namespace deberta_fast

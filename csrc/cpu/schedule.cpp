@@ -10,29 +10,33 @@ namespace deberta_fast {
 namespace {
 
 // docs/measured.md says how these numbers were found.
-constexpr int64_t kFewestItems = 24;   // work is divided into so many items if parts do not become too small
 constexpr int64_t kMinBlockRows = 59;  // queries of a block in forward if heads and sequences are few
 constexpr int64_t kMinPartRows = 192;  // queries and keys of a part in backward
 constexpr int64_t kMostItems = 96;     // in backward, because each item has its own gradients of the tables
 constexpr int64_t kMostTableFloats = int64_t{8} << 20;  // of the gradients of all items
 constexpr int64_t kMostKeptFloats = int64_t{8} << 20;   // of one Scratch that a thread keeps
 
+int64_t remainder(int64_t n, int64_t step) { return (n % step + step) % step; }
+
 // Fills in the fields of a request that the caller leaves open.
 struct Schedule {
   Attention& a;
   std::vector<Sequence>& sequences;
-  int64_t size;  // D rounded up
+  const int64_t size;  // D rounded up
   int64_t longest_query = 0, queries = 0, keys = 0;
 
   Schedule(const Kernels& kernels, Request& request)
-      : a(request.attention), sequences(request.sequences), size(round_up(a.size, kernels.lanes)) {
+      : a(request.attention), sequences(request.sequences), size(round_up(a.size, kernels.size_step)) {
+    a.padded_size = size, a.row_step = kernels.row_step;
+    // Kernels that scale queries sum log2(e) s q.
+    a.key_gradient_scale = kernels.scales_queries ? static_cast<float>(1 / kLog2e) : a.scale;
     a.longest_key = 0;
     for (const Sequence& sequence : sequences) {
       longest_query = std::max(longest_query, sequence.queries), queries += sequence.queries;
       a.longest_key = std::max(a.longest_key, sequence.keys), keys += sequence.keys;
     }
     a.sequences = sequences.data(), a.sequence_count = static_cast<int64_t>(sequences.size());
-    cut_blocks();
+    cut_blocks(kernels.fewest_items);
     if (has_positions()) set_distances();
   }
 
@@ -60,8 +64,8 @@ struct Schedule {
 
  private:
   // A forward block is a stretch, or a part of one if stretches are few.
-  void cut_blocks() {
-    const int64_t few = div_up(kFewestItems, heads_of_sequences());
+  void cut_blocks(int64_t fewest_items) {
+    const int64_t few = div_up(fewest_items, heads_of_sequences());
     a.parts = std::max<int64_t>(1, std::min(few, std::min(longest_query, a.longest_key) / kMinPartRows));
     const int64_t wanted = std::min(few, div_up(longest_query, kMinBlockRows));
     a.blocks_of_stretch = std::max<int64_t>(1, div_up(wanted, std::max<int64_t>(1, stretches_of(a, longest_query))));
@@ -72,13 +76,14 @@ struct Schedule {
     }
   }
 
-  // Sets the distances of the expanded tables: those of near pairs, and a margin for the padding of the last vector.
+  // Sets the distances of the expanded tables: those of near pairs, and a margin for padding. The first and the last one
+  // lie multiples of row_step from the distance of query 0 and key 0.
   void set_distances() {
-    constexpr int64_t kMargin = 32;
+    const int64_t margin = 32 + 2 * a.row_step;
     const int64_t first = std::max(1 - longest_query - a.query_offset, -a.far_past - kMaxBlockRows);
     const int64_t last = std::min(a.longest_key - 1 - a.query_offset, -a.far_future + kMaxBlockRows);
-    a.first_distance = first - kMargin;
-    a.distances = std::max<int64_t>(last - first, 0) + 1 + 2 * kMargin;
+    a.first_distance = first - margin - remainder(first + a.query_offset, a.row_step);
+    a.distances = round_up(std::max(last - first, int64_t{0}) + 2 * margin, a.row_step) + 1;
     a.first_reached = std::max(a.first_distance, 1 - longest_query - a.query_offset);
     const int64_t last_reached = std::min(a.first_distance + a.distances, a.longest_key - a.query_offset) - 1;
     a.reached = std::max<int64_t>(last_reached - a.first_reached + 1, 0);
@@ -202,9 +207,8 @@ void run_backward(const Kernels& kernels, Request& request, Backward& b, const P
   if (a.parts > 1) {
     parallel_for(a.heads * a.sequence_count, [&](int64_t begin, int64_t end) { kernels.store_sums(a, b, begin, end); });
   }
-  for (const auto& [sums, scale, gradient] :
-       {std::tuple{b.pos_key_sums, static_cast<float>(1 / kLog2e), b.grad_pos_key},  // its items sum log2(e) s q
-        std::tuple{b.pos_query_sums, a.scale, b.grad_pos_query}}) {
+  for (const auto& [sums, scale, gradient] : {std::tuple{b.pos_key_sums, a.key_gradient_scale, b.grad_pos_key},
+                                              std::tuple{b.pos_query_sums, a.scale, b.grad_pos_query}}) {
     if (gradient == nullptr) continue;
     parallel_for(a.heads, [&, sums = sums, scale = scale, gradient = gradient](int64_t begin, int64_t end) {
       kernels.store_table(a, b, sums, scale, gradient, begin, end);

@@ -250,7 +250,7 @@ bool run(const Case& c, const Kernels& kernels) {
 }
 
 // The norm of a sum, in two parts of rows.
-bool run_norm(int64_t rows, int64_t size, Element element, const Kernels& kernels) {
+bool run_norm(int64_t rows, int64_t size, Element element, const NormKernels& kernels) {
   Case c{"norm", 1, 1, rows, rows, size};
   c.element = element;
   const int64_t all = rows * size;
@@ -302,7 +302,7 @@ int main() {
   }
   for (const Element element : {Element::float32, Element::bfloat16, Element::float16}) {
     for (const int64_t size : {1, 5, 64, 100, 131}) {
-      if (!run_norm(7, size, element, DEBERTA_FAST_ISA::kernels)) return 1;
+      if (!run_norm(7, size, element, DEBERTA_FAST_ISA::norm_kernels)) return 1;
     }
   }
   std::puts("norm");

@@ -15,19 +15,22 @@ from . import extension
 from .extension import NOT_LOADED, arguments
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SETS = ("avx512", "avx2", "plain")
+VECTORS = {"AVX512": "avx512", "AVX2": "avx2"}  # by torch's name for them
+SETS = ("amx", "avx512_bf16", "avx512", "avx2", "plain")
 
 
 def instruction_set() -> str:
     """Returns the name of the kernels that this process uses."""
-    return {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "plain")
+    return (instruction_sets() or ["plain"])[0]
 
 
 def instruction_sets() -> list[str]:
     """Returns the instruction sets that run on this processor, the one in use first; none without the extension."""
     if NOT_LOADED is not None:
         return []
-    return SETS[SETS.index(instruction_set()) :]
+    vectors = VECTORS.get(torch.backends.cpu.get_cpu_capability(), "plain")
+    products = torch.ops.deberta_fast.bfloat16_instruction_sets().split() if vectors == "avx512" else []
+    return [*products, *SETS[SETS.index(vectors) :]]
 
 
 @contextlib.contextmanager
