@@ -22,10 +22,12 @@ from .ordinary import why_not_ordinary
 DEEPEST = 1024  # oneDNN accumulates sequentially: deeper float32 products are split, which reduces rounding errors
 SMALLEST = 1 << 22  # multiplications; in smaller products, the overhead of calls exceeds the difference
 MEASURED_ROWS = 128  # more rows take as long per row
-# oneDNN's float32 product is the less precise one, so it has to be worth it. In half precision, results are the same.
-WORTH = {torch.float32: 0.95, torch.bfloat16: 1.0, torch.float16: 1.0}
+# The share of torch's time that oneDNN may take in half precision with gradients. Otherwise it is 1. In half precision,
+# forward alone can be faster, and backward takes longer because it runs in Python.
+WORTH = 0.95
+HALF = (torch.bfloat16, torch.float16)
 
-_choices: dict[tuple, bool] = {}  # whether oneDNN is faster, by kind of product
+_shares: dict[tuple, float] = {}  # measured shares of torch's time, by kind of product
 
 
 def project(linear: nn.Module, x: torch.Tensor, activation: Callable | None = None) -> torch.Tensor:
@@ -106,6 +108,7 @@ def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype
         and _supports(x.dtype)
+        and (bias is not None or x.dtype not in HALF)  # without a bias, torch's default is the same in half precision
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
         and forward_ad._current_level < 0
@@ -124,7 +127,7 @@ def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
 def _supports(dtype: torch.dtype) -> bool:
     """Whether torch has oneDNN, and oneDNN has products in this dtype on this processor."""
     available = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    if not (available and dtype in WORTH and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+    if not (available and dtype in (torch.float32, *HALF) and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
     if dtype == torch.float32:
         return True
@@ -146,11 +149,11 @@ def _is_faster(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     layouts = x.stride(-1) == 1, weight.is_contiguous(), bias is not None, gelu
     settings = torch.get_num_threads(), torch.backends.mkldnn.matmul.fp32_precision
     kind = x.dtype, rows, outputs, inputs, *layouts, *settings
-    if kind not in _choices:
+    if kind not in _shares:
         with torch.no_grad():
             default, onednn = _seconds(x.reshape(-1, x.shape[-1])[:MEASURED_ROWS], weight, bias, gelu)
-        _choices.setdefault(kind, onednn < WORTH[x.dtype] * default)
-    return _choices[kind]
+        _shares.setdefault(kind, onednn / default)
+    return _shares[kind] < (WORTH if x.dtype in HALF and _needs_gradient(x, weight, bias) else 1)
 
 
 def _seconds(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: str | None) -> tuple[float, float]:

@@ -22,7 +22,7 @@ def fast_onednn(monkeypatch):
     if not projection._supports(torch.float32):
         pytest.skip("torch without oneDNN")
     monkeypatch.setattr(projection, "_is_faster", lambda *call: True)
-    monkeypatch.setattr(projection, "_choices", {})
+    monkeypatch.setattr(projection, "_shares", {})
 
 
 @pytest.fixture
@@ -301,7 +301,7 @@ def test_half_precision(by_onednn, dtype, inputs):
         assert ours.dtype == dtype
         assert (ours - want).abs().mean() <= 2 * (torchs - want).abs().mean() + 1e-12
         assert (ours - want).abs().max() <= 2 * (torchs - want).abs().max() + 1e-12
-    assert by_onednn == [True] * 3
+    assert by_onednn == [True, False, False]  # without a bias, torch's product is oneDNN's
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_new"])
@@ -401,13 +401,24 @@ def measured(monkeypatch):
     return with_clock
 
 
-@pytest.mark.parametrize("torchs, onednns, chosen", [(2.0, 1.0, True), (1.0, 2.0, False), (1.0, 0.99, False)])
+@pytest.mark.parametrize("torchs, onednns, chosen", [(2.0, 1.0, True), (1.0, 2.0, False)])
 def test_the_faster_one_is_chosen(by_onednn, measured, torchs, onednns, chosen):
     measured(torchs, onednns)
     with torch.no_grad():
         linear, x = nn.Linear(16, 16), torch.randn(9, 16)
         torch.testing.assert_close(project(linear, x), linear(x))
     assert by_onednn == [chosen]
+
+
+@pytest.mark.parametrize("share, chosen", [(0.97, [True, False]), (0.9, [True, True]), (1.01, [False, False])])
+def test_half_precision_with_gradients_has_to_be_worth_it(by_onednn, measured, share, chosen):
+    half_or_skip(torch.bfloat16)
+    measured(1.0, share)
+    linear, x = nn.Linear(16, 16, dtype=torch.bfloat16), torch.randn(9, 16, dtype=torch.bfloat16)
+    with torch.no_grad():
+        project(linear, x)
+    project(linear, x)
+    assert by_onednn == chosen
 
 
 def test_a_kind_is_measured_once(measured):
