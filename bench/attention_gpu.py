@@ -14,7 +14,7 @@ import torch
 
 from . import device as devices
 from . import timing
-from .device import Device, Table, summary, summary_of_times
+from .device import Device, Table, summary, summary_of
 from .variants import Entry, described
 from .variants.operator import VARIANTS, Variant, Workload
 
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def times(options: argparse.Namespace, device: Device) -> None:
-    table = _table(options, LEGEND, summary_of_times("x plain"))
+    table = _table(options, LEGEND, summary_of("ms", "x plain"))
     for workload, chosen in _workloads(options):
         exact = {name: workload.difference(name, variant) for name, variant in chosen.items()}
         for passes in options.passes:

@@ -180,15 +180,15 @@ def summary(
     return "\n\n".join(itertools.chain(*parts))
 
 
-def summary_of_times(ratio: str, **shape: tuple[str, ...]) -> Callable[[list[dict]], str]:
-    """Makes a function that makes the ``summary`` of milliseconds, each with the column ``ratio`` in brackets."""
+def summary_of(value: str, ratio: str, **shape: tuple[str, ...]) -> Callable[[list[dict]], str]:
+    """Makes a function that makes the ``summary`` of a column, each cell with the column ``ratio`` in brackets."""
 
     def cell(row: dict) -> str:
-        if "ms" not in row:
+        if value not in row:
             return "failed"
-        return f"{row['ms']:.3g}" + (f" ({row[ratio]:.2f}x)" if ratio in row else "")
+        return timing.cell(row[value]) + (f" ({row[ratio]:.2f}x)" if ratio in row else "")
 
-    return lambda rows: summary(rows, f"ms ({ratio})", cell, **shape)
+    return lambda rows: summary(rows, f"{value} ({ratio})", cell, **shape)
 
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:

@@ -1,10 +1,10 @@
-"""Whole encoders, DeBERTa's and ModernBERT's, on the CPU or a GPU: ``python -m bench.encoder``.
+"""Whole encoders, DeBERTa's, BERT's and ModernBERT's, on the CPU or a GPU: ``python -m bench.encoder``.
 
 ``variants.model`` describes the variants. Each length is measured with a batch of variable lengths, a full one and, in
 the forward pass, one sequence. Compiled variants take minutes per row, so they run only if they are named:
 
     python -m bench.encoder --name encoder-compiled --lengths 512 128 --variants eager eager+compile native \\
-        native-packed native+compile modernbert modernbert+compile
+        native-packed native+compile bert bert+compile modernbert modernbert+compile
 
 Results go to bench/results/cpu/ or the GPU's folder, after every group of rows.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from . import timing
-from .device import Call, Device, Table, summary_of_times
+from .device import Call, Device, Table, summary_of
 from .variants import described, relative_difference
 from .variants import model as variants
 from .variants.model import VARIANTS, Batch, Case, Encoders
@@ -41,11 +41,11 @@ DEFAULTS = {
     "cpu": dict(
         lengths=(128, 512, 2048),
         float32_lengths=(128, 512, 2048),
-        default_dtypes=("float32",),
+        default_dtypes=("float32", "bfloat16"),
         tokens=2048,
         most_sequences=8,
         seconds=5.0,
-        limit=1200.0,
+        limit=2400.0,
     ),
 }
 FEWEST = 2  # calls per variant
@@ -60,9 +60,10 @@ LEGEND = (
     "of the valid ones. ms: medians of interleaved calls, with the host's time, without the first calls (which "
     "compile). forward: torch.inference_mode. forward+backward: a training step without optimizer, from random "
     "gradients of the valid tokens to those of all weights. Dropout is off. x eager: times as fast as Hugging Face's "
-    "DebertaV2Model. x modernbert, x onnxruntime: as the fastest ModernBERT and as onnxruntime in the same group. peak "
-    "MiB: what a call needs above the weights, including their gradients. difference: relative, in norm, of the valid "
-    "tokens' states from eager's, or modernbert's, or those of the first variant that ran. Variants that differ by "
+    "DebertaV2Model. x bert, x modernbert, x onnxruntime: as the fastest BERT and ModernBERT and as onnxruntime in the "
+    "same group; BERT has DeBERTa's width and depth. peak MiB: what a call needs above the weights, including their "
+    "gradients. difference: relative, in norm, of the valid tokens' states from eager's, bert's or modernbert's, or "
+    "those of the first variant of that model that ran. Variants that differ by "
     "more than {} are not timed, nor those whose gradients of {} differ by more than {} times that after a backward "
     "pass; int8 is not compared."
 ).format(
@@ -79,7 +80,12 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(max(options.threads))
     notes = LEGEND + described(VARIANTS, options.variants) + timing.installed("onnxruntime", "flash-attn")
     shape = ("dtype", "threads", "batch", "length", "lengths")
-    table = Table(options.name, options.out, notes, summary_of_times("x eager", group=("model", "pass"), line=shape))
+    summaries = [
+        summary_of(value, ratio, group=("model", "pass"), line=shape)
+        for value, ratio in (("ms", "x eager"), ("tokens/s", "x bert"))
+    ]
+    summarise = lambda rows: "\n\n".join(summary(rows) for summary in summaries)
+    table = Table(options.name, options.out, notes, summarise)
     encoders = None
     saying = "{0.passes} of {0.batch} x {0.length}, {0.dtype}"
     for case in timing.in_time(options.limit, _cases(options), saying.format):
@@ -120,7 +126,8 @@ def measure(case: Case, encoders: Encoders, device: Device, options: argparse.Na
                 errors[name] = device.failure(error).error
     neighbours = {
         "x eager": seconds.get("eager"),
-        "x modernbert": min((s for name, s in seconds.items() if name.startswith("modernbert")), default=None),
+        "x bert": _fastest("bert", seconds),
+        "x modernbert": _fastest("modernbert", seconds),
         "x onnxruntime": seconds.get("onnxruntime"),
     }
     group = {"model": case.model, "pass": case.passes, "dtype": case.dtype}
@@ -136,6 +143,10 @@ def measure(case: Case, encoders: Encoders, device: Device, options: argparse.Na
         row |= {"calls": taken[name].runs or None, "difference": differences.get(name)}
         rows.append(row | {"error": errors[name] and f"not run: {errors[name]}"})
     return rows
+
+
+def _fastest(family: str, seconds: dict[str, float]) -> float | None:
+    return min((mine for name, mine in seconds.items() if variants.family(name) == family), default=None)
 
 
 def _peak(case: Case, name: str, call: Callable[[], object], encoders: Encoders, device: Device) -> int:
@@ -156,7 +167,7 @@ def difference(case: Case, name: str, encoders: Encoders, states: torch.Tensor, 
     """
     if name == "int8":
         return None
-    kind = "modernbert" if name.startswith("modernbert") else "deberta"
+    kind = variants.family(name)
     results = [states]
     if case.passes == "forward+backward" and kind == "deberta":
         results += encoders.gradients()
@@ -203,7 +214,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=timing.positive, nargs="+", metavar="L", help="in this order")
     parser.add_argument("--passes", choices=PASSES, nargs="+")
     parser.add_argument("--shapes", choices=SHAPES, nargs="+", default=SHAPES, help="of batches, in this order")
-    parser.add_argument("--dtypes", choices=TOLERANCE, nargs="+", help="by default also float32 at 512 on a GPU")
+    parser.add_argument("--dtypes", choices=TOLERANCE, nargs="+", help="by default both; on a GPU, float32 at 512")
     parser.add_argument("--variants", choices=VARIANTS, nargs="+", metavar="NAME")
     parser.add_argument("--threads", type=timing.positive, nargs="+", default=[torch.get_num_threads()], metavar="N")
     parser.add_argument("--tokens", type=timing.positive, metavar="N", help="in a batch, padding included")
@@ -216,7 +227,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     vars(options).update(default_dtypes=None, most_sequences=None, float32_lengths=options.lengths)
     whole = DEFAULTS[torch.device(options.device).type] | dict(passes=PASSES, variants=uncompiled)
-    quick = dict(lengths=[128], float32_lengths=[128], passes=["forward"])
+    quick = dict(lengths=[128], float32_lengths=[128], passes=["forward"], default_dtypes=["float32"])
     quick["variants"] = [name for name in uncompiled if name != "onnxruntime"]  # its export takes a minute
     return timing.complete(options, whole | {"out": timing.results_folder()}, quick)
 

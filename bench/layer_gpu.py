@@ -16,7 +16,7 @@ from deberta_fast.op.relative_position import slot_table
 
 from . import device as devices
 from . import models, timing
-from .device import Device, Table, summary_of_times
+from .device import Device, Table, summary_of
 from .variants import Entry, described, relative_difference
 from .variants.layer import ATTENTION, Layer
 
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     notes = f"{options.tokens} tokens, {options.dtype}. {LEGEND}{described(chosen)}"
     notes += timing.installed("disentangled-flash", "flashdeberta")
     name = "layer" + ("" if options.dtype == "bfloat16" else f"-{options.dtype}")
-    table = Table(name, options.out, notes, summary_of_times("x eager"))
+    table = Table(name, options.out, notes, summary_of("ms", "x eager"))
     encoder = models.encoder_v3_base(1).to(options.device, getattr(torch, options.dtype))
     cases = itertools.product(options.lengths, options.passes)
     for length, passes in timing.in_time(options.seconds, cases, "length {0[0]}, {0[1]}".format):

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import shlex
 import subprocess
@@ -23,6 +24,18 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MIB = 1 << 20
+CPUINFO = Path("/proc/cpuinfo")
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")  # what decides the speed of products
+# Variables that make libraries use fewer instructions or threads than the processor has.
+LIMITS = (
+    "ATEN_CPU_CAPABILITY",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "ONEDNN_MAX_CPU_ISA",
+)
 
 
 def interleaved(variants: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
@@ -42,11 +55,15 @@ def interleaved(variants: dict[str, Callable[[], object]], repeats: int, warmup:
     return {name: times[warmup:] for name, times in seconds.items()}
 
 
-def medians(variants: dict[str, Callable[[], object]], seconds: float, fewest: int = 5, most: int = 100) -> dict:
-    """Returns the median seconds of each variant over as many interleaved rounds as fit into about ``seconds``."""
+def rounds(variants: dict[str, Callable[[], object]], seconds: float, fewest: int = 5, most: int = 100) -> dict:
+    """Returns the seconds of each variant in as many interleaved rounds as fit into about ``seconds``."""
     round_trip = sum(times[0] for times in interleaved(variants, repeats=1, warmup=1).values())
-    repeats = max(fewest, min(most, int(seconds / round_trip)))
-    return {name: median(times) for name, times in interleaved(variants, repeats, warmup=0).items()}
+    return interleaved(variants, max(fewest, min(most, int(seconds / round_trip))), warmup=0)
+
+
+def medians(variants: dict[str, Callable[[], object]], seconds: float, fewest: int = 5, most: int = 100) -> dict:
+    """Returns the median of the ``rounds`` of each variant."""
+    return {name: median(times) for name, times in rounds(variants, seconds, fewest, most).items()}
 
 
 def _synchronize() -> None:
@@ -123,17 +140,54 @@ def _lifetime_peak() -> int:
 
 
 @functools.cache
+def arithmetic() -> dict[str, str]:
+    """Says what computes on the CPU: processor, instructions, libraries in torch, this package's kernels, limits set.
+
+    Only Linux lists instructions. bench/cpu.sh asks oneDNN which kernels it takes.
+    """
+    from deberta_fast.op.backends import cpu
+    from deberta_fast.selfcheck import processor
+
+    listed = re.search(r"^flags\s*:(.*)$", CPUINFO.read_text() if CPUINFO.exists() else "", re.MULTILINE)
+    flags = listed[1].split() if listed else []
+    has = [f"{name} {'yes' if name in flags else 'no'}" for name in INSTRUCTIONS]
+    limits = [f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ]
+    return {
+        "cpu": processor(),
+        "instructions": ", ".join(has) if flags else "not known",
+        "torch computes with": ", ".join([torch.backends.cpu.get_cpu_capability(), _mkl(), _onednn()]),
+        "deberta_fast computes with": next(iter(cpu.instruction_sets()), "no compiled kernels"),
+        **({"limits": ", ".join(limits)} if limits else {}),
+    }
+
+
+def _mkl() -> str:
+    return f"MKL {_built_with('Math Kernel Library Version')}" if torch.backends.mkl.is_available() else "no MKL"
+
+
+def _onednn() -> str:
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return "no oneDNN"
+    products = "bfloat16 too" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "not for bfloat16"
+    return f"oneDNN {_built_with('MKL-DNN')} ({products})"
+
+
+def _built_with(library: str) -> str:
+    found = re.search(rf"{library} v?([\d.]+)", torch.__config__.show())
+    return found[1] if found else "of a version not known"
+
+
+@functools.cache
 def provenance() -> dict[str, str | int | None]:
     """Records command, commit, machine and versions. Call it before the process writes files."""
     import deberta_fast
-    from deberta_fast.selfcheck import processor
 
     gpu = torch.cuda.is_available()
     return {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "commit": _commit(),
-        "cpu": processor(),
+        **arithmetic(),
         "cores": os.cpu_count(),
         "torch threads": torch.get_num_threads(),
         "os": platform.platform(),
@@ -187,6 +241,16 @@ def results_folder() -> Path:
     return REPOSITORY / "bench" / "results" / name
 
 
+def machine() -> str:
+    """Names in one line what the figures are from: the GPU, or what computes on the CPU."""
+    known = provenance()
+    if "gpu" in known:
+        return f"On {known['gpu']}."
+    words = [f"On {known['cpu']}, {known['cores']} cores"]
+    words += [f"{key}: {known[key]}" for key in arithmetic() if key != "cpu"]
+    return "; ".join(words) + "."
+
+
 def save(name: str, rows: list[dict], folder: Path, notes: str = "", summary: str = "") -> None:
     """Writes ``rows`` and their provenance to ``folder``: name.md, and name.json, which bench.plots reads.
 
@@ -196,7 +260,7 @@ def save(name: str, rows: list[dict], folder: Path, notes: str = "", summary: st
     record = {"provenance": provenance(), "notes": notes, "rows": rows}
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     origin = "\n".join(f"- {key}: {value}" for key, value in provenance().items() if value is not None)
-    text = [f"# {name}", notes, summary, markdown(rows), origin]
+    text = [f"# {name}", machine(), notes, summary, markdown(rows), origin]
     (folder / f"{name}.md").write_text("\n\n".join(part for part in text if part) + "\n")
 
 

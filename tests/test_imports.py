@@ -40,7 +40,8 @@ RANKS = [
     # models
     {"models"},
     {"models.ordinary", "models.padding"},
-    {f"models.{name}" for name in ("activation", "onednn_linear", "outputs", "packing", "weight_cache")},
+    {"models.activation"},
+    {f"models.{name}" for name in ("add_norm", "onednn_linear", "outputs", "packing", "weight_cache")},
     {"models.arguments", "models.wrappers"},
     {"models.config"},
     {"models.attention"},

@@ -75,12 +75,15 @@ def test_the_instruction_set_is_put_back(monkeypatch):
 def test_another_instruction_set_is_used(monkeypatch):
     """Otherwise all rows of a report would be about the same kernels."""
     torch.manual_seed(0)
-    query, key, value = torch.randn(3, 1, 1, 200, 64)
+    qkv = torch.randn(3, 1, 1, 200, 64)
     bits = set()
     for name in cpu.instruction_sets():
         with cpu.using(name):
-            output = deberta_fast.disentangled_attention(query, key, value, backend="cpu")
-            bits.add(output.numpy().tobytes())
+            outputs = [
+                deberta_fast.disentangled_attention(*(x.to(dtype) for x in qkv), backend="cpu")
+                for dtype in (torch.float32, torch.bfloat16)
+            ]
+            bits.add(torch.cat([x.float() for x in outputs]).numpy().tobytes())
     assert len(bits) == len(cpu.instruction_sets())
 
 

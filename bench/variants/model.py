@@ -1,6 +1,6 @@
 """Whole encoders: token ids and a mask in, the last layer's states out.
 
-The DeBERTas are one model on one set of weights, except int8's; so are the ModernBERTs.
+The DeBERTas are one model on one set of weights, except int8's; so are the BERTs, and the ModernBERTs.
 """
 
 import copy
@@ -11,14 +11,16 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import DebertaV2Config, DebertaV2Model, ModernBertConfig, ModernBertModel
+from transformers import BertConfig, BertModel, DebertaV2Config, DebertaV2Model, ModernBertConfig, ModernBertModel
 
 import deberta_fast
+from deberta_fast.models import onednn_linear
 
 from .. import models
 from . import Entry, Forward
 
 VOCABULARY = 4096
+BERT_POSITIONS = 8192
 SHORTEST = 0.1  # shortest length of a variable batch, divided by the longest
 GRADIENTS = ("embeddings.word_embeddings.weight", "encoder.rel_embeddings.weight")  # gradients that are compared
 SCORES_HELD = {"forward": (6, 0), "forward+backward": (4, 2.5)}  # matrices that eager holds: at once, and per layer
@@ -31,7 +33,7 @@ class Size(NamedTuple):
     intermediate_size: int
 
 
-# DeBERTa's size, and ModernBERT's of the same width. tiny serves to try this out.
+# DeBERTa's and BERT's size, and ModernBERT's of the same width. tiny serves to try this out.
 SIZES = {
     "tiny": (Size(2, 64, 2, 96), Size(4, 64, 2, 48)),
     "v3-base": (Size(12, 768, 12, 3072), Size(22, 768, 12, 1152)),
@@ -121,6 +123,21 @@ class Encoders:
         config = ModernBertConfig(**shape, attn_implementation="sdpa", reference_compile=False)
         return self.cached("modernbert", lambda: self._model(ModernBertModel, config))
 
+    def bert(self) -> BertModel:
+        shape = SIZES[self.size][0]._asdict() | {"vocab_size": VOCABULARY, "max_position_embeddings": BERT_POSITIONS}
+        config = BertConfig(**shape, pad_token_id=0, attn_implementation="sdpa")
+        # DebertaV2Model and ModernBertModel have no pooling layer either.
+        return self.cached("bert", lambda: self._model(functools.partial(BertModel, add_pooling_layer=False), config))
+
+    def bert_onednn(self) -> BertModel:
+        def make():
+            twin = models.sharing_parameters(self.bert())
+            for linear in (module for module in twin.modules() if type(module) is nn.Linear):
+                linear.forward = lambda x, own=linear: onednn_linear.product(x, own.weight, own.bias)
+            return twin
+
+        return self.cached("bert-onednn", make)
+
     def native(self) -> deberta_fast.DebertaV2Model:
         config = deberta_config(deberta_fast.DebertaV2Config, self.size)
         return self.cached("native", lambda: models.native(deberta_fast.DebertaV2Model, config, self.deberta))
@@ -130,7 +147,7 @@ class Encoders:
         return self.cached(name, lambda: deberta_fast.patch(models.sharing_parameters(self.deberta), **options))
 
     def drop_gradients(self) -> None:
-        for name in ("eager", "modernbert"):
+        for name in ("eager", "bert", "modernbert"):
             if name in self._cached:
                 # The list is cached too, because walking the modules takes longer than some calls.
                 for parameter in self.cached(f"{name}'s", lambda name=name: list(self._cached[name].parameters())):
@@ -140,7 +157,7 @@ class Encoders:
         """Returns the gradients of two of DeBERTa's parameters, which depend on the whole model."""
         return [self.deberta.get_parameter(name).grad for name in GRADIENTS]
 
-    def _model(self, kind: type, config) -> nn.Module:
+    def _model(self, kind: Callable[..., nn.Module], config) -> nn.Module:
         torch.manual_seed(0)
         with torch.device(self.device):
             return kind(config).to(self.dtype).eval()
@@ -276,7 +293,9 @@ def _compiled(module: Callable[[Encoders], nn.Module]) -> Callable[[Encoders, Ba
 
 _variable = lambda case, gpu: case.variable
 _half_on_gpu = lambda case, gpu: gpu and case.dtype != "float32"
-_forward_on_cpu = lambda case, gpu: not gpu and case.passes == "forward" and case.dtype == "float32"
+_float32_on_cpu = lambda case, gpu: not gpu and case.dtype == "float32"
+_forward_on_cpu = lambda case, gpu: _float32_on_cpu(case, gpu) and case.passes == "forward"
+_short = lambda case, gpu: case.length <= BERT_POSITIONS
 _DEBERTA = "Hugging Face's DebertaV2Model"
 # build(encoders, batch) returns a Forward; suits(case, gpu) says whether a group of rows has the variant.
 VARIANTS = {
@@ -298,6 +317,17 @@ VARIANTS = {
         native_graph,
         lambda case, gpu: gpu and case.passes == "forward" and case.batch == 1,
     ),
+    "bert": Entry(
+        f"Hugging Face's BertModel, scaled_dot_product_attention, {BERT_POSITIONS} positions",
+        _of(Encoders.bert),
+        _short,
+    ),
+    "bert-onednn": Entry(
+        "bert with our linear layers (on AMD processors oneDNN's)",
+        _of(Encoders.bert_onednn),
+        lambda case, gpu: _float32_on_cpu(case, gpu) and _short(case, gpu),
+    ),
+    "bert+compile": Entry("bert in torch.compile(dynamic=False)", _compiled(Encoders.bert), _short),
     "modernbert": Entry("Hugging Face's ModernBertModel, scaled_dot_product_attention", _of(Encoders.modernbert)),
     "modernbert+compile": Entry("modernbert in torch.compile(dynamic=False)", _compiled(Encoders.modernbert)),
     "modernbert-flash": Entry(
@@ -310,9 +340,18 @@ VARIANTS = {
         modernbert_packed,
         lambda case, gpu: _half_on_gpu(case, gpu) and case.variable,
     ),
-    "onnxruntime": Entry(f"{_DEBERTA} exported to ONNX, one program for all shapes", onnxruntime, _forward_on_cpu),
+    "onnxruntime": Entry(
+        f"{_DEBERTA} exported to ONNX, one program for all shapes, float32: it has no bfloat16 kernels for CPUs",
+        onnxruntime,
+        _forward_on_cpu,
+    ),
     "int8": Entry("patched, its linear layers by torch.ao.quantization.quantize_dynamic", int8, _forward_on_cpu),
 }
+
+
+def family(variant: str) -> str:
+    """Names the model that a variant is; all variants of a family should have the same states."""
+    return next((name for name in ("bert", "modernbert") if variant.startswith(name)), "deberta")
 
 
 def build_call(encoders: Encoders, variant: str, passes: str, batch: Batch) -> Callable[[], torch.Tensor]:

@@ -13,21 +13,19 @@ struct Float32 {
 
 struct Bfloat16 {
   using Stored = uint16_t;
-  static INLINE Vector load(const uint16_t* p) {
-    return (Vector)(__builtin_convertvector(*reinterpret_cast<const AnyHalves*>(p), Words) << 16);
-  }
+  static INLINE Vector load(const uint16_t* p) { return (Vector)(widened(p) << 16); }
   static INLINE void store(uint16_t* p, Vector v) {
     const Words bits = (Words)v;
     const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to the nearest, ties to even
     const Words nan = (bits >> 16) | 0x40u;
-    *reinterpret_cast<AnyHalves*>(p) = __builtin_convertvector(v == v ? rounded : nan, Halves);
+    store_narrowed(p, v == v ? rounded : nan);
   }
 };
 
 struct Float16 {
   using Stored = uint16_t;
   static INLINE Vector load(const uint16_t* p) {
-    const Words half = __builtin_convertvector(*reinterpret_cast<const AnyHalves*>(p), Words);
+    const Words half = widened(p);
     const Words moved =
         (half & 0x7fffu) << 13;  // exponent and mantissa in place for float32, with a bias 112 too small
     const Words finite = (Words)((Vector)moved * 0x1p112f);
@@ -41,7 +39,7 @@ struct Float16 {
     Words half = bits < 0x38800000u ? subnormal : normal;
     half = bits >= 0x477ff000u ? Words{} + 0x7c00u : half;  // 65520 and more round to infinity
     half = bits > 0x7f800000u ? Words{} + 0x7e00u : half;
-    *reinterpret_cast<AnyHalves*>(p) = __builtin_convertvector(half | ((Words)v >> 16 & 0x8000u), Halves);
+    store_narrowed(p, half | ((Words)v >> 16 & 0x8000u));
   }
 };
 

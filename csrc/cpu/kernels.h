@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 
+#include "norm.h"
 #include "params.h"
 
 namespace deberta_fast {
@@ -21,19 +22,32 @@ struct Kernels {
   // (items, used_rows, D rounded up).
   void (*store_table)(const Attention&, const Backward&, const float* sums, float scale, void* gradient, int64_t begin,
                       int64_t end);
-  int64_t size_step;    // D is rounded up to a multiple of it
-  int64_t row_step;     // blocks of queries begin at multiples of it
-  bool scales_queries;  // before products
+  int64_t size_step;     // D is rounded up to a multiple of it
+  int64_t row_step;      // blocks of queries begin at multiples of it
+  int64_t fewest_items;  // work is divided into so many items if parts do not become too small
+  bool scales_queries;   // before products
+};
+
+struct NormKernels {
+  // Computes rows [begin, end).
+  void (*add_norm)(const AddNorm&, int64_t begin, int64_t end);
+  // Computes rows [begin, end), which are a part.
+  void (*add_norm_backward)(const AddNormBackward&, int64_t part, int64_t begin, int64_t end);
+  // Call after all parts: stores the gradient of weight (which = 0) or bias (1).
+  void (*store_norm_sums)(const AddNormBackward&, int64_t parts, int64_t which, void* gradient);
 };
 
 namespace plain {
 extern const Kernels kernels;
+extern const NormKernels norm_kernels;
 }
 namespace avx2 {
 extern const Kernels kernels;
+extern const NormKernels norm_kernels;
 }
 namespace avx512 {
 extern const Kernels kernels;
+extern const NormKernels norm_kernels;
 }
 // Kernels for bfloat16 alone (tiles/).
 namespace avx512_bf16 {

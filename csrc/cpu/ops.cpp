@@ -25,19 +25,20 @@ using torch::stable::Tensor;
 struct InstructionSet {
   const char* name;
   const Kernels &kernels, &bfloat16_kernels;
+  const NormKernels& norm_kernels;
 };
 constexpr InstructionSet kInstructionSets[] = {
 #if defined(DEBERTA_FAST_AMX)
-    {"amx", avx512::kernels, amx::kernels},
+    {"amx", avx512::kernels, amx::kernels, avx512::norm_kernels},
 #endif
 #if defined(DEBERTA_FAST_AVX512_BF16)
-    {"avx512_bf16", avx512::kernels, avx512_bf16::kernels},
+    {"avx512_bf16", avx512::kernels, avx512_bf16::kernels, avx512::norm_kernels},
 #endif
 #if defined(__x86_64__)
-    {"avx512", avx512::kernels, avx512::kernels},
-    {"avx2", avx2::kernels, avx2::kernels},
+    {"avx512", avx512::kernels, avx512::kernels, avx512::norm_kernels},
+    {"avx2", avx2::kernels, avx2::kernels, avx2::norm_kernels},
 #endif
-    {"plain", plain::kernels, plain::kernels},
+    {"plain", plain::kernels, plain::kernels, plain::norm_kernels},
 };
 
 const InstructionSet* in_use = std::end(kInstructionSets) - 1;
@@ -186,6 +187,54 @@ void fused_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, Maybe
   run_backward(kernels_of(request), request, backward, parallel_for);
 }
 
+// The data of a contiguous tensor with these elements.
+void* rows_of(const Tensor& x, const Tensor& like, int64_t count) {
+  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == like.scalar_type() && x.numel() == count,
+                  "deberta_fast: add_norm takes contiguous tensors of one dtype and of fitting shapes");
+  return x.data_ptr();
+}
+
+float* statistics_of(const Tensor& x, int64_t rows) {
+  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == ScalarType::Float && x.numel() == 2 * rows,
+                  "deberta_fast: the statistics of add_norm are (2, rows) float32");
+  return static_cast<float*>(x.data_ptr());
+}
+
+void add_norm(Tensor output, MaybeTensor sum, MaybeTensor statistics, Tensor x, Tensor residual, Tensor weight,
+              Tensor bias, double eps) {
+  const int64_t size = weight.numel(), all = x.numel(), rows = size > 0 ? all / size : 0;
+  AddNorm a{};
+  a.element = element_of(x), a.rows = rows, a.size = size, a.eps = static_cast<float>(eps);
+  a.x = rows_of(x, x, rows * size), a.residual = rows_of(residual, x, all);
+  a.weight = rows_of(weight, x, size), a.bias = rows_of(bias, x, size);
+  a.output = rows_of(output, x, all), a.sum = sum ? rows_of(*sum, x, all) : nullptr;
+  a.mean = statistics ? statistics_of(*statistics, rows) : nullptr, a.inverse_root = a.mean + rows;
+  parallel_for(div_up(rows, kNormRows), [&](int64_t begin, int64_t end) {
+    in_use->norm_kernels.add_norm(a, begin * kNormRows, std::min(end * kNormRows, rows));
+  });
+}
+
+void add_norm_backward(Tensor grad_sum, MaybeTensor grad_weight, MaybeTensor grad_bias, Tensor grad_output, Tensor sum,
+                       Tensor statistics, Tensor weight) {
+  const int64_t size = weight.numel(), all = sum.numel(), rows = size > 0 ? all / size : 0;
+  AddNormBackward a{};
+  a.element = element_of(sum), a.rows = rows, a.size = size;
+  a.grad_output = rows_of(grad_output, sum, rows * size), a.sum = rows_of(sum, sum, all);
+  a.weight = rows_of(weight, sum, size), a.grad_sum = rows_of(grad_sum, sum, all);
+  a.mean = statistics_of(statistics, rows), a.inverse_root = a.mean + rows;
+  // The parts do not depend on the number of threads, so neither do the sums.
+  const int64_t parts = std::min(kMostNormParts, div_up(rows, kPartRows));
+  const Scratch partial(grad_weight || grad_bias ? parts * 2 * size : 0);
+  a.partial = partial.data();
+  parallel_for(parts, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      in_use->norm_kernels.add_norm_backward(a, p, p * rows / parts, (p + 1) * rows / parts);
+    }
+  });
+  if (grad_weight) in_use->norm_kernels.store_norm_sums(a, parts, 0, rows_of(*grad_weight, sum, size));
+  if (grad_bias) in_use->norm_kernels.store_norm_sums(a, parts, 1, rows_of(*grad_bias, sum, size));
+}
+
 // Whether two contiguous tensors hold the same bytes. Compares on all threads, unlike torch.equal.
 bool same_bits(Tensor x, Tensor y) {
   const int64_t bytes = x.numel() * int64_t(x.element_size());
@@ -203,6 +252,8 @@ bool same_bits(Tensor x, Tensor y) {
 
 STABLE_TORCH_LIBRARY_IMPL(deberta_fast, CPU, m) {
   m.impl("same_bits", TORCH_BOX(&same_bits));
+  m.impl("add_norm", TORCH_BOX(&add_norm));
+  m.impl("add_norm_backward", TORCH_BOX(&add_norm_backward));
   m.impl("fused_forward", TORCH_BOX(&fused_forward));
   m.impl("fused_backward", TORCH_BOX(&fused_backward));
 }

@@ -10,7 +10,6 @@ namespace deberta_fast {
 namespace {
 
 // docs/measured.md says how these numbers were found.
-constexpr int64_t kFewestItems = 24;   // work is divided into so many items if parts do not become too small
 constexpr int64_t kMinBlockRows = 59;  // queries of a block in forward if heads and sequences are few
 constexpr int64_t kMinPartRows = 192;  // queries and keys of a part in backward
 constexpr int64_t kMostItems = 96;     // in backward, because each item has its own gradients of the tables
@@ -37,7 +36,7 @@ struct Schedule {
       a.longest_key = std::max(a.longest_key, sequence.keys), keys += sequence.keys;
     }
     a.sequences = sequences.data(), a.sequence_count = static_cast<int64_t>(sequences.size());
-    cut_blocks();
+    cut_blocks(kernels.fewest_items);
     if (has_positions()) set_distances();
   }
 
@@ -66,8 +65,8 @@ struct Schedule {
 
  private:
   // A forward block is a stretch, or a part of one if stretches are few.
-  void cut_blocks() {
-    const int64_t few = div_up(kFewestItems, heads_of_sequences());
+  void cut_blocks(int64_t fewest_items) {
+    const int64_t few = div_up(fewest_items, heads_of_sequences());
     a.parts = std::max<int64_t>(1, std::min(few, std::min(longest_query, a.longest_key) / kMinPartRows));
     const int64_t wanted = std::min(few, div_up(longest_query, kMinBlockRows));
     a.blocks_of_stretch = std::max<int64_t>(1, div_up(wanted, std::max<int64_t>(1, stretches_of(a, longest_query))));

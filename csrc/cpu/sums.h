@@ -16,11 +16,11 @@ inline void add_far_rows(const Attention& a, const float* far, float* sums) {
 }
 
 // Adds the gradients of distances and of far pairs to `sums`, the rows of a table (11), which it first clears if
-// `start`. Row t of `by_distance`, (distances, D), belongs to i - j = first + step t. `row` is memory
+// `start`. Row t of `by_distance`, (distances, D), belongs to i - j = first + step t; rows outside of `touched` are zero. `row` is memory
 // for D floats. Adds sums of kRun rows, because hundreds of distances share the outermost rows of a table and rounding
 // grows with the length of a sum.
 inline void sum_by_slot(const Attention& a, const float* by_distance, const float* far, int64_t first, int64_t step,
-                        bool start, float* row, float* sums) {
+                        Range touched, bool start, float* row, float* sums) {
   const int64_t size = a.padded_size;
   constexpr int64_t kRun = 16;
   if (start) std::fill_n(sums, a.used_rows * size, 0.0f);
@@ -28,10 +28,11 @@ inline void sum_by_slot(const Attention& a, const float* by_distance, const floa
   const int64_t last_distance = a.first_distance + a.distances - 1;
   const int64_t begin =
       step < 0 ? a.first_reached - a.first_distance : last_distance - (a.first_reached + a.reached - 1);
-  for (int64_t t = begin; t < begin + a.reached;) {
+  const int64_t stop = std::min(begin + a.reached, touched.stop);
+  for (int64_t t = std::max(begin, touched.start); t < stop;) {
     const int64_t slot = slot_of(a, first + step * t);
     std::fill_n(row, size, 0.0f);
-    for (int64_t n = 0; n < kRun && t < begin + a.reached && slot_of(a, first + step * t) == slot; ++n, ++t) {
+    for (int64_t n = 0; n < kRun && t < stop && slot_of(a, first + step * t) == slot; ++n, ++t) {
       add_scaled(1.0f, by_distance + t * size, row, size);
     }
     add_scaled(1.0f, row, row_of(slot), size);

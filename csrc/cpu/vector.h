@@ -97,6 +97,23 @@ INLINE Vector reduce_steps(Vector v, Combine combine) {
 // rows[r][c] becomes rows[c][r].
 INLINE void transpose(Vector (&rows)[kLanes]) { detail::transpose_steps<kLanes / 2>(rows); }
 
+// The compiler would divide these conversions of AVX-512 into four.
+INLINE Words widened(const uint16_t* p) {
+  const Halves halves = *reinterpret_cast<const AnyHalves*>(p);
+#if defined(__AVX512F__)
+  return (Words)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)halves);
+#else
+  return __builtin_convertvector(halves, Words);
+#endif
+}
+INLINE void store_narrowed(uint16_t* p, Words words) {
+#if defined(__AVX512F__)
+  *reinterpret_cast<AnyHalves*>(p) = (Halves)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)words);
+#else
+  *reinterpret_cast<AnyHalves*>(p) = __builtin_convertvector(words, Halves);
+#endif
+}
+
 INLINE float sum(Vector v) {
   return detail::reduce_steps<kLanes / 2>(v, [](Vector a, Vector b) { return a + b; })[0];
 }
@@ -121,12 +138,17 @@ INLINE Vector spread(const float* cells, const int32_t* runs) {
 #endif
 }
 
-// 2^x with a relative error of 2e-8 before rounding; 0 below -127 and for minus infinity. NaN stays NaN.
+// 2^x with a relative error of 2e-8 before rounding; 0 below -126 and for minus infinity. NaN stays NaN.
 INLINE Vector exp2(Vector x) {
+#if defined(__AVX512F__)
+  const Vector n = (Vector)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
+  const Vector f = x - n;
+#else
   constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
-  x = x < -127.0f ? broadcast(-127.0f) : x;
+  x = x < -126.0f ? broadcast(-127.0f) : x;
   const Vector shifted = x + kRound;
   const Vector f = x - (shifted - kRound);
+#endif
   // The minimax polynomial of the relative error over [-1/2, 1/2], by Remez's algorithm.
   Vector p = f * 0x1.41d334p-13f + 0x1.5f456ap-10f;
   p = p * f + 0x1.3b2dbcp-7f;
@@ -134,8 +156,13 @@ INLINE Vector exp2(Vector x) {
   p = p * f + 0x1.ebfbdap-3f;
   p = p * f + 0x1.62e43p-1f;
   p = p * f + 1.0f;
+#if defined(__AVX512F__)
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return (Vector)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
+#else
   const Words power = ((Words)shifted + 127u) << 23;
   return p * (Vector)power;
+#endif
 }
 
 }  // namespace deberta_fast::DEBERTA_FAST_ISA

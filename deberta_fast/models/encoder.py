@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .activation import activation
+from .add_norm import add_and_norm
 from .attention import DisentangledSelfAttention
 from .config import DebertaConfig
 from .onednn_linear import project
@@ -25,7 +26,7 @@ class AddAndNorm(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
-        return self.LayerNorm(self.dropout(project(self.dense, hidden_states)) + input_tensor)
+        return add_and_norm(self.LayerNorm, self.dropout(project(self.dense, hidden_states)), input_tensor)
 
 
 class DebertaAttention(nn.Module):
@@ -50,7 +51,7 @@ class DebertaIntermediate(nn.Module):
         self.intermediate_act_fn = activation(config.hidden_act)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.intermediate_act_fn(project(self.dense, hidden_states))
+        return project(self.dense, hidden_states, self.intermediate_act_fn)
 
 
 class DebertaLayer(nn.Module):

@@ -37,7 +37,7 @@ class LMHead(nn.Module):
         self.decoder = nn.Linear(width, config.vocab_size, bias=False) if untied else None
 
     def forward(self, hidden_states: torch.Tensor, word_embeddings: nn.Embedding) -> torch.Tensor:
-        states = self.LayerNorm(self.activation(project(self.dense, hidden_states)))
+        states = self.LayerNorm(project(self.dense, hidden_states, self.activation))
         if self.decoder is None:
             return F.linear(states, word_embeddings.weight, self.bias)
         return self.decoder(states) + self.bias

@@ -1,25 +1,40 @@
-"""Linear layers by oneDNN's product where torch's default is much slower.
+"""Linear layers by oneDNN's product where it is faster than torch's default.
 
-torch multiplies float32 with MKL, which does not use the full vector width of AMD processors. The oneDNN inside the
-same torch does, in forward and in both products of backward. docs/measured.md has the figures.
+The oneDNN inside torch adds the bias and applies GELU while a part of the result is in registers. In half precision
+torch's default calls oneDNN too, but copies the bias into the output first. In float32 it calls MKL, which does not use
+the full vector width of some processors. Which product is faster depends on the processor, the dtype and the sizes, so
+the first product of a kind is measured. docs/measured.md has the figures.
 """
 
 import functools
-from pathlib import Path
+import math
+import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 
+from .activation import gelu_of
 from .ordinary import why_not_ordinary
 
-FEWEST_ROWS = 8  # below, oneDNN's call overhead exceeds its speed-up
-DEEPEST = 1024  # oneDNN accumulates sequentially: deeper products are split, which reduces rounding errors
+DEEPEST = 1024  # oneDNN accumulates sequentially: deeper float32 products are split, which reduces rounding errors
+SMALLEST = 1 << 22  # multiplications; in smaller products, the overhead of calls exceeds the difference
+MEASURED_ROWS = 128  # more rows take as long per row
+# oneDNN's float32 product is the less precise one, so it has to be worth it. In half precision, results are the same.
+WORTH = {torch.float32: 0.95, torch.bfloat16: 1.0, torch.float16: 1.0}
+
+_choices: dict[tuple, bool] = {}  # whether oneDNN is faster, by kind of product
 
 
-def project(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """``linear(x)`` up to rounding. A module that is not plain runs its own forward."""
-    return product(x, linear.weight, linear.bias) if is_plain(linear) else linear(x)
+def project(linear: nn.Module, x: torch.Tensor, activation: Callable | None = None) -> torch.Tensor:
+    """``activation(linear(x))`` up to rounding. A module that is not plain runs its own forward."""
+    if not is_plain(linear):
+        return linear(x) if activation is None else activation(linear(x))
+    gelu = None if activation is None else gelu_of(activation)
+    y = product(x, linear.weight, linear.bias, gelu)
+    return y if activation is None or gelu is not None else activation(y)
 
 
 def is_plain(linear: nn.Module) -> bool:
@@ -33,24 +48,35 @@ def is_plain(linear: nn.Module) -> bool:
     )
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x W^T + b, differentiable; x (..., K), weight (N, K), bias (N,) or None."""
-    if not _by_onednn(x, weight, bias):
-        return nn.functional.linear(x, weight, bias)
-    return _Product.apply(x, weight, bias) if torch.is_grad_enabled() else _onednn(x, weight, bias)
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: str | None = None) -> torch.Tensor:
+    """x W^T + b, differentiable; x (..., K), weight (N, K), bias (N,) or None.
+
+    ``gelu`` names the ``approximate`` of a GELU that is applied to the result.
+    """
+    if gelu is not None and (_needs_gradient(x, weight, bias) or not _by_onednn(x, weight, bias, gelu)):
+        return F.gelu(product(x, weight, bias), approximate=gelu)  # backward needs the GELU's input
+    if gelu is None and not _by_onednn(x, weight, bias):
+        return F.linear(x, weight, bias)
+    return _Product.apply(x, weight, bias) if _needs_gradient(x, weight, bias) else _onednn(x, weight, bias, gelu)
 
 
-def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: str | None = None) -> torch.Tensor:
     if bias is not None:
         bias = bias.contiguous()  # oneDNN ignores the stride
+    if x.dtype != torch.float32 or x.shape[-1] <= DEEPEST:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none" if gelu is None else "gelu", [], gelu)
     result = None
     for start in range(0, x.shape[-1], DEEPEST):
         part = weight[:, start : start + DEEPEST]
-        if not (part.is_contiguous() or part.t().is_contiguous()):
+        if not part.t().is_contiguous():
             part = part.contiguous()  # otherwise oneDNN uses its slowest kernel
         last = torch.ops.mkldnn._linear_pointwise(x[..., start : start + DEEPEST], part, bias, "none", [], "")
         result, bias = last if result is None else result.add_(last), None
-    return result
+    return result if gelu is None else F.gelu(result, approximate=gelu)
 
 
 class _Product(torch.autograd.Function):
@@ -73,29 +99,71 @@ class _Product(torch.autograd.Function):
         )
 
 
-def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: str | None = None) -> bool:
     # torch handles inputs that it would broadcast or refuse, because oneDNN is called below its checks and autograd.
     return (
-        _mkl_is_slow()
+        type(x) is torch.Tensor
+        and x.device.type == weight.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and _supports(x.dtype)
         and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
         and forward_ad._current_level < 0
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
-        and type(x) is torch.Tensor
-        and x.device.type == weight.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
         and x.shape[-1:] == weight.shape[1:]
+        and 0 not in x.shape
         and 0 not in weight.shape
         and (weight.is_contiguous() or weight.t().is_contiguous())
         and (bias is None or (bias.shape == weight.shape[:1] and bias.device == x.device and bias.dtype == x.dtype))
-        and x.shape[:-1].numel() >= FEWEST_ROWS
+        and _is_faster(x, weight, bias, gelu)
     )
 
 
-@functools.lru_cache(maxsize=1)
-def _mkl_is_slow() -> bool:
-    """Whether the processor is one on which MKL is slow, and torch has oneDNN."""
-    cpuinfo = Path("/proc/cpuinfo")
-    amd = cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
+@functools.cache
+def _supports(dtype: torch.dtype) -> bool:
+    """Whether torch has oneDNN, and oneDNN has products in this dtype on this processor."""
     available = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    return amd and available and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not (available and dtype in WORTH and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    if dtype == torch.float32:
+        return True
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    return getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
+
+
+def _is_faster(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: str | None) -> bool:
+    """Whether oneDNN is faster for products of this kind: sizes within a factor of two, and everything else the same.
+
+    The first product of a kind is measured, which takes as long as eight products of at most 128 rows. A process keeps
+    its choice. Another one may choose otherwise if both take about the same time, so deterministic algorithms are
+    torch's.
+    """
+    sizes = x.shape[:-1].numel(), *weight.shape
+    if math.prod(sizes) < SMALLEST or torch.are_deterministic_algorithms_enabled():
+        return False
+    rows, outputs, inputs = (size.bit_length() for size in (min(sizes[0], MEASURED_ROWS), *sizes[1:]))
+    layouts = x.stride(-1) == 1, weight.is_contiguous(), bias is not None, gelu
+    settings = torch.get_num_threads(), torch.backends.mkldnn.matmul.fp32_precision
+    kind = x.dtype, rows, outputs, inputs, *layouts, *settings
+    if kind not in _choices:
+        with torch.no_grad():
+            default, onednn = _seconds(x.reshape(-1, x.shape[-1])[:MEASURED_ROWS], weight, bias, gelu)
+        _choices.setdefault(kind, onednn < WORTH[x.dtype] * default)
+    return _choices[kind]
+
+
+def _seconds(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: str | None) -> tuple[float, float]:
+    """The least time of torch's default and of oneDNN, in four rounds of both; x (rows, K)."""
+    plain = lambda: F.linear(x, weight, bias)
+    calls = (
+        plain if gelu is None else (lambda: F.gelu(plain(), approximate=gelu)),
+        lambda: _onednn(x, weight, bias, gelu),
+    )
+    least = [math.inf, math.inf]
+    for _ in range(4):
+        for index, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            least[index] = min(least[index], time.perf_counter() - start)
+    return least[0], least[1]

@@ -2,9 +2,12 @@
 
 import importlib
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,13 +25,15 @@ def bench(monkeypatch):
     return lambda name: importlib.import_module(f"bench.{name}")
 
 
-def written(folder, name):
+def written(folder, name, lines_of_summary=0):
     """Returns rows and provenance of the JSON file, and checks that the Markdown file has them too."""
     record = json.loads((folder / f"{name}.json").read_text())
     text = (folder / f"{name}.md").read_text()
     assert text.startswith(f"# {name}") and f"- torch: {torch.__version__}" in text
     assert {"command", "commit", "date", "cpu", "cores", "torch", "deberta_fast"} <= record["provenance"].keys()
-    assert sum(line.startswith("|") for line in text.splitlines()) == len(record["rows"]) + 2
+    if not torch.cuda.is_available():
+        assert text.splitlines()[2].startswith(f"On {record['provenance']['cpu']}, {os.cpu_count()} cores; instruct")
+    assert sum(line.startswith("|") for line in text.splitlines()) == len(record["rows"]) + 2 + lines_of_summary
     return record["rows"], record["provenance"]
 
 
@@ -51,14 +56,13 @@ def test_operator(tmp_path):
     command = [sys.executable, *options.split(), str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows, provenance = written(tmp_path, "operator")
+    rows, provenance = written(tmp_path, "operator", lines_of_summary=4)
     assert len(done.stdout.splitlines()) == len(rows) + 2
     assert provenance["command"].startswith(f"python {options}")
     assert [(row["pass"], row["batch"]) for row in rows] == [(p, b) for p in ("forward", "backward") for b in (32, 1)]
-    columns = ["sdpa ms", "cpu ms", "eager ms", "cpu/sdpa", "eager/cpu"]
-    assert list(rows[0]) == ["dtype", "pass", "threads", "batch", "length", *columns]
-    assert all(row[column] > 0 for row in rows for column in columns)
-    assert all(row["cpu/sdpa"] == pytest.approx(row["cpu ms"] / row["sdpa ms"]) for row in rows)
+    times, ratios = ["sdpa ms", "cpu ms", "eager ms"], ["cpu/sdpa", "from", "to", "eager/cpu"]
+    assert list(rows[0]) == ["dtype", "pass", "threads", "batch", "length", *times, "calls", *ratios]
+    assert all(row[column] > 0 for row in rows for column in (*times, *ratios))
 
     rows, _ = written(tmp_path, "operator-memory")
     assert [(row["pass"], row["length"]) for row in rows] == [("forward", 512), ("forward+backward", 512)]
@@ -67,6 +71,20 @@ def test_operator(tmp_path):
         for variant in ("sdpa", "cpu"):
             assert row[f"{variant} MiB"] > 0.9 * tensors * tensor
             assert row[f"{variant} MiB/1000 tokens"] == pytest.approx(row[f"{variant} MiB"] / 0.512)
+
+
+@needs_extension
+def test_ratios_are_of_the_same_round(bench, monkeypatch):
+    """The machine's speed may differ between rounds. The quotient of the medians would be 1.5."""
+    taken = {"sdpa": [1e-3, 2e-3, 9e-3, 8e-3, 1e-3], "cpu": [3e-3, 2e-3, 27e-3, 8e-3, 3e-3], "eager": [6e-3] * 5}
+    operator = bench("operator_cpu")
+    monkeypatch.setattr(operator.timing, "rounds", lambda calls, seconds: taken)
+    row = operator.time_row("float32", "forward", 1, 2, 16, seconds=0)
+    assert [row[name] for name in ("sdpa ms", "cpu ms", "calls")] == pytest.approx([2, 3, 5])
+    assert [row[name] for name in ("from", "cpu/sdpa", "to", "eager/cpu")] == pytest.approx([1, 3, 3, 2])
+    table = operator.ratios([row, row | {"batch": 1, "cpu/sdpa": 2.0}]).splitlines()
+    assert "2 x 16" in table[2] and "1 x 16" in table[2] and len(table) == 5
+    assert "3.00 (1.00 to 3.00)" in table[4] and "2.00 (1.00 to 3.00)" in table[4]
 
 
 @needs_extension
@@ -83,3 +101,34 @@ def test_sizes_below_one_are_refused(bench, capsys, name, option, value):
     with pytest.raises(SystemExit):
         bench(name).main(["--quick", f"{option}={value}"])
     assert f"argument {option}: must be an integer of at least 1, got {value}" in capsys.readouterr().err
+
+
+CPUINFO = "processor : 0\nvendor_id : Some\nflags\t\t: fpu avx2 avx512f amx_tile\nbugs : none\n\nprocessor : 1\n"
+
+
+def test_what_computes_is_named(bench, tmp_path, monkeypatch):
+    """Processor, instructions, libraries, kernels, and variables that limit them."""
+    timing = bench("timing")
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(CPUINFO)
+    monkeypatch.setattr(timing, "CPUINFO", cpuinfo)
+    for name in timing.LIMITS:
+        monkeypatch.delenv(name, raising=False)
+    found = timing.arithmetic.__wrapped__()
+    assert found["instructions"] == "avx2 yes, avx512f yes, avx512_bf16 no, amx_tile yes, amx_bf16 no"
+    for library, there in (("MKL", torch.backends.mkl), ("oneDNN", torch.backends.mkldnn)):
+        pattern = rf"\b{library} \d+\.\d" if there.is_available() else rf"no {library}\b"
+        assert re.search(pattern, found["torch computes with"])
+    assert found["torch computes with"].startswith(torch.backends.cpu.get_cpu_capability())
+    assert found["deberta_fast computes with"] == (cpu.instruction_sets() or ["no compiled kernels"])[0]
+    assert found["cpu"] == timing.provenance()["cpu"] and "limits" not in found
+
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    cpuinfo.unlink()
+    limited = timing.arithmetic.__wrapped__()
+    assert limited["limits"] == "ONEDNN_MAX_CPU_ISA=AVX2" and limited["instructions"] == "not known"
+
+
+def test_a_library_that_is_switched_off_is_not_named(bench, monkeypatch):
+    monkeypatch.setattr(torch.backends, "mkldnn", SimpleNamespace(is_available=lambda: True, enabled=False))
+    assert bench("timing").arithmetic.__wrapped__()["torch computes with"].endswith("no oneDNN")

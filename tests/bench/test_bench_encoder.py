@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parents[2]
-TINY = "--models tiny --lengths 24 --tokens 72 --seconds 0 --device cpu --out".split()
+TINY = "--models tiny --lengths 24 --tokens 72 --seconds 0 --device cpu --dtypes float32 --out".split()
 OURS = ("patched", "patched-unpad", "native", "native-packed")
 
 
@@ -32,7 +32,8 @@ def measured(bench, tmp_path):
 
 
 def test_rows(bench, tmp_path, capsys):
-    names = ["eager", *OURS, "modernbert", "native-graph", "int8"]
+    timing = bench("timing")
+    names = ["eager", *OURS, "bert", "bert-onednn", "modernbert", "native-graph", "int8"]
     bench("encoder").main([*TINY, str(tmp_path), "--variants", *names, "--name", "models"])
     record, text = json.loads((tmp_path / "models.json").read_text()), (tmp_path / "models.md").read_text()
     rows = record["rows"]
@@ -41,17 +42,21 @@ def test_rows(bench, tmp_path, capsys):
         ("forward", 3, "variable", 39), ("forward", 3, "full", 72), ("forward", 1, "full", 24),
         ("forward+backward", 3, "variable", 39), ("forward+backward", 3, "full", 72),
     ]  # fmt: skip
-    assert [row["variant"] for row in rows[:7]] == [*names[:6], "int8"]  # a graph needs a GPU
+    assert [row["variant"] for row in rows[:9]] == [*names[:8], "int8"]  # a graph needs a GPU
     assert "int8" not in {row["variant"] for row in rows if row["pass"] == "forward+backward"}
     assert not {row["variant"] for row in rows if row["lengths"] == "full"} & {"patched-unpad", "native-packed"}
     assert all("error" not in row and row["calls"] == 2 for row in rows)
-    assert all(row["difference"] < 1e-5 for row in rows if row["variant"] in OURS)
-    times = {row["variant"]: row["ms"] for row in rows[:7]}
-    for row in rows[:7]:
+    assert all(row["difference"] < 1e-5 for row in rows if row["variant"] in (*OURS, "bert-onednn"))
+    times = {row["variant"]: row["ms"] for row in rows[:9]}
+    for row in rows[:9]:
         assert row["x eager"] == pytest.approx(times["eager"] / row["ms"])
+        assert row["x bert"] == pytest.approx(min(times["bert"], times["bert-onednn"]) / row["ms"])
         assert row["x modernbert"] == pytest.approx(times["modernbert"] / row["ms"])
         assert row["tokens/s"] == pytest.approx(39 / row["ms"] * 1000)
-    assert "## tiny, forward: ms (x eager)" in text and "## tiny, forward+backward: ms (x eager)" in text
+    for one in ("forward", "forward+backward"):
+        assert f"## tiny, {one}: ms (x eager)" in text and f"## tiny, {one}: tokens/s (x bert)" in text
+    cell = f"{timing.cell(rows[0]['tokens/s'])} ({rows[0]['x bert']:.2f}x)"
+    assert cell in text.partition("tokens/s (x bert)")[2]
     assert len(capsys.readouterr().out.splitlines()) == len(rows)
 
 
@@ -112,11 +117,41 @@ def test_order(bench):
     assert not [case for case in on_gpu if case[0] == "float32" and case[2] != 512]
     assert set(cases("--device cpu --quick")) == {("float32", "forward", 128)}
     assert {case[2] for case in cases("--device cuda --dtypes float32 --lengths 64")} == {64}
+    assert {case[0] for case in cases("--device cpu")} == {"float32", "bfloat16"}
 
 
 def test_no_row_is_begun_too_late(bench, tmp_path, capsys):
     bench("encoder").main([*TINY, str(tmp_path), "--limit", "0"])
     assert capsys.readouterr().out == "out of time before forward of 3 x 24, float32\n"
+
+
+def test_bert_is_of_deberta_s_size(bench):
+    """Width, depth and heads, so that it differs only in its positions."""
+    variants = bench("variants.model")
+    encoders = variants.Encoders("tiny", torch.float32, "cpu")
+    bert, deberta = encoders.bert(), encoders.deberta
+    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"):
+        assert getattr(bert.config, name) == getattr(deberta.config, name)
+    count = lambda model: sum(parameter.numel() for parameter in model.encoder.layer.parameters())
+    assert count(bert) == count(deberta) and bert.config._attn_implementation == "sdpa"
+
+
+def test_bert_without_positions_is_left_out(bench, measured, monkeypatch):
+    """An index beyond its table would end the process on a GPU."""
+    monkeypatch.setattr(bench("variants.model"), "BERT_POSITIONS", 23)
+    rows = measured("eager", "bert", "bert-onednn", "modernbert")
+    assert rows.keys() == {"eager", "modernbert"} and "x bert" not in rows["eager"]
+
+
+def test_bert_s_linear_layers_are_ours(bench, monkeypatch):
+    """bert-onednn calls the product of native models, for all six of a layer; bert does not."""
+    variants, shapes = bench("variants.model"), []
+    product = variants.onednn_linear.product
+    monkeypatch.setattr(variants.onednn_linear, "product", lambda x, *w: shapes.append(x.shape) or product(x, *w))
+    encoders, batch = variants.Encoders("tiny", torch.float32, "cpu"), variants.Batch(3, 24, True, "cpu")
+    for name, calls in (("bert", 0), ("bert-onednn", 12)):
+        variants.build_call(encoders, name, "forward", batch)()
+        assert len(shapes) == calls
 
 
 def test_onnxruntime_at_other_lengths_than_exported(bench, measured):

@@ -222,7 +222,7 @@ bool decode(const greg_t* registers, Instruction& it) {
     const uint8_t byte = *code++;
     base = byte & 7;
     const unsigned index = (byte >> 3 & 7) | high_index;
-    if (index != 4) it.index = registers[kRegisters[index]] << (byte >> 6);
+    if (index != 4) it.index = registers[kRegisters[index]] * (1 << (byte >> 6));
   }
   const bool no_base = mode == 0 && base == 5;
   int32_t displacement = 0;
@@ -279,18 +279,19 @@ struct sigaction before;
 void handle(int signal, siginfo_t* info, void* context) {
   greg_t* const registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
   Instruction it{};
-  const bool from_processor = info->si_code > 0;  // and not from kill()
-  if (from_processor && decode(registers, it)) {
-    counts[it.kind].fetch_add(1, std::memory_order_relaxed);
-    execute(it);
-    registers[REG_RIP] = it.next;
-  } else if (before.sa_flags & SA_SIGINFO) {
-    before.sa_sigaction(signal, info, context);
+  if (decode(registers, it)) {
+    // A signal takes longer than most instructions, so those that follow at once are executed with the first.
+    do {
+      counts[it.kind].fetch_add(1, std::memory_order_relaxed);
+      execute(it);
+      registers[REG_RIP] = it.next;
+    } while (decode(registers, it));
   } else if (before.sa_handler == SIG_DFL || before.sa_handler == SIG_IGN) {
     sigaction(SIGILL, &before, nullptr);
     raise(SIGILL);  // It arrives when this handler returns.
   } else {
-    before.sa_handler(signal);
+    // Linux passes these arguments to every handler, with SA_SIGINFO or not.
+    before.sa_sigaction(signal, info, context);
   }
 }
 

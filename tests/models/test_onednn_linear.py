@@ -1,22 +1,28 @@
 """Projections run in oneDNN where it is faster; a module that does more than a product runs itself."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from deberta_fast.models import onednn_linear as projection
+from deberta_fast.models.activation import activation, gelu_of
 from deberta_fast.models.onednn_linear import project
+
+is_faster = projection._is_faster
 
 
 @pytest.fixture(autouse=True)
-def slow_mkl(monkeypatch):
-    """Each test runs as on a processor where MKL is slow."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+def fast_onednn(monkeypatch):
+    """Each test runs as on a processor where oneDNN is faster for every product, however small."""
+    if not projection._supports(torch.float32):
         pytest.skip("torch without oneDNN")
-    monkeypatch.setattr(projection, "_mkl_is_slow", lambda: True)
+    monkeypatch.setattr(projection, "_is_faster", lambda *call: True)
+    monkeypatch.setattr(projection, "_choices", {})
 
 
 @pytest.fixture
@@ -110,9 +116,8 @@ def of_quantised(linear):
         replaced,
         parametrized,
         lambda linear: linear.double(),
-        lambda linear: linear.bfloat16(),
     ],
-    ids=["weight", "subclass", "wrapper", "hook", "pre-hook", "forward", "parametrization", "float64", "bfloat16"],
+    ids=["weight", "subclass", "wrapper", "hook", "pre-hook", "forward", "parametrization", "float64"],
 )
 def test_what_is_more_than_a_product_runs_itself(by_onednn, other):
     linear = other(nn.Linear(16, 16))
@@ -122,12 +127,11 @@ def test_what_is_more_than_a_product_runs_itself(by_onednn, other):
     assert not any(by_onednn)
 
 
-def test_autocast_few_rows_and_hooks_keep_torchs_choice(by_onednn):
+def test_autocast_and_hooks_keep_torchs_choice(by_onednn):
     linear, x = nn.Linear(16, 16), torch.randn(9, 16)
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
             assert project(linear, x).dtype == torch.bfloat16
-        project(linear, x[:1])  # too few rows
         handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
         project(linear, x)
         handle.remove()
@@ -273,3 +277,176 @@ def test_copies_and_casts_are_seen(by_onednn):
         linear.weight.zero_()
         torch.testing.assert_close(project(linear, x), linear.bias.expand(9, -1))
     assert all(by_onednn)
+
+
+def half_or_skip(dtype):
+    if not projection._supports(dtype):
+        pytest.skip(f"oneDNN has no products in {dtype} on this processor")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inputs", [48, 2048])
+def test_half_precision(by_onednn, dtype, inputs):
+    half_or_skip(dtype)
+    torch.manual_seed(0)
+    linear, x = nn.Linear(inputs, 40, dtype=dtype), torch.randn(3, 20, inputs, dtype=dtype, requires_grad=True)
+    exact, given = copy.deepcopy(linear).double(), x.detach().double().requires_grad_()
+    gradient = torch.randn(3, 20, 40, dtype=dtype)
+    found = []
+    for call, leaf in ((linear, linear), (lambda x: project(linear, x), linear), (exact, exact)):
+        y = call(given if call is exact else x)
+        leaves = [given if call is exact else x, *leaf.parameters()]
+        found.append([y, *torch.autograd.grad(y, leaves, gradient.to(y))])
+    for torchs, ours, want in zip(*found, strict=True):
+        assert ours.dtype == dtype
+        assert (ours - want).abs().mean() <= 2 * (torchs - want).abs().mean() + 1e-12
+        assert (ours - want).abs().max() <= 2 * (torchs - want).abs().max() + 1e-12
+    assert by_onednn == [True] * 3
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_new"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("inputs", [768, 1100])
+def test_gelu_in_the_product(monkeypatch, name, dtype, inputs):
+    """Without gradients, oneDNN applies the GELU; it is as precise as torch's, which rounds the product first."""
+    half_or_skip(dtype)
+    torch.manual_seed(0)
+    linear, x = nn.Linear(inputs, 80, dtype=dtype), 2 * torch.randn(100, inputs, dtype=dtype)
+    act = activation(name)
+    want = act(copy.deepcopy(linear).double()(x.double()))
+    torchs = act(linear(x))
+    fused = dtype != torch.float32 or inputs <= projection.DEEPEST  # a deep product is a sum of products
+    with monkeypatch.context() as patched:
+        if fused:
+            patched.setattr(F, "gelu", None)
+        with torch.no_grad():
+            ours = project(linear, x, act)
+    assert (ours - want).abs().mean() <= 2 * (torchs - want).abs().mean()
+    assert (ours - want).abs().max() <= 2 * (torchs - want).abs().max() + torch.finfo(dtype).eps
+    torch.testing.assert_close(project(linear, x, act).detach(), torchs.detach(), rtol=1e-2, atol=1e-2)
+
+
+def test_gelu_of_no_number():
+    given = torch.tensor([float("nan"), float("inf"), 1e30, -1e30, 100.0, -100.0])
+    got = projection.product(torch.ones(1, 1), given[:, None], None, "none")[0]
+    torch.testing.assert_close(got, F.gelu(given), equal_nan=True)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_through_gelu(by_onednn, frozen):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(48, 40).requires_grad_(not frozen), torch.randn(9, 48)
+    got, expected = project(linear, x, F.gelu), F.gelu(linear(x))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert all(by_onednn) and got.requires_grad is not frozen
+    if not frozen:
+        grads = [torch.autograd.grad(y.square().sum(), list(linear.parameters())) for y in (got, expected)]
+        torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-4)
+
+
+def test_other_activations_run_themselves():
+    linear, x, calls = nn.Linear(16, 16), torch.randn(9, 16), []
+    with torch.no_grad():
+        torch.testing.assert_close(project(linear, x, torch.tanh), linear(x).tanh())
+        act = nn.GELU()
+        act.register_forward_hook(lambda *_: calls.append(1))
+        torch.testing.assert_close(project(linear, x, act), act(linear(x)))
+        hooked_linear = hooked(nn.Linear(16, 16))
+        torch.testing.assert_close(project(hooked_linear, x, F.gelu), F.gelu(hooked_linear(x)))
+    assert len(calls) == 2
+
+
+def test_the_activations_that_are_gelu():
+    activations = pytest.importorskip("transformers.activations")
+    assert gelu_of(activation("gelu")) == gelu_of(activations.ACT2FN["gelu"]) == "none"
+    assert gelu_of(activation("gelu_new")) == gelu_of(activations.ACT2FN["gelu_pytorch_tanh"]) == "tanh"
+    assert gelu_of(copy.deepcopy(activation("gelu_new"))) == "tanh"
+    for name in ("gelu_python", "gelu_10", "gelu_new", "gelu_accurate", "quick_gelu", "relu"):
+        assert gelu_of(activations.ACT2FN[name]) is None, name
+    changed = activations.GELUActivation()
+    changed.forward = lambda x: x
+    others = (
+        changed,
+        hooked(activations.GELUActivation()),
+        F.relu,
+        functools.partial(F.gelu, torch.zeros(1)),
+        nn.GELU(),
+    )
+    assert [gelu_of(other) for other in others] == [None] * len(others)
+
+
+class Clock:
+    """Makes one of two alternating calls take longer, by torch's clock in the module."""
+
+    def __init__(self, *seconds):
+        self.seconds, self.calls, self.now = seconds, 0, 0.0
+
+    def perf_counter(self):
+        self.calls += 1
+        if self.calls % 2 == 0:
+            self.now += self.seconds[(self.calls // 2 - 1) % 2]
+        return self.now
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Decides by measurement again, with a clock that shows a call by torch and one by oneDNN these seconds."""
+    monkeypatch.setattr(projection, "SMALLEST", 0)
+
+    def with_clock(*seconds):
+        monkeypatch.setattr(projection, "_is_faster", is_faster)
+        monkeypatch.setattr(projection, "time", clock := Clock(*seconds))
+        return clock
+
+    return with_clock
+
+
+@pytest.mark.parametrize("torchs, onednns, chosen", [(2.0, 1.0, True), (1.0, 2.0, False), (1.0, 0.99, False)])
+def test_the_faster_one_is_chosen(by_onednn, measured, torchs, onednns, chosen):
+    measured(torchs, onednns)
+    with torch.no_grad():
+        linear, x = nn.Linear(16, 16), torch.randn(9, 16)
+        torch.testing.assert_close(project(linear, x), linear(x))
+    assert by_onednn == [chosen]
+
+
+def test_a_kind_is_measured_once(measured):
+    clock = measured(2.0, 1.0)
+    linear, other = nn.Linear(16, 16), nn.Linear(17, 31)
+
+    def measures(*call):
+        before = clock.calls
+        with torch.no_grad():
+            project(*call)
+        return clock.calls > before
+
+    assert measures(linear, torch.randn(9, 16))
+    assert not measures(linear, torch.randn(15, 16)) and not measures(nn.Linear(31, 17), torch.randn(8, 31)[:, :31])
+    assert not measures(other, torch.randn(9, 17))
+    assert measures(linear, torch.randn(16, 16)) and measures(linear, torch.randn(9, 16), F.gelu)
+    assert measures(nn.Linear(32, 16), torch.randn(9, 32)) and measures(nn.Linear(16, 16, False), torch.randn(9, 16))
+    assert measures(linear, torch.randn(200, 16)) and not measures(linear, torch.randn(5000, 16))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert measures(linear, torch.randn(9, 16))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_what_is_not_measured(by_onednn, measured, monkeypatch):
+    """Deterministic algorithms, small products and programs that count operators keep torch's choice."""
+    clock = measured(2.0, 1.0)
+    linear, x = nn.Linear(16, 16), torch.randn(9, 16)
+    with torch.no_grad():
+        torch.use_deterministic_algorithms(True)
+        try:
+            project(linear, x)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as counted:
+            projection.product(x, linear.weight, linear.bias)
+        assert counted.get_total_flops() == 2 * 9 * 16 * 16
+        monkeypatch.setattr(projection, "SMALLEST", 9 * 16 * 16 + 1)
+        project(linear, x)
+    assert by_onednn == [False] * 3 and clock.calls == 0

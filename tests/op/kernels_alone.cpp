@@ -264,11 +264,62 @@ bool run(const Case& c, const Kernels& kernels) {
   return right;
 }
 
+// The norm of a sum, in two parts of rows.
+bool run_norm(int64_t rows, int64_t size, Element element, const NormKernels& kernels) {
+  Case c{"norm", 1, 1, rows, rows, size};
+  c.element = element;
+  const int64_t all = rows * size;
+  Numbers x(all, element), residual(all, element), weight(size, element), bias(size, element), dy(all, element);
+  Doubles y(all), grad_sum(all), grad_weight(size), grad_bias(size);
+  constexpr double kEps = 0.01;
+  for (int64_t r = 0; r < rows; ++r) {
+    double mean = 0, variance = 0, total = 0, along = 0;
+    Doubles s(size), dz(size);
+    for (int64_t d = 0; d < size; ++d) s[d] = x.exact[r * size + d] + residual.exact[r * size + d], mean += s[d] / size;
+    for (int64_t d = 0; d < size; ++d) variance += (s[d] - mean) * (s[d] - mean) / size;
+    const double q = 1 / std::sqrt(variance + kEps);
+    for (int64_t d = 0; d < size; ++d) {
+      const double z = (s[d] - mean) * q, g = dy.exact[r * size + d];
+      y[r * size + d] = z * weight.exact[d] + bias.exact[d];
+      grad_weight[d] += g * z, grad_bias[d] += g;
+      dz[d] = g * weight.exact[d], total += dz[d] / size, along += dz[d] * z / size;
+    }
+    for (int64_t d = 0; d < size; ++d) grad_sum[r * size + d] = q * (dz[d] - total - (s[d] - mean) * q * along);
+  }
+  Numbers sum(all, element), out(all, element), dsum(all, element), dweight(size, element), dbias(size, element);
+  std::vector<float> mean(rows), inverse_root(rows), partial(2 * 2 * size);
+  AddNorm a{};
+  a.element = element, a.rows = rows, a.size = size, a.eps = kEps;
+  a.x = x.data(), a.residual = residual.data(), a.weight = weight.data(), a.bias = bias.data();
+  a.output = out.data();
+  kernels.add_norm(a, 0, rows);
+  const auto same = [&](const char* what, const Doubles& want, const Numbers& got) {
+    return check(c, what, want, [&](int64_t i) { return got.got(i); });
+  };
+  if (!same("output without statistics", y, out)) return false;
+  a.sum = sum.data(), a.mean = mean.data(), a.inverse_root = inverse_root.data();
+  kernels.add_norm(a, 0, rows / 2), kernels.add_norm(a, rows / 2, rows);
+  AddNormBackward b{};
+  b.element = element, b.rows = rows, b.size = size, b.grad_output = dy.data(), b.sum = sum.data();
+  b.weight = weight.data(), b.mean = mean.data(), b.inverse_root = inverse_root.data(), b.grad_sum = dsum.data();
+  b.partial = partial.data();
+  kernels.add_norm_backward(b, 0, 0, rows / 2), kernels.add_norm_backward(b, 1, rows / 2, rows);
+  kernels.store_norm_sums(b, 2, 0, dweight.data()), kernels.store_norm_sums(b, 2, 1, dbias.data());
+  return same("output", y, out) && same("grad_sum", grad_sum, dsum) && same("grad_weight", grad_weight, dweight) &&
+         same("grad_bias", grad_bias, dbias);
+}
+
 }  // namespace
 
 int main() {
   for (const Case& c : kCases) {
     if (!run(c, DEBERTA_FAST_ISA::kernels)) return 1;
   }
+  for (const Element element : {Element::float32, Element::bfloat16, Element::float16}) {
+    for (const int64_t size : {1, 5, 64, 100, 131}) {
+      if (!run_norm(7, size, element, DEBERTA_FAST_ISA::norm_kernels)) return 1;
+    }
+  }
+  std::puts("norm");
   std::puts("ok");
 }

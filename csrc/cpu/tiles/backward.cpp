@@ -37,12 +37,25 @@ struct Gradient {
   }
 };
 
+// The gradient of an expanded table, transposed: (D, distances_pitch_), or null if it is not wanted.
+struct ByDistance {
+  static constexpr Range kNothing{INT64_MAX, 0};
+
+  float* columns = nullptr;
+  Range touched = kNothing;  // all columns outside are zero
+
+  void touch(Range more) { touched = {std::min(touched.start, more.start), std::max(touched.stop, more.stop)}; }
+};
+
 class BackwardPass : ScoreTiles {
  public:
   BackwardPass(const Attention& a, const Backward& b) : ScoreTiles(a), b_(b) {
     memory_ = allocate([&](Carver& carver) { carve(carver); });
     // The margins to the left stay zero.
     for (const Gradient& g : {da_, da_t_}) std::fill_n(g.rows - kMargin, kMaxBlockRows * g.pitch, uint16_t{0});
+    for (const ByDistance& g : {grad_key_by_distance_, grad_query_by_distance_}) {
+      if (g.columns) std::fill_n(g.columns, size_ * distances_pitch_, 0.0f);
+    }
   }
 
   void items(int64_t wave, int64_t begin, int64_t end) {
@@ -50,19 +63,19 @@ class BackwardPass : ScoreTiles {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t part = item % a_.parts, group = item / a_.parts % b_.groups;
       head_ = item / a_.parts / b_.groups;
-      if (b_.pos_key_sums) std::fill_n(grad_key_by_distance_, size_ * distances_pitch_, 0.0f);
-      if (b_.pos_query_sums) std::fill_n(grad_query_by_distance_, size_ * distances_pitch_, 0.0f);
       std::fill_n(far_grad_key_, 2 * size_, 0.0f);
       std::fill_n(far_grad_query_, 2 * size_, 0.0f);
       for (int64_t s = group == 0 ? 0 : b_.group_ends[group - 1]; s < b_.group_ends[group]; ++s) {
         run(s, part, keys_of_part(a_.sequences[s].keys, a_.parts, (part + wave) % a_.parts));
       }
       if (b_.pos_key_sums) {
-        sum_by_slot(a_, rows_of_distances(grad_key_by_distance_), far_grad_key_, -a_.first_distance, -1, wave == 0,
-                    row_, b_.pos_key_sums + item * rows);
+        const Range touched = to_rows(grad_key_by_distance_);
+        sum_by_slot(a_, by_distance_, far_grad_key_, -a_.first_distance, -1, touched, wave == 0, row_,
+                    b_.pos_key_sums + item * rows);
       }
       if (b_.pos_query_sums) {
-        sum_by_slot(a_, rows_of_distances(grad_query_by_distance_), far_grad_query_, -last_distance, 1, wave == 0, row_,
+        const Range touched = to_rows(grad_query_by_distance_);
+        sum_by_slot(a_, by_distance_, far_grad_query_, -last_distance, 1, touched, wave == 0, row_,
                     b_.pos_query_sums + item * rows);
       }
     }
@@ -91,8 +104,8 @@ class BackwardPass : ScoreTiles {
     keep_ = carver(kBackwardKeys + 4 * kLanes), row_ = carver(size_);
     for (float*& sums : column_sums_) sums = carver(keys);
     far_grad_key_ = carver(2 * size_), far_grad_query_ = carver(2 * size_);
-    if (b_.pos_key_sums) grad_key_by_distance_ = carver(size_ * distances_pitch_);
-    if (b_.pos_query_sums) grad_query_by_distance_ = carver(size_ * distances_pitch_);
+    if (b_.pos_key_sums) grad_key_by_distance_.columns = carver(size_ * distances_pitch_);
+    if (b_.pos_query_sums) grad_query_by_distance_.columns = carver(size_ * distances_pitch_);
     if (b_.pos_key_sums || b_.pos_query_sums) by_distance_ = carver(distances_pitch_ * size_);
   }
 
@@ -199,13 +212,13 @@ class BackwardPass : ScoreTiles {
       const int64_t first = key - block.position - a_.first_distance;
       da_.clear_margin(rows, columns);
       add_distance_gradients(rows, columns, da_, first, a_.key_by_distance, dq_, {query_columns_, kMaxBlockRows},
-                             b_.pos_key_sums ? grad_key_by_distance_ : nullptr);
+                             grad_key_by_distance_);
     }
     if (a_.pos_query.data) {
       const int64_t first = block.position - key + a_.first_distance + a_.distances - 1;
       da_t_.clear_margin(columns, rows);
       add_distance_gradients(columns, rows, da_t_, first, a_.query_by_distance, dk, {key_columns_ + local, keys_pitch_},
-                             b_.pos_query_sums ? grad_query_by_distance_ : nullptr);
+                             grad_query_by_distance_);
     }
   }
 
@@ -245,24 +258,25 @@ class BackwardPass : ScoreTiles {
     }
   }
 
-  // Adds (9) for rows x, which are queries or keys, and their table: dx by strips of rows, and the gradient of the table,
-  // (D, distances), by strips of distances, unless it is null. Cell `first` of the table is the distance of the tile's
+  // Adds (9) for rows x, which are queries or keys, and their table: dx by strips of rows, and the gradient of the table
+  // by strips of distances, if it is wanted. Cell `first` of the table is the distance of the tile's
   // first row and column.
   void add_distance_gradients(int64_t rows, int64_t columns, const Gradient& g, int64_t first, const float* tables,
-                              float* dx, Left x_columns, float* grad_table) {
+                              float* dx, Left x_columns, ByDistance& grad_table) {
     const uint16_t* const table = reinterpret_cast<const uint16_t*>(tables + head_ * a_.distances * size_);
     for (int64_t r = 0; r < rows; r += kPaddedRows) {
       product(kPaddedRows / kTile, size_ / kTile, (columns + kMargin) / kDepth, {g.row(r) - kMargin, g.pitch + 1},
               pairs(table + (first - r - kMargin) * size_, size_), {dx + r * size_, size_}, {dx + r * size_, size_});
     }
-    if (grad_table == nullptr) return;
+    if (grad_table.columns == nullptr) return;
+    grad_table.touch({first - rows, first + columns});
     g.fill_pairs(rows, columns);
     constexpr int64_t kStep = 2 * kTile;
     for (int64_t e = -rows; e < columns; e += kStep) {
       // The rows that have these distances within the tile.
       const int64_t from = std::max<int64_t>(-e - kStep, 0), to = std::min(rows, columns - e);
       const int64_t row = 2 * (g.pitch + 2);
-      const Sums sums{grad_table + first + e, distances_pitch_};
+      const Sums sums{grad_table.columns + first + e, distances_pitch_};
       product(size_ / kTile, kStep / kTile, (to - from) / kDepth, {x_columns.data + from, x_columns.row},
               {g.pairs + from * g.pitch + 2 * (from + e), row, kTile * row, 2 * kTile}, {sums.data, sums.row}, sums);
     }
@@ -273,6 +287,7 @@ class BackwardPass : ScoreTiles {
     for (const Side side : {kPast, kFuture}) {
       far_row(a_, a_.pos_key, head_, side, 1.0f, row_);
       for (int64_t r = 0; r < block.rows; ++r) {
+        if (row_sums_[side][r] == 0) continue;  // also if the query or the table is not finite
         add_scaled(row_sums_[side][r], row_, dq_ + r * size_, size_);
         add_scaled_half(row_sums_[side][r], query_ + r * size_, far_grad_key_ + side * size_);
       }
@@ -285,6 +300,7 @@ class BackwardPass : ScoreTiles {
       far_row(a_, a_.pos_query, head_, side, 1.0f, row_);
       for (int64_t j = keys.start; j < keys.stop; ++j) {
         const float sum = column_sums_[side][j - first_sum_];
+        if (sum == 0) continue;
         add_scaled(sum, row_, dk_ + (j - first_sum_) * size_, size_);
         add_scaled_half(sum, key_ + (j - first_key_) * size_, far_grad_query_ + side * size_);
       }
@@ -296,14 +312,20 @@ class BackwardPass : ScoreTiles {
     for (int64_t d = 0; d < size_; d += kLanes) store(y + d, load(y + d) + Bfloat16::load(x + d) * factor);
   }
 
-  // Transposes the gradient of a table, (D, distances), to rows.
-  const float* rows_of_distances(const float* gradient) {
-    for (int64_t t = 0; t < round_up(a_.distances, kTile); t += kTile) {
+  // Moves the gradient of a table to the rows of by_distance_. Returns the distances that it has, and clears it.
+  Range to_rows(ByDistance& gradient) {
+    const Range touched = gradient.touched;
+    for (int64_t t = touched.start; t < touched.stop; t += kTile) {
       for (int64_t d = 0; d < size_; d += kTile) {
-        transpose_words(gradient + d * distances_pitch_ + t, distances_pitch_, by_distance_ + t * size_ + d, size_);
+        transpose_words(gradient.columns + d * distances_pitch_ + t, distances_pitch_, by_distance_ + t * size_ + d,
+                        size_);
       }
     }
-    return by_distance_;
+    for (int64_t d = 0; d < size_ && touched.start < touched.stop; ++d) {
+      std::fill_n(gradient.columns + d * distances_pitch_ + touched.start, touched.stop - touched.start, 0.0f);
+    }
+    gradient.touched = ByDistance::kNothing;
+    return touched;
   }
 
   void store_heads(const Heads& to, const float* from, int64_t batch, int64_t first, int64_t count, float scale) {
@@ -314,16 +336,16 @@ class BackwardPass : ScoreTiles {
   Scratch memory_;
   int64_t head_ = 0, first_key_ = 0, first_sum_ = 0;  // the first of the loaded keys; of dk_, dv_
   int64_t keys_pitch_ = 0, distances_pitch_ = 0;
-  uint16_t *key_pairs_, *key_columns_, *value_t_;          // pairs of (keys, D); (D, keys_pitch_); packed
-  uint16_t *query_pairs_, *query_columns_;                 // pairs of (rows, D); (D, rows)
-  uint16_t *dout_, *dout_pairs_, *output_, *output_t_;     // (rows, D); pairs; (rows, D); packed
-  uint16_t *p_, *p_t_;                                     // (rows, kBackwardKeys); (keys, kMaxBlockRows)
-  Gradient da_, da_t_;                                     // dA and its transpose
-  float *dp_, *dq_, *dk_, *dv_;                            // (rows, kBackwardKeys); (rows, D); (keys, D)
-  float *keep_, *row_, *by_distance_;                      // dropout of a row; (D); (distances, D)
-  float *column_sums_[2], row_sums_[2][kMaxBlockRows];     // of dA of far keys on either side
-  float *far_grad_key_, *far_grad_query_;                  // (2, D)
-  float *grad_key_by_distance_, *grad_query_by_distance_;  // (D, distances_pitch_)
+  uint16_t *key_pairs_, *key_columns_, *value_t_;       // pairs of (keys, D); (D, keys_pitch_); packed
+  uint16_t *query_pairs_, *query_columns_;              // pairs of (rows, D); (D, rows)
+  uint16_t *dout_, *dout_pairs_, *output_, *output_t_;  // (rows, D); pairs; (rows, D); packed
+  uint16_t *p_, *p_t_;                                  // (rows, kBackwardKeys); (keys, kMaxBlockRows)
+  Gradient da_, da_t_;                                  // dA and its transpose
+  float *dp_, *dq_, *dk_, *dv_;                         // (rows, kBackwardKeys); (rows, D); (keys, D)
+  float *keep_, *row_, *by_distance_;                   // dropout of a row; (D); (distances, D)
+  float *column_sums_[2], row_sums_[2][kMaxBlockRows];  // of dA of far keys on either side
+  float *far_grad_key_, *far_grad_query_;               // (2, D)
+  ByDistance grad_key_by_distance_, grad_query_by_distance_;
   RowStatistics statistics_;
   float delta_[kMaxBlockRows];
 };

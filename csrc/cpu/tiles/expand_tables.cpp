@@ -19,8 +19,7 @@ void expand_tables(const Attention& a, bool with_rows, int64_t begin, int64_t en
     for (int64_t t = start; t < start + a.reached; ++t) {
       const int64_t slot = slot_of(a, -(first + step * t));
       const auto* row = static_cast<const uint16_t*>(table.data) + head * table.head + slot * table.row;
-      std::memcpy(rows + t * size, row, a.size * sizeof(*row));
-      std::fill_n(rows + t * size + a.size, size - a.size, uint16_t{0});
+      copy_row(row, a.size, rows + t * size, size);
     }
     std::fill_n(rows + (start + a.reached) * size, (count - start - a.reached) * size, uint16_t{0});
     pack_transposed(rows, count, size, reinterpret_cast<uint16_t*>(transposed + head * size * a.pitch));

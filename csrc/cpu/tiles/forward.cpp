@@ -65,10 +65,10 @@ class ForwardPass : ScoreTiles {
     for (int64_t r = 0; r < block.rows; ++r) {
       const float* const row = scores_ + r * pitch_;
       const Vector constant = broadcast(constants(side)[r]);
-      const auto score = [&](int64_t c) { return load(row + c) * scale + constant; };
-      Vector largest = score(0);
-      for (int64_t c = kLanes; c < columns; c += kLanes) largest = max(largest, score(c));
-      const float row_max = std::max(row_max_[r], maximum(largest));
+      Vector largest = load(row);
+      for (int64_t c = kLanes; c < columns; c += kLanes) largest = max(largest, load(row + c));
+      const auto score = [&](Vector s) { return s * scale + constant; };
+      const float row_max = std::max(row_max_[r], score(broadcast(maximum(largest)))[0]);
       const float shift = row_max == -kInfinity ? 0.0f : row_max;  // without a visible key yet: 2^(-inf - 0) = 0
       uint16_t* const p_row = p_ + r * kForwardKeys;
       if (a_.dropout) {
@@ -76,7 +76,7 @@ class ForwardPass : ScoreTiles {
       }
       Vector sums{};
       for (int64_t c = 0; c < columns; c += kLanes) {
-        const Vector p = exp2(score(c) - shift);  // the score is rounded first, as in backward
+        const Vector p = exp2(score(load(row + c)) - shift);  // the score is rounded first, as in backward
         sums += p;
         store_rounded(p_row + c, a_.dropout ? p * load(keep_ + c) : p);
       }

@@ -12,6 +12,6 @@ void store_sums(const Attention&, const Backward&, int64_t begin, int64_t end);
 void store_table(const Attention&, const Backward&, const float* sums, float scale, void* gradient, int64_t begin,
                  int64_t end);
 
-const Kernels kernels = {expand_tables, forward, backward, store_sums, store_table, kDepth, kTile, false};
+const Kernels kernels = {expand_tables, forward, backward, store_sums, store_table, kDepth, kTile, 12, false};
 
 }  // namespace deberta_fast::DEBERTA_FAST_ISA

@@ -35,10 +35,7 @@ INLINE void store_rounded(uint16_t* p, Vector v) {
 
 // Returns kLanes words (upper[c], lower[c]).
 INLINE Vector interleaved(const uint16_t* upper, const uint16_t* lower) {
-  const auto wide = [](const uint16_t* from) {
-    return __builtin_convertvector(*reinterpret_cast<const AnyHalves*>(from), Words);
-  };
-  return (Vector)(wide(upper) | wide(lower) << 16);
+  return (Vector)(widened(upper) | widened(lower) << 16);
 }
 
 // Writes `count` of these words, a multiple of kLanes.
@@ -46,14 +43,19 @@ INLINE void interleave(const uint16_t* upper, const uint16_t* lower, int64_t cou
   for (int64_t c = 0; c < count; c += kLanes) store(words(to + 2 * c), interleaved(upper + c, lower + c));
 }
 
+// Copies a row of D numbers, with zeros up to `pitch`.
+INLINE void copy_row(const uint16_t* from, int64_t size, uint16_t* to, int64_t pitch) {
+  int64_t d = 0;
+  for (; d + 2 * kLanes <= size; d += 2 * kLanes) store(words(to + d), load(words(from + d)));
+  for (; d < size; ++d) to[d] = from[d];
+  for (; d < pitch; ++d) to[d] = 0;
+}
+
 // Copies rows of D numbers to (count rounded up to kPaddedRows, pitch) with zeros in the padding.
 template <class Row>
 void copy_padded(Row row, int64_t count, int64_t size, uint16_t* to, int64_t pitch) {
   const int64_t padded = round_up(count, kPaddedRows);
-  for (int64_t r = 0; r < count; ++r) {
-    std::memcpy(to + r * pitch, row(r), size * sizeof(*to));
-    std::fill_n(to + r * pitch + size, pitch - size, uint16_t{0});
-  }
+  for (int64_t r = 0; r < count; ++r) copy_row(row(r), size, to + r * pitch, pitch);
   std::fill_n(to + count * pitch, (padded - count) * pitch, uint16_t{0});
 }
 

@@ -15,7 +15,8 @@ INLINE const uint16_t* by_distance(const Attention& a, const float* tables, int6
 // The base of the forward and backward passes.
 class ScoreTiles {
  protected:
-  explicit ScoreTiles(const Attention& a) : a_(a), size_(a.padded_size), depth_(size_ / kDepth) {}
+  explicit ScoreTiles(const Attention& a)
+      : a_(a), size_(a.padded_size), depth_(size_ / kDepth), scale_(static_cast<float>(a.scale * kLog2e)) {}
 
   static uint16_t* carve_halves(Carver& carver, int64_t count) {
     return reinterpret_cast<uint16_t*>(carver(div_up(count, 2)));
@@ -57,14 +58,15 @@ class ScoreTiles {
     if (a_.pos_key.data == nullptr) return;  // zeros times an infinite query would be NaN
     products_with_far_rows(query_, padded_rows(block), far_key_rows_, far_constants_[kPast], far_constants_[kFuture]);
     for (auto& constants : far_constants_) {
-      for (float& constant : constants) constant *= factor();
+      for (float& constant : constants) constant *= scale_;
     }
   }
 
   static int64_t padded_rows(const Block& block) { return round_up(block.rows, kPaddedRows); }
 
-  // Scores in base 2 are Z = factor (score + constant of the query).
-  float factor() const { return static_cast<float>(a_.scale * kLog2e); }
+  // Scores in base 2 are Z = factor score + constant of the query. The factor is above 0, so that hidden pairs keep minus
+  // infinity and the largest score the largest Z.
+  float factor() const { return scale_ > 0 ? scale_ : 1; }
   const float* constants(Side side) const { return far_constants_[side]; }
 
   // Calls use(side, key, count) for each tile of the keys [start, stop) that has a visible pair, with its scores in
@@ -81,7 +83,9 @@ class ScoreTiles {
         next = std::min(first_key + round_down(key - first_key, tile_keys) + tile_keys, segment.stop);
         if (!visible_.any(a_, block.first, block.rows, key, next - key)) continue;
         scores(block, segment.side, key - first_key, key, next - key);
-        visible_.hide(a_, block.first, block.rows, key, round_up(next - key, kLanes), scores_, pitch_);
+        const int64_t columns = round_up(next - key, kLanes);
+        if (factor() != scale_) scale_scores(block.rows, columns);
+        visible_.hide(a_, block.first, block.rows, key, columns, scores_, pitch_);
         use(segment.side, key, next - key);
       }
     }
@@ -89,6 +93,7 @@ class ScoreTiles {
 
   const Attention& a_;
   const int64_t size_, depth_;  // D rounded up, in numbers and in tiles
+  const float scale_;           // log2(e) s
   int64_t pitch_ = 0;           // of scores_
   VisibleKeys visible_;
   uint16_t *query_, *key_, *key_t_;  // (rows, D); (keys, D); packed for products that sum over D
@@ -161,6 +166,13 @@ class ScoreTiles {
           store(first + l * pitch_, sum);
         }
       }
+    }
+  }
+
+  void scale_scores(int64_t rows, int64_t columns) {
+    for (int64_t r = 0; r < rows; ++r) {
+      float* const row = scores_ + r * pitch_;
+      for (int64_t c = 0; c < columns; c += kLanes) store(row + c, load(row + c) * scale_);
     }
   }
 

@@ -7,10 +7,6 @@
 // which rounds as AMX does.
 #pragma once
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 #include <cmath>
 
 #include "../vector.h"

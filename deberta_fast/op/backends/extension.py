@@ -1,6 +1,6 @@
 """Loads ``deberta_fast._C``, the compiled kernels of the CPU and CUDA backends, once, or keeps the reason why not.
 
-Both devices implement the same two operators. Their arguments are the tensors that they write, and those of
+Both devices implement the same operators for attention. Their arguments are the tensors that they write, and those of
 csrc/given.h.
 """
 
@@ -19,6 +19,10 @@ SCHEMAS = (
     f"fused_forward(Tensor(a!) output, Tensor(b!)? lse, {_CALL}) -> ()",
     "fused_backward(Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!)? grad_pos_key, "
     f"Tensor(e!)? grad_pos_query, Tensor output, Tensor lse, Tensor grad_output, Tensor? grad_lse, {_CALL}) -> ()",
+    "add_norm(Tensor(a!) output, Tensor(b!)? sum, Tensor(c!)? statistics, Tensor x, Tensor residual, Tensor weight, "
+    "Tensor bias, float eps) -> ()",
+    "add_norm_backward(Tensor(a!) grad_sum, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, Tensor grad_output, "
+    "Tensor sum, Tensor statistics, Tensor weight) -> ()",
     "use_instruction_set(str name) -> ()",
     "bfloat16_instruction_sets() -> str",
     "same_bits(Tensor x, Tensor y) -> bool",
