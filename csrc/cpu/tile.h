@@ -149,8 +149,8 @@ class ScoreTiles {
       const int64_t count = std::min<int64_t>(block.rows - r, kStrip);
       const int32_t* runs = tables_.key.runs.from(first_key - (block.position + r));  // of query r, the strip's first
       const int64_t first = runs[1 - count], last = runs[columns - 1];
-      gemm(count, last - first + 1, a_.size, {query_ + r * size_, size_, 1}, tables_.key.columns + first,
-           tables_.pitch, nullptr, 0, c2p_, kKeyPitch);
+      gemm(count, last - first + 1, a_.size, {query_ + r * size_, size_, 1}, tables_.key.columns + first, tables_.pitch,
+           nullptr, 0, c2p_, kKeyPitch);
       for (int64_t n = 0; n < count; ++n) {
         float* const scores = scores_ + (r + n) * pitch_;
         for (int64_t c = 0; c < columns; c += kLanes) {
@@ -164,7 +164,7 @@ class ScoreTiles {
     for (int64_t group = 0; group < all_keys; group += kKeyGroup) {
       const int64_t keys = std::min(all_keys - group, kKeyGroup), filled = std::min(columns - group, kKeyGroup);
       const int32_t* runs = tables_.query.runs.from(block.position - (first_key + group));  // of the group's first key
-      const int64_t lowest = runs[1 - filled];  // in cell 0 of every key
+      const int64_t lowest = runs[1 - filled];                                              // in cell 0 of every key
       for (int64_t j = 0; j < keys; j += kStrip) {
         const int64_t count = std::min<int64_t>(keys - j, kStrip);
         const int64_t first = runs[1 - count - j], last = runs[block.rows - 1 - j];

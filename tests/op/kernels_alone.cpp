@@ -24,7 +24,7 @@ struct Case {
   double dropout = 0;
   int64_t offset = 0;
   Element element = Element::float32;
-  std::vector<int64_t> packed = {};  // lengths of sequences, instead of a batch
+  std::vector<int64_t> packed = {};         // lengths of sequences, instead of a batch
   int64_t reach = 20, share = 1, skip = 1;  // of the tables
 };
 
@@ -58,9 +58,7 @@ int64_t bucket(const Case& c, int64_t distance) {
   return (distance < 0 ? -shared : shared) * c.skip;
 }
 int64_t rows_of(const Case& c) { return 2 * bucket(c, c.reach); }
-int64_t slot(const Case& c, int64_t distance) {
-  return std::min(bucket(c, distance) + rows_of(c) / 2, rows_of(c) - 1);
-}
+int64_t slot(const Case& c, int64_t distance) { return std::min(bucket(c, distance) + rows_of(c) / 2, rows_of(c) - 1); }
 
 // Numbers of one element type, and the same as float64.
 struct Numbers {
@@ -145,8 +143,7 @@ bool check(const Case& c, const char* what, const Doubles& want, const std::func
 bool run(const Case& c, const Kernels& kernels) {
   const int64_t D = c.size, H = c.heads, Lq = c.queries, Lk = c.keys, B = c.batch, R = rows_of(c);
   Numbers q(B * H * Lq * D, c.element), k(B * H * Lk * D, c.element), v(B * H * Lk * D, c.element);
-  Numbers pos_key(H * R * D, c.element), pos_query(H * R * D, c.element),
-      grad_output(B * H * Lq * D, c.element);
+  Numbers pos_key(H * R * D, c.element), pos_query(H * R * D, c.element), grad_output(B * H * Lq * D, c.element);
   Numbers grad_lse_given(B * H * Lq, Element::float32);
   std::vector<uint8_t> mask(c.mask == Case::kPairs ? B * Lq * Lk : B * Lk, 1);
   for (size_t i = 0; i < mask.size(); ++i) {
