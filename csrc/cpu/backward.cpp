@@ -3,8 +3,9 @@
 //     P = 2^(Z - row_max) / row_sum    dP = dO V^T    dV = P^T dO
 //     Delta_i = dO_i . O_i    dA = P o (dP - Delta + dlse)
 //
-// Near tiles add the position terms of (9) as products along the diagonals of dA. The left operand is dA itself, read
-// with skewed strides (gemm.h). A margin of zeros around dA stands for the pairs outside of the tile.
+// Near tiles add the position terms of (9), kGroup queries or keys at a time. The left operand is dA summed over runs of
+// distances (band.h), or dA itself, read along its diagonals with skewed strides (gemm.h), where no row of the tables is
+// shared. A margin of zeros around dA stands for the pairs outside of the tile.
 #include "backward.h"
 
 #include "band.h"
@@ -15,12 +16,13 @@
 namespace deberta_fast::DEBERTA_FAST_ISA {
 namespace {
 
-constexpr int64_t kBackwardKeys = 192;              // keys of a tile; scores and dA fit into the second-level cache
-constexpr int64_t kMarginRows = 8, kMargin = 16;    // zeros above and below dA, and to its left and right
-constexpr int64_t kGroup = 48, kGroupPitch = kMaxBlockRows + 48;
-constexpr int64_t kGradPitch = kBackwardKeys + 48;  // an odd number of cache lines
-static_assert(kMarginRows >= kStrip - 1 && kMargin >= kStrip - 1 && kGradPitch >= kBackwardKeys + 2 * kMargin);
-static_assert(kTileKeys % kBackwardKeys == 0);
+constexpr int64_t kBackwardKeys = 192;            // keys of a tile; scores and dA fit into the second-level cache
+constexpr int64_t kGroup = 48;                    // rows of a band; a multiple of strips and vectors
+constexpr int64_t kMarginRows = 8, kMargin = 16;  // zeros above and below dA, and to its left
+constexpr int64_t kRightMargin = 2 * kLanes;      // zeros to its right, beyond whole vectors
+constexpr int64_t kGradPitch = kBackwardKeys + 48, kGroupPitch = kMaxBlockRows + 48;  // odd numbers of cache lines
+static_assert(kMarginRows >= kStrip - 1 && kMargin >= kLanes && kMargin + kRightMargin <= 48);
+static_assert(kTileKeys % kBackwardKeys == 0 && kGroup % kStrip == 0 && kGroup % kLanes == 0);
 
 class BackwardPass : ScoreTiles {
  public:
@@ -68,7 +70,8 @@ class BackwardPass : ScoreTiles {
     far_grad_key_ = carver(2 * size_), far_grad_query_ = carver(2 * size_);
     if (b_.pos_key_sums) grad_key_by_run_ = carver(a_.run_count * size_);
     if (b_.pos_query_sums) grad_query_by_run_ = carver(a_.run_count * size_);
-    margins_t_ = carver(kMargin + kGroup * kGroupPitch), by_run_ = carver((kGroup + kBackwardKeys) * kGroup);
+    margins_t_ = carver(kMargin + kGroup * kGroupPitch);
+    by_run_ = carver((kGroup + kBackwardKeys) * kGroup);
   }
 
   // Processes the stretches of one part of a sequence's queries against these keys.
@@ -179,7 +182,7 @@ class BackwardPass : ScoreTiles {
           store(p_row + c, p);
         }
       }
-      std::fill_n(g_row + columns, 2 * kLanes, 0.0f);
+      std::fill_n(g_row + columns, kRightMargin, 0.0f);
     }
     for (int64_t r = block.rows; r < block.rows + kStrip - 1; ++r) {
       std::fill_n(da_ + r * kGradPitch, columns, 0.0f);
@@ -266,15 +269,16 @@ class BackwardPass : ScoreTiles {
 
   const Backward& b_;
   Scratch memory_;
-  int64_t head_ = 0, first_key_ = 0;                       // the head, and the first of the loaded keys
-  float *key_t_, *value_t_, *key_;                         // tiles of (D, kTilePitch); (keys, D)
-  float *dk_, *dv_;                                        // (keys of the sequence, D)
-  float *dout_, *dq_;                                      // (rows, D)
-  float *margins_, *da_;                                   // dA (rows, kGradPitch) with its margins
-  float *keep_, *column_sums_;                             // dropout of a row; column sums of dA
-  float *far_grad_key_, *far_grad_query_;                  // (2, D)
-  float *grad_key_by_run_, *grad_query_by_run_;             // (runs, D)
-  float *margins_t_, *da_t_, *by_run_;
+  int64_t head_ = 0, first_key_ = 0;             // the head, and the first of the loaded keys
+  float *key_t_, *value_t_, *key_;               // tiles of (D, kTilePitch); (keys, D)
+  float *dk_, *dv_;                              // (keys of the sequence, D)
+  float *dout_, *dq_;                            // (rows, D)
+  float *margins_, *da_;                         // dA (rows, kGradPitch) with its margins
+  float *keep_, *column_sums_;                   // dropout of a row; column sums of dA
+  float *far_grad_key_, *far_grad_query_;        // (2, D)
+  float *margins_t_, *da_t_;                     // dA of a group of keys (kGroup, kGroupPitch) with its margins
+  float* by_run_;                                // dA of a group by runs (runs, kGroup)
+  float *grad_key_by_run_, *grad_query_by_run_;  // (runs, D)
   RowStatistics rows_;
   float delta_[kMaxBlockRows];
 };

@@ -40,15 +40,15 @@ struct NormKernels {
 namespace plain {
 extern const Kernels kernels;
 extern const NormKernels norm_kernels;
-}
+}  // namespace plain
 namespace avx2 {
 extern const Kernels kernels;
 extern const NormKernels norm_kernels;
-}
+}  // namespace avx2
 namespace avx512 {
 extern const Kernels kernels;
 extern const NormKernels norm_kernels;
-}
+}  // namespace avx512
 // Kernels for bfloat16 alone (tiles/).
 namespace avx512_bf16 {
 extern const Kernels kernels;

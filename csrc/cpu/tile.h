@@ -145,29 +145,26 @@ class ScoreTiles {
   // keys in place of queries, and is transposed.
   void near_scores(const Block& block, const float* key_t, int64_t first_key, int64_t all_keys, int64_t columns) {
     tables_.expand(block.head);
-    for (int64_t r = 0; r < block.rows; r += kStrip) {
+    for (int64_t r = 0; a_.pos_key.data && r < block.rows; r += kStrip) {
       const int64_t count = std::min<int64_t>(block.rows - r, kStrip);
-      const Operand strip{query_ + r * size_, size_, 1};
-      float* const scores = scores_ + r * pitch_;
-      if (a_.pos_key.data) {
-        const int32_t* runs = tables_.key.runs.from(first_key - (block.position + r));  // of query r, the strip's first
-        const int64_t first = runs[1 - count], last = runs[columns - 1];
-        gemm(count, last - first + 1, a_.size, strip, tables_.key.columns + first, tables_.pitch, nullptr, 0, c2p_,
-             kKeyPitch);
-        for (int64_t n = 0; n < count; ++n) {
-          for (int64_t c = 0; c < columns; c += kLanes) {
-            store(scores + n * pitch_ + c, spread(c2p_ + n * kKeyPitch - first, runs + c - n));
-          }
+      const int32_t* runs = tables_.key.runs.from(first_key - (block.position + r));  // of query r, the strip's first
+      const int64_t first = runs[1 - count], last = runs[columns - 1];
+      gemm(count, last - first + 1, a_.size, {query_ + r * size_, size_, 1}, tables_.key.columns + first, tables_.pitch,
+           nullptr, 0, c2p_, kKeyPitch);
+      for (int64_t n = 0; n < count; ++n) {
+        float* const scores = scores_ + (r + n) * pitch_;
+        for (int64_t c = 0; c < columns; c += kLanes) {
+          store(scores + c, spread(c2p_ + n * kKeyPitch - first, runs + c - n));
         }
       }
-      gemm(count, columns, a_.size, strip, key_t, kTilePitch, a_.pos_key.data ? scores : nullptr, pitch_, scores,
-           pitch_);
     }
+    gemm(block.rows, columns, a_.size, {query_, size_, 1}, key_t, kTilePitch, a_.pos_key.data ? scores_ : nullptr,
+         pitch_, scores_, pitch_);
     if (a_.pos_query.data == nullptr) return;
     for (int64_t group = 0; group < all_keys; group += kKeyGroup) {
       const int64_t keys = std::min(all_keys - group, kKeyGroup), filled = std::min(columns - group, kKeyGroup);
       const int32_t* runs = tables_.query.runs.from(block.position - (first_key + group));  // of the group's first key
-      const int64_t lowest = runs[1 - filled];  // in cell 0 of every key
+      const int64_t lowest = runs[1 - filled];                                              // in cell 0 of every key
       for (int64_t j = 0; j < keys; j += kStrip) {
         const int64_t count = std::min<int64_t>(keys - j, kStrip);
         const int64_t first = runs[1 - count - j], last = runs[block.rows - 1 - j];

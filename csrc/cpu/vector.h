@@ -2,10 +2,6 @@
 // same source serves AVX-512, AVX2, SSE2 and NEON.
 #pragma once
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
 #include <cstdint>
 #include <cstring>
 #include <utility>

@@ -1,9 +1,9 @@
 """Fused disentangled attention in C++ for the CPU, forward and backward (csrc/cpu).
 
-Tiles of scores stay in the caches: c2p and p2c are small products with tables that have one row per distance, added to
-the content scores along a shifted row pointer (equation 6). Far tiles are plain attention with other queries (equation
-7). All computations are in float32. The extension has kernels for AVX-512, for AVX2 and for any other CPU; torch
-decides which ones run (``torch.backends.cpu.get_cpu_capability``, hence ATEN_CPU_CAPABILITY).
+Tiles of scores stay in the caches: c2p and p2c are small products with the rows of the tables that these distances
+read, spread to the distances and added to the content scores (equation 6). Far tiles are plain attention with other
+queries (equation 7). All computations are in float32. The extension has kernels for AVX-512, for AVX2 and for any other
+CPU; torch decides which ones run (``torch.backends.cpu.get_cpu_capability``, hence ATEN_CPU_CAPABILITY).
 """
 
 import contextlib
