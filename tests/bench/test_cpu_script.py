@@ -102,7 +102,7 @@ def test_both_dtypes_are_measured(dry):
 PLANTED = {
     "build": ("setup.py -q build_ext --build-lib", "setup.py -q build_ex --build-lib"),
     "machine": ("bench machine --threads", "bench machine --treads"),
-    "operator": ("--memory-lengths\n}\n\noperator-long", "--memory-length\n}\n\noperator-long"),
+    "operator": ("operator_cpu --lengths 512 2048 128", "operator_cpu --lenghts 512 2048 128"),
     "encoder-long": ("bert-onednn modernbert onnxruntime", "bert-onednn modernbert onxruntime"),
 }
 
