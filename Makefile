@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install -qq
 
 export DEBERTA_FAST_CPU ?= 1
 BUILT := build/extension-cpu$(DEBERTA_FAST_CPU)-cuda$(DEBERTA_FAST_CUDA)
-CSRC := $(wildcard $(addprefix csrc/,*.cpp *.h cpu/*.cpp cpu/*.h cuda/*.cu cuda/*.cpp cuda/*.h))
+CSRC := $(wildcard $(addprefix csrc/,*.cpp *.h cpu/*.cpp cpu/*.h cpu/tiles/*.cpp cpu/tiles/*.h cuda/*.cu cuda/*.cpp cuda/*.h))
 FORMATTED := $(CSRC) $(wildcard $(addprefix tests/,op/*.cpp emulator/*.cpp emulator/*.cu emulator/*.h))
 SANITIZED := build/sanitize
 SANITIZERS := -fsanitize=address,undefined

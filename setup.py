@@ -1,7 +1,8 @@
 """Builds ``deberta_fast._C``, the C++ and CUDA code of the compiled backends. pyproject.toml holds all other packaging.
 
 The host code of csrc/cpu (HOST below) is compiled once, against the stable ABIs of torch and Python. The other files of
-csrc/cpu are compiled once per instruction set, and the extension selects one at run time. If nvcc is installed, with or
+csrc/cpu are compiled once per instruction set, and the extension selects one at run time. Those of csrc/cpu/tiles are
+left out, with a line that says why, for instruction sets that the compiler does not know. If nvcc is installed, with or
 without a GPU, csrc/cuda becomes part of the same extension, which loads on machines without CUDA too. If the CUDA
 kernels or the whole extension cannot be built, they are left out and one line says why.
 
@@ -38,7 +39,8 @@ OLDEST_CUDA = (12, 0)
 CPU = sorted(map(str, Path("csrc/cpu").glob("*.cpp")))
 HOST = [path for path in CPU if Path(path).stem in ("ops", "processor", "schedule")]
 KERNELS = [path for path in CPU if path not in HOST]
-TILES = [*sorted(map(str, Path("csrc/cpu/tiles").glob("*.cpp"))), "csrc/cpu/sums.cpp"]  # products of bfloat16
+TILES = sorted(map(str, Path("csrc/cpu/tiles").glob("*.cpp")))  # attention in bfloat16
+TILES += [path for path in KERNELS if Path(path).stem == "sums"]
 CUDA_HOST = sorted(map(str, Path("csrc/cuda").glob("*.cpp")))
 CUDA_KERNELS = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
 HEADERS = sorted(map(str, Path("csrc").rglob("*.h")))
@@ -365,7 +367,7 @@ class build_ext(setuptools.command.build_ext.build_ext):
 
 
 if __name__ == "__main__":
-    sources = [*HOST, *KERNELS, *TILES[:-1], *CUDA_HOST, *CUDA_KERNELS]
+    sources = list(dict.fromkeys([*HOST, *KERNELS, *TILES, *CUDA_HOST, *CUDA_KERNELS]))
     extension = setuptools.Extension("deberta_fast._C", sources, depends=HEADERS, py_limited_api=True)
     options = {"bdist_wheel": {"py_limited_api": PYTHON_ABI}}
     setuptools.setup(ext_modules=[extension], cmdclass={"build_ext": build_ext}, options=options)

@@ -241,38 +241,6 @@ sanitize() {
   return $failed
 }
 
-pack() {
-  [[ -z $archive ]] || tar -czf "$archive" -C "$(dirname "$out")" "$(basename "$out")" -C "$(dirname "$logs")" \
-    "$(basename "$logs")"
-}
-
-finish() {
-  echo && printf '%s\n' "${lines[@]}" && echo "results: $out"
-  pack
-  exit "$1"
-}
-
-functions=$(declare -F | cut -d ' ' -f 3)
-export -f $functions
-export python out on dry brief logs root
-lines=() failed=0
-trap 'kill "${!:-}" 2>/dev/null; finish 143' TERM INT
-for entry in "${stages[@]}"; do
-  name=${entry%:*} limit=240 start=$SECONDS
-  [[ $entry != *:* ]] || limit=${entry#*:}
-  [[ ! $dry ]] || limit=900  # a dry run may have a busy machine
-  log=$logs/$name.log
-  # In the background, so that the trap handles a signal at once, not when the stage ends.
-  timeout --kill-after=5 "$limit" bash -c "$name" >"$log" 2>&1 &
-  wait $!
-  status=$? word=ok
-  if ((status)); then
-    word="FAILED ($status)" failed=1
-    ((status == 124 || status == 137)) && word="STOPPED after $limit s"
-    tail -n 40 "$log"
-  fi
-  lines+=("$(printf '%-16s %4d s  %s: %s' "$name" $((SECONDS - start)) "$word" "$(tail -n 1 "$log" | cut -c -100)")")
-  echo "${lines[-1]}" | tee -a "$out/stages.txt"
-  pack
-done
-finish "$failed"
+source "$root/bench/stages.sh"
+export brief on
+run_stages

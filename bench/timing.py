@@ -189,6 +189,7 @@ def provenance() -> dict[str, str | int | None]:
         "commit": _commit(),
         **arithmetic(),
         "cores": os.cpu_count(),
+        "load at the start": f"{os.getloadavg()[0]:.1f}",
         "torch threads": torch.get_num_threads(),
         "os": platform.platform(),
         "python": platform.python_version(),
@@ -242,13 +243,19 @@ def results_folder() -> Path:
 
 
 def machine() -> str:
-    """Names in one line what the figures are from: the GPU, or what computes on the CPU."""
+    """Names in one line what the figures are from: the GPU, or what computes on the CPU and how busy it was before."""
     known = provenance()
     if "gpu" in known:
         return f"On {known['gpu']}."
-    words = [f"On {known['cpu']}, {known['cores']} cores"]
+    words = [f"On {known['cpu']}, {known['cores']} cores, load {known['load at the start']} at the start"]
     words += [f"{key}: {known[key]}" for key in arithmetic() if key != "cpu"]
     return "; ".join(words) + "."
+
+
+def folder_of_processor() -> Path:
+    """Returns bench/results/cpu-<name, family and model of the processor>."""
+    name = re.sub(r"\W+", "-", str(arithmetic()["cpu"]).replace("(R)", "").lower()).strip("-")
+    return REPOSITORY / "bench" / "results" / f"cpu-{name}"
 
 
 def save(name: str, rows: list[dict], folder: Path, notes: str = "", summary: str = "") -> None:

@@ -3,10 +3,12 @@
 //     P = 2^(Z - row_max) / row_sum    dP = dO V^T    dV = P^T dO
 //     Delta_i = dO_i . O_i    dA = P o (dP - Delta + dlse)
 //
-// Near tiles add the position terms of (9) as products along the diagonals of dA. The left operand is dA itself, read
-// with skewed strides (gemm.h). A margin of zeros around dA stands for the pairs outside of the tile.
+// Near tiles add the position terms of (9), kGroup queries or keys at a time. The left operand is dA summed over runs of
+// distances (band.h), or dA itself, read along its diagonals with skewed strides (gemm.h), where no row of the tables is
+// shared. A margin of zeros around dA stands for the pairs outside of the tile.
 #include "backward.h"
 
+#include "band.h"
 #include "dropout.h"
 #include "sums.h"
 #include "tile.h"
@@ -14,11 +16,13 @@
 namespace deberta_fast::DEBERTA_FAST_ISA {
 namespace {
 
-constexpr int64_t kBackwardKeys = 192;              // keys of a tile; scores and dA fit into the second-level cache
-constexpr int64_t kMarginRows = 8, kMargin = 16;    // zeros above and below dA, and to its left and right
-constexpr int64_t kGradPitch = kBackwardKeys + 48;  // an odd number of cache lines
-static_assert(kMarginRows >= kStrip - 1 && kMargin >= kStrip - 1 && kGradPitch >= kBackwardKeys + 2 * kMargin);
-static_assert(kTileKeys % kBackwardKeys == 0);
+constexpr int64_t kBackwardKeys = 192;            // keys of a tile; scores and dA fit into the second-level cache
+constexpr int64_t kGroup = 48;                    // rows of a band; a multiple of strips and vectors
+constexpr int64_t kMarginRows = 8, kMargin = 16;  // zeros above and below dA, and to its left
+constexpr int64_t kRightMargin = 2 * kLanes;      // zeros to its right, beyond whole vectors
+constexpr int64_t kGradPitch = kBackwardKeys + 48, kGroupPitch = kMaxBlockRows + 48;  // odd numbers of cache lines
+static_assert(kMarginRows >= kStrip - 1 && kMargin >= kLanes && kMargin + kRightMargin <= 48);
+static_assert(kTileKeys % kBackwardKeys == 0 && kGroup % kStrip == 0 && kGroup % kLanes == 0);
 
 class BackwardPass : ScoreTiles {
  public:
@@ -26,30 +30,28 @@ class BackwardPass : ScoreTiles {
     memory_ = allocate([&](Carver& carver) { carve(carver); });
     // The margins above and to the left stay zero.
     std::fill_n(margins_, (kMarginRows + kMaxBlockRows + kMarginRows) * kGradPitch, 0.0f);
-    da_ = margins_ + kMarginRows * kGradPitch + kMargin;
+    std::fill_n(margins_t_, kMargin + kGroup * kGroupPitch, 0.0f);
+    da_ = margins_ + kMarginRows * kGradPitch + kMargin, da_t_ = margins_t_ + kMargin;
   }
 
   void items(int64_t wave, int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t part = item % a_.parts, group = item / a_.parts % b_.groups;
       head_ = item / a_.parts / b_.groups;
-      const int64_t by_distance = a_.distances * size_;
-      if (b_.pos_key_sums) std::fill_n(grad_key_by_distance_, by_distance, 0.0f);
-      if (b_.pos_query_sums) std::fill_n(grad_query_by_distance_, by_distance, 0.0f);
+      const int64_t by_run = a_.run_count * size_;
+      if (b_.pos_key_sums) std::fill_n(grad_key_by_run_, by_run, 0.0f);
+      if (b_.pos_query_sums) std::fill_n(grad_query_by_run_, by_run, 0.0f);
       std::fill_n(far_grad_key_, 2 * size_, 0.0f);
       std::fill_n(far_grad_query_, 2 * size_, 0.0f);
       for (int64_t s = group == 0 ? 0 : b_.group_ends[group - 1]; s < b_.group_ends[group]; ++s) {
         run(s, part, keys_of_part(a_.sequences[s].keys, a_.parts, (part + wave) % a_.parts));
       }
       const int64_t rows = a_.used_rows * size_;
-      const auto last_distance = a_.first_distance + a_.distances - 1;
       if (b_.pos_key_sums) {
-        sum_by_slot(a_, grad_key_by_distance_, far_grad_key_, -a_.first_distance, -1, {0, a_.distances}, wave == 0,
-                    row_, b_.pos_key_sums + item * rows);
+        sum_by_slot(a_, grad_key_by_run_, a_.key_runs, far_grad_key_, wave == 0, b_.pos_key_sums + item * rows);
       }
       if (b_.pos_query_sums) {
-        sum_by_slot(a_, grad_query_by_distance_, far_grad_query_, -last_distance, 1, {0, a_.distances}, wave == 0, row_,
-                    b_.pos_query_sums + item * rows);
+        sum_by_slot(a_, grad_query_by_run_, a_.query_runs, far_grad_query_, wave == 0, b_.pos_query_sums + item * rows);
       }
     }
   }
@@ -62,12 +64,14 @@ class BackwardPass : ScoreTiles {
     key_ = carver(keys * size_);
     if (a_.parts == 1) dk_ = carver(keys * size_), dv_ = carver(keys * size_);
     dout_ = carver(kMaxBlockRows * size_), dq_ = carver(kMaxBlockRows * size_);
-    carve_scores(carver, kGradPitch);
+    carve_scores(carver, kGradPitch, true);
     margins_ = carver((kMarginRows + kMaxBlockRows + kMarginRows) * kGradPitch);
     keep_ = carver(kBackwardKeys + 4 * kLanes), column_sums_ = carver(kBackwardKeys + kLanes);
     far_grad_key_ = carver(2 * size_), far_grad_query_ = carver(2 * size_);
-    if (b_.pos_key_sums) grad_key_by_distance_ = carver(a_.distances * size_);
-    if (b_.pos_query_sums) grad_query_by_distance_ = carver(a_.distances * size_);
+    if (b_.pos_key_sums) grad_key_by_run_ = carver(a_.run_count * size_);
+    if (b_.pos_query_sums) grad_query_by_run_ = carver(a_.run_count * size_);
+    margins_t_ = carver(kMargin + kGroup * kGroupPitch);
+    by_run_ = carver((kGroup + kBackwardKeys) * kGroup);
   }
 
   // Processes the stretches of one part of a sequence's queries against these keys.
@@ -178,55 +182,60 @@ class BackwardPass : ScoreTiles {
           store(p_row + c, p);
         }
       }
-      std::fill_n(g_row + columns, kStrip - 1, 0.0f);
+      std::fill_n(g_row + columns, kRightMargin, 0.0f);
     }
     for (int64_t r = block.rows; r < block.rows + kStrip - 1; ++r) {
       std::fill_n(da_ + r * kGradPitch, columns, 0.0f);
     }
   }
 
-  // Adds the terms of (9) with K^e: to dQ, and to dK^e.
+  // Adds the terms of (9) with K^n: to dQ, and to dK^n.
   void add_c2p_gradients(const Block& block, int64_t key, int64_t count) {
-    const int64_t first = key - (block.position + block.rows - 1) - a_.first_distance;  // of the lower left pair
-    add_distance_gradients({block.rows, kGradPitch}, {count, 1},
-                           a_.key_by_distance + (head_ * a_.distances + first) * size_, query_, dq_,
-                           b_.pos_key_sums ? grad_key_by_distance_ + first * size_ : nullptr);
+    for (int64_t r = 0; r < block.rows; r += kGroup) {
+      const int64_t rows = std::min(block.rows - r, kGroup);
+      const int32_t* runs = tables_.key.runs.from(key - (block.position + r));
+      const float* const da = da_ + r * kGradPitch;
+      const Band band = shares_runs(runs, rows, count) ? sum_runs(da, kGradPitch, rows, count, runs, by_run_, kGroup)
+                                                       : Band{da + (1 - rows), kGradPitch + 1, 1};
+      add_run_gradients(band, rows, count, runs, tables_.key.rows, query_ + r * size_, dq_ + r * size_,
+                        b_.pos_key_sums ? grad_key_by_run_ : nullptr);
+    }
   }
 
-  // Adds the terms of (9) with Q^e: to dK, and to dQ^e.
+  // Adds the terms of (9) with Q^n: to dK, and to dQ^n.
   void add_p2c_gradients(const Block& block, int64_t key, int64_t count, float* dk) {
-    const int64_t last_distance = a_.first_distance + a_.distances - 1;
-    const int64_t first = block.position - (key + count - 1) + last_distance;  // of the upper right pair
-    add_distance_gradients(
-        {count, 1}, {block.rows, kGradPitch}, a_.query_by_distance + (head_ * a_.distances + first) * size_,
-        key_ + (key - first_key_) * size_, dk, b_.pos_query_sums ? grad_query_by_distance_ + first * size_ : nullptr);
+    for (int64_t j = 0; j < count; j += kGroup) {
+      const int64_t rows = std::min(count - j, kGroup), columns = block.rows;
+      const int32_t* runs = tables_.query.runs.from(block.position - (key + j));
+      Band band{da_ + j + (1 - rows) * kGradPitch, kGradPitch + 1, kGradPitch};
+      if (shares_runs(runs, rows, columns)) {
+        transpose_band(da_ + j, kGradPitch, columns, rows, da_t_, kGroupPitch);
+        band = sum_runs(da_t_, kGroupPitch, rows, columns, runs, by_run_, kGroup);
+      }
+      add_run_gradients(band, rows, columns, runs, tables_.query.rows, key_ + (key - first_key_ + j) * size_,
+                        dk + j * size_, b_.pos_query_sums ? grad_query_by_run_ : nullptr);
+    }
   }
 
-  // A dimension of the tile dA.
-  struct Dimension {
-    int64_t count, stride;
-  };
-
-  // Adds (9) for rows x, which are queries or keys, and their table T: dx_i += sum_e dA^e_i T^e by strips of rows, and
-  // dT^e += sum_i dA^e_i x_i by strips of distances, unless grad_table is null. table and grad_table begin at the first
-  // distance of the tile.
-  void add_distance_gradients(Dimension rows, Dimension columns, const float* table, const float* x, float* dx,
-                              float* grad_table) {
-    for (int64_t r = 0; r < rows.count; r += kStrip) {
-      const int64_t strip = std::min<int64_t>(rows.count - r, kStrip);
-      gemm_add(strip, size_, columns.count + strip - 1,
-               {da_ + r * rows.stride - (strip - 1) * columns.stride, kGradPitch + 1, columns.stride},
-               table + (rows.count - r - strip) * size_, size_, dx + r * size_, size_);
+  // Adds (9) for rows x, which are queries or keys, and their table T: dx_i += sum_n dA^n_i T^n by strips of rows, and
+  // dT^n += sum_i dA^n_i x_i by strips of runs, unless grad_table is null. runs[c - r] is the run of cell (r, c).
+  void add_run_gradients(const Band& band, int64_t rows, int64_t columns, const int32_t* runs, const float* table,
+                         const float* x, float* dx, float* grad_table) {
+    const int64_t first = runs[1 - rows], last = runs[columns - 1];
+    const auto cell = [&](int64_t r, int64_t n) { return band.cells + r * band.row + (n - first) * band.run; };
+    for (int64_t r = 0; r < rows; r += kStrip) {
+      const int64_t strip = std::min<int64_t>(rows - r, kStrip);
+      const int64_t n = runs[1 - strip - r], stop = runs[columns - 1 - r] + 1;
+      gemm_add(strip, size_, stop - n, {cell(r, n), band.row, band.run}, table + n * size_, size_, dx + r * size_,
+               size_);
     }
     if (grad_table == nullptr) return;
-    const int64_t distances = rows.count + columns.count - 1;
-    for (int64_t m = 0; m < distances; m += kStrip) {
-      const int64_t strip = std::min<int64_t>(distances - m, kStrip);
-      const int64_t from = std::max<int64_t>(rows.count - m - strip, 0), to = std::min(rows.count, distances - m);
-      gemm_add(
-          strip, size_, to - from,
-          {da_ + from * (kGradPitch + 1) + (m - (rows.count - 1)) * columns.stride, columns.stride, kGradPitch + 1},
-          x + from * size_, size_, grad_table + m * size_, size_);
+    for (int64_t n = first, start = 1 - rows, stop = start; n <= last; n += kStrip, start = stop) {
+      const int64_t strip = std::min<int64_t>(last + 1 - n, kStrip);
+      while (stop < columns && runs[stop] < n + strip) ++stop;
+      const int64_t from = std::max<int64_t>(1 - stop, 0), to = std::min(rows, columns - start);
+      gemm_add(strip, size_, to - from, {cell(from, n), band.run, band.row}, x + from * size_, size_,
+               grad_table + n * size_, size_);
     }
   }
 
@@ -260,14 +269,16 @@ class BackwardPass : ScoreTiles {
 
   const Backward& b_;
   Scratch memory_;
-  int64_t head_ = 0, first_key_ = 0;                       // the head, and the first of the loaded keys
-  float *key_t_, *value_t_, *key_;                         // tiles of (D, kTilePitch); (keys, D)
-  float *dk_, *dv_;                                        // (keys of the sequence, D)
-  float *dout_, *dq_;                                      // (rows, D)
-  float *margins_, *da_;                                   // dA (rows, kGradPitch) with its margins
-  float *keep_, *column_sums_;                             // dropout of a row; column sums of dA
-  float *far_grad_key_, *far_grad_query_;                  // (2, D)
-  float *grad_key_by_distance_, *grad_query_by_distance_;  // (distances, D)
+  int64_t head_ = 0, first_key_ = 0;             // the head, and the first of the loaded keys
+  float *key_t_, *value_t_, *key_;               // tiles of (D, kTilePitch); (keys, D)
+  float *dk_, *dv_;                              // (keys of the sequence, D)
+  float *dout_, *dq_;                            // (rows, D)
+  float *margins_, *da_;                         // dA (rows, kGradPitch) with its margins
+  float *keep_, *column_sums_;                   // dropout of a row; column sums of dA
+  float *far_grad_key_, *far_grad_query_;        // (2, D)
+  float *margins_t_, *da_t_;                     // dA of a group of keys (kGroup, kGroupPitch) with its margins
+  float* by_run_;                                // dA of a group by runs (runs, kGroup)
+  float *grad_key_by_run_, *grad_query_by_run_;  // (runs, D)
   RowStatistics rows_;
   float delta_[kMaxBlockRows];
 };

@@ -34,7 +34,7 @@ class ForwardPass : ScoreTiles {
     const int64_t keys = round_up(a_.longest_key, kTileKeys);
     key_t_ = carver(tile_offset(keys, size_)), value_ = carver(keys * size_);
     output_ = carver(kMaxBlockRows * size_), keep_ = carver(kTileKeys + 4 * kLanes);
-    carve_scores(carver, kTilePitch);
+    carve_scores(carver, kTilePitch, false);
   }
 
   void load_keys(const Sequence& sequence, int64_t head) {

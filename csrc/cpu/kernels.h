@@ -9,7 +9,8 @@
 namespace deberta_fast {
 
 struct Kernels {
-  // Expands heads [begin, end) of the tables (6); with_rows: also the rows for backward.
+  // Expands heads [begin, end) of the tables (6) to distances; with_rows: also the rows for backward. Null if the
+  // passes expand them to runs.
   void (*expand_tables)(const Attention&, bool with_rows, int64_t begin, int64_t end);
   // Computes query blocks [begin, end) of heads * blocks_per_head.
   void (*forward)(const Attention&, const Forward&, int64_t begin, int64_t end);
@@ -39,15 +40,15 @@ struct NormKernels {
 namespace plain {
 extern const Kernels kernels;
 extern const NormKernels norm_kernels;
-}
+}  // namespace plain
 namespace avx2 {
 extern const Kernels kernels;
 extern const NormKernels norm_kernels;
-}
+}  // namespace avx2
 namespace avx512 {
 extern const Kernels kernels;
 extern const NormKernels norm_kernels;
-}
+}  // namespace avx512
 // Kernels for bfloat16 alone (tiles/).
 namespace avx512_bf16 {
 extern const Kernels kernels;

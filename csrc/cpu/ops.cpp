@@ -57,6 +57,12 @@ void use_instruction_set(std::string name) {
   STD_TORCH_CHECK(false, "deberta_fast: built without kernels for ", name);
 }
 
+std::string built_instruction_sets() {
+  std::string sets;
+  for (const auto& set : kInstructionSets) sets += std::string(set.name) + " ";
+  return sets;
+}
+
 // The instruction sets with products of bfloat16 that were built and that this processor has, the fastest first.
 std::string bfloat16_instruction_sets() {
   std::string sets;
@@ -260,6 +266,7 @@ STABLE_TORCH_LIBRARY_IMPL(deberta_fast, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(deberta_fast, CompositeExplicitAutograd, m) {
   m.impl("use_instruction_set", TORCH_BOX(&use_instruction_set));
+  m.impl("built_instruction_sets", TORCH_BOX(&built_instruction_sets));
   m.impl("bfloat16_instruction_sets", TORCH_BOX(&bfloat16_instruction_sets));
   m.impl("release_memory", TORCH_BOX(&release_memory));
 }

@@ -17,6 +17,14 @@ struct Sequence {
   int64_t first_block;             // its query blocks follow those of the sequences before it
 };
 
+// Neighbouring distances that read one row of the tables are a run.
+struct Runs {
+  const int32_t* runs;   // the number of each distance's run, 0 or 1 more than that of the distance before
+  const int32_t* slots;  // (run_count) rows of the tables
+  int64_t first;         // the distance of runs[0]
+  const int32_t* from(int64_t distance) const { return runs + (distance - first); }
+};
+
 struct Attention {
   Element element = Element::float32;
   int64_t heads, size;       // H, D
@@ -49,6 +57,10 @@ struct Attention {
   int64_t first_reached, reached;                  // the distances that pairs have; the other rows are zero
   float *key_by_distance_t, *query_by_distance_t;  // (H, D, pitch)
   float *key_by_distance, *query_by_distance;      // (H, distances, D rounded up), only in backward
+
+  // Most kernels expand the tables to one row per run instead, by growing e for K^r and by growing -e for Q^r.
+  int64_t run_count;
+  Runs key_runs, query_runs;
 
   // True for visible pairs. Strides in bytes, 0 for broadcast dimensions.
   const uint8_t* mask = nullptr;

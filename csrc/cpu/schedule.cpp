@@ -43,13 +43,15 @@ struct Schedule {
   bool has_positions() const { return a.pos_key.data || a.pos_query.data; }
   int64_t heads_of_sequences() const { return std::max<int64_t>(1, a.heads * a.sequence_count); }
 
-  // Floats of the expanded tables. with_rows: also of those that backward reads.
-  int64_t table_floats(bool with_rows) const {
+  // Floats of the tables by distance. with_rows: also of those that backward reads.
+  int64_t table_floats(const Kernels& kernels, bool with_rows) const {
+    if (kernels.expand_tables == nullptr) return 0;
     const int64_t tables = (a.pos_key.data != nullptr) + (a.pos_query.data != nullptr);
     return tables * a.heads * size * (a.pitch + (with_rows ? a.distances : 0));
   }
 
   void expand_tables(const Kernels& kernels, float* memory, bool with_rows, const ParallelFor& parallel_for) {
+    if (kernels.expand_tables == nullptr || !has_positions()) return;
     for (auto [table, by_distance_t, by_distance] :
          {std::tuple{&a.pos_key, &a.key_by_distance_t, &a.key_by_distance},
           std::tuple{&a.pos_query, &a.query_by_distance_t, &a.query_by_distance}}) {
@@ -58,7 +60,6 @@ struct Schedule {
       *by_distance = memory + a.heads * size * a.pitch;
       memory += a.heads * size * (a.pitch + (with_rows ? a.distances : 0));
     }
-    if (!has_positions()) return;
     parallel_for(a.heads, [&](int64_t begin, int64_t end) { kernels.expand_tables(a, with_rows, begin, end); });
   }
 
@@ -95,7 +96,24 @@ struct Schedule {
     const int64_t lowest = a.reached > 0 ? a.first_reached : a.first_distance;
     const int64_t highest = a.reached > 0 ? a.first_reached + a.reached - 1 : a.first_distance + a.distances - 1;
     a.first_used_row = slot_of(a, -highest), a.used_rows = slot_of(a, -lowest) + 1 - a.first_used_row;
+    set_runs(lowest, highest);
   }
+
+  // Distances that no pair has count to the run next to them.
+  void set_runs(int64_t lowest, int64_t highest) {
+    for (int64_t t = 0; t < a.distances; ++t) {
+      const auto slot = static_cast<int32_t>(slot_of(a, -std::clamp(a.first_distance + t, lowest, highest)));
+      if (key_slots_.empty() || key_slots_.back() != slot) key_slots_.push_back(slot);
+      key_runs_.push_back(static_cast<int32_t>(key_slots_.size()) - 1);
+    }
+    query_slots_.assign(key_slots_.rbegin(), key_slots_.rend());
+    for (auto run = key_runs_.rbegin(); run != key_runs_.rend(); ++run) query_runs_.push_back(key_runs_.back() - *run);
+    a.run_count = static_cast<int64_t>(key_slots_.size());
+    a.key_runs = {key_runs_.data(), key_slots_.data(), a.first_distance};
+    a.query_runs = {query_runs_.data(), query_slots_.data(), 1 - a.first_distance - a.distances};
+  }
+
+  std::vector<int32_t> key_runs_, key_slots_, query_runs_, query_slots_;
 };
 
 // Divides backward into items and places the memory for their sums.
@@ -187,7 +205,7 @@ thread_local Kept kept[2];
 
 void run_forward(const Kernels& kernels, Request& request, const Forward& forward, const ParallelFor& parallel_for) {
   Schedule call(kernels, request);
-  const Scratch memory(call.table_floats(false));
+  const Scratch memory(call.table_floats(kernels, false));
   call.expand_tables(kernels, memory.data(), false, parallel_for);
   parallel_for(call.a.heads * call.a.blocks_per_head,
                [&](int64_t begin, int64_t end) { kernels.forward(call.a, forward, begin, end); });
@@ -197,7 +215,7 @@ void run_backward(const Kernels& kernels, Request& request, Backward& b, const P
   Schedule call(kernels, request);
   Shares work(call, b);
   const Attention& a = call.a;
-  const int64_t tables = call.table_floats(true);
+  const int64_t tables = call.table_floats(kernels, true);
   const Scratch memory(tables + work.floats());
   call.expand_tables(kernels, memory.data(), true, parallel_for);
   work.place(memory.data() + tables);

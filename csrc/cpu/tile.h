@@ -3,6 +3,7 @@
 
 #include "block.h"
 #include "gemm.h"
+#include "tables.h"
 
 namespace deberta_fast::DEBERTA_FAST_ISA {
 
@@ -47,13 +48,13 @@ inline void row_dots(const float* x, const float* y, int64_t count, int64_t size
   }
 }
 
-// scores[i][j] += p2c[j][i] for the p2c scores of a group of keys, by squares of kLanes rows and columns.
-INLINE void add_transposed(const float* p2c, int64_t pitch, int64_t rows, int64_t columns, float* scores,
-                           int64_t scores_pitch) {
+// scores[i][j] += p2c[j][runs[i - j]] for the p2c scores of a group of keys, by squares of kLanes rows and columns.
+INLINE void add_transposed(const float* p2c, int64_t pitch, const int32_t* runs, int64_t rows, int64_t columns,
+                           float* scores, int64_t scores_pitch) {
   for (int64_t i = 0; i < rows; i += kLanes) {
     for (int64_t j = 0; j < columns; j += kLanes) {
       Vector square[kLanes];
-      for (int64_t l = 0; l < kLanes; ++l) square[l] = load(p2c + (j + l) * pitch + i);
+      for (int64_t l = 0; l < kLanes; ++l) square[l] = spread(p2c + (j + l) * pitch, runs + i - (j + l));
       transpose(square);
       float* to = scores + i * scores_pitch + j;
       const int64_t count = std::min<int64_t>(rows - i, kLanes);
@@ -65,11 +66,12 @@ INLINE void add_transposed(const float* p2c, int64_t pitch, int64_t rows, int64_
 // Scores of a block of queries, tile by tile; the base of the forward and backward passes.
 class ScoreTiles {
  protected:
-  explicit ScoreTiles(const Attention& a) : a_(a), size_(a.padded_size) {}
+  explicit ScoreTiles(const Attention& a) : a_(a), size_(a.padded_size), tables_(a) {}
 
   // `pitch` is that of a tile of scores.
-  void carve_scores(Carver& carver, int64_t pitch) {
+  void carve_scores(Carver& carver, int64_t pitch, bool for_backward) {
     pitch_ = pitch;
+    tables_.carve(carver, for_backward);
     query_ = carver(kMaxBlockRows * size_), far_query_ = carver(kMaxBlockRows * size_);
     scores_ = carver(kMaxBlockRows * pitch);
     bias_ = carver(round_up(a_.longest_key, kLanes)), row_ = carver(size_);
@@ -113,6 +115,7 @@ class ScoreTiles {
   const int64_t size_;  // D rounded up
   int64_t pitch_ = 0;
   VisibleKeys visible_;
+  ExpandedTables tables_;
   float *query_, *far_query_;  // (rows, D), times log2(e) s
   float* scores_;              // (rows, pitch)
   float *bias_, *row_;         // of VisibleKeys; (D) for a row of a table
@@ -137,36 +140,38 @@ class ScoreTiles {
   // Computes the scores (6), (rows, columns), of the keys [first_key, first_key + all_keys). Columns beyond the keys
   // are padding, which the caller hides.
   //
-  // c2p: a strip of kStrip queries has columns + kStrip - 1 consecutive distances. In their product with K^e, the cells
-  // of query r begin one further left than those of query r - 1. Read with a pitch that is one less, they lie under the
-  // keys, and the c2c term is added to them. p2c is the same with keys in place of queries, and is transposed.
+  // c2p: a strip of kStrip queries has columns + kStrip - 1 consecutive distances, hence as many runs or fewer. Their
+  // product with K^n has one cell per run, which is spread to the keys at the run's distances. p2c is the same with
+  // keys in place of queries, and is transposed.
   void near_scores(const Block& block, const float* key_t, int64_t first_key, int64_t all_keys, int64_t columns) {
-    const int64_t last_distance = a_.first_distance + a_.distances - 1;
-    for (int64_t r = 0; r < block.rows; r += kStrip) {
+    tables_.expand(block.head);
+    for (int64_t r = 0; a_.pos_key.data && r < block.rows; r += kStrip) {
       const int64_t count = std::min<int64_t>(block.rows - r, kStrip);
-      const Operand strip{query_ + r * size_, size_, 1};
-      const float* start = nullptr;
-      if (a_.pos_key.data) {
-        const int64_t distance = first_key - (block.position + r + count - 1);
-        gemm(count, columns + count - 1, a_.size, strip,
-             a_.key_by_distance_t + block.head * size_ * a_.pitch + (distance - a_.first_distance), a_.pitch, nullptr,
-             0, c2p_, kKeyPitch);
-        start = c2p_ + count - 1;
+      const int32_t* runs = tables_.key.runs.from(first_key - (block.position + r));  // of query r, the strip's first
+      const int64_t first = runs[1 - count], last = runs[columns - 1];
+      gemm(count, last - first + 1, a_.size, {query_ + r * size_, size_, 1}, tables_.key.columns + first, tables_.pitch,
+           nullptr, 0, c2p_, kKeyPitch);
+      for (int64_t n = 0; n < count; ++n) {
+        float* const scores = scores_ + (r + n) * pitch_;
+        for (int64_t c = 0; c < columns; c += kLanes) {
+          store(scores + c, spread(c2p_ + n * kKeyPitch - first, runs + c - n));
+        }
       }
-      gemm(count, columns, a_.size, strip, key_t, kTilePitch, start, kKeyPitch - 1, scores_ + r * pitch_, pitch_);
     }
+    gemm(block.rows, columns, a_.size, {query_, size_, 1}, key_t, kTilePitch, a_.pos_key.data ? scores_ : nullptr,
+         pitch_, scores_, pitch_);
     if (a_.pos_query.data == nullptr) return;
     for (int64_t group = 0; group < all_keys; group += kKeyGroup) {
       const int64_t keys = std::min(all_keys - group, kKeyGroup), filled = std::min(columns - group, kKeyGroup);
-      // Cell t of key j's row belongs to query i = t + j - (kKeyGroup - 1).
-      const int64_t delta = block.position - (first_key + group) - (kKeyGroup - 1);  // of cell 0 of every key
-      const float* table = a_.query_by_distance_t + block.head * size_ * a_.pitch + (delta + last_distance);
+      const int32_t* runs = tables_.query.runs.from(block.position - (first_key + group));  // of the group's first key
+      const int64_t lowest = runs[1 - filled];                                              // in cell 0 of every key
       for (int64_t j = 0; j < keys; j += kStrip) {
-        const int64_t count = std::min<int64_t>(keys - j, kStrip), cell = kKeyGroup - j - count;
-        gemm(count, block.rows + count - 1, a_.size, {key_t + group + j, 1, kTilePitch}, table + cell, a_.pitch,
-             nullptr, 0, p2c_ + j * kQueryPitch + cell, kQueryPitch);
+        const int64_t count = std::min<int64_t>(keys - j, kStrip);
+        const int64_t first = runs[1 - count - j], last = runs[block.rows - 1 - j];
+        gemm(count, last - first + 1, a_.size, {key_t + group + j, 1, kTilePitch}, tables_.query.columns + first,
+             tables_.pitch, nullptr, 0, p2c_ + j * kQueryPitch + (first - lowest), kQueryPitch);
       }
-      add_transposed(p2c_ + kKeyGroup - 1, kQueryPitch - 1, block.rows, filled, scores_ + group, pitch_);
+      add_transposed(p2c_ - lowest, kQueryPitch, runs, block.rows, filled, scores_ + group, pitch_);
     }
   }
 

@@ -2,13 +2,13 @@
 // same source serves AVX-512, AVX2, SSE2 and NEON.
 #pragma once
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
 #include <cstdint>
 #include <cstring>
 #include <utility>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #include "params.h"
 
@@ -119,6 +119,23 @@ INLINE float sum(Vector v) {
 }
 INLINE float maximum(Vector v) {
   return detail::reduce_steps<kLanes / 2>(v, [](Vector a, Vector b) { return max(a, b); })[0];
+}
+
+// cells[runs[l]] in lane l, where `runs` rise from lane to lane by at most 1. Reads kLanes cells from cells[runs[0]] on.
+INLINE Vector spread(const float* cells, const int32_t* runs) {
+  cells += runs[0];
+#if defined(__AVX512F__)
+  const __m512i lanes = _mm512_sub_epi32(_mm512_loadu_si512(runs), _mm512_set1_epi32(runs[0]));
+  return (Vector)_mm512_maskz_permutexvar_ps(0xffff, lanes, (__m512)load(cells));
+#elif defined(__AVX2__)
+  const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(runs));
+  return (Vector)_mm256_permutevar8x32_ps((__m256)load(cells), _mm256_sub_epi32(all, _mm256_set1_epi32(runs[0])));
+#else
+  if (runs[kLanes - 1] - runs[0] == kLanes - 1) return load(cells);
+  Vector v;
+  for (int l = 0; l < kLanes; ++l) v[l] = cells[runs[l] - runs[0]];
+  return v;
+#endif
 }
 
 // 2^x with a relative error of 2e-8 before rounding; 0 below -126 and for minus infinity. NaN stays NaN.

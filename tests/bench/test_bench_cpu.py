@@ -32,7 +32,7 @@ def written(folder, name, lines_of_summary=0):
     assert text.startswith(f"# {name}") and f"- torch: {torch.__version__}" in text
     assert {"command", "commit", "date", "cpu", "cores", "torch", "deberta_fast"} <= record["provenance"].keys()
     if not torch.cuda.is_available():
-        assert text.splitlines()[2].startswith(f"On {record['provenance']['cpu']}, {os.cpu_count()} cores; instruct")
+        assert text.splitlines()[2].startswith(f"On {record['provenance']['cpu']}, {os.cpu_count()} cores, load ")
     assert sum(line.startswith("|") for line in text.splitlines()) == len(record["rows"]) + 2 + lines_of_summary
     return record["rows"], record["provenance"]
 

@@ -136,6 +136,17 @@ def test_bert_is_of_deberta_s_size(bench):
     assert count(bert) == count(deberta) and bert.config._attn_implementation == "sdpa"
 
 
+def test_a_training_step_of_bert_drops_old_gradients(bench):
+    variants = bench("variants.model")
+    encoders, batch = variants.Encoders("tiny", torch.float32, "cpu"), variants.Batch(3, 24, True, "cpu")
+    step = variants.build_call(encoders, "bert", "forward+backward", batch)
+    step()
+    first = encoders.bert().get_parameter(variants.GRADIENTS[0]).grad.clone()
+    step()
+    assert first.norm() > 0
+    torch.testing.assert_close(encoders.bert().get_parameter(variants.GRADIENTS[0]).grad, first)
+
+
 def test_bert_without_positions_is_left_out(bench, measured, monkeypatch):
     """An index beyond its table would end the process on a GPU."""
     monkeypatch.setattr(bench("variants.model"), "BERT_POSITIONS", 23)

@@ -40,7 +40,11 @@ def build(folder: Path) -> Path:
 
 
 class Emulator:
-    """The library in this process, whose threads may from now on execute instructions of AMX."""
+    """The library in this process, whose threads may from now on execute instructions of AMX.
+
+    A handler of SIGILL that is installed later, for example by faulthandler.enable(), takes its place. pytest enables
+    faulthandler before it collects tests, so fixtures may load the library, but plugins should not.
+    """
 
     def __init__(self, library: Path):
         self._library = ctypes.CDLL(str(library))

@@ -3,6 +3,7 @@
 Each function takes an address in rdi and a stride in rsi.
 """
 
+import ctypes
 import subprocess
 from itertools import permutations, product
 from pathlib import Path
@@ -106,3 +107,16 @@ def build(folder: Path) -> Path:
     source.write_text("\n".join(lines) + DATA.format(", ".join(map(str, CONSTANT))))
     subprocess.run(["g++", "-shared", "-Wl,-z,noexecstack", source, "-o", library], check=True)
     return library
+
+
+def load(library: Path):
+    """Returns a function that calls the assembly function of a name with an array, or a place in it, and a stride."""
+    functions = ctypes.CDLL(str(library))
+
+    def call(name, array=None, stride=0, offset=0):
+        address = None if array is None else array.ctypes.data + offset
+        function = getattr(functions, name)
+        function.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        function(address, stride)
+
+    return call

@@ -263,6 +263,26 @@ def test_in_common_is_found(small, objects):
     assert any("shared" in line for line in in_common(small / objects))
 
 
+WITHOUT_AMX = """#!/bin/sh
+for argument; do test "$argument" != -mamx-tile || { echo "unrecognized option $argument" >&2; exit 1; }; done
+exec c++ "$@"
+"""
+
+
+@needs_x86
+def test_compiler_without_amx(small):
+    """The kernels for AMX are left out, with the compiler's reason."""
+    (small / "csrc/cpu/tiles").mkdir()
+    (small / "csrc/cpu/tiles/second.cpp").write_text("namespace DEBERTA_FAST_ISA { int tiles() { return 0; } }\n")
+    compiler = small / "old-compiler"
+    compiler.write_text(WITHOUT_AMX)
+    compiler.chmod(0o755)
+    output = build_in_place(small, CXX=str(compiler))
+    assert output.count("without bfloat16 kernels for") == 1
+    assert "without bfloat16 kernels for amx: unrecognized option -mamx-tile" in output
+    assert [path.name for path in small.glob("build/cpu-*/second.*.o")] == ["second.avx512_bf16.o"]
+
+
 def test_left_out(small):
     build_in_place(small)
     output = build_in_place(small, DEBERTA_FAST_CPU="0")

@@ -39,19 +39,12 @@ def emulator(folder):
 
 @pytest.fixture
 def call(functions_path, request):
-    """A function that calls the assembly function of a name with an array, or a place in it, and a stride."""
+    """The function of amx_functions.load. The tiles are released after the test."""
     if NATIVE:
         assert ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0, "the kernel does not permit tiles"
     else:
         request.getfixturevalue("emulator")
-    library = ctypes.CDLL(str(functions_path))
-
-    def call(name, array=None, stride=0, offset=0):
-        address = None if array is None else array.ctypes.data + offset
-        function = getattr(library, name)
-        function.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-        function(address, stride)
-
+    call = amx_functions.load(functions_path)
     yield call
     call("release")
 

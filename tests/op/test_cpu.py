@@ -77,6 +77,23 @@ def test_other_instruction_sets(name, dtype, capability):
         compare(public("cpu"), BY_NAME[name], DTYPES[dtype], draws=3)
 
 
+SHARED_ROWS = [
+    Case("v3-table", 520, 520, batch=1, heads=1, size=24, buckets=256, longest=512),
+    Case("v3-table-c2p", 150, 430, batch=1, heads=2, size=16, buckets=256, longest=512, offset=250, p2c=False),
+    Case("v3-table-p2c", 430, 150, batch=1, heads=2, size=16, buckets=256, longest=512, mask="holes", c2p=False),
+    Case("far-rows-alone", 70, 210, heads=1, size=16, buckets=256, longest=512, offset=-300, window=True),
+    Case("three-rows", 193, 193, heads=1, size=16, buckets=2, longest=8, dropout_p=0.2),
+    Case("rows-without-distances", 150, 150, heads=2, size=16, buckets=16, longest=10, mask="pairwise"),
+]
+
+
+@each_set
+@pytest.mark.parametrize("case", SHARED_ROWS, ids=lambda case: case.name)
+def test_distances_that_share_rows(case, capability):
+    with cpu.using(capability):
+        compare(public("cpu"), case, torch.float32, draws=2)
+
+
 def in_a_process(code: str, **environment: str) -> str:
     command, environment = [sys.executable, "-W", "ignore", "-c", code], os.environ | environment
     return subprocess.run(command, env=environment, cwd=ROOT, check=True, stdout=-1, text=True, timeout=120).stdout

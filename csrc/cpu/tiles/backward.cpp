@@ -69,14 +69,14 @@ class BackwardPass : ScoreTiles {
         run(s, part, keys_of_part(a_.sequences[s].keys, a_.parts, (part + wave) % a_.parts));
       }
       if (b_.pos_key_sums) {
-        const Range touched = to_rows(grad_key_by_distance_);
-        sum_by_slot(a_, by_distance_, far_grad_key_, -a_.first_distance, -1, touched, wave == 0, row_,
+        sum_by_slot(grad_key_by_distance_, a_.first_reached - a_.first_distance, a_.key_runs, wave == 0,
                     b_.pos_key_sums + item * rows);
+        add_far_rows(a_, far_grad_key_, b_.pos_key_sums + item * rows);
       }
       if (b_.pos_query_sums) {
-        const Range touched = to_rows(grad_query_by_distance_);
-        sum_by_slot(a_, by_distance_, far_grad_query_, -last_distance, 1, touched, wave == 0, row_,
-                    b_.pos_query_sums + item * rows);
+        sum_by_slot(grad_query_by_distance_, last_distance - (a_.first_reached + a_.reached - 1), a_.query_runs,
+                    wave == 0, b_.pos_query_sums + item * rows);
+        add_far_rows(a_, far_grad_query_, b_.pos_query_sums + item * rows);
       }
     }
   }
@@ -312,20 +312,33 @@ class BackwardPass : ScoreTiles {
     for (int64_t d = 0; d < size_; d += kLanes) store(y + d, load(y + d) + Bfloat16::load(x + d) * factor);
   }
 
-  // Moves the gradient of a table to the rows of by_distance_. Returns the distances that it has, and clears it.
-  Range to_rows(ByDistance& gradient) {
+  // Adds the gradient of a table to `sums`, the rows of the table (11), which it first clears if `start`, and clears it.
+  // Pairs have the a.reached distances from cell first_reached on. Adds sums of kRun rows, because hundreds of distances
+  // share the outermost rows of a table and rounding grows with the length of a sum.
+  void sum_by_slot(ByDistance& gradient, int64_t first_reached, const Runs& runs, bool start, float* sums) {
+    constexpr int64_t kRun = 16;
+    if (start) std::fill_n(sums, a_.used_rows * size_, 0.0f);
     const Range touched = gradient.touched;
+    if (touched.start >= touched.stop) return;
     for (int64_t t = touched.start; t < touched.stop; t += kTile) {
       for (int64_t d = 0; d < size_; d += kTile) {
         transpose_words(gradient.columns + d * distances_pitch_ + t, distances_pitch_, by_distance_ + t * size_ + d,
                         size_);
       }
     }
-    for (int64_t d = 0; d < size_ && touched.start < touched.stop; ++d) {
+    const int64_t stop = std::min(first_reached + a_.reached, touched.stop);
+    for (int64_t t = std::max(first_reached, touched.start); t < stop;) {
+      const int32_t run = runs.runs[t];
+      std::fill_n(row_, size_, 0.0f);
+      for (int64_t n = 0; n < kRun && t < stop && runs.runs[t] == run; ++n, ++t) {
+        add_scaled(1.0f, by_distance_ + t * size_, row_, size_);
+      }
+      add_scaled(1.0f, row_, sums + (runs.slots[run] - a_.first_used_row) * size_, size_);
+    }
+    for (int64_t d = 0; d < size_; ++d) {
       std::fill_n(gradient.columns + d * distances_pitch_ + touched.start, touched.stop - touched.start, 0.0f);
     }
     gradient.touched = ByDistance::kNothing;
-    return touched;
   }
 
   void store_heads(const Heads& to, const float* from, int64_t batch, int64_t first, int64_t count, float scale) {

@@ -1,9 +1,11 @@
 """Fused disentangled attention in C++ for the CPU, forward and backward (csrc/cpu).
 
-Tiles of scores stay in the caches: c2p and p2c are small products with tables that have one row per distance, added to
-the content scores along a shifted row pointer (equation 6). Far tiles are plain attention with other queries (equation
-7). All computations are in float32. The extension has kernels for AVX-512, for AVX2 and for any other CPU; torch
-decides which ones run (``torch.backends.cpu.get_cpu_capability``, hence ATEN_CPU_CAPABILITY).
+Tiles of scores stay in the caches: c2p and p2c are small products with the rows of the tables that these distances
+read, spread to the distances and added to the content scores (equation 6). Far tiles are plain attention with other
+queries (equation 7). The extension has kernels for AVX-512, for AVX2 and for any other CPU, which compute in float32;
+torch decides which ones run (``torch.backends.cpu.get_cpu_capability``, hence ATEN_CPU_CAPABILITY). With AVX-512,
+bfloat16 is multiplied by AMX or AVX512_BF16 where the processor has them and the operating system permits it. Sums are in
+float32 there too, and numbers below the smallest normal one, 2^-126, count as zero.
 """
 
 import contextlib
@@ -31,6 +33,11 @@ def instruction_sets() -> list[str]:
     vectors = VECTORS.get(torch.backends.cpu.get_cpu_capability(), "plain")
     products = torch.ops.deberta_fast.bfloat16_instruction_sets().split() if vectors == "avx512" else []
     return [*products, *SETS[SETS.index(vectors) :]]
+
+
+def built_sets() -> list[str]:
+    """Returns the instruction sets that the extension was built with, for this processor or not."""
+    return torch.ops.deberta_fast.built_instruction_sets().split() if NOT_LOADED is None else []
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ SCHEMAS = (
     "add_norm_backward(Tensor(a!) grad_sum, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, Tensor grad_output, "
     "Tensor sum, Tensor statistics, Tensor weight) -> ()",
     "use_instruction_set(str name) -> ()",
+    "built_instruction_sets() -> str",
     "bfloat16_instruction_sets() -> str",
     "same_bits(Tensor x, Tensor y) -> bool",
     "release_memory() -> int",
