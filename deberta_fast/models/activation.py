@@ -37,6 +37,6 @@ def gelu_of(function: Callable) -> str | None:
         if why_not_ordinary(function, kind) is not None or not is_own_code(kind.forward, kind):
             return None
         function = function.act
-    if isinstance(function, functools.partial) and function.func is F.gelu and not function.args:
+    if isinstance(function, functools.partial) and function.func is F.gelu:
         return function.keywords["approximate"] if [*function.keywords] == ["approximate"] else None
     return "none" if function is F.gelu else None

@@ -318,7 +318,7 @@ def test_gelu_in_the_product(monkeypatch, name, dtype, inputs):
     fused = dtype != torch.float32 or inputs <= projection.DEEPEST  # a deep product is a sum of products
     with monkeypatch.context() as patched:
         if fused:
-            patched.setattr(F, "gelu", None)
+            patched.setattr(projection, "F", None)
         with torch.no_grad():
             ours = project(linear, x, act)
     assert (ours - want).abs().mean() <= 2 * (torchs - want).abs().mean()
@@ -369,7 +369,7 @@ def test_the_activations_that_are_gelu():
         changed,
         hooked(activations.GELUActivation()),
         F.relu,
-        functools.partial(F.gelu, torch.zeros(1)),
+        functools.partial(F.gelu),
         nn.GELU(),
     )
     assert [gelu_of(other) for other in others] == [None] * len(others)
