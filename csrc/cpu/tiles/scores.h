@@ -5,6 +5,7 @@
 
 namespace deberta_fast::DEBERTA_FAST_ISA {
 
+constexpr int64_t kStrip = kTileRows * kTile;  // rows of a product that is stored with skew
 constexpr int64_t kMargin = 32;  // cells to the left of a matrix that is written or read with skew, and to its right
 
 // The table of head `head` expanded to distances, from the distance in cell `first` on.
@@ -34,7 +35,7 @@ class ScoreTiles {
     far_terms_ = carver(std::max(keys, kMaxBlockRows) * kTile);
     for (float*& terms : far_key_terms_) terms = carver(keys);
     scores_ = carver(kMargin + kMaxBlockRows * pitch_ + kMargin) + kMargin;
-    p2c_ = carver(kMargin + kPaddedRows * kQueryPitch + kMargin) + kMargin;
+    p2c_ = carver(kMargin + kStrip * kQueryPitch + kMargin) + kMargin;
     bias_ = carver(round_up(a_.longest_key, kPaddedRows));
   }
 
@@ -120,27 +121,27 @@ class ScoreTiles {
   // Computes the scores of `count` keys from `key` on, which is loaded key `local`. The content term is added to the
   // others. The scores of rows and keys in the padding are not used.
   //
-  // c2p: 32 queries and n keys have n + 31 distances. Row r of their product with K^e is stored one cell further right
-  // than row r - 1, so that cell e of each row falls on its key. p2c is the same with keys in place of queries, and is
+  // c2p: a strip of m queries and n keys has n + m - 1 distances. Row r of their product with K^e is stored one cell further
+  // right than row r - 1, so that cell e of each row falls on its key. p2c is the same with keys in place of queries, and is
   // transposed.
   void scores(const Block& block, Side side, int64_t local, int64_t key, int64_t count) {
     const int64_t rows = padded_rows(block), columns = round_up(count, kPaddedRows);
     const int64_t last_distance = a_.first_distance + a_.distances - 1;
     Terms terms{};
     if (side == kNear && a_.pos_key.data) {
-      for (int64_t r = 0; r < rows; r += kPaddedRows) {
-        const int64_t first = key - (block.position + r) - kMargin - a_.first_distance;
+      for (int64_t r = 0; r < rows; r += kStrip) {
+        const int64_t first = key - (block.position + r) - kStrip - a_.first_distance;
         const uint16_t* const table = by_distance(a_, a_.key_by_distance_t, block.head, first);
-        product(2, (columns + kMargin) / kTile, depth_, {query_ + r * size_, size_}, packed(table, size_), {},
-                {scores_ + r * pitch_ - kMargin, pitch_ + 1});
+        product(kTileRows, (columns + kStrip) / kTile, depth_, {query_ + r * size_, size_}, packed(table, size_), {},
+                {scores_ + r * pitch_ - kStrip, pitch_ + 1});
       }
     }
     if (side == kNear && a_.pos_query.data) {
-      for (int64_t k = 0; k < columns; k += kPaddedRows) {
-        const int64_t first = block.position - (key + k) - kMargin + last_distance;
+      for (int64_t k = 0; k < columns; k += kStrip) {
+        const int64_t first = block.position - (key + k) - kStrip + last_distance;
         const uint16_t* const table = by_distance(a_, a_.query_by_distance_t, block.head, first);
-        product(2, (rows + kMargin) / kTile, depth_, {key_ + (local + k) * size_, size_}, packed(table, size_), {},
-                {p2c_ - kMargin, kQueryPitch + 1});
+        product(kTileRows, (rows + kStrip) / kTile, depth_, {key_ + (local + k) * size_, size_}, packed(table, size_),
+                {}, {p2c_ - kStrip, kQueryPitch + 1});
         add_transposed(rows, scores_ + k);
       }
     }
@@ -153,10 +154,10 @@ class ScoreTiles {
             {scores_, pitch_});
   }
 
-  // Adds the p2c scores of kPaddedRows keys to the c2p scores, or stores them if there are none.
+  // Adds the p2c scores of kStrip keys to the c2p scores, or stores them if there are none.
   void add_transposed(int64_t rows, float* to) {
     for (int64_t i = 0; i < rows; i += kLanes) {
-      for (int64_t k = 0; k < kPaddedRows; k += kLanes) {
+      for (int64_t k = 0; k < kStrip; k += kLanes) {
         Vector square[kLanes];
         for (int64_t l = 0; l < kLanes; ++l) square[l] = load(p2c_ + (k + l) * kQueryPitch + i);
         transpose(square);
@@ -180,7 +181,7 @@ class ScoreTiles {
   uint16_t *far_key_rows_, *far_query_rows_, *far_rows_;           // packed; (kPaddedRows, D) while packing
   float *far_terms_, *far_key_terms_[2];                           // (rows, 16); (keys) on either side
   float far_constants_[2 + 1][kMaxBlockRows];                      // of either side; zeros for near keys
-  float* p2c_;                                                     // (kPaddedRows, kQueryPitch)
+  float* p2c_;                                                     // (kStrip, kQueryPitch)
 };
 
 }  // namespace deberta_fast::DEBERTA_FAST_ISA
