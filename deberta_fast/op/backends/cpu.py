@@ -4,8 +4,8 @@ Tiles of scores stay in the caches: c2p and p2c are small products with the rows
 read, spread to the distances and added to the content scores (equation 6). Far tiles are plain attention with other
 queries (equation 7). The extension has kernels for AVX-512, for AVX2 and for any other CPU, which compute in float32;
 torch decides which ones run (``torch.backends.cpu.get_cpu_capability``, hence ATEN_CPU_CAPABILITY). With AVX-512,
-bfloat16 is multiplied by AMX or AVX512_BF16 where the processor has them and the operating system permits it. Sums are in
-float32 there too, and numbers below the smallest normal one, 2^-126, count as zero.
+bfloat16 is multiplied by AMX or AVX512_BF16 where the processor has them and the operating system permits it. Sums are
+in float32 there too, and numbers below the smallest normal one, 2^-126, count as zero.
 """
 
 import contextlib
