@@ -23,7 +23,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit 1
 python=${PYTHON:-python3}
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 CUDA_VISIBLE_DEVICES=
-all='build:90 machine:40 check:50 operator:170 operator-long:100 memory:70 encoder:270 encoder-long:210
+all='build:90 machine:40 check:80 operator:170 operator-long:100 memory:70 encoder:270 encoder-long:180
   encoder-training:170 host:30'
 
 dry='' out='' archive='' stages=()

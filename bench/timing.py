@@ -145,7 +145,6 @@ def arithmetic() -> dict[str, str]:
 
     Only Linux lists instructions. bench/cpu.sh asks oneDNN which kernels it takes.
     """
-    from deberta_fast.op.backends import cpu
     from deberta_fast.selfcheck import processor
 
     listed = re.search(r"^flags\s*:(.*)$", CPUINFO.read_text() if CPUINFO.exists() else "", re.MULTILINE)
@@ -156,9 +155,16 @@ def arithmetic() -> dict[str, str]:
         "cpu": processor(),
         "instructions": ", ".join(has) if flags else "not known",
         "torch computes with": ", ".join([torch.backends.cpu.get_cpu_capability(), _mkl(), _onednn()]),
-        "deberta_fast computes with": next(iter(cpu.instruction_sets()), "no compiled kernels"),
+        "deberta_fast computes with": _own(),
         **({"limits": ", ".join(limits)} if limits else {}),
     }
+
+
+def _own() -> str:
+    from deberta_fast.op.backends import cpu
+
+    names = [cpu.instruction_set(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    return "no compiled kernels" if cpu.NOT_LOADED else f"{names[0]}, bfloat16 with {names[1]}"
 
 
 def _mkl() -> str:

@@ -142,7 +142,7 @@ def _verdicts(place: selection.Place, kinds: tuple[Kind, ...]) -> dict:
     prove = lambda *names: proof.prove(names, asked, *place[1:], place.device)
     if not selection.is_checked(place.device):
         found = {}
-        for instructions in cpu.instruction_sets():
+        for instructions in cpu.instruction_sets(place.dtype):
             with cpu.using(instructions):
                 found[f"cpu ({instructions})"] = prove("cpu")["cpu"]
         return (found or prove("cpu")) | prove(*selection.FUSED, "eager")
@@ -164,7 +164,7 @@ def _times(place: selection.Place, passed: list[str]) -> dict[str, dict[str, flo
     """
     from .op import speed
 
-    timed = {name: name for name in backends.BACKENDS} | {f"cpu ({cpu.instruction_set()})": "cpu"}
+    timed = {name: name for name in backends.BACKENDS} | {f"cpu ({cpu.instruction_set(place.dtype)})": "cpu"}
     names = {label: timed[label] for label in passed if label in timed}
     found: dict[str, dict[str, float]] = {label: {} for label in (*names, SDPA)}
     for shape in speed.SHAPES:
@@ -270,9 +270,9 @@ def _lines(report: Report):
     yield f"head size {report.head_size}; errors as a share of what is allowed" + (
         f"; milliseconds, and multiples of torch's {SDPA} without positions" if timed else ""
     )
-    heading = f"{'':<16}{'solved':<9}{'error':<7}" + "".join(f"{column:>18}" for column in columns if timed)
+    heading = f"{'':<20}{'solved':<9}{'error':<7}" + "".join(f"{column:>18}" for column in columns if timed)
     for dtype, taken in report.taken.items():
-        yield f"{dtype:<16}{heading[16:]}".rstrip()
+        yield f"{dtype:<20}{heading[20:]}".rstrip()
         for row in report.rows:
             if row.dtype == dtype:
                 yield from _row(row, report.asked, keys)
@@ -282,14 +282,14 @@ def _lines(report: Report):
 
 def _row(row: Row, asked: int, keys: list[str]):
     if row.reasons:
-        yield f"  {row.name:<14}not asked: {'; '.join(row.reasons)}"
+        yield f"  {row.name:<18}not asked: {'; '.join(row.reasons)}"
         return
     if row.failure is not None:
-        yield f"  {row.name:<14}FAILED after {row.problems} of {asked}: {row.failure}"
+        yield f"  {row.name:<18}FAILED after {row.problems} of {asked}: {row.failure}"
         return
     figures = ""
     for key in keys if row.milliseconds else ():
         multiple = f"{row.times_sdpa[key]:.2f} x" if row.times_sdpa else ""
         figures += f"{row.milliseconds[key]:>10.3g}{multiple:>8}"
     solved = f"{row.problems} of {asked}" if row.name != SDPA else ""
-    yield f"  {row.name:<14}{solved:<9}{row.share if row.name != SDPA else '':<7.2}{figures}".rstrip()
+    yield f"  {row.name:<18}{solved:<9}{row.share if row.name != SDPA else '':<7.2}{figures}".rstrip()

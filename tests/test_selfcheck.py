@@ -59,7 +59,7 @@ def test_readme_shows_what_is_printed(report):
     block = (ROOT / "README.md").read_text().partition("```text\n")[2].partition("```")[0].splitlines()
     wording = report._replace(shapes={"short": (8, 128), "long": (1, 2048)}, head_size=64)
     shown, printed = ({line[:13].strip(): line for line in lines} for lines in (block, str(wording).splitlines()))
-    assert shown.keys() >= printed.keys()
+    assert shown.keys() >= printed.keys() - {"cpu (amx)"}  # which README's machine lacks
     for label in ("head size 64;", "bfloat16", "backend=Non", "a fused backe"):
         assert shown[label] == printed[label]
 

@@ -120,7 +120,9 @@ def test_what_computes_is_named(bench, tmp_path, monkeypatch):
         pattern = rf"\b{library} \d+\.\d" if there.is_available() else rf"no {library}\b"
         assert re.search(pattern, found["torch computes with"])
     assert found["torch computes with"].startswith(torch.backends.cpu.get_cpu_capability())
-    assert found["deberta_fast computes with"] == (cpu.instruction_sets() or ["no compiled kernels"])[0]
+    names = [cpu.instruction_set(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    own = "no compiled kernels" if cpu.NOT_LOADED else f"{names[0]}, bfloat16 with {names[1]}"
+    assert found["deberta_fast computes with"] == own
     assert found["cpu"] == timing.provenance()["cpu"] and "limits" not in found
 
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")

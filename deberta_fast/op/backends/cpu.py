@@ -21,18 +21,23 @@ VECTORS = {"AVX512": "avx512", "AVX2": "avx2"}  # by torch's name for them
 SETS = ("amx", "avx512_bf16", "avx512", "avx2", "plain")
 
 
-def instruction_set() -> str:
-    """Returns the name of the kernels that this process uses."""
-    return (instruction_sets() or ["plain"])[0]
+def instruction_set(dtype: torch.dtype = torch.bfloat16) -> str:
+    """Returns the name of the kernels that this process uses for a dtype."""
+    return (instruction_sets(dtype) or ["plain"])[0]
 
 
-def instruction_sets() -> list[str]:
-    """Returns the instruction sets that run on this processor, the one in use first; none without the extension."""
+def instruction_sets(dtype: torch.dtype = torch.bfloat16) -> list[str]:
+    """Returns the instruction sets that run on this processor and differ in a dtype, the one in use first.
+
+    There are most in bfloat16, and none without the extension.
+    """
     if NOT_LOADED is not None:
         return []
     vectors = VECTORS.get(torch.backends.cpu.get_cpu_capability(), "plain")
-    products = torch.ops.deberta_fast.bfloat16_instruction_sets().split() if vectors == "avx512" else []
-    return [*products, *SETS[SETS.index(vectors) :]]
+    products = ""
+    if dtype == torch.bfloat16 and vectors == "avx512":
+        products = torch.ops.deberta_fast.bfloat16_instruction_sets()
+    return [*products.split(), *SETS[SETS.index(vectors) :]]
 
 
 def built_sets() -> list[str]:
