@@ -61,7 +61,7 @@ def test_snippet_runs(name, folder):
 
 
 def test_command_line_runs(folder):
-    [command] = [x for x in re.findall(r"```sh\n(.*?)```", PAGES["README"], re.DOTALL) if "deberta_fast run" in x]
+    [command] = [x for x in re.findall(r"```sh\n(.*?)```", PAGES["recipes"], re.DOTALL) if "deberta_fast run" in x]
     command = command.replace("python -m", f"{sys.executable} -m")
     output = subprocess.run(
         command, shell=True, cwd=folder, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120

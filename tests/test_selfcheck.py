@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -151,7 +152,7 @@ def test_what_a_process_will_take(accelerator, recwarn):
     accelerator(StandIn(FAULTS["a NaN"][0]), StandIn(reasons=["no Triton"]))
     report = quick()
     assert report.taken == {"bfloat16": "eager: no fused backend passed"}
-    assert "triton        not asked: no Triton" in str(report)
+    assert re.search(r"triton +not asked: no Triton", str(report))
     assert not recwarn.list  # the report says it all
     deberta_fast.set_backend_check(False)
     assert quick().taken == {"bfloat16": "what set_backend_check(False) asked for, eager"}
