@@ -76,7 +76,7 @@ class Host(NamedTuple):
     compiling: list[str]
     hosting: list[str]
     linking: list[str]
-    tiles: list[str]
+    tiles: tuple[str, ...] = ()
 
 
 class Toolkit(NamedTuple):
@@ -172,7 +172,7 @@ def find_host() -> Host:
         [*compiler, *FLAGS, *words("CXXFLAGS")],
         [*including, *(f"-DDEBERTA_FAST_{name.upper()}" for name in tiles)],
         [*words("LDFLAGS"), f"-L{torch}/lib", "-ltorch_cpu"],
-        tiles,
+        tuple(tiles),
     )
 
 
