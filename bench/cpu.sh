@@ -56,7 +56,7 @@ fi
 threads=$("$python" -c 'import torch; print(torch.get_num_threads())') || exit 2
 logs=$root/build/cpu-logs${dry:+-dry}
 mkdir -p "$out" "$logs" && rm -f "$logs"/*.log || exit 2
-out=$(cd "$out" && pwd)
+out=$(cd "$out" && pwd) && out=${out#"$root"/}  # results name it
 
 bench() {  # run a benchmark; in a dry run at toy sizes, which come last and so override the stage's options
   local module=$1 toy=''
