@@ -1,4 +1,4 @@
-"""What this CPU makes of torch's products and plain attention: ``python -m bench.machine``.
+"""Times torch's products and plain attention on this CPU: ``python -m bench.machine``.
 
 A flag of the processor does not say that a library uses it. So each call is timed, and oneDNN, asked by ONEDNN_VERBOSE,
 names the kernels that it takes ("amx" in a name: tiles). Results go to bench/results/cpu/, after every row.

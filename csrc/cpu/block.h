@@ -85,7 +85,7 @@ struct Segment {
 INLINE int64_t key_step(const Attention& a) { return std::max<int64_t>(kLanes, a.row_step); }
 
 // Divides the keys [start, stop) into those far from all queries of a stretch, on either side, and those between.
-// Without position terms all keys are far.
+// All keys are far if there are no position terms.
 inline void cut_segments(const Attention& a, const Block& stretch, int64_t start, int64_t stop,
                          Segment (&segments)[3]) {
   int64_t near_start = stop, near_stop = stop;

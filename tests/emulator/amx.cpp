@@ -2,7 +2,7 @@
 // instruction. The handler here decodes it, executes it on the calling thread's tiles and continues behind it; any other
 // illegal instruction goes to the handler that was there before. Loading or linking this file installs the handler.
 //
-// What the processor would answer with an exception ends the process with a message. Instructions that continue in the
+// The process ends with a message where the processor would raise an exception. Instructions that continue in the
 // middle of a tile (start_row) are not emulated. Memory is read and written by ordinary accesses, so the sanitizers check
 // the kernels' tiles if this file is compiled with their flags.
 #include <immintrin.h>

@@ -308,7 +308,7 @@ def test_half_precision(by_onednn, dtype, inputs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("inputs", [768, 1100])
 def test_gelu_in_the_product(monkeypatch, name, dtype, inputs):
-    """Without gradients, oneDNN applies the GELU; it is as precise as torch's, which rounds the product first."""
+    """oneDNN applies the GELU if no gradients are wanted, as precisely as torch, which rounds the product first."""
     half_or_skip(dtype)
     torch.manual_seed(0)
     linear, x = nn.Linear(inputs, 80, dtype=dtype), 2 * torch.randn(100, inputs, dtype=dtype)

@@ -10,7 +10,7 @@ from native_models import build, inputs_of
 from torch.nn.parallel.scatter_gather import gather
 from torch.utils import _pytree
 
-from deberta_fast.models import outputs
+from deberta_fast.models import add_norm, outputs
 
 KINDS = [x for x in vars(outputs).values() if isinstance(x, type) and issubclass(x, outputs.ModelOutput)][1:]
 KINDS = [kind for kind in KINDS if not kind.__name__.startswith("_")]
@@ -23,7 +23,7 @@ def example(kind):
     return kind(**{first: torch.ones(()), **second, "hidden_states": STATES})
 
 
-def same(got, expected, atol=0.0):
+def same(got, expected):
     flat = lambda x: list(x) if isinstance(x, tuple) else [x]
     assert type(got) is type(expected) and list(got) == list(expected)
     for field in dataclasses.fields(expected):
@@ -31,8 +31,7 @@ def same(got, expected, atol=0.0):
         assert (x is None) == (y is None), field.name
         if y is not None:
             assert type(x) is type(y) and got[field.name] is x
-            for a, b in zip(flat(x), flat(y), strict=True):
-                torch.testing.assert_close(a, b, rtol=0, atol=atol)
+            assert all(torch.equal(a, b) for a, b in zip(flat(x), flat(y), strict=True))
     assert len(got.to_tuple()) == len(expected.to_tuple())
     return True
 
@@ -117,7 +116,9 @@ def test_accelerate_moves_and_casts_them():
 
 
 @pytest.mark.parametrize("name", ["v1", "v3"])
-def test_models_in_the_hands_of_accelerate(name):
+def test_models_in_the_hands_of_accelerate(name, monkeypatch):
+    # The hooks replace the forward of each norm, so torch adds and normalises in two steps: here in every model.
+    monkeypatch.setattr(add_norm, "_is_built", lambda: False)
     pytest.importorskip("accelerate")
     from accelerate import Accelerator, dispatch_model
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -132,8 +133,7 @@ def test_models_in_the_hands_of_accelerate(name):
         build(name, "ForSequenceClassification"), {"deberta": "cpu", "pooler": "cpu", "": "cpu"}, force_hooks=True
     )
     for model in (held, dispatched):
-        # The hooks replace the forward of each norm, so torch adds and normalises in two steps.
-        same(model(**inputs), expected, atol=1e-6)
+        same(model(**inputs), expected)
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model = build(name, "ForSequenceClassification")

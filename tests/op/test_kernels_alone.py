@@ -56,7 +56,7 @@ TILE_SETS = {  # the namespace, flags of the compiler, and features of the proce
 
 @pytest.mark.parametrize("name", TILE_SETS)
 def test_tiles_sanitized(tmp_path, name):
-    """Without flags for AMX or AVX512_BF16, plain C++ multiplies the tiles."""
+    """Plain C++ multiplies the tiles if no flags for AMX or AVX512_BF16 are given."""
     namespace, flags, features = TILE_SETS[name]
     if not processor_has(*features):
         pytest.skip(f"this processor has no {name}")

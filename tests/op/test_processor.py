@@ -1,4 +1,4 @@
-"""What csrc/cpu/processor.h tells about the processor, against /proc/cpuinfo."""
+"""csrc/cpu/processor.h tells about the processor what /proc/cpuinfo tells."""
 
 import ctypes
 import platform

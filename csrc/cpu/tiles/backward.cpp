@@ -1,7 +1,7 @@
 // Gradients, (8) to (11), in bfloat16 by products in tiles. P and dA of a tile of scores are rounded to bfloat16; sums
 // are in float32.
 //
-// With x_i and T^e for q_i and K^e, or for k_j and Q^e and a transposed dA, near tiles add the terms of (9)
+// Near tiles add the terms of (9), where x_i and T^e are q_i and K^e, or k_j and Q^e with a transposed dA:
 //
 //     dx_i += sum_e dA_i,i+e T^e      A: rows of dA, each read one cell further right than the one above
 //     dT^e += sum_i dA_i,i+e x_i      transposed, x^T (D, i) times (i, e), B: pairs of rows of dA that are skewed alike
