@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..models.model import given_packing
-from ..models.packing import Packing
+from ..models.packing import Packing, check_choices
 from .fallback import Shared, hf_class
 
 # Heads that have one logit vector and one label per token.
@@ -82,7 +82,7 @@ def _padded(model: nn.Module, packing: Packing, given: dict, tokens: int, choice
             raise ValueError(f"{name} must be of shape {(tokens,)}, got {tuple(x.shape)}")
         batch[name] = packing.by_sequence(x, fill[name])
     if _head(model) == "ForMultipleChoice":
-        packing.check_choices(choices)
+        check_choices(packing, choices)
         return {name: x.unflatten(0, (-1, choices)) if name in fill else x for name, x in batch.items()}
     if choices is not None:
         raise ValueError(f"choices belong to multiple choice, got choices={choices}")
