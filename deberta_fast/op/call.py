@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .dropout import new_seed
+from .dropout import check_seed, new_seed
 from .relative_position import (
     FAR_NEGATIVE_RULES,
     FARTHEST,
@@ -34,7 +34,7 @@ class Call(NamedTuple):
 
     pos_key and pos_query are (H, R', D), rows first_slot to first_slot + R' of the relative-position table, or None.
     mask is bool, four-dimensional, broadcastable to (B, H, Lq, Lk), True where a query may attend. seed is set if
-    dropout_p > 0. ``disentangled_attention`` describes the others.
+    dropout_p > 0: int64 (1,), or (5,) with an origin. ``disentangled_attention`` describes the others.
     """
 
     query: torch.Tensor
@@ -164,9 +164,11 @@ def _quiet_in_traces(check):
 @_quiet_in_traces
 def checked_call(
     query, key, value, pos_key, pos_query, attention_mask, cu_seqlens, position_buckets, max_relative_positions,
-    far_negative, first_slot, query_offset, max_seqlen, scale, dropout_p,
+    far_negative, first_slot, query_offset, max_seqlen, scale, dropout_p, dropout_seed=None,
 ) -> Call:  # fmt: skip
-    """Checks the arguments of the public functions and returns their call; draws a dropout seed if dropout_p > 0.
+    """Checks the arguments of the public functions and returns their call.
+
+    Draws a dropout seed if dropout_p > 0 and none is given.
 
     The values of cu_seqlens are not checked.
 
@@ -239,7 +241,10 @@ def checked_call(
     if attention_mask is not None:
         pairs = (1 if packed else shape[0], heads, shape[0] if packed else shape[2], tensors[1].shape[2])
         attention_mask = check_mask(attention_mask[None] if packed else attention_mask, device, pairs)
-    seed = new_seed(device) if dropout_p > 0 else None
+    if dropout_seed is not None:
+        check_seed("dropout_seed", dropout_seed, device)
+        dropout_seed = dropout_seed.contiguous()
+    seed = None if dropout_p == 0 else new_seed(device) if dropout_seed is None else dropout_seed
     return Call(
         tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], attention_mask, cu_seqlens, seed, position_buckets,
         max_relative_positions, far_negative, first_slot, query_offset, lengths[0], scale, dropout_p,
