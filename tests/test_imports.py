@@ -64,7 +64,7 @@ RANKS = [
     {"hf.forwards", "hf.packed"},
     {"hf.patch"},
     {"selfcheck", "testing"},
-    {"cli", "hf"},
+    {"cli", "hf", "distributed"},
     {"__main__", ""},
 ]
 # Packages that the functions of a folder or module import when they run. The import of the module itself does not need
