@@ -63,7 +63,7 @@ RANKS = [
     {"hf.fallback"},
     {"hf.forwards", "hf.packed"},
     {"hf.patch"},
-    {"selfcheck", "testing"},
+    {"selfcheck", "testing", "distributed.tensor_parallel"},
     {"cli", "hf", "distributed"},
     {"__main__", ""},
 ]
@@ -78,7 +78,7 @@ LATE = {
     "cli": {"tqdm"},
 }
 # Nothing else imports from these folders.
-LEAVES = {"hf": {""}, "pipelines": {"", "cli"}, "cli": {"__main__"}}
+LEAVES = {"hf": {"", "distributed.tensor_parallel"}, "pipelines": {"", "cli"}, "cli": {"__main__"}}
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 
 

@@ -20,7 +20,8 @@ class Processes:
     """``with Processes(2) as processes: processes.run(function, *arguments)`` runs it in two processes of one group.
 
     Functions belong to the top level of a module. Arguments and results are pickled, and copied. If one process raises
-    or dies, or they take too long, all are stopped, so that nobody waits for a lost one; the next ``run`` starts others.
+    or dies, or they take too long, all are stopped, so that nobody waits for a lost one; the next ``run`` starts new
+    ones.
     """
 
     def __init__(self, number: int):
