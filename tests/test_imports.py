@@ -63,7 +63,7 @@ RANKS = [
     {"hf.fallback"},
     {"hf.forwards", "hf.packed"},
     {"hf.patch"},
-    {"selfcheck", "testing", "distributed.tensor_parallel"},
+    {"selfcheck", "testing", "distributed.loss_weights", "distributed.tensor_parallel"},
     {"cli", "hf", "distributed"},
     {"__main__", ""},
 ]

@@ -52,7 +52,7 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def adamw(model: torch.nn.Module, kind=torch.optim.AdamW, **keywords) -> torch.optim.Optimizer:
-    """Its eps is above the rounding of gradients that are otherwise zero, of whose sign AdamW would make whole steps."""
+    """Its eps exceeds the rounding of gradients that are otherwise zero, of which AdamW would make whole steps."""
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else model
     return kind(parameters, lr=1e-2, eps=1e-2, **keywords)
 
