@@ -140,8 +140,13 @@ def _heads_v1(attention: nn.Module, hidden_states: torch.Tensor) -> tuple[torch.
     """
     size = attention.attention_head_size
     query, key, value = split_heads(project(attention.in_proj, hidden_states), 3 * size).chunk(3, dim=-1)
-    query_bias, value_bias = (bias.view(-1, size) for bias in (attention.q_bias, attention.v_bias))
+    query_bias, value_bias = (_local(bias).view(-1, size) for bias in (attention.q_bias, attention.v_bias))
     return (query + query_bias).to(key.dtype), key, (value + value_bias).to(key.dtype)
+
+
+def _local(bias: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor-parallel bias; a projection hands over this process's part by itself."""
+    return bias.to_local() if hasattr(bias, "to_local") else bias
 
 
 def _position_terms(attention: nn.Module, names: Collection[str]) -> PositionTerms:
