@@ -149,7 +149,7 @@ class Ring(NamedTuple):
         if call.seed is None:
             return None
         heads = call.query.shape[1]
-        return seed_at(call.seed, row, key, sequence * heads, heads)
+        return seed_at(call.seed, row, key, sequence * heads, heads=heads)
 
     def _mask(self, queries: slice, start: int, count: int) -> torch.Tensor | None:
         mask = self.call.mask
