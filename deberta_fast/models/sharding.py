@@ -166,6 +166,9 @@ class ContextParallel(NamedTuple):
     group: Any
     method: str
 
+    def __deepcopy__(self, memo: dict) -> "ContextParallel":
+        return self  # copies of the model belong to the same group, which cannot be copied
+
     def sharding(
         self,
         rows: torch.Tensor,

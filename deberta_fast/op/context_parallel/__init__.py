@@ -223,8 +223,8 @@ def _by_heads(group, stretches, call, cu_seqlens, backend):
     settings = dict(
         position_buckets=call.position_buckets, max_relative_positions=call.max_relative_positions,
         far_negative=call.far_negative, first_slot=call.first_slot, scale=call.scale, dropout_p=call.dropout_p,
-        dropout_seed=None if call.seed is None else seed_at(call.seed, first_batch_head=first, heads=heads), return_lse=True,
-        backend=backend, attention_mask=call.mask,
+        dropout_seed=None if call.seed is None else seed_at(call.seed, first_batch_head=first, heads=heads),
+        return_lse=True, backend=backend, attention_mask=call.mask,
     )  # fmt: skip
     tables = [None if x is None else x[first : first + count] for x in (call.pos_key, call.pos_query)]
 
