@@ -34,7 +34,7 @@ def context_parallel(model: nn.Module, mesh: Mesh | bool = None, method: str = "
     """Makes every DeBERTa inside ``model`` share its sequences with the other processes of ``mesh``, in place.
 
     Each process then calls the model with its stretch of a batch (``shard_batch``). Outputs of tokens are those of the
-    stretch (``unshard`` joins them). Outputs of sequences, and the loss, are those of the whole batch, on every process.
+    stretch (``unshard`` joins them). Outputs of sequences and the loss are those of the whole batch, on every process.
     A process's gradients hold its share times the number of processes, so that their mean is the gradient:
     DistributedDataParallel and FSDP take the mean over these processes and those of data parallel at once.
 

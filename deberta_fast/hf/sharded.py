@@ -62,13 +62,13 @@ def run_sharded(model: nn.Module, shared: Shared, head: str, given: dict, packed
     """
     rows = given_rows(given.get("input_ids"), given.get("inputs_embeds"))
     mask, is_packed = given.get("attention_mask"), packed["cu_seqlens"] is not None
+    targets = [given.pop(name, None) for name in _TARGETS.get(head, ())]
     if head == "ForMultipleChoice":
-        if is_packed:
-            raise ValueError("patched models for multiple choice take no packed sequences that processes share")
         rows, mask = rows.flatten(0, 1), None if mask is None else mask.flatten(0, 1)
     assert shared.context is not None
     sharding = shared.context.sharding(rows, mask, **packed, padding_rows=shared.unpadding.padding_rows)
-    targets = [given.pop(name, None) for name in _TARGETS.get(head, ())]
+    if is_packed:
+        _check_packed(head, sharding, targets)
     shape = given["input_ids"].shape if "input_ids" in given else given["inputs_embeds"].shape[:-1]
     given.setdefault("position_ids", sharding.positions(shape[-1]).expand(shape).contiguous())
     if is_packed:
@@ -85,6 +85,19 @@ def run_sharded(model: nn.Module, shared: Shared, head: str, given: dict, packed
         return output
     loss = _loss(sharding, output, targets)
     return type(output)(loss=loss, **{name: x for name, x in output.items() if name != "loss"})
+
+
+def _check_packed(head: str, sharding: Sharding, targets: list) -> None:
+    """Raises ValueError for what Hugging Face's code computes from the padding of a batch, or from its rows."""
+    if head == "ForMultipleChoice":
+        what = "multiple choice, whose scores are those of rows"
+    elif head == "ForQuestionAnswering" and None not in targets:
+        what = "the loss of question answering, which reads scores of padding"
+    elif sharding.mask is not None:
+        what = "masked tokens, whose states are means over padding"
+    else:
+        return
+    raise ValueError(f"packed sequences that processes share do not fit {what}: share a padded batch, or use a native model")
 
 
 # The arguments from which losses over all processes' rows are computed, by head.
