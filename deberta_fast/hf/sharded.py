@@ -97,7 +97,9 @@ def _check_packed(head: str, sharding: Sharding, targets: list) -> None:
         what = "masked tokens, whose states are means over padding"
     else:
         return
-    raise ValueError(f"packed sequences that processes share do not fit {what}: share a padded batch, or use a native model")
+    raise ValueError(
+        f"packed sequences that processes share do not fit {what}: share a padded batch, or use a native model"
+    )
 
 
 # The arguments from which losses over all processes' rows are computed, by head.
