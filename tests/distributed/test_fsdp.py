@@ -67,7 +67,7 @@ def wrapped_reentrant(model):
 
 def compiled_layers(model):
     for layer in model.deberta.encoder.layer:
-        layer.compile(backend="aot_eager")
+        layer.compile(backend="eager")
     return sharded(model)
 
 
@@ -152,6 +152,17 @@ def test_language_model(name, way, processes):
     expected = train(build("native", name, "ForMaskedLM"), batches(STEPS, head="ForMaskedLM"))
     found = processes.run(trained, way, "native", name, "ForMaskedLM")
     assert_ranks(found, expected)
+
+
+def embeddings_apart():
+    model = build("native", "v3", "ForMaskedLM")
+    fully_shard(model.deberta.embeddings)
+    with pytest.raises(RuntimeError, match=r"fully_shard\(\[model.deberta.embeddings, model.lm_predictions\]\)"):
+        sharded(model)(**batches(1, 0, "ForMaskedLM")[0])
+
+
+def test_a_language_model_whose_embeddings_are_a_group_of_their_own(processes):
+    processes.run(embeddings_apart)
 
 
 class Doubling:
