@@ -42,7 +42,7 @@ RANKS = [
     {"models.ordinary", "models.padding"},
     {"models.activation"},
     {f"models.{name}" for name in ("add_norm", "onednn_linear", "outputs", "packing", "weight_cache")},
-    {"models.arguments", "models.wrappers"},
+    {"models.arguments", "models.checkpointing", "models.wrappers"},
     {"models.config"},
     {"models.attention"},
     {"models.embeddings", "models.encoder", "models.heads"},

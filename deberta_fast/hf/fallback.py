@@ -158,7 +158,8 @@ def _forward_reason(module: nn.Module) -> str | None:
     torch's wrappers for checkpointing, compilation and sharding pass them on.
     """
     kind = type(module)
-    if kind.__module__.startswith("torch.") or (inherits_forward(kind) and runs_class_forward(module)):
+    of_torch = (getattr(kind.forward, "__module__", None) or "").startswith("torch.")
+    if of_torch or (inherits_forward(kind) and runs_class_forward(module)):
         return None
     return f"a {kind.__name__} has a forward of its own"
 

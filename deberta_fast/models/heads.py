@@ -39,8 +39,18 @@ class LMHead(nn.Module):
     def forward(self, hidden_states: torch.Tensor, word_embeddings: nn.Embedding) -> torch.Tensor:
         states = self.LayerNorm(project(self.dense, hidden_states, self.activation))
         if self.decoder is None:
+            _check_together(states, word_embeddings.weight)
             return F.linear(states, word_embeddings.weight, self.bias)
         return self.decoder(states) + self.bias
+
+
+def _check_together(states: torch.Tensor, words: torch.Tensor) -> None:
+    """Raises RuntimeError if this process has only a shard of the word embeddings while the head needs all."""
+    if hasattr(words, "to_local") and not hasattr(states, "to_local"):
+        raise RuntimeError(
+            "the word embeddings are sharded while the language model's head multiplies with them: shard both as one "
+            "group, fully_shard([model.deberta.embeddings, model.lm_predictions])"
+        )
 
 
 class LMPredictions(nn.Module):

@@ -1,4 +1,4 @@
-"""The base class of all models: loading and saving, embeddings, activation checkpointing."""
+"""The base class of all models: loading and saving, and embeddings."""
 
 import copy
 import inspect
@@ -16,6 +16,7 @@ from ..checkpoint.replace import unmixed
 from ..op import backends
 from .arguments import Device, byte_count, chosen_dtype, placement, spread, weight_files
 from .attention import AttentionCache
+from .checkpointing import Checkpointing
 from .config import DebertaConfig
 from .heads import LMHead
 from .packing import Unpadding
@@ -23,13 +24,12 @@ from .weight_cache import WeightCache
 from .wrappers import passes_by_wrapper
 
 
-class PreTrainedModel(nn.Module):
+class PreTrainedModel(Checkpointing, nn.Module):
     """Base of the models: a module with a configuration, which loads and saves checkpoints."""
 
     config_class = DebertaConfig
     base_model_prefix = "deberta"
     main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
     # Read by the Trainer: losses are means, so gradient accumulation divides them; checkpoints omit nothing.
     accepts_loss_kwargs = False
     _keys_to_ignore_on_save = None
@@ -42,7 +42,6 @@ class PreTrainedModel(nn.Module):
         self._check_config(config)
         super().__init__()
         self.config = config
-        self._input_hook = None
 
     def forward_packed(
         self,
@@ -427,53 +426,6 @@ class PreTrainedModel(nn.Module):
         if mean:
             return old.mean(0)
         return old.new_empty((max(rows - old.shape[0], 0), *old.shape[1:])).normal_(0.0, self.config.initializer_range)
-
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
-    ) -> None:
-        """Stores one tensor per layer for backward in training, and recomputes the rest.
-
-        Args:
-            activation_checkpointing_kwargs: for ``torch.utils.checkpoint.checkpoint``; use_reentrant defaults to False.
-            every_n_layers: checkpoint only the layers 0, n, 2n ...; the others store everything.
-            offload: not supported.
-        """
-        if every_n_layers < 1:
-            raise ValueError(f"every_n_layers must be at least 1, got {every_n_layers}")
-        if offload:
-            raise ValueError("offload=True is not supported: what is kept stays on its device")
-        encoder = self.base_model.encoder
-        encoder.checkpointing = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
-        encoder.checkpoint_every = every_n_layers
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
-    ) -> None:
-        """``activation_checkpointing_enable`` by its older name."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, every_n_layers, offload)
-
-    def gradient_checkpointing_disable(self) -> None:
-        self.base_model.encoder.checkpointing = None
-
-    activation_checkpointing_disable = gradient_checkpointing_disable
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        return self.base_model.encoder.checkpointing is not None
-
-    def enable_input_require_grads(self) -> None:
-        """Makes the embeddings' output require gradients even if they are frozen: for reentrant checkpointing, LoRA."""
-        self.disable_input_require_grads()
-        self._input_hook = self.get_input_embeddings().register_forward_hook(_require_gradient)
-
-    def disable_input_require_grads(self) -> None:
-        if self._input_hook is not None:
-            self._input_hook.remove()
-            self._input_hook = None
-
-
-def _require_gradient(module: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
-    output.requires_grad_()
 
 
 def resized(old: nn.Parameter, rows: int, new_row: torch.Tensor | float) -> nn.Parameter:

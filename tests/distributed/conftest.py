@@ -2,7 +2,7 @@ import pytest
 from processes import Processes
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def processes():
     """Two processes of one group."""
     with Processes(2) as pool:

@@ -1,6 +1,7 @@
 """A few training steps of native and patched models, on one process or several, and the comparison of both."""
 
 import importlib
+import warnings
 
 import native_models
 import torch
@@ -17,6 +18,8 @@ def build(kind: str, name: str = "v3", head: str = CLASSIFIER, **changes) -> tor
     """A model in training mode: "native", "patched", "unpadded" (patched with unpad), or "hf"."""
     if kind == "native":
         return native_models.build(name, head, **changes).train()
+    # A model that runs Hugging Face's own code would always agree with it.
+    warnings.filterwarnings("error", message="deberta_fast: running Hugging Face's own")
     model = importlib.import_module("hf_models").build(name, head, **changes).train()
     return model if kind == "hf" else deberta_fast.patch(model, unpad=kind == "unpadded")
 
@@ -37,7 +40,7 @@ def full(x: torch.Tensor) -> torch.Tensor:
 
 def by_name(model: torch.nn.Module, of=lambda parameter: parameter) -> dict[str, torch.Tensor]:
     """The parameters, or their gradients, under the names of the unwrapped model."""
-    wrappers = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+    wrappers = ("_checkpoint_wrapped_module.", "_orig_mod.", "module.")
     found = {}
     for name, parameter in model.named_parameters():
         for wrapper in wrappers:

@@ -1,17 +1,12 @@
 """Packed sequences in distributed training: two processes over gloo, against one process with the whole batch."""
 
-import os
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-
 import pytest
 import torch
 from native_models import build
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from training import assert_same, gradients
 
 from deberta_fast.data import PackedCollator
 
@@ -30,17 +25,12 @@ BATCHES = [PackedCollator()(features(LENGTHS[rank], rank)) for rank in RANKS]
 WHOLE = PackedCollator()([x for rank in RANKS for x in features(LENGTHS[rank], rank)])
 
 
-def model_of(name="v3"):
-    return build(name, "ForSequenceClassification").train()
+def model_of():
+    return build("v3", "ForSequenceClassification").train()
 
 
-def gradients_of(model):
-    full = lambda x: x.full_tensor() if hasattr(x, "full_tensor") else x
-    return {
-        name.replace("module.", "").replace("_orig_mod.", ""): full(p.grad)
-        for name, p in model.named_parameters()
-        if p.grad is not None
-    }
+def on_own_batch(way):
+    return way(BATCHES[torch.distributed.get_rank()])
 
 
 class Calling(nn.Module):
@@ -57,19 +47,19 @@ class Calling(nn.Module):
 def of_ddp(batch):
     wrapper = DistributedDataParallel(model_of())
     wrapper(**batch).loss.backward()
-    return gradients_of(wrapper)
+    return gradients(wrapper)
 
 
 def of_compiled_ddp(batch):
     wrapper = DistributedDataParallel(model_of())
     torch.compile(wrapper, backend="eager", dynamic=True)(**batch).loss.backward()
-    return gradients_of(wrapper)
+    return gradients(wrapper)
 
 
 def of_alias_within(batch):
     wrapper = DistributedDataParallel(Calling(model_of()))
     wrapper(batch).loss.backward()
-    return {name.removeprefix("model."): x for name, x in gradients_of(wrapper).items()}
+    return {name.removeprefix("model."): x for name, x in gradients(wrapper).items()}
 
 
 def of_fsdp(batch, call=lambda model: model):
@@ -78,7 +68,7 @@ def of_fsdp(batch, call=lambda model: model):
         fully_shard(layer)
     fully_shard(model)
     call(model)(**batch).loss.backward()
-    return gradients_of(model)
+    return gradients(model)
 
 
 def of_fsdp_alias(batch):
@@ -92,21 +82,10 @@ def of_accelerate(batch):
     wrapper = accelerator.prepare(model_of())
     assert isinstance(wrapper, DistributedDataParallel)
     accelerator.backward(wrapper(**batch).loss)
-    return gradients_of(wrapper)
+    return gradients(wrapper)
 
 
 WAYS = (of_ddp, of_compiled_ddp, of_alias_within, of_fsdp, of_fsdp_alias, of_accelerate)
-
-
-def of_tensor_parallel():
-    """Both processes see the whole batch, each with half of the heads."""
-    model, mesh = model_of("v2"), init_device_mesh("cpu", (len(RANKS),))
-    columns = ("query_proj", "key_proj", "value_proj", "pos_key_proj", "pos_query_proj")
-    plan = {f"self.{name}": ColwiseParallel() for name in columns} | {"output.dense": RowwiseParallel()}
-    for layer in model.deberta.encoder.layer:
-        parallelize_module(layer.attention, mesh, plan)
-    model(**WHOLE).loss.backward()
-    return gradients_of(model)
 
 
 def refusals(batch):
@@ -135,48 +114,15 @@ def refusals(batch):
     return said
 
 
-def in_process(rank, port):
-    torch.set_num_threads(1)
-    os.environ |= dict(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(len(RANKS)), LOCAL_WORLD_SIZE=str(len(RANKS)),
-        MASTER_ADDR="localhost", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
-    )  # fmt: skip
-    torch.distributed.init_process_group("gloo")
-    found = {way.__name__: way(BATCHES[rank]) for way in WAYS}
-    found["of_tensor_parallel"] = of_tensor_parallel()
-    found["refusals"] = refusals(BATCHES[rank])
-    torch.distributed.destroy_process_group()
-    return found
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def found():
-    with ProcessPoolExecutor(len(RANKS), get_context("spawn")) as pool:
-        port = free_port()
-        return [future.result(timeout=300) for future in [pool.submit(in_process, rank, port) for rank in RANKS]]
-
-
-@pytest.mark.parametrize("way", [*(way.__name__ for way in WAYS), "of_tensor_parallel"])
-def test_every_process_has_the_whole_batchs_gradients(way, found):
-    model = model_of("v2" if way == "of_tensor_parallel" else "v3")
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_every_process_has_the_whole_batchs_gradients(way, processes):
+    model = model_of()
     model(**WHOLE).loss.backward()
-    expected = gradients_of(model)
-    for got in (found[rank][way] for rank in RANKS):
-        assert got.keys() == expected.keys()
-        for name, x in expected.items():
-            torch.testing.assert_close(got[name], x, rtol=0, atol=2e-6 * float(1 + x.abs().max()), msg=name)
+    for got in processes.run(on_own_batch, way):
+        assert_same(got, gradients(model))
 
 
-def test_calls_past_the_wrapper_are_refused(found):
-    for rank in RANKS:
-        of_ddp, of_part, of_fsdp = found[rank]["refusals"]
+def test_calls_past_the_wrapper_are_refused(processes):
+    for of_ddp, of_part, of_fsdp in processes.run(on_own_batch, refusals):
         assert "DistributedDataParallel that holds the model" in of_ddp and of_part == of_ddp
         assert "DTensor" in of_fsdp  # torch's own words
