@@ -15,6 +15,7 @@ from ..models.attention import (
     AttentionCache,
     PositionTerms,
     dropout_of,
+    head_share,
     prepare,
     project_heads,
     run_attention,
@@ -109,6 +110,8 @@ def _attention(
     else:
         heads = project_heads(attention, hidden_states, query_states, cache.joint)
         scale_terms, has_terms = 1 + ("c2p" in names) + ("p2c" in names), attention.relative_attention
+    dropout_p = dropout_of(attention.dropout)
+    projection = attention.in_proj if is_v1(attention) else attention.query_proj
     context = run_attention(
         heads,
         _bool_mask(attention_mask),
@@ -116,7 +119,8 @@ def _attention(
         _position_terms(attention, names) if has_terms else None,
         cache.tables,
         scale=(heads[0].shape[-1] * scale_terms) ** -0.5,
-        dropout_p=dropout_of(attention.dropout),
+        dropout_p=dropout_p,
+        share=head_share(projection, heads[0]) if dropout_p > 0 else None,
         backend=shared.backend,
         padding_rows=shared.unpadding.padding_rows,
     )

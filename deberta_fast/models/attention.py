@@ -9,6 +9,7 @@ from torch import nn
 
 from ..op import selection
 from ..op.api import disentangled_attention, disentangled_attention_with_probabilities
+from ..op.dropout import new_seed_of_heads
 from ..op.problems import Kind
 from ..op.relative_position import device_tables, slot_table, table_rows
 from .config import DebertaConfig
@@ -142,9 +143,11 @@ class DisentangledSelfAttention(nn.Module):
         terms = PositionTerms.of(self, self.terms, self.table) if self.terms else None
         reason = self.dense_reason()
         if not (output_attentions or reason):
+            dropout_p = dropout_of(self.dropout)
             context = run_attention(
-                heads, mask, rel_embeddings, terms, self.cache.tables, scale=self.scale,
-                dropout_p=dropout_of(self.dropout), backend=self.backend, padding_rows=self.padding_rows,
+                heads, mask, rel_embeddings, terms, self.cache.tables, scale=self.scale, dropout_p=dropout_p,
+                share=head_share(self.query_proj, heads[0]) if dropout_p > 0 else None, backend=self.backend,
+                padding_rows=self.padding_rows,
             )  # fmt: skip
             return context, None
         if is_sequences(mask):
@@ -170,6 +173,13 @@ class DisentangledSelfAttention(nn.Module):
 def dropout_of(dropout: nn.Module) -> float:
     """The current drop probability of a Dropout, or of an Identity in its place."""
     return dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+
+
+def head_share(projection: nn.Module, heads: torch.Tensor) -> tuple[int, int] | None:
+    """(first, all): which of all heads a tensor-parallel projection made here, (..., H, D); None if it made all."""
+    mesh = getattr(getattr(projection, "weight", None), "device_mesh", None)
+    count = heads.shape[-2]
+    return None if mesh is None else (mesh.get_local_rank() * count, mesh.size() * count)
 
 
 def prepare(attention: nn.Module, head_size: int, terms: Collection[str], table: dict, backend: str | None) -> None:
@@ -220,6 +230,7 @@ def run_attention(
     *,
     scale: float,
     dropout_p: float,
+    share: tuple[int, int] | None,
     backend: str | None,
     padding_rows: str,
 ) -> torch.Tensor:
@@ -231,26 +242,33 @@ def run_attention(
         terms: None for attention without position terms.
         cache: caches the projected tables in inference.
         scale, dropout_p, backend: see ``disentangled_attention``.
+        share: see ``head_share``.
 
     Returns:
         (B, Lq, H D); or packed, (T, H D).
     """
     positions = project_table(rel_embeddings, heads, mask, terms, cache)
-    context = attend(*heads, mask, scale=scale, dropout_p=dropout_p, backend=backend, **positions)
+    context = attend(*heads, mask, share, scale=scale, dropout_p=dropout_p, backend=backend, **positions)
     if is_sequences(mask):
         return mask.with_means(context, heads[2])
     return context if mask is None or padding_rows == "zeros" else with_means(context, heads[2], mask)
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | Sequences | None, **arguments
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | Sequences | None,
+    share: tuple[int, int] | None,
+    **arguments,
 ) -> torch.Tensor:
     """``disentangled_attention`` for heads (B, L, H, D), returning (B, L, H D); or packed, (T, H, D) and (T, H D).
 
-    ``mask`` is that of ``run_attention``; ``arguments`` are the other ones of ``disentangled_attention``.
+    ``mask`` and ``share`` are those of ``run_attention``; ``arguments`` are others of ``disentangled_attention``.
     """
     if is_sequences(mask):
-        return mask.attend(query, key, value, **arguments)
+        return mask.attend(query, key, value, share, **arguments)
+    arguments["dropout_seed"] = new_seed_of_heads(query.device, share)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return disentangled_attention(query, key, value, attention_mask=mask, **arguments).transpose(1, 2).flatten(2)
 

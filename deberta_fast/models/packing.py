@@ -11,6 +11,7 @@ import torch
 
 from ..op.api import disentangled_attention_varlen
 from ..op.call import check_cu_seqlens_form, check_cu_seqlens_values, integer
+from ..op.dropout import new_seed_of_heads
 from ..op.schema import checked_cu_seqlens
 from .losses import span_loss, token_loss
 from .padding import PackedPadding, is_traced
@@ -35,8 +36,10 @@ class Sequences(Protocol):
     def tokens(self) -> torch.Tensor | None:
         """Which of the rows that are here are attended to, bool; None if all are."""
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **arguments) -> torch.Tensor:
-        """Attention of heads (..., H, D), returning (..., H D)."""
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, share: tuple[int, int] | None, **arguments
+    ) -> torch.Tensor:
+        """Attention of heads (..., H, D), returning (..., H D); ``share`` is that of ``attention.head_share``."""
 
     def with_means(self, context: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Gives rows of ``context`` that stand for padding their values, the mean of V (``padding``)."""
@@ -93,12 +96,14 @@ class Packing(NamedTuple):
         """Sequence lengths, (n,)."""
         return self.cu_seqlens.diff()
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **arguments) -> torch.Tensor:
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, share: tuple[int, int] | None, **arguments
+    ) -> torch.Tensor:
         """``disentangled_attention_varlen`` of heads (T, H, D), returning (T, H D)."""
         # The values of cu_seqlens were checked when the packing was made; checking again would launch more kernels.
         output = disentangled_attention_varlen(
             query, key, value, cu_seqlens=self.cu_seqlens, max_seqlen=self.max_seqlen, attention_mask=self.mask,
-            check_values=False, **arguments,
+            check_values=False, dropout_seed=new_seed_of_heads(query.device, share), **arguments,
         )  # fmt: skip
         return output.flatten(1)
 

@@ -52,13 +52,15 @@ class Sharding(NamedTuple):
         return None if self.mask is None else self.mask[..., self.stretches.start : self.stretches.stop]
 
     @torch.compiler.disable
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **arguments) -> torch.Tensor:
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, share: tuple[int, int] | None, **arguments
+    ) -> torch.Tensor:
         """Attention of heads (B, L_r, H, D) or (T_r, H, D); returns (B, L_r, H D) or (T_r, H D)."""
         heads, packed = (query, key, value), self.cu_seqlens is not None
         output = disentangled_attention_context_parallel(
             *(heads if packed else (x.transpose(1, 2) for x in heads)), group=self.group, method=self.method,
             stretches=self.stretches, cu_seqlens=self.cu_seqlens, max_seqlen=self.max_seqlen if packed else None,
-            attention_mask=self.mask, sum_table_gradients=False, **arguments,
+            attention_mask=self.mask, sum_table_gradients=False, share=share, **arguments,
         )  # fmt: skip
         return (output if packed else output.transpose(1, 2)).flatten(-2)
 

@@ -27,6 +27,16 @@ def new_seed(device: torch.device) -> torch.Tensor:
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
+def new_seed_of_heads(device: torch.device, share: tuple[int, int] | None) -> torch.Tensor | None:
+    """Draws a seed for a process that has some of the heads; processes with equal generators make one process's mask.
+
+    Args:
+        share: (first, all), the number of its first head and that of all heads. None, for a process that has all,
+            returns None: the operator draws the seed.
+    """
+    return None if share is None else seed_at(new_seed(device), first_batch_head=share[0], heads=share[1])
+
+
 def seed_at(
     seed: torch.Tensor, first_row: int = 0, first_key: int = 0, first_batch_head: int = 0, *, heads: int
 ) -> torch.Tensor:

@@ -129,7 +129,7 @@ def what_is_refused():
         "rows differ": lambda: model(batch["input_ids"][: 1 + rank]),
         "pairs on one": lambda: model(batch["input_ids"], attention_mask=pairs if rank else None),
         "probabilities": lambda: model(**shard_batch(batch), output_attentions=True),
-        "backend": lambda: model.set_backend("reference")(**shard_batch(batch)),
+        "backend": lambda: (model.set_backend("reference"), model(**shard_batch(batch))),
     }
     for name, call in calls.items():
         try:

@@ -51,6 +51,7 @@ def disentangled_attention_context_parallel(
     backend: str | None = None,
     stretches: Stretches | None = None,
     sum_table_gradients: bool = True,
+    share: tuple[int, int] | None = None,
 ) -> torch.Tensor | Any:  # Any: with return_lse a pair; callers without it need no cast
     """Computes ``disentangled_attention`` over sequences of which every rank of a process group has a stretch.
 
@@ -72,6 +73,8 @@ def disentangled_attention_context_parallel(
             compares the arguments of all ranks first.
         sum_table_gradients: the gradients of pos_key and pos_query are the sums over all ranks; False gives each rank
             the share of its rows or heads.
+        share: (first, all), if the H heads are heads first, first + 1, ... of all that tensor parallelism divides
+            among other processes: dropout counts them so.
         The others: as in ``disentangled_attention``. Dropout draws its seed on the group's first rank.
 
     Returns:
@@ -104,7 +107,8 @@ def disentangled_attention_context_parallel(
             dist.broadcast(call.seed, group=group, group_src=0)
     mask = None if attention_mask is None else _four_dimensional(attention_mask, call, stretches)
     call = call._replace(pos_key=tables[0], pos_query=tables[1], mask=mask, max_seqlen=longest)
-    output, lse = (_by_ring if method == "ring" else _by_heads)(group, stretches, call, cu_seqlens, backend)
+    run = _by_ring if method == "ring" else _by_heads
+    output, lse = run(group, stretches, call, cu_seqlens, backend, share or (0, call.query.shape[1]))
     if cu_seqlens is not None:
         output, lse = output.squeeze(0).transpose(0, 1), lse.squeeze(0)
     return (output, lse) if return_lse else output
@@ -207,23 +211,21 @@ def _four_dimensional(mask: torch.Tensor, call: Call, stretches: Stretches) -> t
     return check_mask(mask[None] if stretches.ends is not None else mask, call.query.device, whole)
 
 
-def _by_ring(group, stretches, call, cu_seqlens, backend):
+def _by_ring(group, stretches, call, cu_seqlens, backend, share):
     ends = None
     if stretches.inner is not None:
         rows, first, inner = stretches.inner
         ends = cu_seqlens[first : first + len(inner)] - (stretches.start + rows.start)
-    tensors = call[:3]
-    ring = Ring(group, stretches, call._replace(query=call.query.detach()), ends, backend)
-    return RingAttention.apply(ring, *tensors, call.pos_key, call.pos_query)
+    return RingAttention.apply(Ring(group, stretches, call, ends, backend, share), *call[:5])
 
 
-def _by_heads(group, stretches, call, cu_seqlens, backend):
-    heads, count = call.query.shape[1], call.query.shape[1] // group.size()
+def _by_heads(group, stretches, call, cu_seqlens, backend, share):
+    count, seed = call.query.shape[1] // group.size(), call.seed
     first, packed = group.rank() * count, cu_seqlens is not None
     settings = dict(
         position_buckets=call.position_buckets, max_relative_positions=call.max_relative_positions,
         far_negative=call.far_negative, first_slot=call.first_slot, scale=call.scale, dropout_p=call.dropout_p,
-        dropout_seed=None if call.seed is None else seed_at(call.seed, first_batch_head=first, heads=heads),
+        dropout_seed=None if seed is None else seed_at(seed, first_batch_head=share[0] + first, heads=share[1]),
         return_lse=True, backend=backend, attention_mask=call.mask,
     )  # fmt: skip
     tables = [None if x is None else x[first : first + count] for x in (call.pos_key, call.pos_query)]

@@ -40,6 +40,7 @@ class Ring(NamedTuple):
             covers the keys of all ranks: (B or 1, H or 1, Lq or 1, keys of all ranks). query_offset is 0.
         cu_seqlens: the ends of ``stretches.inner`` on the device, or None.
         backend: the one that the user named, or None.
+        share: (first, all), the number of this process's first head and that of all heads, for dropout.
     """
 
     group: Any
@@ -47,6 +48,7 @@ class Ring(NamedTuple):
     call: Call
     cu_seqlens: torch.Tensor | None
     backend: str | None
+    share: tuple[int, int]
 
     def steps(self) -> list[list[int]]:
         """Distances to the ranks whose keys each step reads; 0 is this rank."""
@@ -145,11 +147,10 @@ class Ring(NamedTuple):
 
     def _seed(self, row: int, key: int, sequence: int) -> torch.Tensor | None:
         """Where the dropout counter of a block starts: as in one process with all rows."""
-        call = self.call
-        if call.seed is None:
+        if self.call.seed is None:
             return None
-        heads = call.query.shape[1]
-        return seed_at(call.seed, row, key, sequence * heads, heads=heads)
+        first, heads = self.share
+        return seed_at(self.call.seed, row, key, first + sequence * heads, heads=heads)
 
     def _mask(self, queries: slice, start: int, count: int) -> torch.Tensor | None:
         mask = self.call.mask
