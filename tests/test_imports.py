@@ -29,6 +29,9 @@ RANKS = [
     {"op.proof", "op.speed"},
     {"op.selection"},
     {"op.api"},
+    {"op.context_parallel.exchange", "op.context_parallel.stretches"},
+    {"op.context_parallel.heads", "op.context_parallel.ring"},
+    {"op.context_parallel"},
     {"op"},
     # checkpoint: tensors and names
     {"checkpoint.error", "checkpoint.hub", "checkpoint.json_object"},
@@ -39,11 +42,11 @@ RANKS = [
     {"checkpoint"},
     # models
     {"models"},
-    {"models.ordinary", "models.padding"},
+    {"models.losses", "models.ordinary", "models.padding"},
     {"models.activation"},
     {f"models.{name}" for name in ("add_norm", "onednn_linear", "outputs", "packing", "weight_cache")},
     {"models.arguments", "models.checkpointing", "models.wrappers"},
-    {"models.config"},
+    {"models.config", "models.sharding"},
     {"models.attention"},
     {"models.embeddings", "models.encoder", "models.heads"},
     {"models.pretrained"},
@@ -61,9 +64,11 @@ RANKS = [
     {"pipelines"},
     # leaves
     {"hf.fallback"},
+    {"hf.sharded"},
     {"hf.forwards", "hf.packed"},
     {"hf.patch"},
-    {"selfcheck", "testing", "distributed.loss_weights", "distributed.tensor_parallel"},
+    {"selfcheck", "testing", "distributed.groups", "distributed.tensor_parallel"},
+    {"distributed.context_parallel", "distributed.loss_weights"},
     {"cli", "hf", "distributed"},
     {"__main__", ""},
 ]
@@ -78,7 +83,11 @@ LATE = {
     "cli": {"tqdm"},
 }
 # Nothing else imports from these folders.
-LEAVES = {"hf": {"", "distributed.tensor_parallel"}, "pipelines": {"", "cli"}, "cli": {"__main__"}}
+LEAVES = {
+    "hf": {"", "distributed.context_parallel", "distributed.tensor_parallel"},
+    "pipelines": {"", "cli"},
+    "cli": {"__main__"},
+}
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 
 

@@ -6,6 +6,8 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
 
+from .groups import group_of
+
 
 def loss_weights(
     labels: Sequence[torch.Tensor | int], mesh: DeviceMesh | distributed.ProcessGroup | None = None
@@ -36,14 +38,16 @@ def loss_weights(
         TypeError: an entry is neither a tensor nor an int, or mesh is something else.
         ValueError: a number is negative, or mesh has more than one dimension.
     """
-    group, device = _group(mesh), next((x.device for x in labels if isinstance(x, torch.Tensor)), None)
+    alone = mesh is None and not distributed.is_initialized()
+    group = None if alone else group_of(mesh)
     counts = [_items(f"labels[{index}]", x) for index, x in enumerate(labels)]
-    device = _device(mesh, group) if device is None else device
+    devices = [x.device for x in labels if isinstance(x, torch.Tensor)]
+    device = devices[0] if devices else _device(mesh, group)
     own = torch.stack([torch.as_tensor(x, device=device) for x in counts]) if counts else torch.zeros(0, device=device)
     total, ranks = own.sum().long(), 1
-    if distributed.is_initialized():
+    if group is not None:
         distributed.all_reduce(total, group=group)
-        ranks = distributed.get_world_size(group)
+        ranks = group.size()
     return list((own * ranks / total.clamp(min=1)).float().unbind())
 
 
@@ -59,18 +63,8 @@ def _items(where: str, labels: torch.Tensor | int) -> torch.Tensor | int:
     return labels
 
 
-def _group(mesh: DeviceMesh | distributed.ProcessGroup | None) -> distributed.ProcessGroup | None:
-    if isinstance(mesh, DeviceMesh):
-        if mesh.ndim != 1:
-            raise ValueError(f"mesh must have one dimension, got {mesh.ndim}: mesh[name] selects one")
-        return mesh.get_group()
-    if mesh is not None and not isinstance(mesh, distributed.ProcessGroup):
-        raise TypeError(f"mesh must be a DeviceMesh, a ProcessGroup or None, got {type(mesh).__name__}")
-    return mesh
-
-
 def _device(mesh: DeviceMesh | distributed.ProcessGroup | None, group: distributed.ProcessGroup | None) -> str:
     """The type of a device on which the group can add numbers."""
     if isinstance(mesh, DeviceMesh):
         return mesh.device_type
-    return "cuda" if distributed.is_initialized() and distributed.get_backend(group) == "nccl" else "cpu"
+    return "cuda" if group is not None and distributed.get_backend(group) == "nccl" else "cpu"

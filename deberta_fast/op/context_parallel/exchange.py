@@ -34,7 +34,10 @@ def communicating(group: dist.ProcessGroup, what: str, device: torch.device):
 
 def timeout_of(group: dist.ProcessGroup, device: torch.device) -> Any:
     """The timeout of a group's operations on a device, or "unknown"."""
-    return getattr(getattr(group._get_backend(device), "options", None), "_timeout", "unknown")
+    try:
+        return group._get_backend(device).options._timeout
+    except (AttributeError, RuntimeError):  # a backend without this option, or none for the device
+        return "unknown"
 
 
 def agree(group: dist.ProcessGroup, check: Callable[[], Any]) -> list[Any]:

@@ -25,8 +25,8 @@ from ..dropout import seed_at
 from .exchange import Transfers
 from .stretches import Piece, Rows, Stretches
 
-# A rank gathers all its keys and values at once if they take at most this many bytes: one large transfer and one call
-# take less time than many small ones. docs/long_sequences.md says what was measured.
+# Keys and values of up to this many bytes a rank arrive at once, and one call reads them: many small transfers and calls
+# take more time. docs/long_sequences.md says what was measured.
 GATHER_BYTES = 1 << 22
 
 
@@ -52,10 +52,12 @@ class Ring(NamedTuple):
 
     def steps(self) -> list[list[int]]:
         """Distances to the ranks whose keys each step reads; 0 is this rank."""
-        ranks, heads = len(self.stretches.lengths), self.call.query
-        rows = sum(keys.count for piece in self.stretches.pieces for keys in piece.keys.values())
-        bytes_of_keys = 2 * heads.shape[0] * heads.shape[1] * heads.shape[3] * rows * heads.element_size()
-        if bytes_of_keys <= GATHER_BYTES:
+        ranks, query = len(self.stretches.lengths), self.call.query
+        rows = self.stretches.total
+        if self.stretches.ends is not None:
+            rows = min(rows, 2 * self.call.max_seqlen)  # a rank's first sequence and its last one
+        # All ranks must choose the same order of transfers, so this is a bound and not this rank's own number.
+        if 2 * query.shape[0] * query.shape[1] * query.shape[3] * rows * query.element_size() <= GATHER_BYTES:
             return [list(range(ranks))]
         return [[distance] for distance in range(ranks)]
 
