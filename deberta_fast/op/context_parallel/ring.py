@@ -25,8 +25,8 @@ from ..dropout import seed_at
 from .exchange import Transfers
 from .stretches import Piece, Rows, Stretches
 
-# Keys and values of up to this many bytes a rank arrive at once, and one call reads them: many small transfers and calls
-# take more time. docs/long_sequences.md says what was measured.
+# Keys and values of up to this many bytes a rank arrive at once, and one call reads them: many small transfers and
+# calls take more time. docs/long_sequences.md says what was measured.
 GATHER_BYTES = 1 << 22
 
 
