@@ -87,10 +87,16 @@ def unpatch(model: nn.Module) -> nn.Module:
     """Gives every patched module in ``model`` its own ``forward`` back. A model without any stays as it is.
 
     Raises:
-        ValueError: other code replaced a patched ``forward`` and may still call it.
+        ValueError: other code replaced a patched ``forward`` and may still call it, or processes share sequences.
     """
     patched = [module for module in model.modules() if MARK in vars(module)]
     for module in patched:
+        settings = (x for x in getattr(instance_forward(module), "args", ()) if isinstance(x, Shared))
+        if any(shared.context is not None for shared in settings):
+            raise ValueError(
+                "processes share the sequences of this model, which only patched modules can: end that first, "
+                "context_parallel(model, False)"
+            )
         # Code that replaced a whole model's forward, as accelerate does, may still call it: it runs the original.
         if not (_is_patched(module) or _own_class(module) in MODELS):
             raise ValueError(

@@ -146,6 +146,26 @@ def test_rings(kind, name, head, layout, changes, pool):
     check(pool, kind, "ring", name, head, layout, changes)
 
 
+def in_inference(kind, layout):
+    """States by whole processes and by their stretches, twice each: the second call finds cached tables."""
+    model, batch = made(kind, "v3", "Model", {}).eval(), batch_for("Model", layout)
+    with torch.inference_mode():
+        expected = [model(**batch).last_hidden_state for _ in range(2)]
+        context_parallel(model, None)
+        dim = 0 if layout == "packed" else 1
+        found = [unshard(model(**shard_batch(batch)).last_hidden_state, dim=dim) for _ in range(2)]
+        context_parallel(model, False)
+        return [*expected, model(**batch).last_hidden_state], found
+
+
+@pytest.mark.parametrize("layout", ["holes", "packed"])
+@pytest.mark.parametrize("kind", ["native", "patched"])
+def test_inference(kind, layout, pool):
+    for expected, found in pool.run(in_inference, kind, layout):
+        for x in (*expected, *found):
+            torch.testing.assert_close(x, expected[0], rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("name, head, layout, changes", NATIVE, ids=IDS)
 def test_what_only_native_models_have(name, head, layout, changes, pool):
     check(pool, "native", "ring", name, head, layout, changes)

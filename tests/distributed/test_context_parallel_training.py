@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from training import MODELS, assert_ranks, batches, build, train
 
+from deberta_fast import patch, unpatch
 from deberta_fast.distributed import context_parallel, shard_batch, unshard
 from deberta_fast.op.context_parallel import ring
 
@@ -18,6 +19,12 @@ from deberta_fast.op.context_parallel import ring
 @pytest.fixture(scope="module")
 def processes():
     with Processes(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def three():
+    with Processes(3) as pool:
         yield pool
 
 
@@ -55,6 +62,12 @@ def compiled(model):
 def test_steps(method, kind, name, processes):
     expected = train(build(kind, name), batches(3))
     assert_ranks(processes.run(of_steps, kind, name, plain, method), expected)
+
+
+@pytest.mark.parametrize("name", ["v1", "v3"])
+@pytest.mark.parametrize("kind", ["native", "patched"])
+def test_steps_of_three(kind, name, three):
+    assert_ranks(three.run(of_steps, kind, name), train(build(kind, name), batches(3)))
 
 
 def plain(model):
@@ -111,6 +124,9 @@ def what_is_refused():
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("context", "other"))
     batch = batches(1)[0]
     model = context_parallel(build("native"), mesh["context"])
+    patched = context_parallel(build("patched"), None)
+    patched_otherwise = context_parallel(build("patched"), None)
+    patched_otherwise.deberta.encoder.layer[0].attention.self.dropout.register_forward_hook(lambda *_: None)
     one_row = {name: x[:1] for name, x in batch.items()}
     other_ids = {name: x + 1 if name == "input_ids" else x for name, x in batch.items()}
     pairs = batch["attention_mask"][:, None, :, None] * batch["attention_mask"][:, None, None]
@@ -129,6 +145,11 @@ def what_is_refused():
         "rows differ": lambda: model(batch["input_ids"][: 1 + rank]),
         "pairs on one": lambda: model(batch["input_ids"], attention_mask=pairs if rank else None),
         "probabilities": lambda: model(**shard_batch(batch), output_attentions=True),
+        "unpatch": lambda: unpatch(patched),
+        "patch again": lambda: patch(patched),
+        "encoder alone": lambda: patched.deberta.encoder(torch.randn(1, 5, 64), torch.ones(1, 5)),
+        "not fused": lambda: patched(**shard_batch(batch), output_attentions=True),
+        "layer not fused": lambda: patched_otherwise(**shard_batch(batch)),
         "backend": lambda: (model.set_backend("reference"), model(**shard_batch(batch))),
     }
     for name, call in calls.items():
@@ -155,6 +176,11 @@ def test_refusals(processes):
         "too short": "1 columns or rows cannot be cut for 2 processes",
         "rows differ": "the number of sequences",
         "probabilities": "output_attentions must be False",
+        "unpatch": "context_parallel(model, False)",
+        "patch again": "context_parallel(model, False)",
+        "encoder alone": "call the patched model's forward",
+        "not fused": "output_attentions must be False",
+        "layer not fused": "processes share sequences, and this call is not fused: the attention's dropout is",
         "backend": "backend 'reference' has no backward over keys of several processes",
     }
     for name, part in parts.items():

@@ -94,7 +94,7 @@ def test_one_process():
 
 
 def refusal():
-    with pytest.raises(ValueError, match=r"mesh must have one dimension, got 2: mesh\[name\] selects one"):
+    with pytest.raises(ValueError, match=r"must have one dimension, got 2 \(data, other\): mesh\[name\] selects one"):
         loss_weights([1], init_device_mesh("cpu", (2, 1), mesh_dim_names=("data", "other")))
 
 
