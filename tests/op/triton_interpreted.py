@@ -221,18 +221,18 @@ def test_dropout_of_parts_is_the_same_in_backward():
 
 
 PARTS = {
-    "uneven": (Case("", 90, 93, size=16), (30, 31)),
-    "c2p-only": (Case("", 90, 90, size=16, p2c=False), (64,)),
-    "p2c-only": (Case("", 90, 90, size=16, c2p=False), (64,)),
-    "far": (Case("", 60, 190, batch=1, size=16, offset=70), (30, 170)),
-    "first-part-hidden": (Case("", 90, 90, size=16, mask="late"), (50,)),
-    "rows-without-keys": (Case("", 90, 90, size=16, mask="pairwise"), (61,)),
-    "dropout": (Case("", 90, 93, size=16, mask="right", dropout_p=0.3), (36, 80)),
+    "uneven": (Case("", 70, 73, size=16), (30, 31)),
+    "c2p-only": (Case("", 70, 70, batch=1, size=16, p2c=False), (40,)),
+    "p2c-only": (Case("", 70, 70, batch=1, size=16, c2p=False), (40,)),
+    "far": (Case("", 190, 190, batch=1, size=16), (60,)),
+    "first-part-hidden": (Case("", 70, 70, size=16, mask="late"), (40,)),
+    "rows-without-keys": (Case("", 70, 70, size=16, mask="pairwise"), (41,)),
+    "dropout": (Case("", 70, 73, size=16, mask="right", dropout_p=0.3), (36,)),
 }
+PARTS_IN = [(name, torch.float32) for name in PARTS] + [("uneven", torch.bfloat16)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name, dtype", PARTS_IN)
 def test_parts_of_the_keys_add_up(name, dtype):
     case, cuts = PARTS[name]
     compare(attention_in_parts("triton", cut_at(*cuts)), quick(case), dtype)
