@@ -49,16 +49,17 @@ class _InParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, whole, backend, divide, *tensors):
         parts = divide(whole._replace(**{name: x for name, x in zip(Call._fields, tensors)}))
-        output = torch.zeros_like(whole.query, dtype=whole.work_dtype)
+        # In float64, because backward multiplies the rounding of a log-sum-exp into all probabilities of its row.
+        output = torch.zeros_like(whole.query, dtype=torch.float64)
         lse = output.new_full(output.shape[:-1], -torch.inf)
         for rows, _, call in parts:
             one, one_lse = backends.forward(call, backend)
-            before, after = lse[:, :, rows], torch.logaddexp(lse[:, :, rows], one_lse)
+            before, after = lse[:, :, rows], torch.logaddexp(lse[:, :, rows], one_lse.double())
             weights = [(x - after).exp().nan_to_num(0.0)[..., None] for x in (before, one_lse)]  # -inf - -inf is NaN
             output[:, :, rows] = weights[0] * output[:, :, rows] + weights[1] * one
             lse[:, :, rows] = after
         ctx.whole, ctx.parts, ctx.backend = whole, parts, backend
-        ctx.results = output.to(whole.query.dtype), lse
+        ctx.results = output.to(whole.query.dtype), lse.to(whole.work_dtype)
         return ctx.results
 
     @staticmethod

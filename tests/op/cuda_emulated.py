@@ -19,10 +19,12 @@ from emulated_backend import (  # noqa: F401
     run,
     usual_emulator,
 )
+from masks import assert_packed_parts_of_one_mask, assert_parts_of_one_mask
+from parts import attention_in_parts, cut_at
 from spoiled import HEAD, LONG, PLACES, assert_no_nan_is_lost, assert_same_nans, where_nan
 
 import deberta_fast
-from deberta_fast import disentangled_attention
+from deberta_fast import disentangled_attention, testing
 from deberta_fast.op import backends
 from deberta_fast.op.backends import cuda, reference
 from deberta_fast.op.dropout import keep_mask
@@ -216,6 +218,35 @@ def test_dropout_is_the_mask_of_keep_mask(dtype):
     heads = torch.arange(6).view(2, 3, 1, 1)
     keep = keep_mask(seed_after(DROPOUT_SEED), heads, torch.arange(length)[:, None], (0, length), p)
     assert torch.equal(output != 0, keep)
+
+
+@each_half
+def test_dropout_of_parts(dtype):
+    """Calls with parts of the rows, keys, heads and sequences make the mask of one call, backward as forward."""
+    assert_parts_of_one_mask("cuda", dtype)
+    assert_packed_parts_of_one_mask("cuda", dtype)
+    kinds = [testing.Kind(mask="keys", dropout=True, origin=True), testing.Kind(packed=True, dropout=True, origin=True)]
+    testing.assert_backend(cuda, dtype=dtype, head_size=32, kinds=kinds)
+
+
+# Parts of the keys
+
+PARTS = {
+    "uneven": (Case("", 90, 93, size=16), (30, 31)),
+    "c2p-only": (Case("", 90, 90, size=16, p2c=False), (64,)),
+    "p2c-only": (Case("", 90, 90, size=16, c2p=False), (64,)),
+    "far": (Case("", 60, 190, batch=1, size=16, offset=70), (30, 170)),
+    "first-part-hidden": (Case("", 90, 90, size=16, mask="late"), (50,)),
+    "batch-row-without-keys": (Case("", 90, 90, size=16, mask="empty"), (61,)),
+    "dropout": (Case("", 90, 93, size=16, mask="right", dropout_p=0.3), (36, 80)),
+}
+
+
+@each_half
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_the_keys_add_up(name, dtype):
+    case, cuts = PARTS[name]
+    compare(attention_in_parts("cuda", cut_at(*cuts)), quick(case), dtype)
 
 
 # Repeatability

@@ -5,12 +5,13 @@ from contextlib import nullcontext
 import pytest
 import torch
 from cases import ON_CPU, Case, make_inputs
+from masks import SEED, assert_packed_parts_of_one_mask, assert_parts_of_one_mask, masks
 
 from deberta_fast import disentangled_attention, disentangled_attention_varlen, testing
 from deberta_fast.op import dropout
 from deberta_fast.op.api import disentangled_attention_with_probabilities
 from deberta_fast.op.backends import BACKENDS, cpu
-from deberta_fast.op.dropout import keep_mask, number_heads, seed_at
+from deberta_fast.op.dropout import keep_mask, seed_at
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SETS = [(name, dtype) for dtype in DTYPES for name in (cpu.instruction_sets(DTYPES[dtype]) if "cpu" in ON_CPU else [])]
@@ -77,15 +78,6 @@ def test_nothing_dropped_at_zero():
 # Seeds with an origin, and seeds that the caller gives
 
 
-SEED = torch.tensor([(1 << 62) + 12345])
-
-
-def masks(seed, batch, heads, rows, keys, p=0.4):
-    """The mask (batch, heads, rows, keys) of a call by ``keep_mask``."""
-    numbers = number_heads(seed, torch.arange(batch)[:, None], torch.arange(heads), heads)
-    return keep_mask(seed, numbers[..., None, None], torch.arange(rows)[:, None], (0, keys), p)
-
-
 def test_origins_cut_parts_from_one_mask():
     """The whole mask by the seed alone: of 3 batch rows, 4 heads, 30 rows, 50 keys."""
     whole = masks(SEED, 3, 4, 30, 50)
@@ -146,48 +138,12 @@ def test_bad_seeds_are_refused(name, p):
         disentangled_attention_with_probabilities(x, x, x, dropout_p=p, dropout_seed=seed)
 
 
-def shown(query, key, p=0.4, **options):
-    """The mask of a call. The values are the rows of an identity matrix, so the output shows every probability."""
-    value = torch.eye(key.shape[2], dtype=key.dtype).expand(*key.shape[:2], -1, -1)
-    query, key = (torch.nn.functional.pad(x, (0, value.shape[3] - x.shape[3])) for x in (query, key))
-    return disentangled_attention(query, key, value, dropout_p=p, scale=0.01, **options) != 0
-
-
 @each_run
 def test_backends_make_parts_of_one_mask(name, dtype):
-    """Every second part of rows, keys, heads and batch rows, and one that is all of these."""
-    query, key = torch.randn(2, 2, 3, 88, 8, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
     backend, context = by(name)
     with context:
-        show = lambda query, key, seed: shown(query, key, dropout_seed=seed, backend=backend)
-        whole = show(query, key, SEED)
-        assert torch.equal(whole, masks(SEED, 2, 3, 88, 88))
-        assert torch.equal(show(query[:, :, 37:], key, seed_at(SEED, first_row=37, heads=3)), whole[:, :, 37:])
-        assert torch.equal(show(query, key[:, :, 20:], seed_at(SEED, first_key=20, heads=3)), whole[..., 20:])
-        assert torch.equal(show(query[:, 1:], key[:, 1:], seed_at(SEED, 0, 0, 1, heads=3)), whole[:, 1:])
-        assert torch.equal(show(query[1:], key[1:], seed_at(SEED, 0, 0, 3, heads=3)), whole[1:])
-        corner = show(query[1:, 2:, 70:], key[1:, 2:, 52:], seed_at(SEED, 70, 52, 5, heads=3))
-        assert torch.equal(corner, whole[1:, 2:, 70:, 52:])
-
-
-@each_run
-def test_packed_sequences_have_origins(name, dtype):
-    """Rows and keys count within their sequence from the origin on, and sequences are as far apart as batch rows."""
-    lengths, heads = (5, 64, 0, 30), 2
-    rows = torch.randn(2, sum(lengths), heads, 64, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
-    value = torch.cat([torch.eye(64)[:n] for n in lengths])[:, None].expand(-1, heads, -1).to(rows)
-    ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-    seed = seed_at(SEED, 7, 36, 3, heads=6)
-    backend, context = by(name)
-    with context:
-        output = disentangled_attention_varlen(
-            *rows, value, cu_seqlens=ends, max_seqlen=64, scale=0.01, dropout_p=0.4, dropout_seed=seed, backend=backend
-        )
-    whole = masks(SEED, 8, 6, 71, 100).flatten(0, 1)
-    for sequence, (start, stop) in enumerate(zip(ends.tolist(), ends.tolist()[1:])):
-        first = 3 + 6 * sequence
-        expected = whole[first : first + heads, 7 : 7 + stop - start, 36 : 36 + stop - start]
-        assert torch.equal(output[start:stop, :, : stop - start].transpose(0, 1) != 0, expected), sequence
+        assert_parts_of_one_mask(backend, DTYPES[dtype])
+        assert_packed_parts_of_one_mask(backend, DTYPES[dtype])
 
 
 ORIGINS = (testing.Kind(mask="keys", dropout=True, origin=True), testing.Kind(packed=True, dropout=True, origin=True))
