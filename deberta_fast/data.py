@@ -26,6 +26,13 @@ WINDOW = 1024
 SORTED_BATCHES, SORTED_PART = 100, 4
 
 
+class _Progress:
+    """How many batches of an epoch an iteration gave out. ``resumed``: it has to continue behind these."""
+
+    def __init__(self, epoch: int, batches: int = 0, resumed: bool = False):
+        self.epoch, self.batches, self.resumed = epoch, batches, resumed
+
+
 class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
     """Yields lists of indices for ``DataLoader(batch_sampler=...)``: batches of up to max_tokens tokens.
 
@@ -40,7 +47,19 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
     Every sequence comes once per epoch, except that distributed ranks must get the same number of batches. All ranks
     make the same list of batches, and a rank takes every num_replicas-th batch. Batches are repeated until their number
     is a multiple of num_replicas; with drop_last, the surplus batches are left out instead (with shuffle, different
-    ones in every epoch). With shuffle, the batches of all ranks at one step have similar cost.
+    ones in every epoch). With shuffle, the batches of all ranks at one step are similar work: l (1 + l / (6 width)) for
+    a sequence of l tokens, because attention takes as long as the linear layers where l is 6 widths.
+
+    An epoch continues in its middle after ``load_state_dict``: the next ``iter`` starts at the batch behind those that
+    ``state_dict`` counts, for all ranks the same number; ``len`` stays that of the whole epoch.
+
+        sampler.load_state_dict(state)
+        for epoch in range(sampler.epoch, epochs):
+            sampler.set_epoch(epoch)
+
+    A DataLoader with workers takes batches ahead of the loop that trains, and so does the count. torchdata's
+    StatefulDataLoader saves the state of the batch that it returned last; with another loader, count the steps and save
+    ``state_dict() | {"batches": steps}``. With accelerate, use its ``skip_first_batches`` instead.
 
     Args:
         lengths: tokens of every sequence, positive integers, or a tensor (N,).
@@ -51,6 +70,7 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
         seed: changes the order of all epochs; must be the same on all ranks.
         drop_last: see above. A single rank drops nothing, however small its last batch is.
         num_replicas, rank: ``get_world_size()`` and ``get_rank()`` of torch.distributed.
+        width: hidden_size of the model, see above.
 
     Raises:
         ValueError: a sequence is longer than max_tokens, or an argument is out of range. On iteration: drop_last would
@@ -70,14 +90,17 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
         drop_last: bool = False,
         num_replicas: int = 1,
         rank: int = 0,
+        width: int = 768,
     ):
+        self.width = _integer("width", width, 1)
         self.max_tokens = _integer("max_tokens", max_tokens, 1)
         self.max_sequences = None if max_sequences is None else _integer("max_sequences", max_sequences, 1)
         self.num_replicas = _integer("num_replicas", num_replicas, 1)
         self.rank = _integer("rank", rank, 0)
         if self.rank >= self.num_replicas:
             raise ValueError(f"rank must be less than num_replicas={num_replicas}, got {rank}")
-        self.seed, self.epoch = _integer("seed", seed), 0
+        self.seed = _integer("seed", seed)
+        self._progress = _Progress(0)  # of the last iteration, or of the next one after set_epoch or load_state_dict
         self.padded, self.shuffle, self.drop_last = padded, shuffle, drop_last
         if isinstance(lengths, torch.Tensor):
             if lengths.dim() != 1 or not _holds_integers(lengths):
@@ -88,11 +111,46 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
             if length > self.max_tokens:
                 found = f"lengths[{index}] is {length}, and max_tokens={max_tokens}"
                 raise ValueError(f"{found}: truncate the sequence, or raise the budget")
+        self._tokens = sum(self.lengths)
         self._made: tuple[int, list[list[int]]] | None = None
 
+    @property
+    def epoch(self) -> int:
+        return self._progress.epoch
+
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch of the next ``iter`` and ``len``."""
-        self.epoch = _integer("epoch", epoch)
+        """Sets the epoch of the next ``iter`` and ``len``, from its first batch unless it is the epoch already."""
+        if _integer("epoch", epoch) != self.epoch:
+            self._progress = _Progress(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch, how many of this rank's batches the last ``iter`` gave out, and the settings; all as JSON has it.
+
+        It is the same on all ranks that have made as many steps.
+        """
+        return {"epoch": self.epoch, "batches": self._progress.batches, "settings": self._settings()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Makes the next ``iter`` continue behind the batches that ``state_dict`` counts.
+
+        Raises:
+            ValueError: an entry is missing, the state is that of a sampler with other arguments, or it counts more
+                batches than there are.
+        """
+        if absent := {"epoch", "batches", "settings"} - state_dict.keys():
+            raise ValueError(f"state_dict must be one of this class, got one without {', '.join(sorted(absent))}")
+        for name, own in self._settings().items():
+            if (given := state_dict["settings"].get(name)) != own:
+                raise ValueError(f"state_dict must be of a sampler with {name}={own!r}, got one with {given!r}")
+        self.set_epoch(state_dict["epoch"])
+        batches = _integer("batches", state_dict["batches"], 0)
+        if batches > len(self):
+            raise ValueError(f"batches must be at most the {len(self)} of epoch {self.epoch}, got {batches}")
+        self._progress = _Progress(self.epoch, batches, resumed=True)
+
+    def _settings(self) -> dict[str, int | bool | None]:
+        names = ("max_tokens", "padded", "max_sequences", "shuffle", "seed", "drop_last", "num_replicas", "width")
+        return {"sequences": len(self.lengths), "tokens": self._tokens, **{name: getattr(self, name) for name in names}}
 
     @property
     def sampler(self) -> "TokenBudgetSampler":
@@ -100,8 +158,17 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
         return self
 
     def __iter__(self) -> Iterator[list[int]]:
-        self.epoch = self._epoch_of_loader()
-        return (list(batch) for batch in self._batches()[self.rank :: self.num_replicas])
+        self.set_epoch(self._epoch_of_loader())
+        if not self._progress.resumed:
+            self._progress = _Progress(self.epoch)
+        return self._given_out(self._batches()[self.rank :: self.num_replicas], self._progress)
+
+    @staticmethod
+    def _given_out(batches: list[list[int]], progress: "_Progress") -> Iterator[list[int]]:
+        progress.resumed = False  # not before the first batch: a loader with workers calls iter twice
+        while progress.batches < len(batches):
+            progress.batches += 1
+            yield list(batches[progress.batches - 1])
 
     def __len__(self) -> int:
         """Number of this rank's batches in this epoch; it may differ a little between epochs."""
@@ -144,12 +211,17 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
         batches = self._even(batches)
         if self.num_replicas == 1:
             return batches
-        # Ranks wait for each other at every step, so the batches of a step have similar cost.
-        cost = max if self.padded else sum
-        batches.sort(key=lambda batch: cost(self.lengths[index] for index in batch))
+        # Ranks wait for each other at every step, so the batches of a step are similar work.
+        batches.sort(key=self._work)
         steps = [batches[i : i + self.num_replicas] for i in range(0, len(batches), self.num_replicas)]
         generator.shuffle(steps)
         return list(itertools.chain.from_iterable(steps))
+
+    def _work(self, batch: list[int]) -> float:
+        lengths = [self.lengths[index] for index in batch]
+        if self.padded:
+            lengths = [max(lengths)] * len(lengths)
+        return sum(length * (1 + length / (6 * self.width)) for length in lengths)
 
     def _even(self, batches: list[list[int]]) -> list[list[int]]:
         """Repeats or leaves out batches so that every rank gets the same number."""

@@ -1,5 +1,6 @@
 """TokenBudgetSampler keeps and fills its budget and loses no sequence; PackedCollator packs features into a batch."""
 
+import json
 import pickle
 import random
 from collections import Counter, UserDict
@@ -140,6 +141,128 @@ def test_ranks_get_similar_batches_at_a_step(padded):
     assert steps not in (sorted(steps), sorted(steps, reverse=True))
 
 
+def work(lengths, padded, width):
+    lengths = [max(lengths)] * len(lengths) if padded else lengths
+    return sum(length + length**2 / (6 * width) for length in lengths)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_ranks_do_similar_work_at_a_step_of_long_sequences(padded):
+    """A batch of one long sequence has the tokens of one of many short ones, and four times the work."""
+    lengths = random.Random(0).choices([64, 256, 1024, 4096], [64, 16, 4, 1], k=4000)
+    options = dict(padded=padded, num_replicas=4, width=256)
+    ranks = [TokenBudgetSampler(lengths, 4096, rank=rank, **options) for rank in range(4)]
+    steps = list(zip(*([work([lengths[i] for i in batch], padded, 256) for batch in sampler] for sampler in ranks)))
+    waiting = sum(max(step) for step in steps) / sum(sum(step) / 4 for step in steps) - 1
+    assert waiting < 0.03
+    every = [one for step in steps for one in step]
+    assert max(every) > 2 * min(every)
+
+
+def resumed(sampler, after):
+    """The batches that a new sampler gives with the state of one that gave out ``after`` of them."""
+    iterator = iter(sampler)
+    for _ in range(after):
+        next(iterator)
+    state = json.loads(json.dumps(sampler.state_dict()))
+    assert (state["epoch"], state["batches"]) == (sampler.epoch, after)
+    again = pickle.loads(pickle.dumps(sampler))
+    again.set_epoch(0)
+    again.load_state_dict(state)
+    assert again.state_dict() == state
+    again.set_epoch(sampler.epoch)
+    return list(again), again
+
+
+@pytest.mark.parametrize("options", [{}, dict(padded=True), dict(shuffle=False), dict(num_replicas=2, rank=1)], ids=str)
+def test_an_epoch_continues_in_its_middle(options):
+    sampler = TokenBudgetSampler(uniform(60), 1500, **options)
+    for epoch in (0, 3):
+        sampler.set_epoch(epoch)
+        everything = list(sampler)
+        for after in (0, 1, 5, len(everything)):
+            rest, again = resumed(sampler, after)
+            assert rest == everything[after:] and len(again) == len(everything)
+            assert list(again) == everything  # once only
+    again.load_state_dict(sampler.state_dict() | {"batches": 4})
+    again.set_epoch(4)
+    assert again.state_dict()["batches"] == 0
+    sampler.set_epoch(4)
+    assert list(again) == list(sampler)
+
+
+def test_the_state_is_the_same_on_all_ranks():
+    ranks = [TokenBudgetSampler(uniform(60), 1500, num_replicas=2, rank=rank) for rank in range(2)]
+    iterators = [iter(sampler) for sampler in ranks]
+    for _ in range(3):
+        assert [next(iterator) for iterator in iterators]
+    assert ranks[0].state_dict() == ranks[1].state_dict()
+    ranks[0].set_epoch(1)
+    next(iterators[0])  # an iteration of the epoch before no longer counts
+    assert ranks[0].state_dict()["batches"] == 0
+
+
+def test_states_that_do_not_fit():
+    make = lambda **options: TokenBudgetSampler(**{"lengths": [3, 4, 5], "max_tokens": 9, **options})
+    state = make().state_dict()
+    for options, message in (
+        (dict(seed=1), "with seed=1, got one with 0"),
+        (dict(max_tokens=10), "with max_tokens=10, got one with 9"),
+        (dict(num_replicas=2), "with num_replicas=2, got one with 1"),
+        (dict(lengths=[3, 4, 6]), "with tokens=13, got one with 12"),
+        (dict(lengths=[3, 9]), "with sequences=2, got one with 3"),
+    ):
+        with pytest.raises(ValueError, match=f"state_dict must be of a sampler {message}"):
+            make(**options).load_state_dict(state)
+    with pytest.raises(ValueError, match="batches must be at most the 2 of epoch 0, got 3"):
+        make().load_state_dict(state | {"batches": 3})
+    with pytest.raises(ValueError, match="batches must be at least 0, got -1"):
+        make().load_state_dict(state | {"batches": -1})
+    with pytest.raises(ValueError, match="got one without batches, settings"):
+        make().load_state_dict({"epoch": 0})
+
+
+def loaded(sampler, workers, kind=DataLoader, **options):
+    data = [torch.full((length,), index) for index, length in enumerate(sampler.lengths)]
+    collate = lambda rows: [int(row[0]) for row in rows]
+    return kind(data, batch_sampler=sampler, collate_fn=collate, num_workers=workers, **options)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_workers_change_no_batch_and_take_some_ahead(workers):
+    """With workers, the count of the sampler is ahead of the loop; the loop's own count is exact."""
+    sampler = TokenBudgetSampler(uniform(60), 1500)
+    everything = list(sampler)
+    loader = loaded(sampler, workers)
+    assert list(loader) == everything
+    iterator = iter(loader)
+    assert [next(iterator) for _ in range(4)] == everything[:4]
+    state = sampler.state_dict()
+    assert state["batches"] == min(len(everything), 4 + 2 * workers)
+    del iterator
+    sampler.load_state_dict(state | {"batches": 4})
+    assert list(loaded(sampler, workers)) == everything[4:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stateful_data_loader(workers):
+    """torchdata's loader saves the sampler's state as of the batch that it returned last."""
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader")
+    make = lambda: TokenBudgetSampler(uniform(60), 1500)
+    sampler = make()
+    sampler.set_epoch(2)
+    everything = list(sampler)
+    loader = loaded(sampler, workers, torchdata.StatefulDataLoader)
+    iterator = iter(loader)
+    assert [next(iterator) for _ in range(5)] == everything[:5]
+    state = loader.state_dict()
+    del iterator
+    again = loaded(make(), workers, torchdata.StatefulDataLoader)
+    again.load_state_dict(state)
+    assert list(again) == everything[5:]
+    assert list(again) == everything
+
+
 def test_batches_are_random_in_length():
     """No part of an epoch has mainly long or short sequences. Without padding, neither has a batch."""
     lengths = uniform(6000)
@@ -169,6 +292,7 @@ def test_batches_are_random_in_length():
         (([3], 7, dict(num_replicas=0)), ValueError, "num_replicas must be at least 1"),
         (([3], 7, dict(num_replicas=2, rank=2)), ValueError, "rank must be less than num_replicas=2, got 2"),
         (([3], 7, dict(rank=-1)), ValueError, "rank must be at least 0"),
+        (([3], 7, dict(width=0)), ValueError, "width must be at least 1, got 0"),
         (([3], 7, dict(seed="a")), TypeError, "seed must be an integer, got 'a'"),
     ],
 )
