@@ -48,6 +48,15 @@ inline void* gradient_of_table(const MaybeTensor& x) {
   return x ? x->data_ptr() : nullptr;
 }
 
+// The seed of dropout (12), followed by the four numbers of a DropoutOrigin if there are five.
+inline const int64_t* seed_of(const Given& given) {
+  const MaybeTensor& seed = given.seed;
+  STD_TORCH_CHECK(seed && seed->scalar_type() == torch::headeronly::ScalarType::Long && seed->is_contiguous() &&
+                      (seed->numel() == 1 || seed->numel() == 5),
+                  "deberta_fast: the seed must be contiguous int64, (1,) or (5,)");
+  return static_cast<const int64_t*>(seed->data_ptr());
+}
+
 // Dropout (12) drops the probabilities whose 32-bit random word is below this.
 inline uint64_t drop_below(double dropout_p) { return static_cast<uint64_t>(std::nearbyint(dropout_p * 0x1p32)); }
 inline float keep_scale(double dropout_p) { return static_cast<float>(1 / (1 - dropout_p)); }

@@ -24,6 +24,12 @@ struct Statistic {
   int64_t batch = 0, head = 0, row = 0;
 };
 
+// The row, key, and head of all heads of all batch rows (or packed sequences) that a call's first ones are in the counter
+// of dropout (12), and the number of heads of a batch row there.
+struct DropoutOrigin {
+  int64_t row = 0, key = 0, batch_head = 0, heads = 0;
+};
+
 // K^r or Q^r, (H, rows, D). data is null if the term is absent.
 struct Table {
   const void* data = nullptr;

@@ -63,8 +63,8 @@ RANKS = [
     {"hf.fallback"},
     {"hf.forwards", "hf.packed"},
     {"hf.patch"},
-    {"selfcheck", "testing"},
-    {"cli", "hf"},
+    {"selfcheck", "testing", "distributed.loss_weights", "distributed.tensor_parallel"},
+    {"cli", "hf", "distributed"},
     {"__main__", ""},
 ]
 # Packages that the functions of a folder or module import when they run. The import of the module itself does not need
@@ -78,7 +78,7 @@ LATE = {
     "cli": {"tqdm"},
 }
 # Nothing else imports from these folders.
-LEAVES = {"hf": {""}, "pipelines": {"", "cli"}, "cli": {"__main__"}}
+LEAVES = {"hf": {"", "distributed.tensor_parallel"}, "pipelines": {"", "cli"}, "cli": {"__main__"}}
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 
 

@@ -169,7 +169,7 @@ class BackwardPass : ScoreTiles {
       const Vector factor = broadcast(rows_.factor[r]), delta = broadcast(delta_[r]),
                    grad_lse = broadcast(rows_.grad_lse[r]);
       if (a_.dropout) {
-        keep_row(a_, block.sequence * a_.heads + head_, block.first + r, key, columns, keep_);
+        keep_row(a_, block.sequence, head_, block.first + r, key, columns, keep_);
       }
       for (int64_t c = 0; c < columns; c += kLanes) {
         const Vector p = exp2(load(p_row + c) + constant - shift) * factor, grad_p = load(g_row + c);

@@ -15,15 +15,19 @@ INLINE void multiply(Words a, uint32_t b, Words& upper, Words& lower) {
 }
 
 // Writes the dropout factors, 0 or 1 / (1 - p), of a query and the keys [key, key + columns), rounded up to 4 kLanes.
-// key is a multiple of 4. batch_head: batch row (or packed sequence) * H + head.
-inline void keep_row(const Attention& a, int64_t batch_head, int64_t query, int64_t key, int64_t columns, float* keep) {
+// key is a multiple of 4. sequence: batch row or packed sequence.
+inline void keep_row(const Attention& a, int64_t sequence, int64_t head, int64_t query, int64_t key, int64_t columns,
+                     float* keep) {
+  const DropoutOrigin& origin = a.origin;
+  const int64_t first = origin.key / 4 + key / 4, row = origin.row + query;
+  const int64_t batch_head = origin.batch_head + sequence * origin.heads + head;
   Words lane;
   for (int l = 0; l < kLanes; ++l) lane[l] = l;
   const bool none = a.drop_below > 0xffffffffull;
   const Words below = Words{} + (uint32_t)(none ? 0 : a.drop_below);
   const float kept = none ? 0.0f : a.keep_scale;
-  for (int64_t first = 0; first < columns; first += 4 * kLanes) {
-    Words c0 = lane + (uint32_t)((key + first) / 4), c1 = Words{} + (uint32_t)query;
+  for (int64_t column = 0; column < columns; column += 4 * kLanes) {
+    Words c0 = lane + (uint32_t)(first + column / 4), c1 = Words{} + (uint32_t)row;
     Words c2 = Words{} + (uint32_t)batch_head, c3 = Words{};
     uint32_t k0 = (uint32_t)a.seed, k1 = (uint32_t)(a.seed >> 32);
     for (int round = 0; round < 7; ++round) {
@@ -37,7 +41,7 @@ inline void keep_row(const Attention& a, int64_t batch_head, int64_t query, int6
     float four[4][kLanes];
     for (int w = 0; w < 4; ++w) store(four[w], words[w] >= below ? broadcast(kept) : Vector{});
     for (int l = 0; l < kLanes; ++l) {
-      for (int w = 0; w < 4; ++w) keep[first + 4 * l + w] = four[w][l];
+      for (int w = 0; w < 4; ++w) keep[column + 4 * l + w] = four[w][l];
     }
   }
 }

@@ -84,7 +84,7 @@ class ForwardPass : ScoreTiles {
         }
       }
       if (a_.dropout) {
-        keep_row(a_, block.sequence * a_.heads + block.head, block.first + r, key, columns, keep_);
+        keep_row(a_, block.sequence, block.head, block.first + r, key, columns, keep_);
         for (int64_t c = 0; c < columns; c += kLanes) store(row + c, load(row + c) * load(keep_ + c));
       }
     }

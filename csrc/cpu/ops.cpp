@@ -150,8 +150,9 @@ Request request_of(const Given& given) {
     a.mask_batch = stride(0), a.mask_head = stride(1), a.mask_query = stride(2), a.mask_key = stride(3);
   }
   if (given.dropout_p > 0) {
-    a.dropout = true;
-    a.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(given.seed->data_ptr()));
+    const int64_t* const seed = seed_of(given);
+    a.dropout = true, a.seed = static_cast<uint64_t>(seed[0]), a.origin.heads = a.heads;
+    if (given.seed->numel() > 1) a.origin = {seed[1], seed[2], seed[3], seed[4]};
     a.drop_below = drop_below(given.dropout_p), a.keep_scale = keep_scale(given.dropout_p);
   }
   if (given.cu_seqlens) {

@@ -70,6 +70,7 @@ struct Attention {
   bool dropout = false;
   uint64_t seed = 0, drop_below = 0;
   float keep_scale = 1;
+  DropoutOrigin origin{};
 };
 
 struct Forward {

@@ -22,12 +22,19 @@ struct Dropout {
   const Call& call;
   uint32_t batch_head;
 
-  DEVICE Dropout(const Call& call, int batch, int head) : call(call), batch_head(batch * call.heads + head) {}
+  DEVICE Dropout(const Call& call, int batch, int head) : call(call), batch_head(batch * call.heads + head) {
+    const DropoutOrigin* origin = call.origin;
+    if (origin != nullptr) batch_head = static_cast<uint32_t>(origin->batch_head + batch * origin->heads + head);
+  }
 
-  // The words of the four neighbouring keys that include `key`. Reading the seed each time saves registers.
+  // The words of the four neighbouring keys that include `key`. Reading seed and origin each time saves registers.
   DEVICE Vec16 words(int query, int key) const {
     const uint64_t seed = static_cast<uint64_t>(*call.seed);
-    return philox(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), key / 4, query, batch_head);
+    uint32_t row = query, group = key / 4;
+    if (call.origin != nullptr) {
+      row += static_cast<uint32_t>(call.origin->row), group += static_cast<uint32_t>(call.origin->key / 4);
+    }
+    return philox(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), group, row, batch_head);
   }
 
   DEVICE uint32_t keeps(uint32_t word) const { return word >= call.drop_below; }

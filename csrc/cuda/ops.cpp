@@ -73,9 +73,8 @@ Request request_of(const Given& given) {
     request.mask_key = mask->size(3) == 1 ? 0 : mask->stride(3);
   }
   if (given.dropout_p > 0) {
-    const MaybeTensor& seed = given.seed;
-    STD_TORCH_CHECK(seed && seed->scalar_type() == ScalarType::Long, "deberta_fast: the seed must be int64");
-    call.dropout = true, call.seed = static_cast<const int64_t*>(seed->data_ptr());
+    call.dropout = true, call.seed = seed_of(given);
+    if (given.seed->numel() > 1) call.origin = reinterpret_cast<const DropoutOrigin*>(call.seed + 1);
     call.drop_below = static_cast<uint32_t>(std::min<uint64_t>(drop_below(given.dropout_p), UINT32_MAX));
     call.keep_scale = keep_scale(given.dropout_p);
   }

@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -9,6 +10,9 @@ from torch import nn
 from ..models.ordinary import constant, is_own_code, overridden, why_not_ordinary
 from ..models.packing import Packing, Unpadding, reason_to_stay
 from ..op.relative_position import slot_table
+
+if TYPE_CHECKING:  # few processes need torch.distributed's parts, which it imports
+    from ..models.sharding import ContextParallel, Sharding
 
 # The attribute that marks a patched module; it holds what patch replaced.
 MARK = "_deberta_fast"
@@ -21,6 +25,10 @@ class Shared:
     def __init__(self, backend: str | None, unpad: bool | str, padding_rows: str):
         self.backend = backend
         self.unpadding = Unpadding(unpad, padding_rows)
+        # The processes that share sequences, the forward pass that is under way, and hooks that serve it.
+        self.context: ContextParallel | None = None
+        self.sharding: Sharding | None = None
+        self.hooks: list[torch.utils.hooks.RemovableHandle] = []
         self.warned: set[str] = set()
         self._warned_of_left_padding = False
         self._packed_unpadding = Unpadding("auto", padding_rows)
@@ -32,6 +40,35 @@ class Shared:
             return
         self.warned.add(reason)
         warnings.warn(f"deberta_fast: running Hugging Face's own attention: {reason}", stacklevel=3)
+
+    def fall_back(self, reason: str, once: bool = False) -> None:
+        """Warns, as ``warn``, of a fallback.
+
+        Raises:
+            RuntimeError: processes share sequences. Hugging Face's own attention would see one stretch of them only.
+        """
+        if self.context is not None:
+            raise RuntimeError(f"processes share sequences, and this call is not fused: {reason}")
+        self.warn(reason, once)
+
+    def sequences(self) -> "Sharding | None":
+        """What layers take in place of a mask if processes share sequences, else None.
+
+        Raises:
+            RuntimeError: they do, and no patched model's forward has prepared it.
+        """
+        if self.context is not None and self.sharding is None:
+            raise RuntimeError("processes share sequences: call the patched model's forward, not its encoder's")
+        return self.sharding
+
+    @contextlib.contextmanager
+    def sharing(self, sharding: "Sharding"):
+        """A context in which encoders run on stretches of sequences."""
+        self.sharding = sharding
+        try:
+            yield
+        finally:
+            self.sharding = None
 
     def packing(self, mask: torch.Tensor | Packing | None, encoder: nn.Module) -> Packing | None:
         """The packing that removes the padding before the layers of a patched encoder; None keeps the batch."""

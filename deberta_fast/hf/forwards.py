@@ -22,7 +22,7 @@ from ..models.attention import (
 )
 from ..models.encoder import AddAndNorm, DebertaIntermediate, position_table, run_layers
 from ..models.onednn_linear import project
-from ..models.packing import Packing
+from ..models.packing import Sequences
 from .fallback import Shared, attention_reason, encoder_reason, hf_class, is_v1, module_reason
 
 # The encoder passes this to its layers as relative_pos, because the fused kernels need no tensor of distances. None
@@ -44,7 +44,7 @@ def _encoder(
 ):
     """DebertaEncoder and DebertaV2Encoder without the (B, 1, L, L) mask and the (L, L) relative positions."""
     if reason := encoder_reason(encoder, output_attentions, query_states, relative_pos):
-        shared.warn(reason)
+        shared.fall_back(reason)
         return type(encoder).forward(
             encoder, hidden_states, attention_mask, output_hidden_states, output_attentions, query_states, relative_pos,
             return_dict,
@@ -53,7 +53,7 @@ def _encoder(
     norm = encoder.LayerNorm if "layer_norm" in getattr(encoder, "norm_rel_ebd", ()) else None
     table = position_table(encoder.rel_embeddings if encoder.relative_attention else None, norm, cache.tables)
 
-    def call(index: int, states: torch.Tensor, mask: torch.Tensor | Packing) -> tuple[torch.Tensor, None]:
+    def call(index: int, states: torch.Tensor, mask: torch.Tensor | Sequences) -> tuple[torch.Tensor, None]:
         run = encoder.layer[index]
         if encoder.gradient_checkpointing and encoder.training and not hasattr(run, "gradient_checkpointing"):
             run = functools.partial(encoder._gradient_checkpointing_func, run.__call__)  # transformers < 4.53
@@ -62,10 +62,14 @@ def _encoder(
 
     mask, conv = _bool_mask(attention_mask), getattr(encoder, "conv", None)
     token_mask = attention_mask if conv is None or attention_mask.dim() <= 2 else attention_mask.sum(-2) > 0
-    packing = shared.packing(mask, encoder)
+    sharding = shared.sequences()
+    packing = shared.packing(mask, encoder) if sharding is None else None
+    is_row = sharding is not None and sharding.cu_seqlens is not None  # packed rows come as a batch of one
     states, _ = run_layers(
-        call, len(encoder.layer), hidden_states, mask, packing, shared.unpadding, conv, token_mask, output_hidden_states
-    )
+        call, len(encoder.layer), hidden_states.squeeze(0) if is_row else hidden_states,
+        mask if sharding is None else sharding, packing, shared.unpadding, conv, token_mask, output_hidden_states,
+    )  # fmt: skip
+    states = [x.unsqueeze(0) for x in states] if is_row else states
     output, states = states[-1], tuple(states) if output_hidden_states else None
     if not return_dict:
         return tuple(x for x in (output, states) if x is not None)
@@ -73,7 +77,7 @@ def _encoder(
     return kind(last_hidden_state=output, hidden_states=states)
 
 
-def _bool_mask(mask: torch.Tensor | Packing | None) -> torch.Tensor | Packing | None:
+def _bool_mask(mask: torch.Tensor | Sequences | None) -> torch.Tensor | Sequences | None:
     """Converts a mask (B, L), (B, L, L) or broadcastable to (B, H, L, L) to the form of ``models.attention``."""
     if not isinstance(mask, torch.Tensor):
         return mask
@@ -85,7 +89,7 @@ def _attention(
     shared: Shared,
     cache: AttentionCache,
     hidden_states: torch.Tensor,
-    attention_mask: torch.Tensor | Packing | None,
+    attention_mask: torch.Tensor | Sequences | None,
     output_attentions: bool = False,
     query_states: torch.Tensor | None = None,
     relative_pos: torch.Tensor | str | None = None,
@@ -93,7 +97,7 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """DisentangledSelfAttention of v1, v2 and v3; the mask may be (B, L), (B, L, L) or (B, 1, L, L)."""
     if reason := attention_reason(attention, output_attentions, query_states, relative_pos):
-        shared.warn(reason, once=True)  # the encoder above may have warned of its own fallback
+        shared.fall_back(reason, once=True)  # the encoder above may have warned of its own fallback
         return type(attention).forward(
             attention, hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
         )
@@ -140,8 +144,13 @@ def _heads_v1(attention: nn.Module, hidden_states: torch.Tensor) -> tuple[torch.
     """
     size = attention.attention_head_size
     query, key, value = split_heads(project(attention.in_proj, hidden_states), 3 * size).chunk(3, dim=-1)
-    query_bias, value_bias = (bias.view(-1, size) for bias in (attention.q_bias, attention.v_bias))
+    query_bias, value_bias = (_local(bias).view(-1, size) for bias in (attention.q_bias, attention.v_bias))
     return (query + query_bias).to(key.dtype), key, (value + value_bias).to(key.dtype)
+
+
+def _local(bias: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor-parallel bias; a projection hands over this process's part by itself."""
+    return bias.to_local() if hasattr(bias, "to_local") else bias
 
 
 def _position_terms(attention: nn.Module, names: Collection[str]) -> PositionTerms:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..models.model import given_packing
-from ..models.packing import Packing
+from ..models.packing import Packing, check_choices
 from .fallback import Shared, hf_class
 
 # Heads that have one logit vector and one label per token.
@@ -32,7 +32,8 @@ def run_model(model: nn.Module, shared: Shared, *arguments, cu_seqlens=None, max
         What the model's own forward returns; with cu_seqlens, (T, ...) instead of (B, L, ...).
     """
     own, config = type(model).forward, model.config
-    if cu_seqlens is None:
+    shares = shared.context is not None and shared.sharding is None
+    if cu_seqlens is None and not shares:
         for name, value in (("max_seqlen", max_seqlen), ("choices", choices)):
             if value is not None:
                 raise ValueError(f"{name} belongs to packed sequences: got {name}={value} and no cu_seqlens")
@@ -42,11 +43,18 @@ def run_model(model: nn.Module, shared: Shared, *arguments, cu_seqlens=None, max
     del given[next(iter(given))]  # self
     given = {name: x for name, x in given.items() if x is not None}
     if given.pop("output_attentions", config.output_attentions):
-        raise ValueError("output_attentions must be False with cu_seqlens: packed sequences have no probabilities")
+        raise ValueError("output_attentions must be False: packed and shared sequences have no probabilities")
+    return_dict = given.pop("return_dict", None)
+    return_dict = config.return_dict if return_dict is None else return_dict
+    if shares:
+        from .sharded import run_sharded  # which imports torch.distributed's parts
+
+        packed = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+        output = run_sharded(model, shared, _head(model), given, packed)
+        return output if return_dict else output.to_tuple()
     ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
     packing = given_packing(cu_seqlens, max_seqlen, given.get("attention_mask"), ids, embeddings)
     tokens = (embeddings if ids is None else ids).shape[0]
-    return_dict = given.pop("return_dict", None)
     with shared.removing_padding():
         output = own(model, **_padded(model, packing, given, tokens, choices), return_dict=True)
     per_token = ("last_hidden_state", "start_logits", "end_logits") + ("logits",) * (_head(model) in _PER_TOKEN)
@@ -55,7 +63,7 @@ def run_model(model: nn.Module, shared: Shared, *arguments, cu_seqlens=None, max
             output[name] = tuple(packing.by_token(x, tokens) for x in value)
         elif name in per_token:
             output[name] = packing.by_token(value, tokens)
-    return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+    return output if return_dict else output.to_tuple()
 
 
 def signature_of(model: nn.Module) -> inspect.Signature:
@@ -82,7 +90,7 @@ def _padded(model: nn.Module, packing: Packing, given: dict, tokens: int, choice
             raise ValueError(f"{name} must be of shape {(tokens,)}, got {tuple(x.shape)}")
         batch[name] = packing.by_sequence(x, fill[name])
     if _head(model) == "ForMultipleChoice":
-        packing.check_choices(choices)
+        check_choices(packing, choices)
         return {name: x.unflatten(0, (-1, choices)) if name in fill else x for name, x in batch.items()}
     if choices is not None:
         raise ValueError(f"choices belong to multiple choice, got choices={choices}")

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from ..op import selection
-from ..op.api import disentangled_attention, disentangled_attention_varlen, disentangled_attention_with_probabilities
+from ..op.api import disentangled_attention, disentangled_attention_with_probabilities
 from ..op.problems import Kind
 from ..op.relative_position import device_tables, slot_table, table_rows
 from .config import DebertaConfig
 from .onednn_linear import is_plain, product, project
 from .ordinary import why_not_ordinary
-from .packing import Packing
+from .packing import Sequences, is_sequences
 from .padding import pairs, with_means
 from .weight_cache import WeightCache
 
@@ -121,7 +121,7 @@ class DisentangledSelfAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        mask: torch.Tensor | Packing | None = None,
+        mask: torch.Tensor | Sequences | None = None,
         rel_embeddings: torch.Tensor | None = None,
         query_states: torch.Tensor | None = None,
         output_attentions: bool = False,
@@ -130,7 +130,7 @@ class DisentangledSelfAttention(nn.Module):
         Args:
             hidden_states: the input of keys and values, (B, L, hidden_size); or packed, (T, hidden_size).
             mask: bool, True where a query may attend; (B, L), or broadcastable to (B, H, L, L). None masks nothing.
-                Packed states need a ``Packing``, and cannot return probabilities.
+                Packed or sharded states need ``Sequences``, and cannot return probabilities.
             rel_embeddings: the table of relative positions, (R, hidden_size).
             query_states: the input of queries, (B, Lq, hidden_size); None means hidden_states.
             output_attentions: also return the probabilities, computed by the dense reference.
@@ -147,8 +147,9 @@ class DisentangledSelfAttention(nn.Module):
                 dropout_p=dropout_of(self.dropout), backend=self.backend, padding_rows=self.padding_rows,
             )  # fmt: skip
             return context, None
-        if isinstance(mask, Packing):
-            raise ValueError(f"{reason or 'output_attentions'}: computed densely, which packed states do not support")
+        if is_sequences(mask):
+            what = reason or "output_attentions"
+            raise ValueError(f"{what}: computed densely, which packed and sharded states do not support")
         if reason and not (self.talking_head or self._warned or torch.compiler.is_compiling()):
             self._warned = True
             warnings.warn(f"deberta_fast: attention is computed densely: {reason}", stacklevel=2)
@@ -212,7 +213,7 @@ def _joined(linears: tuple[nn.Module, ...]) -> tuple[torch.Tensor, torch.Tensor]
 
 def run_attention(
     heads: Sequence[torch.Tensor],
-    mask: torch.Tensor | Packing | None,
+    mask: torch.Tensor | Sequences | None,
     rel_embeddings: torch.Tensor | None,
     terms: PositionTerms | None,
     cache: WeightCache,
@@ -226,7 +227,7 @@ def run_attention(
 
     Args:
         heads: queries, keys and values, (B, L, H, D); or packed, (T, H, D).
-        mask, rel_embeddings, padding_rows: see ``DisentangledSelfAttention``. A ``Packing`` has its own padding_rows.
+        mask, rel_embeddings, padding_rows: see ``DisentangledSelfAttention``. ``Sequences`` have their padding_rows.
         terms: None for attention without position terms.
         cache: caches the projected tables in inference.
         scale, dropout_p, backend: see ``disentangled_attention``.
@@ -236,22 +237,20 @@ def run_attention(
     """
     positions = project_table(rel_embeddings, heads, mask, terms, cache)
     context = attend(*heads, mask, scale=scale, dropout_p=dropout_p, backend=backend, **positions)
-    if isinstance(mask, Packing):
-        return context if mask.padding is None else mask.padding.with_means(context, heads[2])
+    if is_sequences(mask):
+        return mask.with_means(context, heads[2])
     return context if mask is None or padding_rows == "zeros" else with_means(context, heads[2], mask)
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | Packing | None, **arguments
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | Sequences | None, **arguments
 ) -> torch.Tensor:
     """``disentangled_attention`` for heads (B, L, H, D), returning (B, L, H D); or packed, (T, H, D) and (T, H D).
 
     ``mask`` is that of ``run_attention``; ``arguments`` are the other ones of ``disentangled_attention``.
     """
-    if isinstance(mask, Packing):
-        arguments |= {"cu_seqlens": mask.cu_seqlens, "max_seqlen": mask.max_seqlen, "attention_mask": mask.mask}
-        # The values of cu_seqlens were checked when the packing was made; checking again would launch more kernels.
-        return disentangled_attention_varlen(query, key, value, **arguments, check_values=False).flatten(1)
+    if is_sequences(mask):
+        return mask.attend(query, key, value, **arguments)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return disentangled_attention(query, key, value, attention_mask=mask, **arguments).transpose(1, 2).flatten(2)
 
@@ -259,7 +258,7 @@ def attend(
 def project_table(
     rel_embeddings: torch.Tensor | None,
     heads: Sequence[torch.Tensor],
-    mask: torch.Tensor | Packing | None,
+    mask: torch.Tensor | Sequences | None,
     terms: PositionTerms | None,
     cache: WeightCache,
 ) -> dict:
@@ -279,7 +278,7 @@ def project_table(
     # A compiled program projects all rows, so that one graph serves every length.
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return {**table, **projected(terms.dropout(rel_embeddings))}
-    lengths = (mask.max_seqlen,) * 2 if isinstance(mask, Packing) else (heads[0].shape[1], heads[1].shape[1])
+    lengths = (mask.max_seqlen,) * 2 if is_sequences(mask) else (heads[0].shape[1], heads[1].shape[1])
     is_dropout = why_not_ordinary(terms.dropout, nn.Dropout, nn.Identity) is None
     if not (is_dropout and all(map(is_plain, projections.values()))):
         # Hooks and adapters get the same input as in Hugging Face's code, (1, rows, hidden_size).

@@ -12,7 +12,7 @@ from .attention import DisentangledSelfAttention
 from .config import DebertaConfig
 from .onednn_linear import project
 from .ordinary import why_not_ordinary
-from .packing import Packing, Unpadding
+from .packing import Packing, Sequences, Unpadding, is_sequences
 from .weight_cache import WeightCache
 
 
@@ -70,7 +70,7 @@ class DebertaLayer(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        mask: torch.Tensor | Packing | None = None,
+        mask: torch.Tensor | Sequences | None = None,
         rel_embeddings: torch.Tensor | None = None,
         query_states: torch.Tensor | None = None,
         output_attentions: bool = False,
@@ -121,7 +121,7 @@ def run_layers(
     call: Callable,
     depth: int,
     hidden_states: torch.Tensor,
-    mask: torch.Tensor | Packing | None,
+    mask: torch.Tensor | Sequences | None,
     packing: Packing | None,
     unpadding: Unpadding,
     conv: nn.Module | None,
@@ -146,8 +146,8 @@ def run_layers(
     states, attentions = [hidden_states], []
     for index in range(depth):
         output, probabilities = call(index, states[-1], mask)
-        if index == 0 and conv is not None and isinstance(mask, Packing):
-            output = mask.convolve(conv, hidden_states, output)
+        if index == 0 and conv is not None and is_sequences(mask):
+            output = mask.convolve(conv, hidden_states, output, token_mask)
         elif index == 0 and conv is not None:
             output = conv(hidden_states, output, token_mask)
         states = [*states, output] if output_hidden_states else [output]
@@ -176,7 +176,7 @@ class DebertaEncoder(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        mask: torch.Tensor | Packing | None = None,
+        mask: torch.Tensor | Sequences | None = None,
         token_mask: torch.Tensor | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
@@ -200,7 +200,7 @@ class DebertaEncoder(nn.Module):
         return states, attentions if output_attentions else []
 
     def repeat_last_layer(
-        self, hidden_states: torch.Tensor, query_states: torch.Tensor, mask: torch.Tensor | Packing | None, times: int
+        self, hidden_states: torch.Tensor, query_states: torch.Tensor, mask: torch.Tensor | Sequences | None, times: int
     ) -> list[torch.Tensor]:
         """Runs the last layer ``times`` more times and returns their outputs, for Microsoft's enhanced mask decoder and
         z_steps.
@@ -214,7 +214,7 @@ class DebertaEncoder(nn.Module):
         states, _ = run_layers(call, times, query_states, mask, packing, self.unpadding, None, None, True)
         return states[1:]
 
-    def _packing(self, mask: torch.Tensor | Packing | None, output_attentions: bool = False) -> Packing | None:
+    def _packing(self, mask: torch.Tensor | Sequences | None, output_attentions: bool = False) -> Packing | None:
         reasons = (layer.attention.self.dense_reason() for layer in self.layer)
         dense = "output_attentions" if output_attentions else next(filter(None, reasons), None)
         return self.unpadding.packing(mask, self, dense)

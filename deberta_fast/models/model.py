@@ -4,6 +4,7 @@ Names, arguments, outputs and defaults are Hugging Face's. v2's class is v1's wi
 """
 
 import warnings
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,8 +12,11 @@ from .config import DebertaConfig, DebertaV2Config
 from .embeddings import DebertaEmbeddings
 from .encoder import DebertaEncoder
 from .outputs import BaseModelOutput, ModelOutput
-from .packing import Packing, packed_sequences
+from .packing import Packing, Sequences, is_sequences, packed_sequences
 from .pretrained import PreTrainedModel
+
+if TYPE_CHECKING:  # few processes need torch.distributed's parts, which it imports
+    from .sharding import ContextParallel
 
 
 class DebertaModel(PreTrainedModel):
@@ -22,6 +26,8 @@ class DebertaModel(PreTrainedModel):
         super().__init__(config)
         self.embeddings = DebertaEmbeddings(config)
         self.encoder = DebertaEncoder(config)
+        # The processes that have a stretch of each sequence; deberta_fast.distributed.context_parallel sets it.
+        self.context: ContextParallel | None = None
         self._saw_no_mask = False
         self.init_weights()
 
@@ -35,7 +41,7 @@ class DebertaModel(PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        cu_seqlens: torch.Tensor | Packing | None = None,
+        cu_seqlens: torch.Tensor | Sequences | None = None,
         max_seqlen: int | None = None,
     ) -> BaseModelOutput | tuple:
         """Takes a batch (B, L), or with cu_seqlens the tokens of all sequences one after the other, (T,).
@@ -54,7 +60,7 @@ class DebertaModel(PreTrainedModel):
             output_hidden_states: also return the embeddings and every layer's output.
             return_dict: False returns a tuple. The three default to the configuration's values.
             cu_seqlens: int32 (n + 1,), on the same device: sequence s lies at rows cu_seqlens[s] to cu_seqlens[s + 1].
-                Task models pass a ``Packing``.
+                Task models pass ``Sequences``.
             max_seqlen: at least the longest sequence's length. None reads it from cu_seqlens, which synchronises with
                 the device; a compiled program needs it given.
 
@@ -69,18 +75,19 @@ class DebertaModel(PreTrainedModel):
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        packing = given_packing(cu_seqlens, max_seqlen, attention_mask, input_ids, inputs_embeds)
-        if packing is None:
+        sequences = self.sequences(cu_seqlens, max_seqlen, attention_mask, input_ids, inputs_embeds)
+        mask: torch.Tensor | Sequences | None
+        if sequences is None:
             shape = check_form(input_ids, inputs_embeds, "B", "L", hint="packed sequences need cu_seqlens")
             if attention_mask is None:
                 self._warn_of_padding(input_ids)
             mask, token_mask = masks(attention_mask, *shape)
             embedded = self.embeddings(input_ids, token_mask, token_type_ids, position_ids, inputs_embeds)
         elif output_attentions:
-            raise ValueError("output_attentions must be False with cu_seqlens: packed sequences have no probabilities")
+            raise ValueError("output_attentions must be False: packed and shared sequences have no probabilities")
         else:
-            mask, token_mask = packing, None
-            embedded = self._embed_packed(packing, input_ids, token_type_ids, position_ids, inputs_embeds)
+            mask, token_mask = sequences, sequences.tokens
+            embedded = self._embed_sequences(sequences, input_ids, token_type_ids, position_ids, inputs_embeds)
         repeats = config.z_steps - 1 if config.num_hidden_layers > 0 else 0
         keep_all = output_hidden_states or repeats > 0
         states, attentions = self.encoder(embedded, mask, token_mask, keep_all, output_attentions)
@@ -93,24 +100,44 @@ class DebertaModel(PreTrainedModel):
         )
         return returned(self, return_dict, output)
 
-    def _embed_packed(self, packing, input_ids, token_type_ids, position_ids, inputs_embeds) -> torch.Tensor:
-        tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
+    def sequences(
+        self,
+        cu_seqlens: torch.Tensor | Sequences | None,
+        max_seqlen: int | None,
+        attention_mask: torch.Tensor | None,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+    ) -> Sequences | None:
+        """Checks these arguments of ``forward``; returns packed sequences, or stretches where processes share them.
+
+        None stands for a batch that this process has alone. Task models pass the result as cu_seqlens.
+        """
+        if self.context is None or is_sequences(cu_seqlens):
+            return given_packing(cu_seqlens, max_seqlen, attention_mask, input_ids, inputs_embeds)
+        rows = given_rows(input_ids, inputs_embeds)
+        padding_rows = self.encoder.unpadding.padding_rows
+        return self.context.sharding(rows, attention_mask, cu_seqlens, max_seqlen, padding_rows)
+
+    def _embed_sequences(self, sequences, input_ids, token_type_ids, position_ids, inputs_embeds) -> torch.Tensor:
+        rows = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
         for name, x in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
-            if x is not None and x.shape != (tokens,):
-                raise ValueError(f"{name} must be of shape {(tokens,)}, got {tuple(x.shape)}")
+            if x is not None and x.shape != rows.shape:
+                raise ValueError(f"{name} must be of shape {tuple(rows.shape)}, got {tuple(x.shape)}")
         if position_ids is None and self.embeddings.position_biased_input:
-            position_ids = self._packed_positions(packing, tokens)
-        inputs = (input_ids, packing.mask, token_type_ids, position_ids, inputs_embeds)
+            position_ids = self._positions(sequences, rows.shape[-1])
+        inputs = (input_ids, sequences.tokens, token_type_ids, position_ids, inputs_embeds)
+        if rows.dim() == 2:
+            return self.embeddings(*inputs)
         return self.embeddings(*(None if x is None else x.unsqueeze(0) for x in inputs)).squeeze(0)
 
-    def _packed_positions(self, packing: Packing, tokens: int) -> torch.Tensor:
-        self.embeddings.check_length(packing.max_seqlen)
-        return packing.positions(tokens)
+    def _positions(self, sequences: Sequences, tokens: int) -> torch.Tensor:
+        self.embeddings.check_length(sequences.max_seqlen)
+        return sequences.positions(tokens)
 
     def enhanced_mask_decoder(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | Packing | None = None,
+        attention_mask: torch.Tensor | Sequences | None = None,
         position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Runs the last layer twice more on its input, with absolute positions in the first queries.
@@ -120,15 +147,16 @@ class DebertaModel(PreTrainedModel):
 
         Args:
             hidden_states: the last layer's input, (B, L, hidden_size) or packed (T, hidden_size).
-            attention_mask, position_ids: see ``forward``. A ``Packing`` for packed states.
+            attention_mask, position_ids: see ``forward``. ``Sequences`` for packed and shared states.
 
         Returns:
             (B, L, hidden_size) or (T, hidden_size)
         """
-        if isinstance(attention_mask, Packing):
+        mask: torch.Tensor | Sequences | None
+        if is_sequences(attention_mask):
             mask = attention_mask
             if position_ids is None:
-                position_ids = self._packed_positions(mask, hidden_states.shape[0])
+                position_ids = self._positions(mask, hidden_states.shape[-2])
         else:
             mask, _ = masks(attention_mask, *hidden_states.shape[:2])
         positions = self.embeddings.positions(hidden_states.shape[-2], position_ids)
@@ -179,21 +207,26 @@ def check_form(
     return given.shape[: len(dims)]
 
 
+def given_rows(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    """Returns the one of both that is given."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+    return input_ids if inputs_embeds is None else inputs_embeds  # type: ignore[return-value]
+
+
 def given_packing(
-    cu_seqlens: torch.Tensor | Packing | None,
+    cu_seqlens: torch.Tensor | Sequences | None,
     max_seqlen: int | None,
     attention_mask: torch.Tensor | None,
     input_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
-) -> Packing | None:
+) -> Packing | Any:  # Any: Sequences if cu_seqlens is one
     """Checks which inputs ``DebertaModel.forward`` is given; returns the packing of sequences, or None for a batch."""
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-    if isinstance(cu_seqlens, Packing):
+    states = given_rows(input_ids, inputs_embeds)
+    if is_sequences(cu_seqlens):
         return cu_seqlens
     if cu_seqlens is not None:
         check_form(input_ids, inputs_embeds, "T")
-        states = input_ids if inputs_embeds is None else inputs_embeds
         return packed_sequences(cu_seqlens, max_seqlen, attention_mask, states)
     if max_seqlen is not None:
         raise ValueError(f"max_seqlen belongs to packed sequences: got max_seqlen={max_seqlen} and no cu_seqlens")

@@ -5,17 +5,63 @@ needs the sequences' boundaries, and a convolution must not reach from one seque
 """
 
 import warnings
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 
+from ..op.api import disentangled_attention_varlen
 from ..op.call import check_cu_seqlens_form, check_cu_seqlens_values, integer
 from ..op.schema import checked_cu_seqlens
+from .losses import span_loss, token_loss
 from .padding import PackedPadding, is_traced
 
 # "auto" removes padding if it is more than this share of a batch's rows. Removing less saves no time
 # (docs/measured.md).
 WORTH = 1 / 32
+
+
+class Sequences(Protocol):
+    """What layers and heads take in place of a mask: packed sequences, or stretches of them (``sharding.Sharding``)."""
+
+    @property
+    def cu_seqlens(self) -> Any:
+        """Int32 (n + 1,), the ends of packed sequences."""
+
+    @property
+    def max_seqlen(self) -> int:
+        """At least the length of the longest sequence."""
+
+    @property
+    def tokens(self) -> torch.Tensor | None:
+        """Which of the rows that are here are attended to, bool; None if all are."""
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **arguments) -> torch.Tensor:
+        """Attention of heads (..., H, D), returning (..., H D)."""
+
+    def with_means(self, context: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Gives rows of ``context`` that stand for padding their values, the mean of V (``padding``)."""
+
+    def convolve(
+        self, layer: torch.nn.Module, embeddings: torch.Tensor, output: torch.Tensor, token_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Applies a convolution layer (``encoder.ConvLayer`` or Hugging Face's) to each sequence separately.
+
+        ``embeddings`` and ``output`` are the layer's input and residual.
+        """
+
+    def positions(self, tokens: int) -> torch.Tensor:
+        """Each row's place in its own sequence, int64 (tokens,)."""
+
+    def first_tokens(self, states: torch.Tensor) -> torch.Tensor:
+        """Each sequence's first token, (n, width)."""
+
+    def token_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """``losses.token_loss`` over all sequences."""
+
+    def span_loss(
+        self, start_logits: torch.Tensor, end_logits: torch.Tensor, start: torch.Tensor, end: torch.Tensor
+    ) -> torch.Tensor:
+        """``losses.span_loss`` of all sequences; logits as the states."""
 
 
 class Packing(NamedTuple):
@@ -39,9 +85,26 @@ class Packing(NamedTuple):
     padding: PackedPadding | None = None
 
     @property
+    def tokens(self) -> torch.Tensor | None:
+        return self.mask
+
+    @property
     def lengths(self) -> torch.Tensor:
         """Sequence lengths, (n,)."""
         return self.cu_seqlens.diff()
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **arguments) -> torch.Tensor:
+        """``disentangled_attention_varlen`` of heads (T, H, D), returning (T, H D)."""
+        # The values of cu_seqlens were checked when the packing was made; checking again would launch more kernels.
+        output = disentangled_attention_varlen(
+            query, key, value, cu_seqlens=self.cu_seqlens, max_seqlen=self.max_seqlen, attention_mask=self.mask,
+            check_values=False, **arguments,
+        )  # fmt: skip
+        return output.flatten(1)
+
+    def with_means(self, context: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Replaces rows of padding in ``context`` (T, H D), if there are any, by the mean of V (T, H, D)."""
+        return context if self.padding is None else self.padding.with_means(context, value)
 
     def pack(self, states: torch.Tensor) -> torch.Tensor:
         """(B, L, ...) to (T, ...)."""
@@ -72,18 +135,14 @@ class Packing(NamedTuple):
         sequences = torch.arange(self.cu_seqlens.shape[0] - 1, device=self.cu_seqlens.device)
         return self._repeated(sequences, tokens) * self.max_seqlen + self.positions(tokens)
 
-    def check_choices(self, choices: int | None) -> None:
-        """Raises ValueError unless the number of sequences is a multiple of ``choices``, the answers per question."""
-        sequences = self.cu_seqlens.shape[0] - 1
-        if not isinstance(choices, int) or choices < 1 or sequences % choices:
-            raise ValueError(f"choices must divide the number of sequences, {sequences}, got {choices}")
-
-    def convolve(self, layer: torch.nn.Module, embeddings: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def convolve(
+        self, layer: torch.nn.Module, embeddings: torch.Tensor, output: torch.Tensor, token_mask: torch.Tensor | None
+    ) -> torch.Tensor:
         """Applies a convolution layer (``encoder.ConvLayer`` or Hugging Face's) to each packed sequence separately.
 
         The sequences become one row of a batch. Half a kernel of zeros follows each, so that no product of the
         convolution reaches the next sequence. ``embeddings`` and ``output`` are the layer's input and residual, (T,
-        hidden_size).
+        hidden_size). ``token_mask`` is that of a padded batch, and unused.
         """
         tokens, sequences = embeddings.shape[0], self.cu_seqlens.shape[0] - 1
         weight: Any = layer.conv.weight  # type: ignore[union-attr]
@@ -100,9 +159,31 @@ class Packing(NamedTuple):
         empty = (self.lengths == 0).reshape(-1, *(1,) * (states.dim() - 1))
         return states.index_select(0, starts).masked_fill(empty, 0)
 
+    def token_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return token_loss(logits, labels)
+
+    def span_loss(
+        self, start_logits: torch.Tensor, end_logits: torch.Tensor, start: torch.Tensor, end: torch.Tensor
+    ) -> torch.Tensor:
+        tokens = torch.ones_like(start_logits, dtype=torch.bool) if self.mask is None else self.mask
+        start_logits, end_logits = self.by_sequence(start_logits, 0.0), self.by_sequence(end_logits, 0.0)
+        return span_loss(start_logits, end_logits, start, end, self.by_sequence(tokens, False))
+
     def _repeated(self, values: torch.Tensor, tokens: int) -> torch.Tensor:
         """Repeats one value per sequence, (n,), for each token of the sequence, (T,)."""
         return values.repeat_interleave(self.lengths, output_size=tokens)
+
+
+def check_choices(sequences: Sequences, choices: int | None) -> None:
+    """Raises ValueError unless the number of sequences is a multiple of ``choices``, the answers per question."""
+    count = sequences.cu_seqlens.shape[0] - 1
+    if not isinstance(choices, int) or choices < 1 or count % choices:
+        raise ValueError(f"choices must divide the number of sequences, {count}, got {choices}")
+
+
+def is_sequences(mask: torch.Tensor | Sequences | None) -> TypeGuard[Sequences]:
+    """Whether layers get ``Sequences`` and no mask of a batch."""
+    return not isinstance(mask, torch.Tensor | None)
 
 
 class Unpadding:
@@ -123,13 +204,13 @@ class Unpadding:
         self._warned = False
 
     def packing(
-        self, mask: torch.Tensor | Packing | None, encoder: torch.nn.Module, dense: str | None = None
+        self, mask: torch.Tensor | Sequences | None, encoder: torch.nn.Module, dense: str | None = None
     ) -> Packing | None:
         """The packing that removes the padding before the layers of ``encoder``; None leaves their input unchanged.
 
         ``dense`` is the reason why attention materialises its probabilities, which needs the padded batch; or None.
         """
-        if not self.mode or mask is None or isinstance(mask, Packing):
+        if not self.mode or not isinstance(mask, torch.Tensor):
             return None
         reason = f"{dense}: computed densely" if dense else reason_to_stay(mask) or reason_of_adapters(encoder)
         if reason is None:
@@ -140,7 +221,7 @@ class Unpadding:
         return None
 
     def padded(
-        self, states: list[torch.Tensor], packing: Packing | None, mask: torch.Tensor | Packing | None, shape: tuple
+        self, states: list[torch.Tensor], packing: Packing | None, mask: torch.Tensor | Sequences | None, shape: tuple
     ) -> list[torch.Tensor]:
         """Undoes ``packing`` for the layers' outputs, and applies ``padding_rows`` to batches.
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from .config import DebertaConfig, DebertaV2Config
-from .heads import ContextPooler, LMPredictions, first_states, sequence_loss, span_loss, token_loss
-from .model import base_model, check_form, given_packing, masks, returned
+from .heads import ContextPooler, LMPredictions, first_states
+from .losses import sequence_loss, span_loss, token_loss
+from .model import base_model, check_form, masks, returned
 from .outputs import (
     BaseModelOutput,
     MaskedLMOutput,
@@ -19,7 +20,7 @@ from .outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from .packing import Packing
+from .packing import Sequences, check_choices
 from .pretrained import PreTrainedModel, resized
 
 
@@ -53,13 +54,13 @@ class _TaskModel(PreTrainedModel):
 
     def _run(self, inputs, asked, return_dict, cu_seqlens, max_seqlen, **targets) -> ModelOutput | tuple:
         """Runs the encoder on ``inputs``, the first five arguments of ``forward``, and the head with ``targets``."""
-        packing = given_packing(cu_seqlens, max_seqlen, inputs[1], inputs[0], inputs[4])
+        packing = self.deberta.sequences(cu_seqlens, max_seqlen, inputs[1], inputs[0], inputs[4])
         states, outputs = self._encode(inputs, asked, packing)
         values = self._head(states, inputs[1], packing, **targets)
         output = self.output_class(**values, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
         return returned(self, return_dict, output)
 
-    def _encode(self, inputs: tuple, asked: tuple, packing: Packing | None) -> tuple[torch.Tensor, BaseModelOutput]:
+    def _encode(self, inputs: tuple, asked: tuple, packing: Sequences | None) -> tuple[torch.Tensor, BaseModelOutput]:
         """The states that the head reads, and the encoder's output."""
         outputs = self.deberta(*inputs, *asked, True, packing)
         return outputs.last_hidden_state, outputs
@@ -69,6 +70,10 @@ class _TaskModel(PreTrainedModel):
         if self.deberta.encoder.unpadding.padding_rows == "hf":
             return None
         return masks(attention_mask, *states.shape[:2])[1]
+
+
+def _token_loss(packing: Sequences | None, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return token_loss(logits, labels) if packing is None else packing.token_loss(logits, labels)
 
 
 class DebertaForMaskedLM(_TaskModel):
@@ -89,7 +94,7 @@ class DebertaForMaskedLM(_TaskModel):
 
     def _head(self, states, attention_mask, packing, labels):
         logits = self.lm_predictions(states, self.get_input_embeddings())
-        return {"loss": None if labels is None else token_loss(logits, labels), "logits": logits}
+        return {"loss": None if labels is None else _token_loss(packing, logits, labels), "logits": logits}
 
     def predicting_states(
         self,
@@ -108,7 +113,7 @@ class DebertaForMaskedLM(_TaskModel):
         Arguments are those of ``forward``. Scores of a whole vocabulary are large: pass only the states at masks to
         ``lm_predictions`` where no others are needed.
         """
-        packing = given_packing(cu_seqlens, max_seqlen, attention_mask, input_ids, inputs_embeds)
+        packing = self.deberta.sequences(cu_seqlens, max_seqlen, attention_mask, input_ids, inputs_embeds)
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         return self._encode(inputs, (output_attentions, output_hidden_states), packing)
 
@@ -225,7 +230,7 @@ class DebertaForTokenClassification(_TaskModel):
 
     def _head(self, states, attention_mask, packing, labels):
         logits = self.classifier(self.dropout(states))
-        return {"loss": None if labels is None else token_loss(logits, labels), "logits": logits}
+        return {"loss": None if labels is None else _token_loss(packing, logits, labels), "logits": logits}
 
 
 class DebertaV2ForTokenClassification(DebertaForTokenClassification):
@@ -279,12 +284,10 @@ class DebertaForQuestionAnswering(_TaskModel):
         if positions[0] is None or positions[1] is None:
             return values
         if packing is None:
-            token_mask = self._token_mask(attention_mask, states)
+            loss = span_loss(*logits, *positions, self._token_mask(attention_mask, states))
         else:
-            tokens = torch.ones_like(logits[0], dtype=torch.bool) if packing.mask is None else packing.mask
-            token_mask = packing.by_sequence(tokens, False)
-            logits = [packing.by_sequence(x, 0.0) for x in logits]
-        return {**values, "loss": span_loss(*logits, *positions, token_mask)}
+            loss = packing.span_loss(*logits, *positions)
+        return {**values, "loss": loss}
 
 
 class DebertaV2ForQuestionAnswering(DebertaForQuestionAnswering):
@@ -328,9 +331,10 @@ class DebertaV2ForMultipleChoice(_FirstTokenModel):
             loss, logits (B, C), hidden_states, attentions, the latter two of B C sequences.
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        packing = given_packing(cu_seqlens, max_seqlen, attention_mask, input_ids, inputs_embeds)
-        if packing is not None:
-            packing.check_choices(choices)
+        packing = None
+        if cu_seqlens is not None:
+            packing = self.deberta.sequences(cu_seqlens, max_seqlen, attention_mask, input_ids, inputs_embeds)
+            check_choices(packing, choices)
         elif choices is not None:
             raise ValueError(f"choices belongs to packed sequences: got choices={choices} and no cu_seqlens")
         else:

@@ -27,6 +27,7 @@ def disentangled_attention(
     attention_mask: torch.Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
     query_offset: int = 0,
     first_slot: int = 0,
     return_lse: bool = False,
@@ -46,6 +47,9 @@ def disentangled_attention(
             (B, H, Lq, Lk). A query that sees no key gets zeros, and a log-sum-exp of minus infinity.
         scale: s; None means 1 / sqrt(D (1 + [pos_key given] + [pos_query given])).
         dropout_p: probability of dropping an attention probability, in [0, 1). Apply 0 outside training yourself.
+        dropout_seed: what the dropout mask is made from, int64 on query's device: a seed (1,), or (5,) by
+            ``dropout.seed_at`` for a part of a larger call. None draws a seed from torch's generator. Backward reads it
+            again, so do not write to it before.
         query_offset: position of the first query; query i and key j are i + query_offset - j apart.
         first_slot: the number of row 0 of pos_key and pos_query in the whole table, if these hold only the rows that
             the lengths can reach (``relative_position.SlotTable.window``).
@@ -68,7 +72,7 @@ def disentangled_attention(
     """
     call = checked_call(
         query, key, value, pos_key, pos_query, attention_mask, None, position_buckets, max_relative_positions,
-        far_negative, first_slot, query_offset, None, scale, dropout_p,
+        far_negative, first_slot, query_offset, None, scale, dropout_p, dropout_seed,
     )  # fmt: skip
     return _run(call, return_lse, backend)
 
@@ -86,6 +90,7 @@ def disentangled_attention_with_probabilities(
     attention_mask: torch.Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
     query_offset: int = 0,
     first_slot: int = 0,
     **options,
@@ -101,7 +106,7 @@ def disentangled_attention_with_probabilities(
     """
     call = checked_call(
         query, key, value, pos_key, pos_query, attention_mask, None, position_buckets, max_relative_positions,
-        far_negative, first_slot, query_offset, None, scale, dropout_p,
+        far_negative, first_slot, query_offset, None, scale, dropout_p, dropout_seed,
     )  # fmt: skip
     with call.outside_autocast():
         output, _, probabilities = backends.reference.attention_with_probabilities(call, **options)
@@ -123,6 +128,7 @@ def disentangled_attention_varlen(
     attention_mask: torch.Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
     query_offset: int = 0,
     first_slot: int = 0,
     return_lse: bool = False,
@@ -152,7 +158,7 @@ def disentangled_attention_varlen(
         raise TypeError("cu_seqlens must be an int32 tensor, got None")
     call = checked_call(
         query, key, value, pos_key, pos_query, attention_mask, cu_seqlens, position_buckets, max_relative_positions,
-        far_negative, first_slot, query_offset, max_seqlen, scale, dropout_p,
+        far_negative, first_slot, query_offset, max_seqlen, scale, dropout_p, dropout_seed,
     )  # fmt: skip
     if check_values:
         call = call._replace(cu_seqlens=checked_cu_seqlens(cu_seqlens, query.shape[0], call.max_seqlen))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .dropout import new_seed
+from .dropout import check_seed, new_seed
 from .relative_position import (
     FAR_NEGATIVE_RULES,
     FARTHEST,
@@ -34,7 +34,7 @@ class Call(NamedTuple):
 
     pos_key and pos_query are (H, R', D), rows first_slot to first_slot + R' of the relative-position table, or None.
     mask is bool, four-dimensional, broadcastable to (B, H, Lq, Lk), True where a query may attend. seed is set if
-    dropout_p > 0. ``disentangled_attention`` describes the others.
+    dropout_p > 0: int64 (1,), or (5,) with an origin. ``disentangled_attention`` describes the others.
     """
 
     query: torch.Tensor
@@ -164,9 +164,11 @@ def _quiet_in_traces(check):
 @_quiet_in_traces
 def checked_call(
     query, key, value, pos_key, pos_query, attention_mask, cu_seqlens, position_buckets, max_relative_positions,
-    far_negative, first_slot, query_offset, max_seqlen, scale, dropout_p,
+    far_negative, first_slot, query_offset, max_seqlen, scale, dropout_p, dropout_seed=None,
 ) -> Call:  # fmt: skip
-    """Checks the arguments of the public functions and returns their call; draws a dropout seed if dropout_p > 0.
+    """Checks the arguments of the public functions and returns their call.
+
+    Draws a dropout seed if dropout_p > 0 and none is given.
 
     The values of cu_seqlens are not checked.
 
@@ -174,7 +176,7 @@ def checked_call(
         TypeError, ValueError: an argument is not as the public functions describe it.
     """
     packed = cu_seqlens is not None
-    _check_heads(query, key, value, 3 if packed else 4)
+    check_heads(query, key, value, 3 if packed else 4)
     if far_negative not in FAR_NEGATIVE_RULES:
         raise ValueError(f"far_negative must be one of {FAR_NEGATIVE_RULES}, got {far_negative!r}")
     # Most arguments have the right type, which saves the function call.
@@ -211,7 +213,7 @@ def checked_call(
         or (pos_query is not None and (pos_query.shape != whole or pos_query.device != device))
         or first_slot != 0
     ):
-        _check_tables(pos_key, pos_query, device, whole, numbering, first_slot, lengths, query_offset)
+        check_tables(pos_key, pos_query, device, whole, numbering, first_slot, lengths, query_offset)
     if not -FARTHEST <= query_offset <= FARTHEST:
         query_offset = _near_offset(query_offset, pos_key, pos_query, numbering, lengths)
     if scale is None:
@@ -238,8 +240,11 @@ def checked_call(
         tensors[:3] = [x.transpose(0, 1).unsqueeze(0) for x in tensors[:3]]
     if attention_mask is not None:
         pairs = (1 if packed else shape[0], heads, shape[0] if packed else shape[2], tensors[1].shape[2])
-        attention_mask = _check_mask(attention_mask[None] if packed else attention_mask, device, pairs)
-    seed = new_seed(device) if dropout_p > 0 else None
+        attention_mask = check_mask(attention_mask[None] if packed else attention_mask, device, pairs)
+    if dropout_seed is not None:
+        check_seed("dropout_seed", dropout_seed, device)
+        dropout_seed = dropout_seed.contiguous()
+    seed = None if dropout_p == 0 else new_seed(device) if dropout_seed is None else dropout_seed
     return Call(
         tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], attention_mask, cu_seqlens, seed, position_buckets,
         max_relative_positions, far_negative, first_slot, query_offset, lengths[0], scale, dropout_p,
@@ -274,7 +279,7 @@ def _near_offset(query_offset: int, pos_key, pos_query, numbering, lengths) -> i
     return max(-most, min(most, query_offset))
 
 
-def _check_heads(query, key, value, ndim: int) -> None:
+def check_heads(query, key, value, ndim: int) -> None:
     """Checks types, shapes, dtypes and devices of query, key and value."""
     layout = "(B, H, L, D)" if ndim == 4 else "(T, H, D)"
     for index, x in enumerate((query, key, value)):
@@ -298,7 +303,7 @@ def _check_heads(query, key, value, ndim: int) -> None:
         raise ValueError(f"key must have as many rows as query, {asked[0]}, got {given[0]}")
 
 
-def _check_tables(pos_key, pos_query, device, whole, numbering, first_slot, lengths, query_offset) -> None:
+def check_tables(pos_key, pos_query, device, whole, numbering, first_slot, lengths, query_offset) -> None:
     """Checks that pos_key and pos_query are (H, R, D) and have the rows that these lengths read."""
     heads, rows, size = whole
     start, stop = slot_table(*numbering).window(lengths[0], lengths[1], query_offset)
@@ -322,7 +327,7 @@ def _check_tables(pos_key, pos_query, device, whole, numbering, first_slot, leng
             )
 
 
-def _check_mask(mask, device: torch.device, whole: tuple[int, int, int, int]) -> torch.Tensor:
+def check_mask(mask, device: torch.device, whole: tuple[int, int, int, int]) -> torch.Tensor:
     """Checks the mask and returns it in four dimensions, the last one Lk; ``whole`` is (B, H, Lq, Lk)."""
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"attention_mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from .call import Call
-from .dropout import keep_mask
+from .dropout import keep_mask, number_heads
 from .relative_position import distance_slots
 
 
@@ -36,7 +36,9 @@ def hf_style_attention(inputs: Call, first_batch: int = 0) -> tuple[torch.Tensor
     probabilities = torch.softmax(scores, -1)
     if inputs.seed is not None and inputs.dropout_p > 0:
         batch, heads, rows, keys = scores.shape
-        batch_head = torch.arange(batch * heads, device=scores.device).view(batch, heads, 1, 1) + first_batch * heads
+        first_row = torch.arange(first_batch, first_batch + batch, device=scores.device)[:, None]
+        head = torch.arange(heads, device=scores.device)
+        batch_head = number_heads(inputs.seed, first_row, head, heads)[..., None, None]
         row = torch.arange(rows, device=scores.device)[:, None]
         keep = keep_mask(inputs.seed, batch_head, row, (0, keys), inputs.dropout_p)
         probabilities = probabilities * keep / (1 - inputs.dropout_p)

@@ -9,13 +9,15 @@ from typing import NamedTuple
 import torch
 
 from .call import Call
+from .dropout import seed_at
 from .relative_position import slot_table
 
 
 class Kind(NamedTuple):
     """The settings that, with dtype and head size, decide which code of a backend a call runs.
 
-    ``mask`` is "none", "keys" (the same for all heads and queries) or "pairs".
+    ``mask`` is "none", "keys" (the same for all heads and queries) or "pairs". ``origin`` tells whether the dropout
+    seed has one.
     """
 
     c2p: bool = True
@@ -23,18 +25,21 @@ class Kind(NamedTuple):
     mask: str = "none"
     packed: bool = False
     dropout: bool = False
+    origin: bool = False
 
     @classmethod
     def of(cls, call: Call) -> "Kind":
         mask = call.mask
         which = "none" if mask is None else "keys" if mask.shape[1] == mask.shape[2] == 1 else "pairs"
         packed, dropout = call.cu_seqlens is not None, call.seed is not None
-        return cls(call.pos_key is not None, call.pos_query is not None, which, packed, dropout)
+        origin = call.seed is not None and len(call.seed) > 1
+        return cls(call.pos_key is not None, call.pos_query is not None, which, packed, dropout, origin)
 
     def __str__(self) -> str:
         terms = " and ".join(name for name, has in (("c2p", self.c2p), ("p2c", self.p2c)) if has) or "no positions"
         masks = {"none": [], "keys": ["mask of keys"], "pairs": ["pairwise mask"]}[self.mask]
-        return ", ".join([terms, *masks, *["packed"] * self.packed, *["dropout"] * self.dropout])
+        dropout = "dropout with an origin" if self.origin else "dropout"
+        return ", ".join([terms, *masks, *["packed"] * self.packed, *[dropout] * self.dropout])
 
 
 # The kinds of calls that the models of this package and of Hugging Face make: 19 problems.
@@ -105,7 +110,7 @@ def call_of(problem: Problem, dtype: torch.dtype, head_size: int, draw: int = 1)
         pos_query if kind.p2c else None,
         _mask(problem, rows, keys, random),
         cu_seqlens=ends if kind.packed else None,
-        seed=torch.tensor([20260129]) if kind.dropout else None,
+        seed=_seed(kind, heads),
         position_buckets=problem.buckets,
         max_relative_positions=problem.longest,
         far_negative=problem.far_negative,
@@ -115,6 +120,13 @@ def call_of(problem: Problem, dtype: torch.dtype, head_size: int, draw: int = 1)
         scale=(head_size * (1 + kind.c2p + kind.p2c)) ** -0.5,
         dropout_p=0.1 if kind.dropout else 0.0,
     )
+
+
+def _seed(kind: Kind, heads: int) -> torch.Tensor | None:
+    if not kind.dropout:
+        return None
+    seed = torch.tensor([20260129])
+    return seed_at(seed, first_row=1001, first_key=2004, first_batch_head=3, heads=heads + 5) if kind.origin else seed
 
 
 def _mask(problem: Problem, rows: int, keys: int, random: torch.Generator) -> torch.Tensor | None:

@@ -235,7 +235,7 @@ class BackwardPass : ScoreTiles {
       const Vector delta = broadcast(delta_[r]), grad_lse = broadcast(statistics_.grad_lse[r]);
       const float shift = statistics_.shift[r];
       if (a_.dropout) {
-        keep_row(a_, block.sequence * a_.heads + head_, block.first + r, key, columns, keep_);
+        keep_row(a_, block.sequence, head_, block.first + r, key, columns, keep_);
       }
       Vector sums{};
       for (int64_t c = 0; c < columns; c += kLanes) {

@@ -72,7 +72,7 @@ class ForwardPass : ScoreTiles {
       const float shift = row_max == -kInfinity ? 0.0f : row_max;  // without a visible key yet: 2^(-inf - 0) = 0
       uint16_t* const p_row = p_ + r * kForwardKeys;
       if (a_.dropout) {
-        keep_row(a_, block.sequence * a_.heads + block.head, block.first + r, key, columns, keep_);
+        keep_row(a_, block.sequence, block.head, block.first + r, key, columns, keep_);
       }
       Vector sums{};
       for (int64_t c = 0; c < columns; c += kLanes) {

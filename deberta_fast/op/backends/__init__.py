@@ -5,7 +5,8 @@ A backend is a module with three functions. Backends import neither each other n
 - ``why_not(call)`` returns reasons not to serve a call.
 - ``forward(call, output, lse)`` fills output (B, H, Lq, D) and, unless it is None, the log-sum-exp (B, H, Lq).
 - ``backward(call, output, lse, grad_output, grad_lse, grads)`` fills grads, the gradients of query, key, value, pos_key
-  and pos_query. Those of the tables may be None.
+  and pos_query. Those of the tables may be None. From output and lse over more keys than the call's it computes the
+  gradients' share of the call's keys; ``eager`` has to be told so, by ``partial``.
 
 The reference has ``attention`` instead of the last two, which torch's autograd differentiates.
 """
@@ -121,13 +122,20 @@ def backward(
     grad_output: torch.Tensor | None,
     grad_lse: torch.Tensor | None,
     wanted: tuple[bool, ...] = (True,) * 5,
+    partial: bool = False,
 ) -> list[torch.Tensor | None]:
     """Returns gradients of query, key, value, pos_key and pos_query, with their shapes and dtypes.
 
+    If the keys of a query are divided into several calls, and output and lse are those over all of them, the gradients
+    of the calls add up to those of one call with all keys: P = exp(A - lse), dA = P o (dP - rowsum(O o dO) + dlse).
+
     Args:
+        output, lse: as ``forward`` returned them, or with ``partial`` (B, H, Lq, D) in query's dtype and (B, H, Lq) in
+            ``call.work_dtype`` over more keys than the call's.
         grad_output, grad_lse: None counts as zeros.
         wanted: which of the five are needed. A table's gradient is None if it is not; the other three are always
             computed.
+        partial: output and lse are over more keys than this call's. The reference cannot serve it.
     """
     grads = call.new_gradients(wanted)
     if grad_output is None:
@@ -135,7 +143,9 @@ def backward(
     # The CPU's kernels take None. The others get an expanded zero, which takes one element of memory.
     if grad_lse is None and backend != "cpu":
         grad_lse = _zeros_like(lse)
-    BACKENDS[backend].backward(call, output, lse, grad_output, grad_lse, grads)
+    # The others always take Delta from output and grad_output.
+    options = {"partial": True} if partial and backend == "eager" else {}
+    BACKENDS[backend].backward(call, output, lse, grad_output, grad_lse, grads, **options)
     return grads
 
 

@@ -11,7 +11,7 @@ are tested against this one. It also returns probabilities and computes talking 
 import torch
 
 from ..call import Call
-from ..dropout import keep_mask
+from ..dropout import keep_mask, number_heads
 from ..relative_position import distance_slots
 
 
@@ -95,8 +95,8 @@ def attention_with_probabilities(
     if dropout is not None:
         probabilities = dropout(probabilities)
     elif call.dropout_p > 0:
-        row = torch.arange(first_batch, first_batch + batch, device=q.device)[:, None] * heads
-        batch_head = (row + torch.arange(heads, device=q.device))[..., None, None]
+        row = torch.arange(first_batch, first_batch + batch, device=q.device)[:, None]
+        batch_head = number_heads(call.seed, row, torch.arange(heads, device=q.device), heads)[..., None, None]
         keep = keep_mask(call.seed, batch_head, i[:, None], (0, key_length), call.dropout_p)
         probabilities = probabilities * keep / (1 - call.dropout_p)
     if head_weights_proj is not None:

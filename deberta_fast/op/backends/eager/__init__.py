@@ -7,6 +7,8 @@ held in base 2 (C = s log2 e); e = j - p is the distance from a query at positio
     far    Z = C (q + Q^r_r) . k_j  +  C q . K^r_r            sigma = r for the whole segment             (7)
     P = 2^(Z - lse log2 e)     dA = P o (dP - Delta)          Delta = rowsum(P o dP) - dlse               (8)
 
+If lse and O are over more keys than these, Delta = rowsum(O o dO) - dlse instead.
+
 Rows of a block are taken last to first. Then e grows along rows and along keys, and both skews are strided views of
 products with consecutive rows of the expanded tables: no gather and no slot look-up. Backward writes dA through the
 same views. Nothing of size Lq x Lk or L x R is kept; temporaries are a few blocks of scores, allocated once per call.
@@ -39,9 +41,9 @@ def _outside_autocast(function):
     """Disables autocast, which would round what is computed in float32 on purpose."""
 
     @functools.wraps(function)
-    def outside(call: Call, *arguments) -> None:
+    def outside(call: Call, *arguments, **options) -> None:
         with torch.autocast(call.query.device.type, enabled=False):
-            function(call, *arguments)
+            function(call, *arguments, **options)
 
     return outside
 
@@ -64,16 +66,19 @@ def backward(
     grad_output: torch.Tensor,
     grad_lse: torch.Tensor,
     grads: list[torch.Tensor | None],
+    partial: bool = False,
 ) -> None:
+    """Fills the gradients; output and lse are over more keys than the call's if ``partial``, in equation 8."""
     grad_tables = [None if x is None else torch.zeros_like(x, dtype=call.work_dtype) for x in grads[3:]]
     scratch = Scratch(call.query, call.work_dtype)
     for first_batch, x, rows in _dense_calls(call):
         inputs = [t[:, :, rows] for t in (lse, grad_output, grad_lse)]
+        merged = output[:, :, rows] if partial else None
         for tables, batches in _parts(x, scratch):
             tables.start_gradients(scratch)
             for batch in batches:
                 chunk = Chunk(x, tables, batch, first_batch, scratch)
-                chunk.backward(*inputs, *(t[:, :, rows] for t in grads[:3]))
+                chunk.backward(merged, *inputs, *(t[:, :, rows] for t in grads[:3]))
             tables.add_gradients(*grad_tables)
     for grad, total in zip(grads[3:], grad_tables, strict=True):
         if grad is not None:

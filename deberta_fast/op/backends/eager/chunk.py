@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ...call import Call
-from ...dropout import keep_mask
+from ...dropout import keep_mask, number_heads
 from . import band
 from .scratch import Scratch
 from .tables import LOG2E, Tables
@@ -69,6 +69,7 @@ class Chunk:
 
     def backward(
         self,
+        output: torch.Tensor | None,
         lse: torch.Tensor,
         grad_output: torch.Tensor,
         grad_lse: torch.Tensor,
@@ -76,22 +77,26 @@ class Chunk:
         grad_key: torch.Tensor,
         grad_value: torch.Tensor,
     ) -> None:
-        """Fills its part of the gradients of query, key and value, and adds to those of ``tables``."""
+        """Fills its part of the gradients of query, key and value, and adds to those of ``tables``.
+
+        output and lse are over more keys than these. Without output, lse is over these keys alone.
+        """
         self.dk = self.scratch("grad key", *self.key.shape).zero_()
         dv = self.scratch("grad value", *self.value.shape).zero_()
         for block in self._blocks():
             do, segments = self._load(block.rows, grad_output), self._segments(block)
-            # Division by the sum of P removes the rounding error of lse.
             shift = self._load(block.rows, lse[..., None]).mul_(LOG2E)
             shift.masked_fill_(shift == -torch.inf, 0.0)  # rows that see no key: 2^(-inf - 0) = 0
             probabilities = [
                 self._scores(block, segment, f"scores {n}").sub_(shift).exp2_() for n, segment in enumerate(segments)
             ]
-            row_sum = sum((p.sum(-1, keepdim=True) for p in probabilities), torch.zeros_like(shift))
-            row_sum.masked_fill_(row_sum == 0, 1.0)
-            do /= row_sum
-            # P and dP give Delta, not O and dO: the rounding of dP then cancels in dZ, as in a softmax.
-            delta = -self._load(block.rows, grad_lse[..., None])
+            row_sum, delta = torch.ones_like(shift), -self._load(block.rows, grad_lse[..., None])
+            if output is None:
+                # Division by the sum of P removes the rounding error of lse.
+                row_sum = sum((p.sum(-1, keepdim=True) for p in probabilities), torch.zeros_like(shift))
+                do /= row_sum.masked_fill_(row_sum == 0, 1.0)
+            else:
+                delta += (self._load(block.rows, output) * do).sum(-1, keepdim=True)
             pairs = []
             for n, (segment, p) in enumerate(zip(segments, probabilities, strict=True)):
                 keys = slice(segment.start, segment.stop)
@@ -102,7 +107,9 @@ class Chunk:
                     dp *= factors
                     dropped = p * factors
                 dv[:, keys].baddbmm_(dropped.mT, do)
-                delta += torch.mul(p, dp, out=self.scratch("product", *p.shape)).sum(-1, keepdim=True)
+                if output is None:
+                    # P and dP give Delta, not O and dO: the rounding of dP then cancels in dZ, as in a softmax.
+                    delta += torch.mul(p, dp, out=self.scratch("product", *p.shape)).sum(-1, keepdim=True)
                 pairs.append((p, dp))
             delta /= row_sum
             dq = self._zeros(block)
@@ -236,6 +243,6 @@ class Chunk:
         batch = torch.arange(self.batches.start, self.batches.stop, device=device) + self.first_batch
         head = torch.arange(self.tables.heads.start, self.tables.heads.stop, device=device)
         rows = torch.arange(block.rows.start, block.rows.stop, device=device).flip(0)
-        batch_head = (batch * heads + head[:, None])[..., None, None]
+        batch_head = number_heads(self.x.seed, batch, head[:, None], heads)[..., None, None]
         keep = keep_mask(self.x.seed, batch_head, rows[:, None], (segment.start, segment.stop), self.x.dropout_p)
         return keep.flatten(0, 1).to(block.query.dtype).div_(1 - self.x.dropout_p)

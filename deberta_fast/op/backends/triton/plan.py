@@ -106,6 +106,7 @@ class Plan:
             "HEAD_DIM": size, "BLOCK_D": block_d_of(call), "UNIT": self.unit,
             "LARGEST": torch.finfo(call.query.dtype).max, "PRECISION": precision, "PACKED": self.packed,
             "SPANS": False, "MASK": self.mask_kind, "DROPOUT": call.dropout_p > 0,
+            "ORIGIN": call.seed is not None and len(call.seed) > 1,
             "C2P": self.c2p, "P2C": self.p2c, "ALIGN": configuration.alignment,
         }  # fmt: skip
         for name, x in zip("qkv", call[:3], strict=True):

@@ -18,6 +18,7 @@ from .tile import (
     add_band_tile,
     advance_rows,
     band_pointer,
+    dropout_origin,
     keep_mask,
     kernel,
     load_rows,
@@ -44,7 +45,8 @@ def backward_key(
     blocks, first_batch, first_head, heads, scale, softmax_scale, inverse_band_scale, threshold, inverse_keep,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     PACKED: tl.constexpr, SPANS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    C2P: tl.constexpr, P2C: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    ORIGIN: tl.constexpr, C2P: tl.constexpr, P2C: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     part_batch, part_head = tl.program_id(0) // blocks, tl.program_id(1)
     batch, head = part_batch + first_batch, part_head + first_head
@@ -84,7 +86,8 @@ def backward_key(
     bands = c2p, p2c, c2p_pitch * 16, p2c_pitch * 16, inverse_band_scale
     geometry = offset, far_past, far_future, low, high
     mask_args = mask, clamped_n, mask_i, mask_j
-    dropout_args = seed, batch * heads + head, n0, threshold, inverse_keep
+    first_row, first_group, batch_head = dropout_origin(seed, batch, head, heads, ORIGIN)
+    dropout_args = seed, batch_head, first_row, first_group, n0, threshold, inverse_keep
 
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -154,7 +157,7 @@ def _process_tiles(
     query, grad_output, lse_log2, delta, q_l, do_l, query_length = query_args
     c2p, p2c, c2p_pitch, p2c_pitch, inverse_band_scale = bands
     offset, far_past, far_future, low, high = geometry
-    seed, batch_head, n0, threshold, inverse_keep = dropout_args
+    seed, batch_head, first_row, first_group, n0, threshold, inverse_keep = dropout_args
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, k.shape[0])
     da_sum = tl.zeros_like(bias)
     eye = scaled_identity(k.shape[0], inverse_band_scale, k.dtype)
@@ -180,7 +183,8 @@ def _process_tiles(
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
         dropped = p
         if DROPOUT:
-            keep = tl.trans(keep_mask((seed, batch_head, m0 + offs_m, threshold), n0, k.shape[0]))
+            keep_args = seed, batch_head, first_row + m0 + offs_m, first_group, threshold
+            keep = tl.trans(keep_mask(keep_args, n0, k.shape[0]))
             dropped = tl.where(keep, p * inverse_keep, 0.0)
             dp = tl.where(keep, dp * inverse_keep, 0.0)
         dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)  # (BLOCK_N, BLOCK_D)

@@ -14,6 +14,7 @@ from .tile import (
     advance_rows,
     apply_mask,
     band_pointer,
+    dropout_origin,
     full_tiles,
     keep_mask,
     kernel,
@@ -41,7 +42,8 @@ def forward(
     blocks, first_batch, first_head, heads, scale, inverse_band_scale, threshold, inverse_keep,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     PACKED: tl.constexpr, SPANS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    C2P: tl.constexpr, P2C: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ORIGIN: tl.constexpr, C2P: tl.constexpr, P2C: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     part_batch, part_head = tl.program_id(0) // blocks, tl.program_id(1)
     batch, head = part_batch + first_batch, part_head + first_head
@@ -71,7 +73,8 @@ def forward(
     bands = c2p, p2c, c2p_pitch * 16, p2c_pitch * 16, inverse_band_scale
     geometry = offset, far_past, far_future, queries
     mask_args = mask, m0 + clamped_m, mask_i, mask_j
-    dropout_args = seed, batch * heads + head, m0 + offs_m, threshold
+    first_row, first_group, batch_head = dropout_origin(seed, batch, head, heads, ORIGIN)
+    dropout_args = seed, batch_head, first_row + m0 + offs_m, first_group, threshold
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
