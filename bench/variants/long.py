@@ -1,8 +1,10 @@
 """Training steps on one long text: a model with a label per token, forward and backward."""
 
 import functools
+import math
 import time
 from collections.abc import Callable
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ from .model import SIZES as ENCODERS
 
 # With two layers the parts that checkpointing cannot save are easy to see.
 SIZES = {"2-layers": Size(2, 256, 4, 1024)} | {name: sizes[0] for name, sizes in ENCODERS.items()}
+SHORT = 512  # tokens of a step before the measured one
 GRADIENTS = ("deberta.embeddings.word_embeddings.weight", "deberta.encoder.rel_embeddings.weight")
 
 
@@ -75,11 +78,7 @@ def checkpointed_but_attention(model: nn.Module) -> nn.Module:
 def parallel(method: str, model: nn.Module) -> nn.Module:
     from deberta_fast.distributed import context_parallel
 
-    return context_parallel(native(model), _mesh(), method=method)
-
-
-def _mesh() -> torch.distributed.DeviceMesh:
-    return torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    return context_parallel(native(model), method=method)
 
 
 VARIANTS = {
@@ -115,12 +114,12 @@ class Step:
         if self.variant.processes > 1:
             from deberta_fast.distributed import shard_batch
 
-            batch = shard_batch(batch, _mesh())
+            batch = shard_batch(batch)
         return self.model(**batch).loss
 
     def measure(self, length: int) -> Measured:
-        """Measures one step after a short one, which initialises libraries and allocates the gradients."""
-        self.loss(64).backward()
+        """Measures one step after a short one, which initialises libraries and allocates gradients and scratch."""
+        self.loss(min(length, SHORT)).backward()
         self.model.zero_grad(set_to_none=False)
         memory, synchronize = timing.Memory(self.device), timing.synchronize
         synchronize()
@@ -142,6 +141,28 @@ class Step:
                 torch.distributed.all_reduce(gradient)
                 gradient /= self.variant.processes
         return [gradient.float().norm().item() for gradient in gradients]
+
+
+def difference(got: Measured, want: Measured) -> float:
+    """Returns the largest relative difference of the loss and the norms of gradients; infinite if one is not finite."""
+    pairs = zip((got.loss, *got.norms), (want.loss, *want.norms), strict=True)
+    found = [abs(x - y) / abs(y) for x, y in pairs]
+    return max(found) if all(map(math.isfinite, found)) else math.inf
+
+
+def columns(found: list[Measured], length: int, least: float) -> dict:
+    """Returns the columns of a row: medians of measurements, and their ratios to ``least`` bytes."""
+    seconds, peak = median(each.seconds for each in found), median(each.peak for each in found)
+    kept = None if found[0].kept is None else median(each.kept for each in found)
+    return {
+        "steps": len(found),
+        "s": seconds,
+        "s/1000 tokens": 1000 * seconds / length,
+        "kept MiB": kept and kept / timing.MIB,
+        "peak MiB": peak / timing.MIB,
+        "kept/least": kept and kept / least,
+        "peak/least": peak / least,
+    }
 
 
 def least_bytes(size: str, length: int, itemsize: int) -> int:
