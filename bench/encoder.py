@@ -12,10 +12,8 @@ Results go to bench/results/cpu/ or the GPU's folder, after every group of rows.
 import argparse
 import functools
 import itertools
-import os
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -183,15 +181,9 @@ def difference(case: Case, name: str, encoders: Encoders, states: torch.Tensor, 
 
 def _refuse_what_does_not_fit(case: Case) -> None:
     """Raises MemoryError, because Linux would kill the process."""
-    needed, free = case.eager_bytes(), _free_memory()
+    needed, free = case.eager_bytes(), timing.free_memory()
     if needed > 0.8 * free:
         raise MemoryError(f"needs about {needed / 2**30:.0f} GiB for dense scores, {free / 2**30:.0f} are free")
-
-
-def _free_memory() -> int:
-    if Path("/proc/meminfo").exists():
-        return timing.bytes_in("/proc/meminfo", "MemAvailable")
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _cases(options: argparse.Namespace) -> list[Case]:

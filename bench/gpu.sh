@@ -22,6 +22,7 @@
 #   memory    peak memory                            host      the host's time for a call
 #   encoder   whole DeBERTa-v3-base models against others, forward; also encoder-training (with peak memory),
 #             encoder-large (v3-large) and encoder-compiled (in torch.compile)
+#   long      training steps on one text of 4096 to 65536 tokens: time and memory, with checkpointing and without
 #   kernels   each kernel of the fused backends, and other settings of Triton's
 #   sanitize  compute-sanitizer on two small problems: memcheck and racecheck, and initcheck outside of first
 #   ncu       Nsight Compute's counters of the CUDA kernels     plots     charts of all of these
@@ -43,7 +44,7 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 first='build:90 check:75 g1:70 g1-others:70 peak:20 encoders:60 sanitize:50 ncu:45'
 second='workspaces:75 tiles:85 far:70'
 others='build tests op layer kernels sanitize ncu dropout padding memory host encoder encoder-training encoder-large
-  encoder-compiled plots'
+  encoder-compiled long plots'
 named="cuda $(for word in $first $second; do [[ " $others " == *" ${word%:*} "* ]] || printf '%s ' "${word%:*}"; done)"
 
 dry='' out='' archive='' stages=() brief=''
@@ -92,6 +93,7 @@ bench() {  # run a benchmark; in a dry run at toy sizes, which come last and so 
     case $module in
       encoder) toy='--models tiny --tokens 32 --seconds 0' ;;
       layer_gpu) toy='--tokens 16' ;;
+      long_gpu) toy='--size tiny --dtype float32' ;;
       far_flash) toy='--tokens 16 --heads 1 --blocks 8 16' ;;
       triton_kernels) toy='--tokens 16 --heads 1 --most 1 --kernels forward' ;;
       *) toy='--tokens 16 --heads 1' ;;
@@ -193,6 +195,7 @@ encoder-compiled() {  # A group of rows compiles for a minute
   bench encoder --variants eager eager+compile native native-packed native+compile modernbert modernbert+compile \
     --lengths 512 --dtypes bfloat16 --limit 150 --name encoder-compiled
 }
+long() { bench long_gpu; }
 ncu() { bench cuda_kernels ncu --lengths 512 8192; }
 plots() { "$python" -m bench.plots "$out"; }
 

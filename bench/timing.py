@@ -47,10 +47,10 @@ def interleaved(variants: dict[str, Callable[[], object]], repeats: int, warmup:
     seconds = {name: [] for name in variants}
     for _ in range(warmup + repeats):
         for name, run in variants.items():
-            _synchronize()
+            synchronize()
             start = time.perf_counter()
             run()
-            _synchronize()
+            synchronize()
             seconds[name].append(time.perf_counter() - start)
     return {name: times[warmup:] for name, times in seconds.items()}
 
@@ -66,7 +66,7 @@ def medians(variants: dict[str, Callable[[], object]], seconds: float, fewest: i
     return {name: median(times) for name, times in rounds(variants, seconds, fewest, most).items()}
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
@@ -97,27 +97,46 @@ def _peaks(build: Callable, arguments: tuple, device: str) -> list[int]:
 
 def peak_of_call(run: Callable[[], object], device: str) -> int:
     """Measures the peak bytes that one call needs above those in use. On a CPU a fresh process is best."""
-    if torch.device(device).type != "cuda":
-        return _peak_resident(run)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    start = torch.cuda.memory_allocated()
+    memory = Memory(device)
     run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - start
+    return memory.peak()
 
 
-def _peak_resident(run: Callable[[], object]) -> int:
-    _return_free_memory()
+class Memory:
+    """Counts bytes above those in use when it is made: torch's on a GPU, resident ones on a CPU (see peak_memory)."""
+
+    def __init__(self, device: str):
+        self._is_gpu = torch.device(device).type == "cuda"
+        _return_free_memory()
+        self._has_own_peak = self._is_gpu or _resets_peak()
+        if self._is_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        self._start = self._in_use() if self._has_own_peak else _lifetime_peak()
+
+    def now(self) -> int | None:
+        """Returns None where the system does not tell."""
+        _return_free_memory()
+        return self._in_use() - self._start if self._has_own_peak else None
+
+    def peak(self) -> int:
+        if self._is_gpu:
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated() - self._start
+        peak = bytes_in("/proc/self/status", "VmHWM") if self._has_own_peak else _lifetime_peak()
+        return peak - self._start
+
+    def _in_use(self) -> int:
+        return torch.cuda.memory_allocated() if self._is_gpu else bytes_in("/proc/self/status", "VmRSS")
+
+
+def _resets_peak() -> bool:
+    """Makes the present resident size the new peak, and tells whether the system can."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # makes the present size the new peak
+        Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        start = _lifetime_peak()
-        run()
-        return _lifetime_peak() - start
-    start = bytes_in("/proc/self/status", "VmRSS")
-    run()
-    return bytes_in("/proc/self/status", "VmHWM") - start
+        return False
+    return True
 
 
 def _return_free_memory() -> None:
@@ -126,6 +145,13 @@ def _return_free_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):
         pass  # not glibc
+
+
+def free_memory() -> int:
+    """Returns the bytes of main memory that are free."""
+    if Path("/proc/meminfo").exists():
+        return bytes_in("/proc/meminfo", "MemAvailable")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def bytes_in(path: str, field: str) -> int:

@@ -97,7 +97,7 @@ def test_what_does_not_fit_or_fails_is_left_out(bench, measured, monkeypatch):
 
         return run
 
-    monkeypatch.setattr(bench("encoder"), "_free_memory", lambda: 1 << 10)
+    monkeypatch.setattr(bench("timing"), "free_memory", lambda: 1 << 10)
     monkeypatch.setitem(variants, "patched", variants["patched"]._replace(build=failing_later))
     rows = measured("eager", "patched", "native", "modernbert")
     assert "not run: MemoryError: needs about 0 GiB" in rows["eager"]["error"]
