@@ -19,7 +19,8 @@ PAGES = {path.stem: path.read_text() for path in (ROOT / "README.md", *sorted((R
 SNIPPETS = {
     f"{page}-{number}": code
     for page, text in PAGES.items()
-    if page != "clients"  # tests/clients runs them, where their packages are
+    # tests/clients runs them, where their packages are; tests/distributed, on two processes
+    if page not in ("clients", "long_sequences")
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
 }
 
