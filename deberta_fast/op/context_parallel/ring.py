@@ -2,7 +2,7 @@
 
 Partial results over keys of some ranks, with log-sum-exp lse_b, merge into those over all keys:
 
-    lse = log sum_b exp(lse_b)        O = sum_b exp(lse_b - lse) O_b                                         (13)
+    lse = log sum_b exp(lse_b)        O = sum_b exp(lse_b - lse) O_b                                         (15)
 
 In step k, keys and values come from the rank k before this one, and go to the rank k behind. The transfers of the next
 step are under way while this step's scores are computed. If all keys and values are small, one step gathers them.
@@ -261,7 +261,7 @@ def _received(ring: Ring, own: torch.Tensor) -> Iterator[tuple[list[int], dict[i
 
 
 def _merge(output: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
-    """Adds a part to output and lse in place, by equation 13."""
+    """Adds a part to output and lse in place, by equation 15."""
     merged = torch.logaddexp(lse, part_lse)
     known = merged.masked_fill(merged == -torch.inf, 0.0)  # a row that has seen no key yet: weights exp(-inf - 0) = 0
     output.mul_((lse - known).exp_().unsqueeze(-1)).add_(part * (part_lse - known).exp_().unsqueeze(-1))
