@@ -23,6 +23,9 @@ def batch_for(head: str, layout: str) -> dict:
     else:
         batch = native_models.tokens(layout)
         ids = batch["input_ids"]
+        if head == "ForMultipleChoice":
+            batch = {name: torch.stack([x, x.flip(1)], 1) for name, x in batch.items()}
+            return batch | {"labels": ids[:, 0] % 2}
         labels = ids[:, 0] % 2 if head == "ForSequenceClassification" else ids % 2
         if head in ("ForMaskedLM", "ForTokenClassification"):
             labels = labels.masked_fill(torch.arange(ids.shape[1]) % 5 == 0, -100)
@@ -106,6 +109,7 @@ CASES = [
     ("v3", "Model", "packed", {}),
     ("v3", "ForTokenClassification", "right", {}),
     ("v3", "ForSequenceClassification", "packed", {}),
+    ("v3", "ForMultipleChoice", "right", {}),
     ("v3", "ForSequenceClassification", "left", {"attention_probs_dropout_prob": 0.3}),
     ("v3", "ForMaskedLM", "packed", {"attention_probs_dropout_prob": 0.3}),
 ]  # fmt: skip
