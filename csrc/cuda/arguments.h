@@ -34,8 +34,8 @@ struct Call {
   const uint32_t* visible = nullptr;  // bit mask of visible keys, `visible_words` words per batch row, or null
   int64_t visible_words = 0, visible_batch = 0;
   bool dropout = false;
-  const int64_t* seed = nullptr;            // in device memory
-  const DropoutOrigin* origin = nullptr;    // in device memory; null if it is zero
+  const int64_t* seed = nullptr;          // in device memory
+  const DropoutOrigin* origin = nullptr;  // in device memory; null if it is zero
   uint32_t drop_below = 0;
   float keep_scale = 1;
 };

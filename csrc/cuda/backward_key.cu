@@ -26,14 +26,14 @@ struct Memory {
   }
 };
 
-template <class T, class S, bool dropout>
+template <class T, class S, bool dropout, bool from_origin>
 struct Mainloop {
   static constexpr int kFragments = S::kFragments, kSteps = S::kSize / 16, kProducts = S::kBlockN / 8;
 
   const BackwardCall& arguments;
   const Call& call;
   const BlockInfo block;
-  const Dropout mask;
+  const Dropout<from_origin> mask;
   Memory<S> memory;
   const uint32_t exists;  // bit mask of the visible keys of this warp
   float dk[kFragments][S::kSize / 8][4] = {}, dv[kFragments][S::kSize / 8][4] = {};
@@ -234,7 +234,7 @@ struct Mainloop {
   }
 };
 
-template <class T, int size, bool dropout>
+template <class T, int size, bool dropout, bool from_origin>
 KERNEL(BackwardShape<size>::kThreads, size <= 64 ? 2 : 1)
 backward_key_kernel(GRID_CONSTANT const BackwardCall arguments) {
   using S = BackwardShape<size>;
@@ -246,7 +246,7 @@ backward_key_kernel(GRID_CONSTANT const BackwardCall arguments) {
   const int first = warp() * S::kWarpRows;
   const uint32_t exists =
       static_cast<uint32_t>(visible_keys(call, block, block.base, block.first_row + first, block.rows, S::kWarpRows));
-  Mainloop<T, S, dropout> mainloop(arguments, block, exists);
+  Mainloop<T, S, dropout, from_origin> mainloop(arguments, block, exists);
   if (!any_visible(call, block, block.base, block.first_row, block.rows)) return mainloop.finish();
   const Segments segments = find_backward_segments<S>(call.key, block);
   mainloop.template process_tiles<false>(0, segments.near_begin, call.key.far_left, 0);
@@ -263,11 +263,11 @@ int backward_shared_bytes(int padded_size) {
 
 const char* backward_key(const BackwardCall& arguments, void* stream) {
   const Call& call = arguments.call;
-  return at_variant(call.element, call.size, call.dropout, [&](auto type, auto size, auto dropout) {
+  return at_dropout(call, [&](auto type, auto size, auto dropout, auto from_origin) {
     using S = BackwardShape<size()>;
-    return launch<backward_key_kernel<decltype(type), size(), dropout()>>(block_count(call, call.key, S::kBlockM),
-                                                                          arguments.head_count, S::kThreads,
-                                                                          Memory<S>::kBytes, stream, arguments);
+    return launch<backward_key_kernel<decltype(type), size(), dropout(), from_origin()>>(
+        block_count(call, call.key, S::kBlockM), arguments.head_count, S::kThreads, Memory<S>::kBytes, stream,
+        arguments);
   });
 }
 

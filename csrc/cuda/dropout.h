@@ -18,22 +18,23 @@ DEVICE Vec16 philox(uint32_t seed_low, uint32_t seed_high, uint32_t group, uint3
   return {{c[0], c[1], c[2], c[3]}};
 }
 
+// `from_origin` is known to the compiler, because the reads and additions would cost registers where there is none.
+template <bool from_origin>
 struct Dropout {
   const Call& call;
   uint32_t batch_head;
 
   DEVICE Dropout(const Call& call, int batch, int head) : call(call), batch_head(batch * call.heads + head) {
-    const DropoutOrigin* origin = call.origin;
-    if (origin != nullptr) batch_head = static_cast<uint32_t>(origin->batch_head + batch * origin->heads + head);
+    if (from_origin) batch_head = word(call.origin->batch_head) + batch * word(call.origin->heads) + head;
   }
+
+  DEVICE static uint32_t word(int64_t number) { return static_cast<uint32_t>(number); }
 
   // The words of the four neighbouring keys that include `key`. Reading seed and origin each time saves registers.
   DEVICE Vec16 words(int query, int key) const {
     const uint64_t seed = static_cast<uint64_t>(*call.seed);
     uint32_t row = query, group = key / 4;
-    if (call.origin != nullptr) {
-      row += static_cast<uint32_t>(call.origin->row), group += static_cast<uint32_t>(call.origin->key / 4);
-    }
+    if (from_origin) row += word(call.origin->row), group += word(call.origin->key) / 4;
     return philox(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), group, row, batch_head);
   }
 
