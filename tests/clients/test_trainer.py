@@ -138,8 +138,8 @@ def test_native_predictions(tmp_path):
     assert_close(got.metrics["test_loss"], expected.metrics["test_loss"])
 
 
-# Its eps exceeds the rounding of gradients that are otherwise zero. SGD has no state, and torch cannot load a checkpoint
-# of an optimizer without any.
+# Its eps exceeds the rounding of gradients that are otherwise zero. SGD has no state, and torch refuses to load that of
+# an optimizer without any.
 ADAMW = dict(optim="adamw_torch", adam_epsilon=1e-2)
 
 
