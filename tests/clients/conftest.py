@@ -46,3 +46,12 @@ def same_when_patched(fused_calls):
         return got
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Two processes of one group, see tests/helpers/processes.py."""
+    from processes import Processes
+
+    with Processes(2) as pool:
+        yield pool

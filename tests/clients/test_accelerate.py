@@ -3,10 +3,13 @@
 import accelerate
 import pytest
 import torch
+import training
 import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.state import AcceleratorState
+from sharding import plugin_for, sharding
 from tiny import assert_close, batch, folder, gradients, models, names, options, weights
+from torch.distributed.fsdp import FSDPModule
 
 import deberta_fast
 from deberta_fast import patch
@@ -138,3 +141,25 @@ def test_native_outputs_are_rebuilt(name, way):
         assert torch.equal(sent.loss, outputs.loss)
         return
     assert_close(forward(model, name), expected)
+
+
+def sharded(kind, name, path):
+    """Three steps under accelerate's FSDP plugin, and three more that loading its checkpoint undoes."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    model = training.build(kind, name)
+    accelerator = sharding(accelerate.Accelerator(cpu=True), plugin_for(model))
+    model, optimiser = accelerator.prepare(model, training.adamw(model))
+    assert isinstance(model, FSDPModule) and all(isinstance(x, FSDPModule) for x in model.deberta.encoder.layer)
+    data = training.batches(3, torch.distributed.get_rank())
+    got = training.train(model, data, optimiser, accelerator.backward)
+    accelerator.save_state(path)
+    training.train(model, data, optimiser, accelerator.backward)
+    accelerator.load_state(path)
+    training.assert_same(training.by_name(model), got["weights"], 0)
+    return got
+
+
+@pytest.mark.parametrize("kind, name", [("native", "v1"), ("native", "v3"), ("patched", "v1"), ("unpadded", "v3")])
+def test_sharded(kind, name, processes, tmp_path):
+    expected = training.train(training.build(kind, name), training.batches(3))
+    training.assert_ranks(processes.run(sharded, kind, name, str(tmp_path)), expected)

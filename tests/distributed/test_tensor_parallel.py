@@ -5,7 +5,9 @@ import warnings
 import native_models
 import pytest
 import torch
+from processes import Processes
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 from training import MODELS, assert_ranks, batches, build, train
 
@@ -33,6 +35,24 @@ def test_training(kind, name, processes):
     width = 32 if kind == "native" else 64
     assert [got.pop("shards") for got in found] == [[width // 2] * 2] * 2
     assert_ranks(found, expected)
+
+
+def trained_in_two_dimensions(kind, name):
+    """Two groups of processes share the batch; in each, two processes share the heads."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "heads"))
+    model = build(kind, name)
+    parallelize_module(model, mesh["heads"], tensor_parallel_plan(model))
+    for layer in model.deberta.encoder.layer:
+        fully_shard(layer, mesh=mesh["data"])
+    fully_shard(model, mesh=mesh["data"])
+    return train(model, batches(2, mesh["data"].get_local_rank()))
+
+
+def test_with_fsdp():
+    with Processes(4) as processes:
+        for kind, name in (("native", "v3"), ("patched", "v1")):
+            found = processes.run(trained_in_two_dimensions, kind, name)
+            assert_ranks(found, train(build(kind, name), batches(2)))
 
 
 def probabilities(kind, name):
