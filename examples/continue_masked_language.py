@@ -21,13 +21,14 @@ from tqdm import tqdm
 from deberta_fast import DebertaV2ForMaskedLM, DebertaV2Tokenizer
 
 MASKED, BY_MASK, BY_CHANCE = 0.15, 0.8, 0.1  # of the tokens; of the masked ones
+FROM_SCRATCH = 2e-3  # learning rate of the small model
 HELD_OUT = 10  # every tenth module is for the test
 
 
 def main(argv: list[str] | None = None) -> None:
     options = _options(argv)
     torch.manual_seed(0)
-    texts = [text for text, _ in modules()]
+    texts = [text for text, _ in modules()][:: 6 if options.toy else 1]
     if options.checkpoint is None:
         options.checkpoint = options.out / "short"
         make_checkpoint(options, texts)
@@ -49,11 +50,10 @@ def main(argv: list[str] | None = None) -> None:
 def make_checkpoint(options: argparse.Namespace, texts: list[str]) -> None:
     """Trains a small model on short texts, in place of a checkpoint that one would have."""
     size = 1000 if options.toy else 8000
-    tokenizer = trained_tokenizer(texts[::10] if options.toy else texts, size, options.checkpoint)
+    tokenizer = trained_tokenizer(texts, size, options.checkpoint)
     model = DebertaV2ForMaskedLM(small_config(len(tokenizer), options.toy)).to(options.device)
     train, _ = split(texts, tokenizer)
-    # As many tokens a step as at the greater length would need more steps to learn anything.
-    fit(model, train, options.short, 2 * options.steps, options.rate, tokenizer, batch=8)
+    fit(model, train, options.short, options.steps, FROM_SCRATCH, tokenizer, batch=8)
     model.save_pretrained(options.checkpoint)
     tokenizer.save_pretrained(options.checkpoint)
 
@@ -139,14 +139,14 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="a folder, instead of a small model")
     parser.add_argument("--length", type=int, metavar="L", help="tokens of a text (8192)")
     parser.add_argument("--steps", type=int, metavar="N", help="at that length, one text each (200)")
-    parser.add_argument("--rate", type=float, help="learning rate (5e-4 for a small model, 2e-5 for a checkpoint)")
+    parser.add_argument("--rate", type=float, help="learning rate (1e-3 for the small model, 2e-5 for a checkpoint)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--toy", action="store_true", help="a tiny model, 64 tokens and then 512")
     parser.add_argument("--out", type=Path, default=Path("masked-language"), metavar="DIR")
     options = parser.parse_args(argv)
-    options.short, length, steps, rate = (64, 512, 40, 3e-3) if options.toy else (512, 8192, 200, 5e-4)
+    options.short, length, steps = (64, 512, 40) if options.toy else (512, 8192, 200)
     options.length, options.steps = options.length or length, options.steps or steps
-    options.rate = options.rate or (rate if options.checkpoint is None else 2e-5)
+    options.rate = options.rate or (FROM_SCRATCH / 2 if options.checkpoint is None else 2e-5)
     for name, least in (("length", options.short), ("steps", 1)):
         if getattr(options, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")

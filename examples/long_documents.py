@@ -5,8 +5,8 @@
     torchrun --nproc-per-node 2 examples/long_documents.py   # every process has its own documents
     torchrun --nproc-per-node 2 examples/long_documents.py --share documents  # each has a stretch of every document
 
-A document is a module of Python's standard library, and its label the package that it belongs to. Nothing is downloaded.
-The model and its tokenizer are saved in --out.
+A document is a module of Python's standard library, and its label the package that it belongs to. The model and its
+tokenizer are saved in --out.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def model_and_tokenizer(
 
 
 def fit(model: nn.Module, train: list[dict], options: argparse.Namespace, rank: int, processes: int) -> list[float]:
-    """Trains, and returns the loss of every step: of this process's documents, or where documents are shared, of all."""
+    """Trains, and returns the loss of every step: that of this process's documents, or of those that all share."""
     shared = processes > 1 and options.share == "documents"
     if shared:
         context_parallel(model)
