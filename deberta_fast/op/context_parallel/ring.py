@@ -189,7 +189,7 @@ class RingAttention(torch.autograd.Function):
         call = ring.call
         own = _joined(key, value)
         output = query.new_empty(query.transpose(1, 2).shape, dtype=call.work_dtype).transpose(1, 2)
-        lse = query.new_full(query.shape[:3], -torch.inf, dtype=call.work_dtype)
+        lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float64)  # one rounding for any number of parts
         for step, received in _received(ring, own):
             for block in ring.blocks(step, own, received):
                 part, part_lse = backends.forward(block.call, block.backend)
@@ -198,7 +198,7 @@ class RingAttention(torch.autograd.Function):
                     output[:, :, rows], lse[:, :, rows] = part, part_lse
                 else:
                     _merge(output[:, :, rows], lse[:, :, rows], part, part_lse)
-        output = output.to(query.dtype)
+        output, lse = output.to(query.dtype), lse.to(call.work_dtype)
         ctx.save_for_backward(query, own, pos_key, pos_query, call.mask, call.seed, ring.cu_seqlens, output, lse)
         ctx.ring = ring._replace(call=_without_tensors(call), cu_seqlens=None)
         ctx.set_materialize_grads(False)
@@ -262,9 +262,10 @@ def _received(ring: Ring, own: torch.Tensor) -> Iterator[tuple[list[int], dict[i
 
 def _merge(output: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
     """Adds a part to output and lse in place, by equation 15."""
-    merged = torch.logaddexp(lse, part_lse)
+    merged = torch.logaddexp(lse, part_lse.double())
     known = merged.masked_fill(merged == -torch.inf, 0.0)  # a row that has seen no key yet: weights exp(-inf - 0) = 0
-    output.mul_((lse - known).exp_().unsqueeze(-1)).add_(part * (part_lse - known).exp_().unsqueeze(-1))
+    weights = [(x - known).exp_().to(output.dtype).unsqueeze(-1) for x in (lse, part_lse)]
+    output.mul_(weights[0]).add_(part * weights[1])
     lse.copy_(merged)
 
 
