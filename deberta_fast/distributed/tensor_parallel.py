@@ -25,8 +25,8 @@ def tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
     layers behind them by input; all else is replicated. A layer communicates twice forward and twice backward: sums of
     tensors as large as its states, and of the gradients of the position table. Every process of the mesh gets the same
     batch and has the whole loss; gradients of replicated weights are equal on all of them, with nothing to average.
-    Hidden dropout must draw the same masks everywhere: start the processes with the same seed. Attention dropout is then
-    that of one process. Probabilities (output_attentions) are those of this process's heads.
+    Hidden dropout must draw the same masks everywhere: start the processes with the same seed. Attention dropout then
+    draws one process's mask. Probabilities (output_attentions) are those of this process's heads.
 
     ``fully_shard`` comes after ``parallelize_module``, on the other dimension of the mesh; ``patch`` comes before.
 

@@ -38,6 +38,8 @@ class Checkpointing:
     ) -> None:
         """Stores one tensor per layer for backward in training, and recomputes the rest.
 
+        The embeddings are computed again too, unless checkpointing is reentrant.
+
         Args:
             activation_checkpointing_kwargs: for ``torch.utils.checkpoint.checkpoint``; use_reentrant defaults to False.
             every_n_layers: checkpoint only the layers 0, n, 2n ...; the others store everything.

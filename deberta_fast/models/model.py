@@ -7,6 +7,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from .config import DebertaConfig, DebertaV2Config
 from .embeddings import DebertaEmbeddings
@@ -82,7 +83,7 @@ class DebertaModel(PreTrainedModel):
             if attention_mask is None:
                 self._warn_of_padding(input_ids)
             mask, token_mask = masks(attention_mask, *shape)
-            embedded = self.embeddings(input_ids, token_mask, token_type_ids, position_ids, inputs_embeds)
+            embedded = self._embed(input_ids, token_mask, token_type_ids, position_ids, inputs_embeds)
         elif output_attentions:
             raise ValueError("output_attentions must be False: packed and shared sequences have no probabilities")
         else:
@@ -127,8 +128,16 @@ class DebertaModel(PreTrainedModel):
             position_ids = self._positions(sequences, rows.shape[-1])
         inputs = (input_ids, sequences.tokens, token_type_ids, position_ids, inputs_embeds)
         if rows.dim() == 2:
+            return self._embed(*inputs)
+        return self._embed(*(None if x is None else x.unsqueeze(0) for x in inputs)).squeeze(0)
+
+    def _embed(self, *inputs: torch.Tensor | None) -> torch.Tensor:
+        """Runs the embeddings. Checkpointing runs them again in backward, unless it is reentrant: ids have no gradient
+        that would make it."""
+        options = self.encoder.checkpointing
+        if options is None or options["use_reentrant"] or not self.training:
             return self.embeddings(*inputs)
-        return self.embeddings(*(None if x is None else x.unsqueeze(0) for x in inputs)).squeeze(0)
+        return checkpoint(self.embeddings, *inputs, **options)
 
     def _positions(self, sequences: Sequences, tokens: int) -> torch.Tensor:
         self.embeddings.check_length(sequences.max_seqlen)
