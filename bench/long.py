@@ -184,19 +184,18 @@ def growth(rows: list[dict]) -> list[str]:
 
 def notes(options: argparse.Namespace) -> str:
     size = SIZES[options.size]
-    layers = size.num_hidden_layers
     peak = predicted_bytes("checkpointed", options.size, 1, ITEMSIZE) / least_bytes(options.size, 1, ITEMSIZE)
     about = "".join(f" {name}: {VARIANTS[name].about}." for name in options.variants)
     threads = f"{options.threads} {'thread' if options.threads == 1 else 'threads'} a process"
     return (
-        f"DeBERTa v3 of {layers} layers, {size.hidden_size} wide, {size.num_attention_heads} heads, feed-forward "
-        f"{size.intermediate_size}, 256 buckets, a label for each token; one text, float32, dropout "
+        f"DeBERTa v3 of {size.num_hidden_layers} layers, {size.hidden_size} wide, {size.num_attention_heads} heads, "
+        f"feed-forward {size.intermediate_size}, 256 buckets, a label for each token; one text, float32, dropout "
         f"{options.dropout:g}, {threads}; forward and backward without optimizer. s: the median of as many steps. kept "
         "MiB: resident memory after forward above that of the model, its gradients and a short step; peak MiB: the "
         "peak of forward and backward. predicted MiB: that peak, by counting the tensors that must be there "
         "(bench/variants/long.py); what does not fit by this count is not run. least: the input of each layer and the "
         f"last output, which checkpointing needs. Target of kept/least, checkpointed: at most {MOST_OF_LEAST}; "
-        f"predicted {(layers + 2) / (layers + 1):.2f}, as the embeddings' norm keeps its input too. peak/least: "
+        "predicted 1.0, and what the kernels keep as scratch, at most 64 MiB a process. peak/least: "
         f"predicted {peak:.1f}, because one layer at a time is computed again, and its feed-forward alone takes "
         f"{3 * size.intermediate_size / size.hidden_size:g} hidden states. Target of memory when the length doubles: "
         f"at most {MOST_RATIO} times; predicted 2.0. difference: of the loss and the norms of the gradients of word "

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import DebertaV2Config, DebertaV2ForTokenClassification
 
 import deberta_fast
@@ -69,9 +68,8 @@ def checkpointed(model: nn.Module) -> nn.Module:
 
 
 def checkpointed_but_attention(model: nn.Module) -> nn.Module:
-    model, kept = native(model), [torch.ops.deberta_fast.attention_forward.default]
-    contexts = functools.partial(create_selective_checkpoint_contexts, kept)
-    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    model = native(model)
+    model.gradient_checkpointing_enable(keep_attention=True)
     return model
 
 
@@ -86,10 +84,7 @@ VARIANTS = {
     "patched": Variant("the same after deberta_fast.patch", patched),
     "native": Variant("this package's model on the same weights", native),
     "checkpointed": Variant("native after gradient_checkpointing_enable()", checkpointed),
-    "but-attention": Variant(
-        "the same, with the outputs of attention kept by torch's create_selective_checkpoint_contexts",
-        checkpointed_but_attention,
-    ),
+    "but-attention": Variant("the same with keep_attention=True", checkpointed_but_attention),
     "ring-2": Variant(
         'native by context_parallel(method="ring") on two processes (gloo), of which the larger figure counts',
         functools.partial(parallel, "ring"),
@@ -175,14 +170,15 @@ def predicted_bytes(variant: str, size: str, length: int, itemsize: int) -> int:
     """Counts the tensors at the peak, which is in the last feed-forward's backward. Dropout's masks are not counted.
 
     In hidden states, with a feed-forward f times as wide, a layer keeps: its input, q, k, v, attention's output, the
-    sums before both norms, the first norm's output, GELU's input and output: 8 + 2f. The embeddings' norm and the head
-    keep one each. At the peak, the head's and the last sum are gone; their gradient and GELU's are there: f more.
+    sums before both norms, the first norm's output, GELU's input and output: 8 + 2f. The embeddings' norm, which
+    checkpointing computes again, and the head keep one each. At the peak, the head's and the last sum are gone; their
+    gradient and GELU's are there: f more.
     """
     layers, hidden, heads, wide = SIZES[size]
     f = wide / hidden
     states = {
-        "checkpointed": layers + 8 + 3 * f,  # the inputs of all layers, and everything of the last one
-        "but-attention": 2 * layers + 7 + 3 * f,
+        "checkpointed": layers + 7 + 3 * f,  # the inputs of all layers, and everything of the last one
+        "but-attention": 2 * layers + 6 + 3 * f,
     }.get(variant, layers * (8 + 2 * f) + 1 + f)
     scores = 0.0
     if variant == "hf":
