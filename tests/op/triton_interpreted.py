@@ -21,14 +21,11 @@ from comparison import (
     swapped_tables,
 )
 from interpreted import serve_cpu, without_vain_work
-from masks import assert_packed_parts_of_one_mask, assert_parts_of_one_mask
-from parts import attention_in_parts, cut_at
 from triton import OutOfResources
 from triton.runtime import interpreter
 
 import deberta_fast
-from deberta_fast import disentangled_attention, disentangled_attention_varlen, testing
-from deberta_fast.op import proof
+from deberta_fast import disentangled_attention, disentangled_attention_varlen
 from deberta_fast.op.backends import reference, triton
 from deberta_fast.op.backends.triton import configuration, plan
 from deberta_fast.op.dropout import keep_mask
@@ -205,37 +202,6 @@ def test_dropout_is_the_mask_of_keep_mask():
     keep = keep_mask(seed, heads, torch.arange(length)[:, None], (0, length), p)
     assert torch.equal(output != 0, keep)
     assert abs(keep.double().mean() - (1 - p)) < 5 * (p * (1 - p) / keep.numel()) ** 0.5
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_dropout_of_parts(dtype):
-    """Calls with parts of the rows, keys, heads and sequences make the mask of one call."""
-    assert_parts_of_one_mask("triton", dtype)
-    assert_packed_parts_of_one_mask("triton", dtype)
-
-
-def test_dropout_of_parts_is_the_same_in_backward():
-    problem = testing.problems(testing.Kind(mask="keys", dropout=True, origin=True))[0]
-    verdict = proof.prove(["triton"], [problem._replace(batch=2)], torch.float32, 16, torch.device("cpu"))["triton"]
-    assert verdict.passed, verdict
-
-
-PARTS = {
-    "uneven": (Case("", 70, 73, size=16), (30, 31)),
-    "c2p-only": (Case("", 70, 70, batch=1, size=16, p2c=False), (40,)),
-    "p2c-only": (Case("", 70, 70, batch=1, size=16, c2p=False), (40,)),
-    "far": (Case("", 190, 190, batch=1, size=16), (60,)),
-    "first-part-hidden": (Case("", 70, 70, size=16, mask="late"), (40,)),
-    "rows-without-keys": (Case("", 70, 70, size=16, mask="pairwise"), (41,)),
-    "dropout": (Case("", 70, 73, size=16, mask="right", dropout_p=0.3), (36,)),
-}
-PARTS_IN = [(name, torch.float32) for name in PARTS] + [("uneven", torch.bfloat16)]
-
-
-@pytest.mark.parametrize("name, dtype", PARTS_IN)
-def test_parts_of_the_keys_add_up(name, dtype):
-    case, cuts = PARTS[name]
-    compare(attention_in_parts("triton", cut_at(*cuts)), quick(case), dtype)
 
 
 def test_what_is_not_finite_stays_in_its_row():
