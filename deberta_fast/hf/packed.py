@@ -43,7 +43,7 @@ def run_model(model: nn.Module, shared: Shared, *arguments, cu_seqlens=None, max
     del given[next(iter(given))]  # self
     given = {name: x for name, x in given.items() if x is not None}
     if given.pop("output_attentions", config.output_attentions):
-        raise ValueError("output_attentions must be False: packed and shared sequences have no probabilities")
+        raise ValueError("output_attentions must be False with cu_seqlens or shared sequences: no probabilities")
     return_dict = given.pop("return_dict", None)
     return_dict = config.return_dict if return_dict is None else return_dict
     if shares:

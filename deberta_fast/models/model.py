@@ -85,7 +85,7 @@ class DebertaModel(PreTrainedModel):
             mask, token_mask = masks(attention_mask, *shape)
             embedded = self._embed(input_ids, token_mask, token_type_ids, position_ids, inputs_embeds)
         elif output_attentions:
-            raise ValueError("output_attentions must be False: packed and shared sequences have no probabilities")
+            raise ValueError("output_attentions must be False with cu_seqlens or shared sequences: no probabilities")
         else:
             mask, token_mask = sequences, sequences.tokens
             embedded = self._embed_sequences(sequences, input_ids, token_type_ids, position_ids, inputs_embeds)

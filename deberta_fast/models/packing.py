@@ -188,7 +188,7 @@ def check_choices(sequences: Sequences, choices: int | None) -> None:
 
 def is_sequences(mask: torch.Tensor | Sequences | None) -> TypeGuard[Sequences]:
     """Whether layers get ``Sequences`` and no mask of a batch."""
-    return not isinstance(mask, torch.Tensor | None)
+    return not (mask is None or isinstance(mask, torch.Tensor)) and hasattr(mask, "attend")
 
 
 class Unpadding:

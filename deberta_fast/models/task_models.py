@@ -10,7 +10,7 @@ from torch import nn
 from .config import DebertaConfig, DebertaV2Config
 from .heads import ContextPooler, LMPredictions, first_states
 from .losses import sequence_loss, span_loss, token_loss
-from .model import base_model, check_form, masks, returned
+from .model import base_model, check_form, given_rows, masks, returned
 from .outputs import (
     BaseModelOutput,
     MaskedLMOutput,
@@ -330,6 +330,7 @@ class DebertaV2ForMultipleChoice(_FirstTokenModel):
         Returns:
             loss, logits (B, C), hidden_states, attentions, the latter two of B C sequences.
         """
+        given_rows(input_ids, inputs_embeds)
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         packing = None
         if cu_seqlens is not None:

@@ -9,7 +9,7 @@ from packed_batches import LENGTH, assert_same_gradients, batch_of, gradients_of
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
-from deberta_fast.models import attention, packing
+from deberta_fast.models import packing
 
 IDS, ENDS = torch.ones(8, dtype=torch.long), torch.tensor([0, 3, 8], dtype=torch.int32)
 STATES = torch.ones(1, 8, 32)
@@ -221,10 +221,10 @@ def test_what_packed_sequences_may_and_may_not_be():
 def test_sequences_are_checked_once(head, monkeypatch):
     """The packing checks them when it is built; neither a layer nor a head checks the values again."""
     checks, layers = [], []
-    check, run = packing.check_cu_seqlens_form, attention.disentangled_attention_varlen
+    check, run = packing.check_cu_seqlens_form, packing.disentangled_attention_varlen
     monkeypatch.setattr(packing, "check_cu_seqlens_form", lambda *given: checks.append(check(*given)))
     monkeypatch.setattr(
-        attention, "disentangled_attention_varlen", lambda *heads, **rest: layers.append(rest) or run(*heads, **rest)
+        packing, "disentangled_attention_varlen", lambda *heads, **rest: layers.append(rest) or run(*heads, **rest)
     )
     positions = dict(start_positions=IDS[:2], end_positions=IDS[:2]) if head == "ForQuestionAnswering" else {}
     build("v3", head, **(EMD if head == "ForMaskedLM" else {})).forward_packed(IDS, ENDS, **positions)
