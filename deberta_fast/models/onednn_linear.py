@@ -19,7 +19,9 @@ from torch.nn import functional as F
 from .activation import gelu_of
 from .ordinary import why_not_ordinary
 
-DEEPEST = 1024  # oneDNN accumulates sequentially: deeper float32 products are split, which reduces rounding errors
+# oneDNN accumulates sequentially: deeper float32 products are split, which reduces rounding errors. Without AVX-512
+# these are larger (docs/measured.md).
+DEEPEST = 1024 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 512
 SMALLEST = 1 << 22  # multiplications; in smaller products, the overhead of calls exceeds the difference
 MEASURED_ROWS = 128  # more rows take as long per row
 # The share of torch's time that oneDNN may take in half precision with gradients. Otherwise it is 1. In half precision,

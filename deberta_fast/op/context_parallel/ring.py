@@ -26,7 +26,7 @@ from .exchange import Transfers
 from .stretches import Piece, Rows, Stretches
 
 # Keys and values of up to this many bytes a rank arrive at once, and one call reads them: many small transfers and
-# calls take more time. docs/long_sequences.md says what was measured.
+# calls take more time. The size is an estimate: it was not measured yet.
 GATHER_BYTES = 1 << 22
 
 
