@@ -17,7 +17,7 @@ from .. import models, timing
 from .model import SCORES_HELD, VOCABULARY, Size, draw_weights
 from .model import SIZES as ENCODERS
 
-# With two layers the parts that checkpointing cannot save are easy to see.
+# Two layers make the parts that checkpointing cannot save easy to see.
 SIZES = {"2-layers": Size(2, 256, 4, 1024)} | {name: sizes[0] for name, sizes in ENCODERS.items()}
 SHORT = 512  # tokens of a step before the measured one
 GRADIENTS = ("deberta.embeddings.word_embeddings.weight", "deberta.encoder.rel_embeddings.weight")

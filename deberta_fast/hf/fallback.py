@@ -52,7 +52,7 @@ class Shared:
         self.warn(reason, once)
 
     def sequences(self) -> "Sharding | None":
-        """What layers take in place of a mask if processes share sequences, else None.
+        """Returns what layers take in place of a mask if processes share sequences, else None.
 
         Raises:
             RuntimeError: they do, and no patched model's forward has prepared it.

@@ -22,7 +22,7 @@ WORTH = 1 / 32
 
 
 class Sequences(Protocol):
-    """What layers and heads take in place of a mask: packed sequences, or stretches of them (``sharding.Sharding``)."""
+    """Stands in place of a mask in layers and heads: packed sequences, or stretches of them (``sharding.Sharding``)."""
 
     @property
     def cu_seqlens(self) -> Any:

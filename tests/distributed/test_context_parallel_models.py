@@ -4,7 +4,7 @@ import pytest
 from processes import Processes
 from shared_models import CASES, check, check_inference
 
-# What Hugging Face's models lack.
+# Hugging Face's models lack these.
 NATIVE = [
     ("v3-conv", "Model", "holes", {}),
     ("v3-conv", "ForMaskedLM", "packed", {}),

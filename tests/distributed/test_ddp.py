@@ -91,7 +91,7 @@ def test_an_unused_parameter(kind, processes):
 
 
 def every_parameter_is_used(kind, head):
-    """Without find_unused_parameters, the second step raises if a parameter got no gradient in the first."""
+    """The second step raises, unless find_unused_parameters is set, if a parameter got no gradient in the first."""
     wrapper = DistributedDataParallel(build(kind, "v3", head))
     train(wrapper, batches(2, torch.distributed.get_rank(), head))
     return sorted(by_name(wrapper).keys() - gradients_after(wrapper, head).keys())

@@ -35,7 +35,7 @@ def forgotten(model):
 
 
 def resumed(kind, name, folder):
-    """What two steps give after two others, and after a checkpoint of these."""
+    """Returns what two steps give after two others, and after a checkpoint of these."""
     data = batches(4, torch.distributed.get_rank())
     model = sharded(build(kind, name))
     optimizer = adamw(model)

@@ -76,7 +76,7 @@ def test_probabilities_are_those_of_this_process(kind, name, processes):
 
 
 def refusals():
-    """What ``parallelize_module`` says, and whether it changed anything."""
+    """Returns what ``parallelize_module`` says, and checks that it changed nothing."""
     said = []
     for changes in (dict(num_attention_heads=1), dict(intermediate_size=49)):
         model = build("native", "v3", **changes)

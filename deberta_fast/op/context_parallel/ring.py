@@ -31,7 +31,7 @@ GATHER_BYTES = 1 << 22
 
 
 class Ring(NamedTuple):
-    """What all steps share.
+    """Holds what all steps share.
 
     Attributes:
         group: the process group.
