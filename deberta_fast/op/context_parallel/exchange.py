@@ -175,4 +175,11 @@ class Transfers:
             with communicating(self.group, f"{self.what} (rank {operation.group_peer})", operation.tensor.device):
                 work.wait()
         self._operations, self._works = [], []
-        return self.received
+        received, self.received = self.received, {}
+        return received
+
+    def abandon(self) -> None:
+        """Waits, after an error elsewhere, for what is still under way: a transfer that nobody waits for would disturb
+        the group's next ones. Its own failure says less than that error and is not raised."""
+        with contextlib.suppress(RuntimeError):
+            self.wait()

@@ -12,6 +12,7 @@ and each step yields exactly its keys' share of the gradients (8). Keys and valu
 back to the rank that holds them. A rank keeps its own q, k, v, O and lse only.
 """
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -190,14 +191,15 @@ class RingAttention(torch.autograd.Function):
         own = _joined(key, value)
         output = query.new_empty(query.transpose(1, 2).shape, dtype=call.work_dtype).transpose(1, 2)
         lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float64)  # one rounding for any number of parts
-        for step, received in _received(ring, own):
-            for block in ring.blocks(step, own, received):
-                part, part_lse = backends.forward(block.call, block.backend)
-                rows = block.rows
-                if 0 in step:  # the first one for all rows
-                    output[:, :, rows], lse[:, :, rows] = part, part_lse
-                else:
-                    _merge(output[:, :, rows], lse[:, :, rows], part, part_lse)
+        with contextlib.ExitStack() as under_way:
+            for step, received in _received(ring, own, under_way):
+                for block in ring.blocks(step, own, received):
+                    part, part_lse = backends.forward(block.call, block.backend)
+                    rows = block.rows
+                    if 0 in step:  # the first one for all rows
+                        output[:, :, rows], lse[:, :, rows] = part, part_lse
+                    else:
+                        _merge(output[:, :, rows], lse[:, :, rows], part, part_lse)
         output, lse = output.to(query.dtype), lse.to(call.work_dtype)
         ctx.save_for_backward(query, own, pos_key, pos_query, call.mask, call.seed, ring.cu_seqlens, output, lse)
         ctx.ring = ring._replace(call=_without_tensors(call), cu_seqlens=None)
@@ -222,41 +224,51 @@ class RingAttention(torch.autograd.Function):
             None if x is None or not want else torch.zeros_like(x, dtype=exact)
             for x, want in zip((pos_key, pos_query), wanted[3:], strict=True)
         ]
-        returning: list[Transfers] = []
-        for step, received in _received(ring, own):
-            for_others: dict[int, torch.Tensor] = {}
-            for block in ring.blocks(step, own, received):
-                rows = block.rows
-                of_rows = [None if x is None else x[:, :, rows] for x in (output, lse, grad_output, grad_lse)]
-                grads = backends.backward(block.call, block.backend, *of_rows, wanted, partial=True)
-                grad_query[:, :, rows] += grads[0]
-                for total, part in zip(grad_tables, grads[3:], strict=True):
-                    if total is not None:
-                        total[:, block.slots] += part
-                grad_keys = _joined(*grads[1:3])[:, block.lead :]
-                for rank, part in zip(block.owners, grad_keys.split(list(block.owners.values()), 1), strict=True):
-                    if rank == ring.stretches.rank:
-                        grad_own[:, rows] += part  # its keys are the rows of its queries
-                    else:
-                        for_others[rank] = part
-            returning.append(ring.returns(step, for_others, own))
-        for transfers in returning:
-            for rank, part in transfers.wait().items():
-                piece = ring.piece_of(rank)
-                grad_own[:, piece.queries.start : piece.queries.stop] += part
+        with contextlib.ExitStack() as under_way:
+            returning: list[Transfers] = []
+            for step, received in _received(ring, own, under_way):
+                for_others: dict[int, torch.Tensor] = {}
+                for block in ring.blocks(step, own, received):
+                    rows = block.rows
+                    of_rows = [None if x is None else x[:, :, rows] for x in (output, lse, grad_output, grad_lse)]
+                    grads = backends.backward(block.call, block.backend, *of_rows, wanted, partial=True)
+                    grad_query[:, :, rows] += grads[0]
+                    for total, part in zip(grad_tables, grads[3:], strict=True):
+                        if total is not None:
+                            total[:, block.slots] += part
+                    grad_keys = _joined(*grads[1:3])[:, block.lead :]
+                    for rank, part in zip(block.owners, grad_keys.split(list(block.owners.values()), 1), strict=True):
+                        if rank == ring.stretches.rank:
+                            grad_own[:, rows] += part  # its keys are the rows of its queries
+                        else:
+                            for_others[rank] = part
+                returning.append(ring.returns(step, for_others, own))
+                under_way.callback(returning[-1].abandon)
+            for transfers in returning:
+                for rank, part in transfers.wait().items():
+                    piece = ring.piece_of(rank)
+                    grad_own[:, piece.queries.start : piece.queries.stop] += part
         grad_key, grad_value = (grad_own[:, :, n].transpose(1, 2).to(query.dtype) for n in range(2))
         tables = [None if x is None else x.to(query.dtype) for x in grad_tables]
         return None, grad_query.to(query.dtype), grad_key, grad_value, *tables
 
 
-def _received(ring: Ring, own: torch.Tensor) -> Iterator[tuple[list[int], dict[int, torch.Tensor]]]:
+def _received(
+    ring: Ring, own: torch.Tensor, under_way: contextlib.ExitStack
+) -> Iterator[tuple[list[int], dict[int, torch.Tensor]]]:
     """Yields each step and the keys and values (B, L, 2, H, D) of others that it needs; the next ones are under way."""
+
+    def started(step: list[int]) -> Transfers:
+        transfers = ring.transfers(step, own)
+        under_way.callback(transfers.abandon)
+        return transfers
+
     steps = ring.steps()
-    under_way = ring.transfers(steps[0], own)
+    transfers = started(steps[0])
     for number, step in enumerate(steps):
-        received = under_way.wait()
+        received = transfers.wait()
         if number + 1 < len(steps):
-            under_way = ring.transfers(steps[number + 1], own)
+            transfers = started(steps[number + 1])
         yield step, received
 
 
