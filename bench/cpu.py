@@ -44,12 +44,12 @@ def main(arguments: list[str] | None = None) -> None:
     shapes = [(1, length) for length in lengths] + [(lengths[-1] // n, n) for n in lengths]
     for level in options.levels:
         table = Table(level, options.out, NOTES[level])
-        for threads, passes in itertools.product(options.threads, PASSES):
+        for threads, passes in itertools.product(options.threads, options.passes):
             for batch, length in dict.fromkeys(SHORT[level] + shapes):
                 table.add(time_row(level, threads, passes, batch, length, options.seconds))
     if options.memory_length:
         table = Table("memory", options.out, NOTES["memory"])
-        for level, passes in itertools.product(options.levels, PASSES):
+        for level, passes in itertools.product(options.levels, options.passes):
             table.add(memory_row(level, options.threads[-1], passes, options.memory_length))
 
 
@@ -101,6 +101,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=timing.positive, nargs="+", metavar="L")
     parser.add_argument("--threads", type=timing.positive, nargs="+", metavar="N")
     parser.add_argument("--levels", choices=LEVELS, nargs="+")
+    parser.add_argument("--passes", choices=PASSES, nargs="+", default=PASSES)
     parser.add_argument("--memory-length", type=int, metavar="L", help="length of the memory rows; 0 for none")
     whole = dict(lengths=[128, 512, 2048], threads=[1, 2], levels=list(LEVELS), memory_length=4096, seconds=10.0)
     quick = dict(lengths=[128, 512], threads=[1], levels=["attention"], memory_length=1024)

@@ -66,7 +66,7 @@ bench() {  # run a benchmark; in a dry run at toy sizes, which come last and so 
       machine) toy='--rows 16 --seconds 0' ;;
       check) toy='--quick --dtypes bfloat16' ;;
       host) toy='--seconds 0' ;;
-      cpu) toy='--lengths 16 --seconds 0 --threads 1 --memory-length 16' ;;
+      cpu) toy='--lengths 16 --seconds 0 --threads 1 --memory-length 16 --passes forward+backward' ;;
       operator_cpu) toy='--lengths 16 --seconds 0 --threads 1' ;;
       encoder) toy='--models tiny --lengths 16 --tokens 32 --seconds 0 --threads 1' ;;
     esac

@@ -27,6 +27,19 @@ TABLE = dict(position_buckets=16, max_relative_positions=32)
 each_half = pytest.mark.parametrize("dtype", HALF.values(), ids=list(HALF))
 
 
+def one_half(argument: str, values, both=()):
+    """Parametrizes a test with values, or their names, and a dtype each; those named in ``both`` get both.
+
+    The kernels of both dtypes are one template and differ in conversions and the products' instruction only.
+    """
+    parameters = []
+    for number, value in enumerate(values):
+        name = getattr(value, "name", value)
+        for short in HALF if name in both else [list(HALF)[number % 2]]:
+            parameters.append(pytest.param(value, HALF[short], id=f"{name}-{short}"))
+    return pytest.mark.parametrize(f"{argument}, dtype", parameters)
+
+
 def emulate(seed=1, check_races=True, count_conflicts=False, skip_barrier=-1):
     """Sets the emulator's options; ``seed`` determines the order in which blocks, warps and lanes run."""
     emulator.emulator_options(ctypes.c_uint64(seed), check_races, count_conflicts, skip_barrier)

@@ -26,10 +26,11 @@ def serve_cpu() -> None:
 
 
 def without_vain_work(patch: Callable) -> Callable[[], None]:
-    """Makes the interpreter skip useless work that takes more than half of its time.
+    """Makes the interpreter skip useless work that takes most of its time.
 
     It computes integer sums and products twice to find overflows that only ``debug`` reports, and it patches Triton's
-    language again in every call of a device function. The language now stays patched.
+    language again in every call of a device function. The language now stays patched. For every tensor it makes the
+    same few types again, with their names. They are now kept.
 
     Args:
         patch: a function with the arguments of ``setattr``.
@@ -40,8 +41,43 @@ def without_vain_work(patch: Callable) -> Callable[[], None]:
     import triton.language as tl
     from triton.runtime import interpreter
 
+    _keep_types(patch)
     options = interpreter.InterpreterOptions(sanitize_overflow=False)
     patch(interpreter.interpreter_builder, "options", options)
     patched = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     patch(interpreter, "_patch_lang", lambda function: interpreter._LangPatchScope())
     return patched.restore
+
+
+def _keep_types(patch: Callable) -> None:
+    """Types of blocks, and the shapes of tensors with such a type, are made once for each element type and shape."""
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    make_block, make_tensor, numpy_type = core.block_type.__init__, core.tensor.__init__, interpreter._get_np_dtype
+    blocks: dict = {}
+    tensors: dict = {}
+    arrays: dict = {}
+
+    def block(self, element_ty, shape):
+        key = element_ty.name, tuple(core._unwrap_if_constexpr(size) for size in shape)
+        if key not in blocks:
+            make_block(self, element_ty, shape)
+            blocks[key] = self.__dict__
+        self.__dict__ = dict(blocks[key])
+
+    def tensor(self, handle, type):
+        if type.name not in tensors:
+            make_tensor(self, handle, type)
+            tensors[type.name] = self.shape, self.numel
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = tensors[type.name]
+
+    def array(type):
+        if type.name not in arrays:
+            arrays[type.name] = numpy_type(type)
+        return arrays[type.name]
+
+    patch(core.block_type, "__init__", block)
+    patch(core.tensor, "__init__", tensor)
+    patch(interpreter, "_get_np_dtype", array)

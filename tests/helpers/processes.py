@@ -14,6 +14,12 @@ import torch
 from poison import poison_empty_memory
 
 TIMEOUT = 120  # seconds of one function
+# What most functions need is imported once, by the server that all processes are forked from.
+SERVER = get_context("forkserver")
+SERVER.set_forkserver_preload([
+    "torch.distributed.fsdp", "torch._dynamo", "deberta_fast.distributed",
+    "transformers.models.deberta.modeling_deberta", "transformers.models.deberta_v2.modeling_deberta_v2",
+])  # fmt: skip
 
 
 class Processes:
@@ -71,11 +77,10 @@ class Processes:
 
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="processes-")
-        spawn = get_context("spawn")
         for rank in range(self.number):
-            own, other = spawn.Pipe()
+            own, other = SERVER.Pipe()
             place = rank, self.number, str(Path(self._folder.name) / "store")
-            process = spawn.Process(target=_serve, args=(other, *place), daemon=True)
+            process = SERVER.Process(target=_serve, args=(other, *place), daemon=True)
             process.start()
             other.close()
             self._started.append((process, own))

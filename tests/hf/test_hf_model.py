@@ -16,7 +16,7 @@ V3 = dict(
 )  # fmt: skip
 # Widths, heads and switches of the public checkpoints, with a small vocabulary. Depth is cut, except where only depth
 # differs.
-SHAPES = {
+SHAPES = {  # some with fewer layers than published
     "v1-base": (
         "Deberta",
         dict(
@@ -31,8 +31,8 @@ SHAPES = {
             attention_head_size=64, num_hidden_layers=2,
         ),
     ),
-    "v3-small": ("DebertaV2", dict(V3, num_hidden_layers=6)),
-    "v3-base": ("DebertaV2", dict(V3, num_hidden_layers=12)),
+    "v3-small": ("DebertaV2", dict(V3, num_hidden_layers=2)),
+    "v3-base": ("DebertaV2", dict(V3, num_hidden_layers=6)),
     "mdeberta": ("DebertaV2", dict(V3, num_hidden_layers=3, type_vocab_size=2)),
     "camemberta-generator": (
         "DebertaV2",
