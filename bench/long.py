@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
         for case in rounds(cases, taken, options.seconds):
             taken[case] = _with_one_more(taken.get(case), case)
             rows = [row(case, taken) for case in taken]
-            timing.save("long", rows, options.out, notes(options), summary(rows))
+            timing.save(options.name, rows, options.out, notes(options), summary(rows))
             tqdm.write("  ".join(timing.cell(value) for value in row(case, taken).values()))
     print(summary(rows))
 
@@ -240,6 +240,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=timing.positive, nargs="+", metavar="L", help="tokens of the text")
     parser.add_argument("--variants", choices=VARIANTS, nargs="+", metavar="NAME", help=", ".join(VARIANTS))
     parser.add_argument("--size", choices=SIZES, default="2-layers", help="of the model")
+    parser.add_argument("--name", default="long", help="of the results")
     parser.add_argument("--dropout", type=float, default=0.0, metavar="P")
     parser.add_argument("--threads", type=timing.positive, default=1, metavar="N", help="of each process")
     parser.add_argument("--profile", type=timing.positive, metavar="L", help="profile a native step instead")
