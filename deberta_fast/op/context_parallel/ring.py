@@ -26,8 +26,9 @@ from ..dropout import seed_at
 from .exchange import Transfers
 from .stretches import Piece, Rows, Stretches
 
-# Keys and values of up to this many bytes a rank arrive at once, and one call reads them: many small transfers and
-# calls take more time. The size is an estimate: it was not measured yet.
+# Keys and values of all ranks together of up to this many bytes arrive at once, and one call reads them: many small
+# transfers and calls take more time. Measured with two processes on a CPU only (bench.context_parallel, AMD EPYC
+# 25/1): gathering takes 0.93 of the ring's time at 1 MiB, and as long as the ring from 2 MiB on.
 GATHER_BYTES = 1 << 22
 
 
