@@ -82,7 +82,7 @@ def loaded(sampler, workers, kind=DataLoader, **options):
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_workers_change_no_batch_and_take_some_ahead(workers):
-    """With workers, the count of the sampler is ahead of the loop; the loop's own count is exact."""
+    """The sampler counts ahead of the loop if there are workers; the loop's own count is exact."""
     sampler = TokenBudgetSampler(uniform(60), 1500)
     everything = list(sampler)
     loader = loaded(sampler, workers)

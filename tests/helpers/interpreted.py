@@ -50,7 +50,7 @@ def without_vain_work(patch: Callable) -> Callable[[], None]:
 
 
 def _keep_types(patch: Callable) -> None:
-    """Types of blocks, and the shapes of tensors with such a type, are made once for each element type and shape."""
+    """Makes types of blocks, and shapes of tensors with such a type, only once for each element type and shape."""
     from triton.language import core
     from triton.runtime import interpreter
 

@@ -14,7 +14,7 @@ import torch
 from poison import poison_empty_memory
 
 TIMEOUT = 120  # seconds of one function
-# What most functions need is imported once, by the server that all processes are forked from.
+# A server imports once what most functions need, and all processes are forked from it.
 SERVER = get_context("forkserver")
 SERVER.set_forkserver_preload([
     "torch.distributed.fsdp", "torch._dynamo", "deberta_fast.distributed",

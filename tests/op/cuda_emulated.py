@@ -71,7 +71,7 @@ def test_serves_what_it_says():
         assert {case.name for case in CASES if cuda.why_not(make_inputs(case, dtype))} == REFUSED
 
 
-# One of each compiled head size, and what depends on the dtype most: large sums, and dropout's scale.
+# Both dtypes run at every compiled head size, and where the dtype matters most: in large sums, and dropout's scale.
 BOTH = ("L63-D32", "ragged-L129-D64", "L64-D96", "L127-D128", "holes-L200", "far-L700", "dropout-L140")
 
 

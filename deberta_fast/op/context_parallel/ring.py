@@ -27,8 +27,8 @@ from .exchange import Transfers
 from .stretches import Piece, Rows, Stretches
 
 # Keys and values of all ranks together of up to this many bytes arrive at once, and one call reads them: many small
-# transfers and calls take more time. Measured with two processes on a CPU only (bench.context_parallel, AMD EPYC
-# 25/1): gathering takes 0.93 of the ring's time at 1 MiB, and as long as the ring from 2 MiB on.
+# transfers and calls take more time. This was measured with two processes on a CPU only (docs/measured.md): gathering
+# takes 0.93 of the ring's time at 1 MiB, and 0.89 to 1.02 without a trend from 2 to 16 MiB.
 GATHER_BYTES = 1 << 22
 
 
