@@ -180,12 +180,14 @@ class DebertaEncoder(nn.Module):
         token_mask: torch.Tensor | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        num_layers: int | None = None,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """
         Args:
             hidden_states: the embeddings, (B, L, hidden_size); or packed, (T, hidden_size).
             mask: see ``DisentangledSelfAttention``. The padding of a mask (B, L) is removed if ``unpadding`` says so.
             token_mask: bool (B, L), False for padding; unused for packed states.
+            num_layers: run only so many, the first ones; None runs all.
 
         Returns:
             Every layer's output, starting with the embeddings (only the last without output_hidden_states), and every
@@ -193,8 +195,9 @@ class DebertaEncoder(nn.Module):
         """
         packing, table = self._packing(mask, output_attentions), self._table()
         call = lambda index, states, mask: self._run(index, states, mask, table, None, output_attentions)
+        depth = len(self.layer) if num_layers is None else num_layers
         states, attentions = run_layers(
-            call, len(self.layer), hidden_states, mask, packing, self.unpadding, self.conv, token_mask,
+            call, depth, hidden_states, mask, packing, self.unpadding, self.conv, token_mask,
             output_hidden_states,
         )  # fmt: skip
         return states, attentions if output_attentions else []

@@ -44,6 +44,7 @@ class DebertaModel(PreTrainedModel):
         return_dict: bool | None = None,
         cu_seqlens: torch.Tensor | Sequences | None = None,
         max_seqlen: int | None = None,
+        num_layers: int | None = None,
     ) -> BaseModelOutput | tuple:
         """Takes a batch (B, L), or with cu_seqlens the tokens of all sequences one after the other, (T,).
 
@@ -64,18 +65,21 @@ class DebertaModel(PreTrainedModel):
                 Task models pass ``Sequences``.
             max_seqlen: at least the longest sequence's length. None reads it from cu_seqlens, which synchronises with
                 the device; a compiled program needs it given.
+            num_layers: run only so many layers, the first ones, and no ``z_steps``; None runs all.
 
         Returns:
             last_hidden_state (B, L, hidden_size) or (T, hidden_size), hidden_states, attentions.
 
         Raises:
-            ValueError: both or neither of input_ids and inputs_embeds are given, shapes do not fit, or packed sequences
-                come with output_attentions or a model that has talking heads.
+            ValueError: both or neither of input_ids and inputs_embeds are given, shapes do not fit, packed sequences
+                come with output_attentions or a model that has talking heads, or there are fewer than num_layers.
             TypeError: cu_seqlens or max_seqlen is not as described.
         """
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if num_layers is not None and not 0 <= num_layers <= config.num_hidden_layers:
+            raise ValueError(f"num_layers must be from 0 to {config.num_hidden_layers}, got {num_layers}")
         sequences = self.sequences(cu_seqlens, max_seqlen, attention_mask, input_ids, inputs_embeds)
         mask: torch.Tensor | Sequences | None
         if sequences is None:
@@ -89,9 +93,9 @@ class DebertaModel(PreTrainedModel):
         else:
             mask, token_mask = sequences, sequences.tokens
             embedded = self._embed_sequences(sequences, input_ids, token_type_ids, position_ids, inputs_embeds)
-        repeats = config.z_steps - 1 if config.num_hidden_layers > 0 else 0
+        repeats = config.z_steps - 1 if config.num_hidden_layers > 0 and num_layers is None else 0
         keep_all = output_hidden_states or repeats > 0
-        states, attentions = self.encoder(embedded, mask, token_mask, keep_all, output_attentions)
+        states, attentions = self.encoder(embedded, mask, token_mask, keep_all, output_attentions, num_layers)
         if repeats > 0:
             states = [*states, *self.encoder.repeat_last_layer(states[-2], states[-1], mask, repeats)]
         output = BaseModelOutput(

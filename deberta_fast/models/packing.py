@@ -58,6 +58,9 @@ class Sequences(Protocol):
     def first_tokens(self, states: torch.Tensor) -> torch.Tensor:
         """Each sequence's first token, (n, width)."""
 
+    def repeated(self, values: torch.Tensor, tokens: int) -> torch.Tensor:
+        """One value per sequence, (n, width), for each row that is here: as the states, or broadcastable to them."""
+
     def token_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """``losses.token_loss`` over all sequences."""
 
@@ -124,7 +127,7 @@ class Packing(NamedTuple):
 
     def positions(self, tokens: int) -> torch.Tensor:
         """Each token's place in its own sequence, int64 (T,)."""
-        return torch.arange(tokens, device=self.cu_seqlens.device) - self._repeated(self.cu_seqlens[:-1], tokens)
+        return torch.arange(tokens, device=self.cu_seqlens.device) - self.repeated(self.cu_seqlens[:-1], tokens)
 
     def by_sequence(self, values: torch.Tensor, fill: float | bool) -> torch.Tensor:
         """(T, ...) to (n, max_seqlen, ...), ``fill`` behind each sequence's end."""
@@ -138,7 +141,7 @@ class Packing(NamedTuple):
 
     def _padded_rows(self, tokens: int) -> torch.Tensor:
         sequences = torch.arange(self.cu_seqlens.shape[0] - 1, device=self.cu_seqlens.device)
-        return self._repeated(sequences, tokens) * self.max_seqlen + self.positions(tokens)
+        return self.repeated(sequences, tokens) * self.max_seqlen + self.positions(tokens)
 
     def convolve(
         self, layer: torch.nn.Module, embeddings: torch.Tensor, output: torch.Tensor, token_mask: torch.Tensor | None
@@ -153,7 +156,7 @@ class Packing(NamedTuple):
         weight: Any = layer.conv.weight  # type: ignore[union-attr]
         gap = weight.shape[-1] // 2
         shifts = gap * torch.arange(sequences, device=embeddings.device)
-        rows = torch.arange(tokens, device=embeddings.device) + self._repeated(shifts, tokens)
+        rows = torch.arange(tokens, device=embeddings.device) + self.repeated(shifts, tokens)
         seen = rows.new_ones(tokens) if self.mask is None else self.mask.long()
         apart = (_scattered(x, rows, tokens + gap * sequences).unsqueeze(0) for x in (embeddings, output, seen))
         return layer(*apart).squeeze(0).index_select(0, rows)
@@ -174,9 +177,9 @@ class Packing(NamedTuple):
         start_logits, end_logits = self.by_sequence(start_logits, 0.0), self.by_sequence(end_logits, 0.0)
         return span_loss(start_logits, end_logits, start, end, self.by_sequence(tokens, False))
 
-    def _repeated(self, values: torch.Tensor, tokens: int) -> torch.Tensor:
-        """Repeats one value per sequence, (n,), for each token of the sequence, (T,)."""
-        return values.repeat_interleave(self.lengths, output_size=tokens)
+    def repeated(self, values: torch.Tensor, tokens: int) -> torch.Tensor:
+        """Repeats one value per sequence, (n, ...), for each token of the sequence, (T, ...)."""
+        return values.repeat_interleave(self.lengths, dim=0, output_size=tokens)
 
 
 def check_choices(sequences: Sequences, choices: int | None) -> None:

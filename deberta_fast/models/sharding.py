@@ -140,6 +140,14 @@ class Sharding(NamedTuple):
         mine = picked(rows.clamp(0, length - 1)).masked_fill(~here.unsqueeze(-1), 0)
         return summed(mine, self.group, "first tokens")
 
+    def repeated(self, values: torch.Tensor, tokens: int) -> torch.Tensor:
+        """One value per sequence for each of this rank's rows: (B, width) to (B, 1, width), (n, width) to (T_r, width).
+        """
+        if self.cu_seqlens is None:
+            return values.unsqueeze(1)
+        rows = torch.arange(self.stretches.start, self.stretches.stop, device=self.device)
+        return values.index_select(0, torch.searchsorted(self.cu_seqlens, rows, right=True, out_int32=True) - 1)
+
     def whole(self, rows: torch.Tensor) -> torch.Tensor:
         """The rows of all ranks on every rank, (B, L_r, ...) to (B, L, ...) or (T_r, ...) to (T, ...)."""
         return gathered(rows, self.stretches.lengths, 1 if self.cu_seqlens is None else 0, self.group)

@@ -24,7 +24,7 @@ from .packing import Sequences, check_choices
 from .pretrained import PreTrainedModel, resized
 
 
-class _TaskModel(PreTrainedModel):
+class TaskModel(PreTrainedModel):
     """The encoder and a head. ``_head`` of a subclass returns the loss, or None without targets, and the logits."""
 
     output_class: type[ModelOutput]
@@ -76,7 +76,7 @@ def _token_loss(packing: Sequences | None, logits: torch.Tensor, labels: torch.T
     return token_loss(logits, labels) if packing is None else packing.token_loss(logits, labels)
 
 
-class DebertaForMaskedLM(_TaskModel):
+class DebertaForMaskedLM(TaskModel):
     """Language model of masked tokens. With ``enhanced_mask_decoder`` in the configuration, Microsoft's decoder.
 
     labels are token ids, (B, L) or (T,) as input_ids, -100 where there is nothing to predict. logits are
@@ -110,7 +110,8 @@ class DebertaForMaskedLM(_TaskModel):
     ) -> tuple[torch.Tensor, BaseModelOutput]:
         """The states that the head predicts from, (B, L, hidden_size) or (T, hidden_size), and ``deberta``'s output.
 
-        Arguments are those of ``forward``. Scores of a whole vocabulary are large: pass only the states at masks to
+        With the enhanced mask decoder the output is empty unless attentions or hidden states are asked for: the
+        decoder's two runs of the last layer replace the ordinary one. Arguments are those of ``forward``. Scores of a whole vocabulary are large: pass only the states at masks to
         ``lm_predictions`` where no others are needed.
         """
         packing = self.deberta.sequences(cu_seqlens, max_seqlen, attention_mask, input_ids, inputs_embeds)
@@ -122,14 +123,20 @@ class DebertaForMaskedLM(_TaskModel):
         if not config.enhanced_mask_decoder or config.position_biased_input:
             return super()._encode(inputs, asked, packing)
         _, attention_mask, _, position_ids, _ = inputs
-        _, outputs = super()._encode(inputs, (asked[0], True), packing)
-        # The last layer's input; the repetitions of z_steps add states behind it.
-        states = outputs.hidden_states[config.num_hidden_layers - 1]
+        # The decoder reads the last layer's input, so that layer's ordinary run is left out where nobody asked for it.
+        before_last = config.num_hidden_layers - 1
+        attentions = config.output_attentions if asked[0] is None else asked[0]
+        hidden_states = config.output_hidden_states if asked[1] is None else asked[1]
+        if attentions or hidden_states:
+            _, outputs = super()._encode(inputs, (attentions, True), packing)
+            states = outputs.hidden_states[before_last]  # the repetitions of z_steps add states behind it
+            if not hidden_states:
+                outputs = BaseModelOutput(last_hidden_state=outputs.last_hidden_state, attentions=outputs.attentions)
+        else:
+            states = self.deberta(*inputs, False, False, True, packing, num_layers=before_last).last_hidden_state
+            outputs = BaseModelOutput()
         mask = attention_mask if packing is None else packing
-        states = self.deberta.enhanced_mask_decoder(states, mask, position_ids)
-        if not (config.output_hidden_states if asked[1] is None else asked[1]):
-            outputs = BaseModelOutput(last_hidden_state=outputs.last_hidden_state, attentions=outputs.attentions)
-        return states, outputs
+        return self.deberta.enhanced_mask_decoder(states, mask, position_ids), outputs
 
     def get_output_embeddings(self) -> nn.Module:
         """The word embeddings where they are tied; otherwise the decoder, a Linear. Both have a weight (V, width)."""
@@ -164,7 +171,7 @@ class DebertaV2ForMaskedLM(DebertaForMaskedLM):
     config_class = DebertaV2Config
 
 
-class _FirstTokenModel(_TaskModel):
+class _FirstTokenModel(TaskModel):
     """A head on the first token's state: pooler, dropout and a linear layer."""
 
     def __init__(self, config: DebertaConfig, outputs: int):
@@ -211,7 +218,7 @@ class DebertaV2ForSequenceClassification(DebertaForSequenceClassification):
     config_class = DebertaV2Config
 
 
-class DebertaForTokenClassification(_TaskModel):
+class DebertaForTokenClassification(TaskModel):
     """Classification of every token.
 
     labels are class numbers, (B, L) or (T,) as input_ids, -100 where there is none. logits are (B, L, num_labels) or
@@ -239,7 +246,7 @@ class DebertaV2ForTokenClassification(DebertaForTokenClassification):
     config_class = DebertaV2Config
 
 
-class DebertaForQuestionAnswering(_TaskModel):
+class DebertaForQuestionAnswering(TaskModel):
     """Predicts where in the text an answer starts and ends."""
 
     output_class = QuestionAnsweringModelOutput
