@@ -155,5 +155,3 @@ def merged_discriminator(models: ReplacedTokenModels) -> DebertaForReplacedToken
             state[f"deberta.embeddings.{name}.weight"] = embedding.weight.detach()
     copy.load_state_dict(state)
     return copy.eval()
-
-

@@ -1,7 +1,7 @@
 """How good a language model and a discriminator are on held-out rows, with the same masks every time."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -12,14 +12,14 @@ from .parallel import Place
 
 @torch.no_grad()
 def evaluate(
-    predictor: nn.Module, detector: nn.Module | None, batches: Iterable[MaskedBatch], place: Place, precision
+    forward: Callable, modules: Sequence[nn.Module], batches: Iterable[MaskedBatch], place: Place
 ) -> dict[str, float]:
-    """Evaluates the objectives of both models over all processes' batches.
+    """Evaluates both objectives over all processes' batches.
 
     Args:
-        predictor, detector: ``MaskedTokens`` and ``ReplacedTokens``, wrapped or not; no detector for MLM alone.
-        batches: this process's. All processes must have as many; empty ones are None.
-        precision: a context manager for each forward.
+        forward: takes a batch; returns what ``MaskedTokens`` and ``ReplacedTokens`` return, None for the latter in MLM.
+        modules: are set to evaluation mode, and back.
+        batches: this process's. All processes must have as many.
 
     Returns:
         mlm_loss, mlm_perplexity (e to the loss), mlm_accuracy over masked tokens; and with a detector rtd_loss,
@@ -28,7 +28,6 @@ def evaluate(
 
     Random numbers of training are left as they were: the same tokens are drawn in every evaluation.
     """
-    modules = [x for x in (predictor, detector) if x is not None]
     was_training = [x.training for x in modules]
     sums = torch.zeros(4, dtype=torch.float64)  # of losses, right and masked tokens; and of the detector's losses
     logits, labels = [], []
@@ -40,14 +39,11 @@ def evaluate(
             torch.manual_seed(place.rank)
             for batch in batches:
                 batch = batch.to(place.device)
-                with precision():
-                    predicted = predictor(batch)
+                predicted, detected = forward(batch)
                 masked = len(batch.places)
                 sums += torch.tensor([predicted.loss.item() * masked, predicted.right.item(), masked, 0.0])
-                if detector is None:
+                if detected is None:
                     continue
-                with precision():
-                    detected = detector(batch, predicted.drawn)
                 sums[3] += detected.loss.item() * len(detected.labels)
                 logits.append(detected.logits.float().cpu())
                 labels.append(detected.labels.cpu())
@@ -61,11 +57,11 @@ def evaluate(
         "mlm_perplexity": math.exp(min(loss, 700.0)),
         "mlm_accuracy": sums[1].item() / max(1.0, sums[2].item()),
     }
-    if detector is None:
+    if not logits:
         return figures
-    found = place.gathered((torch.cat(logits), torch.cat(labels)) if logits else None)
-    logits = torch.cat([x[0] for x in found if x is not None])
-    labels = torch.cat([x[1] for x in found if x is not None])
+    found = place.gathered((torch.cat(logits), torch.cat(labels)))
+    logits = torch.cat([x[0] for x in found])
+    labels = torch.cat([x[1] for x in found])
     return figures | {"rtd_loss": sums[3].item() / len(labels)} | detection(logits, labels)
 
 

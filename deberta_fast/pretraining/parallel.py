@@ -108,5 +108,3 @@ def precise(place: Place, precision: str, strategy: str):
     if precision == "fp32" or (strategy == "fsdp" and place.ranks > 1):
         return contextlib.nullcontext()
     return torch.autocast(place.device.type, DTYPES[precision])
-
-

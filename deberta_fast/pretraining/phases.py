@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..distributed.loss_weights import loss_weights
-from .objectives import BothTokens, MaskedBatch, MaskedTokens, ReplacedTokens
+from .objectives import BothTokens, Detected, MaskedBatch, MaskedTokens, Predicted, ReplacedTokens
 from .optimizers import adamw, scheduled
 from .parallel import Place, precise, synchronised, wrapped
 from .settings import Settings
@@ -116,7 +116,9 @@ class Phases:
         self.settings, self.place, self.joint = settings, place, False
         discriminator_rate = training.discriminator_learning_rate or training.learning_rate
         if settings.objective == "mlm":
-            self.all = [Phase("language model", MaskedTokens(models.generator), training.learning_rate, settings, place)]
+            self.all = [
+                Phase("language model", MaskedTokens(models.generator), training.learning_rate, settings, place)
+            ]
         elif rtd.sharing == "es":
             self.joint = True
             both = BothTokens(models, rtd.temperature)
@@ -150,6 +152,15 @@ class Phases:
             inputs = [(batch, output.drawn) for batch, output in zip(batches, predicted)]
             detected = self._made(1, inputs, lambda output, i: factor * output.loss * of_tokens[i])
         return self._sums(predicted, detected, masked, tokens)
+
+    def forward(self, batch: MaskedBatch) -> tuple[Predicted, Detected | None]:
+        """Runs the models without a step, for evaluation."""
+        training = self.settings.training
+        with precise(self.place, training.precision, training.strategy):
+            if self.joint:
+                return self.all[0].module(batch)
+            predicted = self.all[0].module(batch)
+            return predicted, self.all[1].module(batch, predicted.drawn) if len(self.all) > 1 else None
 
     def _weights(self, counts: list[int], group) -> list[torch.Tensor]:
         return [x.to(self.place.device) for x in loss_weights(counts, group)]

@@ -1,7 +1,6 @@
 """Trains the models of a run, and continues a run that was stopped."""
 
 import contextlib
-import functools
 import signal
 import time
 from pathlib import Path
@@ -17,8 +16,8 @@ from .evaluation import evaluate
 from .flops import peak_tflops, step_flops
 from .log import Log, plot
 from .masking import Vocabulary
-from .objectives import MaskedBatch, MaskedTokens, ReplacedTokens
-from .parallel import Place, precise, started
+from .objectives import MaskedBatch
+from .parallel import Place, started
 from .phases import BadStep, Phases
 from .settings import Settings, checked_to_start, read_settings, write_settings
 
@@ -122,15 +121,8 @@ class Run:
     def _evaluate(self, log: Log) -> None:
         if self.held_out is None:
             return
-        training = self.settings.training
-        precision = functools.partial(precise, self.place, training.precision, training.strategy)
         modules = [phase.module for phase in self.phases.all]
-        if self.phases.joint:
-            # The wrapped module computes both together; the parts alone read the same parameters.
-            both = MaskedTokens(self.models.generator, 1.0), ReplacedTokens(self.models.discriminator)
-            modules = list(both)
-        detector = modules[1] if len(modules) > 1 else None
-        figures = evaluate(modules[0], detector, self.held_out(), self.place, precision)
+        figures = evaluate(self.phases.forward, modules, self.held_out(), self.place)
         log.write("evaluation", self.done, figures)
 
     def _save(self) -> None:
