@@ -1,0 +1,1 @@
+"""Pretraining of DeBERTa models."""
