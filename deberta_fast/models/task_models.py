@@ -111,8 +111,8 @@ class DebertaForMaskedLM(TaskModel):
         """The states that the head predicts from, (B, L, hidden_size) or (T, hidden_size), and ``deberta``'s output.
 
         With the enhanced mask decoder the output is empty unless attentions or hidden states are asked for: the
-        decoder's two runs of the last layer replace the ordinary one. Arguments are those of ``forward``. Scores of a whole vocabulary are large: pass only the states at masks to
-        ``lm_predictions`` where no others are needed.
+        decoder's two runs of the last layer replace the ordinary one. Arguments are those of ``forward``. Scores of a
+        whole vocabulary are large: pass only the states at masks to ``lm_predictions`` where no others are needed.
         """
         packing = self.deberta.sequences(cu_seqlens, max_seqlen, attention_mask, input_ids, inputs_embeds)
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)

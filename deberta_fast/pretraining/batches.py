@@ -1,9 +1,9 @@
 """Masked batches of a run, in an order that its seed alone determines.
 
-Samples have numbers 0, 1, 2, ... without end. A number determines its row of tokens and the masks in it, whatever process
-or worker makes it: a run continues at any number, with any number of workers. Step s takes samples s B to (s + 1) B, of
-which rank r of W takes every W-th. A stream is the exception: its ranks read different documents, so its state is each
-rank's own.
+Samples have numbers 0, 1, 2, ... without end. A number determines its row of tokens and the masks in it, whatever
+process or worker makes it: a run continues at any number, with any number of workers. Step s takes samples s B to
+(s + 1) B, of which rank r of W takes every W-th. A stream is the exception: its ranks read different documents, so its
+state is each rank's own.
 """
 
 import itertools

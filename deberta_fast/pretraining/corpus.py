@@ -109,6 +109,4 @@ def _rows(shards: Shards, data: Data, tokenizer):
 def _sources(data: Data, files: list[str]) -> Sources:
     if files:
         return Sources(files, text_field=data.text_field, documents=data.documents)
-    return Sources(
-        dataset=data.dataset, dataset_config=data.dataset_config, split=data.split, text_field=data.text_field
-    )
+    return Sources(dataset=data.dataset, config=data.dataset_config, split=data.split, text_field=data.text_field)

@@ -1,18 +1,18 @@
 """Chooses the tokens of a text that a language model has to predict, and hides them.
 
-A *unit* is what is masked as a whole: a piece of the tokenizer, or a word. A *span* is a run of units. For a sequence of
-n tokens, special ones included, units are chosen until they hold min(max_predictions, max(1, round(rate n))) tokens; the
-last unit may exceed that. [CLS], [SEP], [PAD], [MASK] and [UNK] are never chosen (NGramMaskGenerator of
+A *unit* is what is masked as a whole: a piece of the tokenizer, or a word. A *span* is a run of units. For a sequence
+of n tokens, special ones included, units are chosen until they hold min(max_predictions, max(1, round(rate n))) tokens;
+the last unit may exceed that. [CLS], [SEP], [PAD], [MASK] and [UNK] are never chosen (NGramMaskGenerator of
 microsoft/DeBERTa; spans of words: Joshi et al., arXiv 1907.10529).
 
 rule="even", the default, places spans of g units, with probabilities proportional to 1 / g for g = 1 ... max_gram, at
 uniformly drawn places, one after the other, until the budget is spent. Every unit is as likely as any other.
 
 rule="ms" is Microsoft's walk from the left: it draws a span's length g as above, one place of the span's start within
-the next g floor(1 / rate) units, and goes on behind these. It marks 1 / floor(1 / rate) of the units, which is more than
-the budget: 16.7 % where 15 % are asked for. Then it takes marked units from the left until the budget is spent. The end
-of a text is therefore masked far less than the rest: with single pieces and 512 tokens, 16.5 % in the first seven
-eighths, 4 % in the last, and nothing among the last 16 tokens.
+the next g floor(1 / rate) units, and goes on behind these. It marks 1 / floor(1 / rate) of the units, which is more
+than the budget: 16.7 % where 15 % are asked for. Then it takes marked units from the left until the budget is spent.
+The end of a text is therefore masked far less than the rest: with single pieces and 512 tokens, 16.7 % in the first
+seven eighths, 4 % in the last, and nothing among the last 16 tokens.
 """
 
 import dataclasses

@@ -28,8 +28,8 @@ def scheduled(optimizer: torch.optim.Optimizer, kind: str, warmup: int, steps: i
 def factor(kind: str, step: int, warmup: int, steps: int) -> float:
     """The share of the peak rate at a step, from 0 on.
 
-    (s + 1) / w while s < w. Then, with the rest r = (T - s) / (T - w): r ("linear"), (1 - cos(pi r)) / 2 ("cosine") or 1
-    ("constant"). Microsoft's schedule is s / w and then 1 - s / T, which falls by w / T at the end of the warm-up.
+    (s + 1) / w while s < w. Then, with the rest r = (T - s) / (T - w): r ("linear"), (1 - cos(pi r)) / 2 ("cosine") or
+    1 ("constant"). Microsoft's schedule is s / w and then 1 - s / T, which falls by w / T at the end of the warm-up.
     """
     if step < warmup:
         return (step + 1) / warmup

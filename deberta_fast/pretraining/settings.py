@@ -52,7 +52,7 @@ class Data:
             be. None tokenises on the fly.
         evaluation: files or folders of texts to evaluate on; none evaluates nothing.
         text_field: the field or column of JSON lines, Parquet and datasets.
-        documents: what one document of a .txt file is, "paragraph" (blank lines between) or "line".
+        documents: what one document of a .txt file is, "blank-line" (blank lines between) or "line".
         length: most tokens of a row, special ones included.
         rows: "packed" fills rows with whole documents, no token of which sees another document; "chunks" joins all
             documents and cuts the result, as Microsoft's code does.
@@ -68,7 +68,7 @@ class Data:
     shards: str | None = None
     evaluation: list[str] = dataclasses.field(default_factory=list)
     text_field: str = "text"
-    documents: str = "paragraph"
+    documents: str = "blank-line"
     length: int = 512
     rows: str = "packed"
     processes: int = 0
@@ -277,7 +277,7 @@ def _check(settings: Settings) -> None:
         ("objective", settings.objective, OBJECTIVES),
         ("rtd.sharing", settings.rtd.sharing, SHARINGS),
         ("data.rows", settings.data.rows, ("packed", "chunks")),
-        ("data.documents", settings.data.documents, ("paragraph", "line")),
+        ("data.documents", settings.data.documents, ("blank-line", "line")),
         ("training.schedule", settings.training.schedule, SCHEDULES),
         ("training.precision", settings.training.precision, PRECISIONS),
         ("training.strategy", settings.training.strategy, STRATEGIES),
