@@ -1,4 +1,7 @@
-"""``python -m deberta_fast``: ``run`` answers JSON lines with a pipeline, ``check`` tests the backends."""
+"""``python -m deberta_fast``: ``run`` answers JSON lines with a pipeline, ``check`` tests the backends.
+
+``pretrain``, ``export``, ``tokenize`` and ``train-tokenizer`` are those of ``pretraining.command``.
+"""
 
 import argparse
 import contextlib
@@ -18,6 +21,7 @@ from ._interrupt import INTERRUPTED
 from .op import backends
 from .pipelines import ALIASES, TASKS, InputError, pipeline
 from .pipelines.base import progress_bar
+from .pretraining import command as pretraining
 from .selfcheck import check, usable_device
 
 # Largest number of lines that are read ahead and answered together.
@@ -47,8 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)
     _add_check(commands)
+    pretraining.add_to(commands)
     given = parser.parse_args(arguments)
     try:
+        if given.command in pretraining.COMMANDS:
+            return pretraining.run(given)
         return _check(given) if given.command == "check" else _run(given, commands.choices["run"])
     except BrokenPipeError:  # The process that reads the results has ended.
         return UNREAD

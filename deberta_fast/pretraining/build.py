@@ -54,8 +54,6 @@ def _config(settings: Settings, vocabulary: int) -> DebertaConfig:
     place = settings.discriminator or settings.generator
     if place:
         config = read_config(Source(_split(place)[0]), **settings.model)
-        if settings.objective == "mlm" and not config.position_biased_input:
-            config.enhanced_mask_decoder = True
     else:
         values = {"vocab_size": vocabulary, **settings.model}
         kind = values.pop("model_type", "deberta-v2")
@@ -65,6 +63,8 @@ def _config(settings: Settings, vocabulary: int) -> DebertaConfig:
         if unknown := [name for name in values if name not in known]:
             raise ValueError(f"model: {config_class.__name__} has no {', '.join(unknown)}")
         config = config_class.from_dict(values)
+    if settings.objective == "mlm" and "enhanced_mask_decoder" not in settings.model:
+        config.enhanced_mask_decoder = not config.position_biased_input
     if config.vocab_size < vocabulary:
         raise ValueError(f"the model has {config.vocab_size} words, and the tokenizer {vocabulary}")
     absolute = config.position_biased_input or config.enhanced_mask_decoder or settings.objective == "rtd"

@@ -4,8 +4,9 @@ Each objective is a module whose forward takes a batch, so that DistributedDataP
 call. Losses are means over a batch's items in float32.
 
 Masked language model (MLM): L_G = mean over masked tokens i of -log softmax(z_i)[x_i] (Devlin et al., arXiv
-1810.04805). The logits z_i = LayerNorm(gelu(W h_i + b)) E^T + bias are made for the M masked tokens alone, (M, V). With the enhanced
-mask decoder, h comes from the last layer's two runs with absolute positions (He et al., arXiv 2006.03654, section 3.2).
+1810.04805). The logits z_i = LayerNorm(gelu(W h_i + b)) E^T + bias are made for the M masked tokens alone, (M, V). With
+the enhanced mask decoder, h comes from the last layer's two runs with absolute positions (He et al., arXiv 2006.03654,
+section 3.2).
 
 Replaced-token detection (RTD): the generator's distribution replaces each masked token by x~_i ~ softmax(z_i / T), from
 the logits that also gave the loss. A token drawn equal to the original counts as original. The discriminator predicts

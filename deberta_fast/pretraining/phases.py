@@ -4,8 +4,8 @@
     rtd         L_G and its step first; then lambda L_D on the tokens drawn, with E_G after that step
     rtd, es     L_G + lambda L_D in one backward and one step
 
-Two optimizers, each with its own clipping and loss scale, are Microsoft's default ("decoupled training"). With embeddings
-that both losses train, one backward gives them the gradients of both (ELECTRA, arXiv 2003.10555).
+Two optimizers, each with its own clipping and loss scale, are Microsoft's default ("decoupled training"). With
+embeddings that both losses train, one backward gives them the gradients of both (ELECTRA, arXiv 2003.10555).
 """
 
 import math

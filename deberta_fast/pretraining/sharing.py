@@ -17,8 +17,8 @@ SHARINGS = ("gdes", "es", "nes")
 class SharedEmbedding(nn.Module):
     """Embeddings made of another model's: E_D = stop_gradient(E_G) + E_delta, or E_D = E_G itself.
 
-    E_delta is the parameter ``_weight``, zeros at first. Its gradient is that of E_D, and nothing of it reaches E_G. Ids
-    are looked up in both tables, whose sum of V x H numbers is never made.
+    E_delta is the parameter ``_weight``, zeros at first. Its gradient is that of E_D, and nothing of it reaches E_G.
+    Ids are looked up in both tables, whose sum of V x H numbers is never made.
 
     Args:
         source: the generator's embeddings. They stay the generator's, and are no parameters of this module.

@@ -31,8 +31,8 @@ def pretrain(settings: Settings) -> Path:
     SIGTERM ends the run behind the present step, with a checkpoint, as if it had been told to stop there.
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: the settings, the text, the tokenizer or a checkpoint do not fit; all of
-            them are looked at before the first step.
+        FileNotFoundError, TypeError, ValueError: the settings, the text, the tokenizer or a checkpoint do not fit. All
+            of them are looked at before the first step.
         RuntimeError: a step was bad, and ``training.bad_step`` is "stop".
     """
     with started(checked_to_start(settings).training.device) as place:
