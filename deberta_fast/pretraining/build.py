@@ -147,7 +147,7 @@ def described(folder: Path) -> LanguageModel | ReplacedTokenModels:
 def merged_discriminator(models: ReplacedTokenModels) -> DebertaForReplacedTokens:
     """Returns a copy of the discriminator whose embeddings are its own: E_G + E_delta."""
     own = models.discriminator
-    copy = type(own)(own.config)
+    copy = type(own)(own.config).to(own.dtype)
     state = {name: x for name, x in own.state_dict().items() if not name.endswith("_weight")}
     for name in SHARED:
         embedding = getattr(own.deberta.embeddings, name)
