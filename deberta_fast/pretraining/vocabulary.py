@@ -41,7 +41,9 @@ def train_tokenizer(
 
     Args:
         sources: the documents.
-        folder: gets spm.model and tokenizer_config.json; it is made if it does not exist.
+        folder: gets spm.model and tokenizer_config.json; it is made if it does not exist. DebertaV2TokenizerFast
+            and transformers read it too. (transformers 5 leaves out the normalization: ids differ for characters that
+            it changes, such as "ﬁ".)
         vocab_size: number of pieces with the four special ones.
         character_coverage: part of the text whose characters become pieces; others are [UNK].
         max_sentences: lines, of up to 1024 characters, to learn from: a random sample if there are more. Memory grows
@@ -141,7 +143,8 @@ def _explained(error: RuntimeError, vocab_size: int) -> ValueError:
     most = re.search(r"value <= (\d+)", str(error))
     if most:
         return ValueError(
-            f"vocab_size={vocab_size} is too many: there is text for {most[1]} pieces. Give more text or vocab_size={most[1]}"
+            f"vocab_size={vocab_size} is too many: there is text for {most[1]} pieces. Give more text, or a vocab_size "
+            f"of {most[1]} or less"
         )
     characters = re.search(r"required_chars\D*(\d+) vs (\d+)", str(error))
     if characters:
