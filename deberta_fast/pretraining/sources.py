@@ -202,6 +202,8 @@ class Sources:
         else:
             items = self.texts() if callable(self.texts) else self.texts
         first, skip = 0, getattr(items, "skip", None)
+        if hasattr(items, "__len__") and start >= len(items):  # A dataset cannot skip all of its items.
+            return
         if start and callable(skip):  # a dataset of Hugging Face's
             items, first = skip(start), start
         for number, item in enumerate(items, first):

@@ -67,6 +67,10 @@ def sequences(row):
     return found
 
 
+def flat(rows):
+    return itertools.chain.from_iterable(itertools.chain.from_iterable(rows))
+
+
 def some_lengths(kind):
     draw = np.random.default_rng(3)
     return {
@@ -89,7 +93,7 @@ def test_packed_rows(tmp_path, tokenizer, monkeypatch, kind, length):
     found = PackedRows(shards, length, tokenizer)
     result = [sequences(found[i]) for i in range(len(found))]
     assert result == packed(lengths, length)
-    assert sum(sum(result, []), []) == list(range(10, 10 + sum(lengths)))  # No token is lost or repeated.
+    assert list(flat(result)) == list(range(10, 10 + sum(lengths)))  # No token is lost or repeated.
     assert all(length - LEAST_ROOM < len(found[i].input_ids) <= length for i in range(len(found) - 1))
     assert found._starts.dtype == np.uint64 and len(found._starts) == len(found) + 1
     for beyond in (len(found), -1):
@@ -106,7 +110,7 @@ def test_chunked_rows(tmp_path, tokenizer, kind, length):
     found = ChunkedRows(made_shards(tmp_path / "shards", tokenizer, lengths, 50), length, tokenizer)
     result = [sequences(found[i]) for i in range(len(found))]
     assert all(len(row) == 1 for row in result)
-    assert sum(sum(result, []), []) == list(range(10, 10 + sum(lengths)))
+    assert list(flat(result)) == list(range(10, 10 + sum(lengths)))
     assert all(len(row[0]) == length - 2 for row in result[:-1])
     with pytest.raises(IndexError):
         found[len(found)]

@@ -215,7 +215,9 @@ def test_damaged_files_are_named(copied, name):
     path = copied / name
     content = path.read_bytes()
     path.write_bytes(content[:-2])
-    with pytest.raises(ValueError, match=f"{name} is damaged: it has {len(content) - 2} bytes, expected {len(content)}"):
+    with pytest.raises(
+        ValueError, match=f"{name} is damaged: it has {len(content) - 2} bytes, expected {len(content)}"
+    ):
         Shards(copied)
     path.write_bytes(content[:9] + bytes([content[9] ^ 1]) + content[10:])
     with pytest.raises(ValueError, match=f"{name} is damaged: its CRC-32"):

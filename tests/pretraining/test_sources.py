@@ -22,7 +22,11 @@ def json_lines(texts, field="text"):
 def test_blank_lines_end_documents(tmp_path):
     path = write(tmp_path / "a.txt", b"\xef\xbb\xbf" + TEXT.encode())
     assert list(Sources(path)) == ["One\nstill one", "Two ü", "Three"]
-    assert list(Sources(write(tmp_path / "b.txt", TEXT.replace("\n", "\r\n")))) == ["One\r\nstill one", "Two ü", "Three"]
+    assert list(Sources(write(tmp_path / "b.txt", TEXT.replace("\n", "\r\n")))) == [
+        "One\r\nstill one",
+        "Two ü",
+        "Three",
+    ]
 
 
 def test_each_line_is_a_document_and_empty_ones_keep_their_numbers(tmp_path):
@@ -72,7 +76,11 @@ BAD = {
     "no-object": ("a.jsonl", json_lines(["a"]) + "[1]\n", r"a.jsonl, line 2: expected a JSON object, got list"),
     "no-field": ("a.jsonl", json_lines(["a"], "body"), r"a.jsonl, line 1: there is no field 'text', but id, body"),
     "no-text": ("a.jsonl", json_lines(["a", 3]), r"a.jsonl, line 2, field 'text': expected text, got int"),
-    "surrogate": ("a.jsonl", '{"text": "a\\ud800"}', r"a.jsonl, line 1, field 'text': half a surrogate pair at char.* 1"),
+    "surrogate": (
+        "a.jsonl",
+        '{"text": "a\\ud800"}',
+        r"a.jsonl, line 1, field 'text': half a surrogate pair at char.* 1",
+    ),
     "no-utf8": ("a.jsonl", json_lines(["a"]).encode() + b'{"text": "\xff"}', r"a.jsonl, line 2: expected UTF-8"),
     "text-no-utf8": ("a.txt", b"one\n\ntwo\nstill \xff two", r"a.txt, line 4: expected UTF-8"),
     "cut-gzip": ("a.txt.gz", gzip.compress(TEXT.encode() * 99)[:-20], r"a.txt.gz is damaged"),

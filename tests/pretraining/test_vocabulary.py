@@ -101,8 +101,26 @@ def test_a_tokenizer_is_never_overwritten(tmp_path, name):
 
 
 def test_errors_of_the_sources_are_not_the_end_of_the_text(tmp_path):
-    with pytest.raises(ValueError, match="item 300: expected text, got int"):
-        train_tokenizer(Sources(texts=[*(sentences() * 9)[:300], 3]), tmp_path / "new", vocab_size=100)
+    readings = []
+
+    def texts():
+        readings.append(0)
+        yield from (sentences() * 9)[:300]
+        if len(readings) == 3:  # checked, counted, and now learned from
+            raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        train_tokenizer(Sources(texts=texts), tmp_path / "new", vocab_size=100)
+    assert len(readings) == 3
+
+
+def test_a_sample_has_so_many_lines_from_everywhere():
+    lines = [f"line {i}" for i in range(1000)]
+    sample = list(vocabulary._Sample(Sources(texts=lines), False, 100, 7))
+    assert len(sample) == len(set(sample)) == 100
+    numbers = [int(line.split()[1]) for line in sample]
+    assert numbers == sorted(numbers) and 350 < sum(numbers) / 100 < 650
+    assert list(vocabulary._Sample(Sources(texts=lines), False, 1000, 7)) == lines
 
 
 @pytest.mark.parametrize(
@@ -110,7 +128,7 @@ def test_errors_of_the_sources_are_not_the_end_of_the_text(tmp_path):
     [
         (dict(vocab_size=4), "vocab_size must be an integer of 5 or more"),
         (dict(max_sentences=0), "max_sentences must be"),
-        (dict(seed=2**32), "seed must be less than"),
+        (dict(seed=-1), "seed must be"),
         (dict(character_coverage=0.5), "character_coverage must be from 0.98 to 1"),
         (dict(normalization="nfd"), "normalization must be one of nmt_nfkc"),
     ],
