@@ -1,17 +1,16 @@
 import json
-import os
 import pickle
-import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizer_files import byte_level_files, sentences, spm_folder
 
 from deberta_fast import DebertaTokenizer, DebertaTokenizerFast, DebertaV2Tokenizer, DebertaV2TokenizerFast
-from deberta_fast.pretraining.encoding import Encoder, tokenizer_fingerprint
+from deberta_fast.pretraining.encoding import tokenizer_fingerprint
 from deberta_fast.pretraining.shards import Shards, write_shards
 from deberta_fast.pretraining.sources import Sources
 
@@ -70,11 +69,11 @@ def test_an_ordinary_corpus_makes_one_shard_of_uint16(tokenizer, tmp_path):
     assert np.array_equal(shards.ids(0, shards.tokens), np.concatenate(expected_ids(tokenizer)))
 
 
-def test_ids_beyond_16_bits(tokenizer, tmp_path, monkeypatch):
+def test_ids_beyond_16_bits(tokenizer, tmp_path):
     large = DebertaV2Tokenizer.from_pretrained(spm_folder())
-    large.add_tokens([f"<{i}>" for i in range(70000)])
-    shards = write_shards(Sources(texts=["a <69999> b"]), large, tmp_path / "new")
-    assert shards.ids(0, shards.tokens).tolist() == large.encode("a <69999> b", add_special_tokens=False)
+    large.add_tokens([f"<{i}>" for i in range(65000)])
+    shards = write_shards(Sources(texts=["a <64999> b"]), large, tmp_path / "new")
+    assert shards.ids(0, shards.tokens).tolist() == large.encode("a <64999> b", add_special_tokens=False)
     assert max(shards.ids(0, shards.tokens)) > 2**16
 
 
@@ -115,25 +114,28 @@ def test_a_stopped_call_is_continued_to_the_same_bytes(written, tokenizer, tmp_p
     assert contents(tmp_path / "new") == contents(tmp_path / "whole")
 
 
-def test_a_killed_process_is_continued_to_the_same_bytes(tokenizer, tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_killed_call_with_processes_is_continued_to_the_same_bytes(tokenizer, tmp_path):
     text = tmp_path / "corpus.jsonl"
-    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in corpus() * 60))
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in corpus() * 30))
     folder, whole = tmp_path / "killed", tmp_path / "whole"
-    program = (
-        "from deberta_fast import DebertaV2Tokenizer as T; from deberta_fast.pretraining import shards, sources\n"
-        f"shards.write_shards(sources.Sources({str(text)!r}), T.from_pretrained({str(spm_folder())!r}), {str(folder)!r}, "
-        "shard_tokens=20000)"
-    )
+    program = f"""
+from deberta_fast import DebertaV2Tokenizer
+from deberta_fast.pretraining import shards, sources
+
+tokenizer = DebertaV2Tokenizer.from_pretrained({str(spm_folder())!r})
+shards.write_shards(sources.Sources({str(text)!r}), tokenizer, {str(folder)!r}, shard_tokens=20000, processes=2)
+"""
     process = subprocess.Popen([sys.executable, "-c", program])
     try:
-        deadline = time.monotonic() + 60
-        while not (folder / "00002.tokens.unfinished").exists() and time.monotonic() < deadline:
-            assert process.poll() is None
-            time.sleep(0.002)
+        wait_until(lambda: (folder / "00002.tokens.unfinished").exists() or process.poll() is not None)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     finally:
-        process.send_signal(signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
+        process.kill()
         process.wait()
-    assert len(json.loads((folder / "shards.json").read_text())["shards"]) >= 1
+    assert len(children) >= 2
+    assert len(json.loads((folder / "shards.json").read_text())["shards"]) >= 2
+    wait_until(lambda: not any(map(alive, children)))
     with pytest.raises(ValueError, match="is not finished"):
         Shards(folder)
     for place in (folder, whole):
@@ -141,23 +143,18 @@ def test_a_killed_process_is_continued_to_the_same_bytes(tokenizer, tmp_path):
     assert contents(folder) == contents(whole)
 
 
-def test_processes_do_not_change_the_bytes(written, tokenizer, tmp_path):
-    write_shards(Sources(texts=corpus()), tokenizer, tmp_path / "new", shard_tokens=1000, processes=2)
-    assert contents(tmp_path / "new") == contents(written.folder)
+def wait_until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
-def test_batches_come_in_order_from_processes(tokenizer, monkeypatch):
-    monkeypatch.setattr("deberta_fast.pretraining.encoding._DOCUMENTS", 3)
-    encoder = Encoder(tokenizer, 2)
-    documents = list(enumerate(corpus()))
-    first = encoder.encode(documents)
-    taken = [next(first) for _ in range(4)]
-    first.close()
-    result = list(encoder.encode(documents))
-    encoder.close()
-    assert [number for number, _ in result] == list(range(len(documents)))
-    assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(taken, result))
-    assert [ids.tolist() for _, ids in result if len(ids)] == expected_ids(tokenizer)
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_a_finished_folder_is_left_as_it_is(written, tokenizer):
