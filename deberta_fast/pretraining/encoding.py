@@ -7,6 +7,8 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -117,8 +119,16 @@ def _encode(tokenizer, texts: list[str]) -> list[np.ndarray]:
 
 def _start(tokenizer) -> None:
     global _tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # The processes are as many as the caller wants cores to work.
     _tokenizer = tokenizer
+
+
+def _end_with_parent() -> None:
+    """Ends this process when its parent was killed, for which the pool would wait without end."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _encode_in_process(texts: list[str]) -> list[np.ndarray]:

@@ -83,9 +83,9 @@ class ChunkedRows:
 
 
 class SampleOrder:
-    """``order[k]`` is the row of sample k = 0, 1, 2, ... without end; each epoch of ``rows`` samples has every row once.
+    """``order[k]`` is the row of sample k = 0, 1, 2, ... without end.
 
-    It depends on rows, seed and k alone.
+    Each epoch of ``rows`` samples has every row once. The order depends on rows, seed and k alone.
 
     Args:
         rows: their number.

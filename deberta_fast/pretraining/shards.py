@@ -157,13 +157,12 @@ def write_shards(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is no folder")
-    if not folder.exists():
+    if not (folder / INDEX).exists():
         sources.check()
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         index = _begun(folder, fixed)
         if index is None:
-            sources.check()
             index = {**fixed, "shards": [], "next_document": 0, "empty": 0, "finished": False}
             _write_index(folder, index)
         if not index["finished"]:

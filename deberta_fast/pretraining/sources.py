@@ -1,4 +1,4 @@
-"""Reads the documents of a corpus: text, JSON lines and Parquet files, Hugging Face datasets, and Python's iterables."""
+"""Reads the documents of a corpus: files of text, JSON lines or Parquet, Hugging Face datasets, Python's iterables."""
 
 import gzip
 import hashlib
@@ -54,7 +54,8 @@ class Sources:
             raise ValueError("expected either paths, or a dataset, or texts")
         if documents not in (BLANK_LINE, LINE):
             raise ValueError(f'documents must be "{BLANK_LINE}" or "{LINE}", got {documents!r}')
-        if texts is not None and not callable(texts) and (isinstance(texts, str | bytes) or not _starts_anew(texts)):
+        starts_anew = isinstance(texts, Iterable) and not isinstance(texts, Iterator | str | bytes)
+        if texts is not None and not callable(texts) and not starts_anew:
             raise TypeError(
                 "texts must be an iterable of str or dicts that can be read again, such as a list, or a function that "
                 f"returns a new iterator, got {type(texts).__name__}"
@@ -122,7 +123,7 @@ class Sources:
             yield from self._items(start, rank, ranks)
 
     def _file(self, file: Path, number: int, start: int, rank: int, ranks: int):
-        """Yields what ``numbered`` yields, for one file, whose first document is ``number``; returns the next number."""
+        """Yields what ``numbered`` yields for a file, whose first document is ``number``; returns the next number."""
         if file.suffix == ".parquet":
             return (yield from self._parquet(file, number, start, rank, ranks))
         text = _kind(file) == ".txt"
@@ -201,18 +202,13 @@ class Sources:
         else:
             items = self.texts() if callable(self.texts) else self.texts
         first, skip = 0, getattr(items, "skip", None)
+        if hasattr(items, "__len__") and start >= len(items):  # A dataset cannot skip all of its items.
+            return
         if start and callable(skip):  # a dataset of Hugging Face's
             items, first = skip(start), start
         for number, item in enumerate(items, first):
             if number >= start and number % ranks == rank:
                 yield number, self._text(f"{self._items_name()}, item {number}", item).strip()
-
-
-def _starts_anew(texts) -> bool:
-    try:
-        return iter(texts) is not texts
-    except TypeError:
-        return False
 
 
 def _kind(file: Path) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import random
 import re
 import tempfile
 from collections.abc import Iterator
@@ -41,12 +42,14 @@ def train_tokenizer(
 
     Args:
         sources: the documents.
-        folder: gets spm.model and tokenizer_config.json; it is made if it does not exist.
+        folder: gets spm.model and tokenizer_config.json; it is made if it does not exist. DebertaV2TokenizerFast
+            and transformers read it too. (transformers 5 leaves out the normalization: ids differ for characters that
+            it changes, such as "ﬁ".)
         vocab_size: number of pieces with the four special ones.
         character_coverage: part of the text whose characters become pieces; others are [UNK].
         max_sentences: lines, of up to 1024 characters, to learn from: a random sample if there are more. Memory grows
-            with it.
-        seed: of the sample, from 0 to 2**32 - 1.
+            with it. The sources are read twice, first to count the lines.
+        seed: of the sample.
         lowercase: the tokenizer converts text to lower case, here as well as later.
         normalization: sentencepiece's rule for characters: nmt_nfkc, nfkc, nmt_nfkc_cf, nfkc_cf or identity.
 
@@ -64,8 +67,6 @@ def train_tokenizer(
     for name, value, least in (("vocab_size", vocab_size, 5), ("max_sentences", max_sentences, 1), ("seed", seed, 0)):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer of {least} or more, got {value!r}")
-    if seed >= 2**32:
-        raise ValueError(f"seed must be less than 2**32, got {seed}")
     if not 0.98 <= character_coverage <= 1:
         raise ValueError(f"character_coverage must be from 0.98 to 1, got {character_coverage}")
     if normalization not in _NORMALIZATIONS:
@@ -77,8 +78,7 @@ def train_tokenizer(
         if (folder / name).exists():
             raise FileExistsError(f"{folder} holds {name} already: give a folder without a tokenizer")
     sources.check()
-    lines, model = _Lines(sources, lowercase), io.BytesIO()
-    sentencepiece.set_random_generator_seed(seed)
+    lines, model = _Sample(sources, lowercase, max_sentences, seed), io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
@@ -87,10 +87,8 @@ def train_tokenizer(
             vocab_size=vocab_size,
             character_coverage=character_coverage,
             normalization_rule_name=normalization,
-            input_sentence_size=max_sentences,
-            shuffle_input_sentence=True,
             max_sentence_length=_BYTES,
-            train_extremely_large_corpus=max_sentences > _MANY_LINES,
+            train_extremely_large_corpus=lines.count > _MANY_LINES,
             num_threads=_THREADS,
             minloglevel=2,
             **_SPECIAL,
@@ -106,22 +104,35 @@ def train_tokenizer(
     return DebertaV2Tokenizer.from_pretrained(folder)
 
 
-class _Lines:
-    """The lines to learn from. ``error`` is what the sources raised, since sentencepiece does not pass it on."""
+class _Sample:
+    """The lines to learn from, in their order. ``error`` is what the sources raised: sentencepiece does not pass it on.
 
-    def __init__(self, sources: Sources, lowercase: bool):
-        self._sources, self._lowercase = sources, lowercase
+    sentencepiece could draw a sample too, but with a seed of its own.
+    """
+
+    def __init__(self, sources: Sources, lowercase: bool, most: int, seed: int):
+        self._sources, self._lowercase, self._seed = sources, lowercase, seed
+        self._lines = sum(1 for _ in self._all())
+        self.count = min(self._lines, most)
         self.error: BaseException | None = None
 
+    def _all(self) -> Iterator[str]:
+        for document in self._sources:
+            for line in document.splitlines():
+                line = " ".join(line.replace("\0", " ").split())
+                if self._lowercase:
+                    line = "".join(map(str.lower, line))  # as the tokenizer does
+                yield from _cut(line)
+
     def __iter__(self) -> Iterator[str]:
+        draw, left, wanted = random.Random(self._seed).random, self._lines, self.count
         try:
-            for document in self._sources:
-                for line in document.splitlines():
-                    line = " ".join(line.replace("\0", " ").split())
-                    if self._lowercase:
-                        line = "".join(map(str.lower, line))  # as the tokenizer does
-                    yield from _cut(line)
-        except BaseException as error:
+            for line in self._all():
+                if draw() * left < wanted:  # So each set of lines is as likely as any other.
+                    wanted -= 1
+                    yield line
+                left -= 1
+        except Exception as error:
             self.error = error
 
 
@@ -141,7 +152,8 @@ def _explained(error: RuntimeError, vocab_size: int) -> ValueError:
     most = re.search(r"value <= (\d+)", str(error))
     if most:
         return ValueError(
-            f"vocab_size={vocab_size} is too many: there is text for {most[1]} pieces. Give more text or vocab_size={most[1]}"
+            f"vocab_size={vocab_size} is too many: there is text for {most[1]} pieces. Give more text, or a vocab_size "
+            f"of {most[1]} or less"
         )
     characters = re.search(r"required_chars\D*(\d+) vs (\d+)", str(error))
     if characters:
