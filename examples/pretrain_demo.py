@@ -125,8 +125,8 @@ def settings(options: argparse.Namespace, tokenizer: Path, run: Path) -> Path:
             "shards": str(options.out / "shards"), "length": length,
         },
         "training": {
-            "steps": options.steps, "batch_tokens": 16 * length if options.toy else 4096,
-            "learning_rate": 1e-3, "warmup_steps": options.steps // 10, "device": options.device,
+            "steps": options.steps, "batch_tokens": 16 * length,
+            "learning_rate": options.pretraining_rate, "warmup_steps": options.steps // 10, "device": options.device,
         },
         "reporting": {"log_every": max(1, options.steps // 20), "evaluate_every": max(1, options.steps // 4)},
     }  # fmt: skip
@@ -227,8 +227,9 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--archive", type=Path, default=Path("build/vader"), metavar="DIR", help="of the download")
     parser.add_argument("--snippets", type=Path, metavar="FILE", help="JSON lines with text and label instead")
     parser.add_argument("--steps", type=int, metavar="N", help="of pretraining (500)")
-    parser.add_argument("--train", type=int, default=4000, metavar="N", help="labelled sentences (4000)")
+    parser.add_argument("--train", type=int, default=2000, metavar="N", help="labelled sentences (2000)")
     parser.add_argument("--epochs", type=int, default=2, metavar="N", help="of fine-tuning (2)")
+    parser.add_argument("--pretraining-rate", type=float, default=1e-3, help="learning rate")
     parser.add_argument("--rate", type=float, default=3e-4, help="learning rate of the pretrained model")
     parser.add_argument("--new-rate", type=float, default=3e-4, help="learning rate of the new model")
     parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N")

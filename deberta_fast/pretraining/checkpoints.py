@@ -9,9 +9,12 @@
 A run that continues from it takes the same steps as one that was never stopped, bit for bit on the same machine.
 """
 
+import contextlib
 import os
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +53,8 @@ def save(
             shutil.rmtree(stale)
         beside.mkdir(parents=True)
     place.barrier()
-    dcp.save(_state(models, optimizers), checkpoint_id=str(beside), no_dist=place.ranks == 1)
+    with _alone():
+        dcp.save(_state(models, optimizers), checkpoint_id=str(beside), no_dist=place.ranks == 1)
     with open(beside / f"progress-{place.rank}.pt", "xb") as file:
         torch.save(progress, file)
         file.flush()
@@ -75,12 +79,14 @@ def load(folder: Path, models: nn.Module, optimizers: list, place: Place) -> dic
     Raises ValueError if the checkpoint is damaged or that of other models.
     """
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
 
     state = _state(models, optimizers)
     try:
-        dcp.load(state, checkpoint_id=str(folder), no_dist=place.ranks == 1)
-    except Exception as error:  # torch raises various kinds, some of them about single tensors
+        with _alone():
+            dcp.load(state, checkpoint_id=str(folder), no_dist=place.ranks == 1)
+    except (Exception, CheckpointException) as error:  # torch raises various kinds, some of them about single tensors
         reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
         raise ValueError(f"{folder} cannot be loaded: {reason}") from error
     set_model_state_dict(models, state["models"])
@@ -95,8 +101,17 @@ def load_weights(folder: Path, models: nn.Module) -> None:
     import torch.distributed.checkpoint as dcp
 
     state = {"models": models.state_dict()}
-    dcp.load(state, checkpoint_id=str(folder), no_dist=True)
+    with _alone():
+        dcp.load(state, checkpoint_id=str(folder), no_dist=True)
     models.load_state_dict(state["models"])
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Hides torch's remark that there is only one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _state(models: nn.Module, optimizers: list) -> dict[str, Any]:

@@ -60,7 +60,9 @@ def add_to(commands) -> None:
     )
     export.add_argument("run", metavar="RUN", help="folder of a run or of one of its checkpoints")
     export.add_argument("output", metavar="DIR", help="where to write")
-    export.add_argument("--part", default="both", choices=("discriminator", "generator", "both"), help="both by default")
+    export.add_argument(
+        "--part", default="both", choices=("discriminator", "generator", "both"), help="both by default"
+    )
     export.add_argument("--microsoft", action="store_true", help="also write both models in one file, by their names")
 
 
@@ -70,7 +72,9 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset-config", metavar="NAME", help="its configuration")
     parser.add_argument("--split", default="train", metavar="NAME", help="its split; train by default")
     parser.add_argument("--text-field", default="text", metavar="NAME", help="field or column; text by default")
-    parser.add_argument("--documents", default="blank-line", choices=("blank-line", "line"), help="what ends one in .txt")
+    parser.add_argument(
+        "--documents", default="blank-line", choices=("blank-line", "line"), help="what ends one in .txt"
+    )
 
 
 def run(given: argparse.Namespace) -> int:
@@ -92,9 +96,7 @@ def _sources(given: argparse.Namespace):
 def _train(given: argparse.Namespace) -> int:
     from .vocabulary import train_tokenizer
 
-    tokenizer = train_tokenizer(
-        _sources(given), given.output, vocab_size=given.vocab_size, lowercase=given.lowercase
-    )
+    tokenizer = train_tokenizer(_sources(given), given.output, vocab_size=given.vocab_size, lowercase=given.lowercase)
     print(f"{given.output}: {len(tokenizer)} ids, with the special ones")
     return 0
 

@@ -1,9 +1,9 @@
 """Trains the models of a run, and continues a run that was stopped."""
 
-import contextlib
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ class Run:
             self.output, self.done, settings.training.steps, tensorboard=reporting.tensorboard,
             progress=reporting.progress, active=self.place.rank == 0,
         )  # fmt: skip
-        stop = self._stop_signal()
+        told, before = self._stop_signal()
         try:
             if self.last is not None:
                 log.say(f"continuing from {self.last}")
@@ -85,7 +85,7 @@ class Run:
                 self._step(step_batches, meter, log)
                 self.done += 1
                 log.step()
-                ended = stop()
+                ended = bool(self.place.summed(told.clone()).item())
                 last = ended or self.done == settings.training.steps
                 if self.done % reporting.log_every == 0 or last:
                     log.write("train", self.done, meter.figures(self))
@@ -102,6 +102,8 @@ class Run:
                 log.say(f"stopped by a signal behind step {self.done}; the same command continues from {self.last}")
         finally:
             log.close()
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)
         if self.place.rank == 0:
             plot(self.output)
         return self.last
@@ -175,12 +177,13 @@ class Run:
                 )
         return found[-1]
 
-    def _stop_signal(self):
-        """Returns a function that tells all processes alike whether one of them was told to end."""
+    def _stop_signal(self) -> tuple[torch.Tensor, Any]:
+        """Returns a number that SIGTERM makes 1, and the earlier handler; None outside of the main thread."""
         told = torch.zeros(1, device=self.place.device)
-        with contextlib.suppress(ValueError):  # only the main thread may set handlers
-            signal.signal(signal.SIGTERM, lambda *_: told.fill_(1.0))
-        return lambda: bool(self.place.summed(told.clone()).item())
+        try:
+            return told, signal.signal(signal.SIGTERM, lambda *_: told.fill_(1.0))
+        except ValueError:  # only the main thread may set handlers
+            return told, None
 
 
 class Meter:

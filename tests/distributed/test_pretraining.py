@@ -1,0 +1,141 @@
+"""Pretraining by two processes: the steps of one, and runs that continue after a kill, bit for bit."""
+
+import os
+
+import pytest
+import torch
+from pretraining_run import MODEL, assert_identical, outcome, settings, texts, trained
+from processes import Processes
+
+from deberta_fast.pretraining.checkpoints import finished
+from deberta_fast.pretraining.trainer import Run, pretrain
+
+WITHOUT_DROPOUT = MODEL | dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+STEP = Run._step
+
+
+def run(folder, output, changes, crash=None):
+    """Runs in this process of a group; the last rank kills itself before step ``crash``."""
+    Run._step = STEP
+    if crash is not None:
+        last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+        die = lambda own, *rest: os.kill(os.getpid(), 9) if last and own.done == crash else STEP(own, *rest)
+        Run._step = die
+    pretrain(settings(folder, output, **changes))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretraining-processes")
+    texts(folder)
+    return folder
+
+
+KILLED = {
+    "one-process": (1, {}),
+    "one-process-stream-fp16": (1, dict(data__shards=None, data__shuffle_rows=8, training__precision="fp16")),
+    "fsdp": (2, dict(training__strategy="fsdp")),
+    "ddp-es-stream": (2, dict(rtd__sharing="es", data__shards=None, data__shuffle_rows=8)),
+}
+
+
+@pytest.mark.parametrize("name", KILLED)
+def test_killed_and_continued(name, folder):
+    """20 steps are 10, a kill -9 in the fifteenth, and 10 more: weights and log are the same to the bit."""
+    ranks, changes = KILLED[name]
+    changes = changes | dict(training__micro_batch_tokens=64)
+    with Processes(ranks) as processes:
+        processes.run(run, folder, f"{name}-whole", changes)
+        with pytest.raises(RuntimeError, match="the process died|Connection closed by peer|ranks"):
+            processes.run(run, folder, f"{name}-cut", changes, 14)
+        cut = folder / f"{name}-cut"
+        assert [path.name for path in finished(cut)] == ["step-00000010"]
+        # A kill may also come in the middle of a line, or of a checkpoint.
+        with open(cut / "log.jsonl", "a") as log:
+            log.write('{"kind": "tra')
+        (cut / "checkpoints" / "step-00000014.unfinished").mkdir()
+        processes.run(run, folder, f"{name}-cut", changes)
+    assert_identical(outcome(cut), outcome(folder / f"{name}-whole"))
+
+
+SAME = {
+    "mlm-ddp": dict(objective="mlm"),
+    "mlm-fsdp": dict(objective="mlm", training__strategy="fsdp"),
+    "gdes-ddp": dict(),
+    "gdes-fsdp": dict(training__strategy="fsdp"),
+    "es-ddp": dict(rtd__sharing="es"),
+    "es-fsdp": dict(rtd__sharing="es", training__strategy="fsdp"),
+}
+
+
+def one_step(folder, output, changes):
+    """Makes one step on the run's first batch, with drawn tokens that depend on the place alone; returns the weights
+    and the gradients' norms."""
+    from deberta_fast.pretraining import objectives
+
+    objectives.draw = lambda logits, temperature: torch.full((len(logits),), 9)
+    torch.manual_seed(0)
+    own = Run(settings(folder, output, model=WITHOUT_DROPOUT, training__warmup_steps=0, **changes), _place())
+    batches = own.text.batches(0, None)
+    for _ in range(2):
+        own.phases.step([next(batches) for _ in range(own.share.micro_batches)])
+    full = lambda x: (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().clone()
+    return {name: full(x) for name, x in own.models.named_parameters()}, [phase.norm for phase in own.phases.all]
+
+
+def _place():
+    from deberta_fast.pretraining.parallel import Place
+
+    if not torch.distributed.is_initialized():
+        return Place(torch.device("cpu"))
+    return Place(torch.device("cpu"), torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_two_processes_make_the_steps_of_one(name, folder, processes, monkeypatch):
+    """Losses are means over all masked tokens and over all tokens of both, whose numbers differ."""
+    from deberta_fast.pretraining import objectives
+
+    monkeypatch.setattr(objectives, "draw", objectives.draw)
+    changes = SAME[name] | dict(training__micro_batch_tokens=64, training__eps=1e-2)
+    alone, norms = one_step(folder, f"{name}-1", {k: v for k, v in changes.items() if k != "training__strategy"})
+    for weights, found in processes.run(one_step, folder, f"{name}-2", changes):
+        torch.testing.assert_close(found, norms, rtol=1e-4, atol=1e-6)
+        assert weights.keys() == alone.keys()
+        for parameter, x in alone.items():
+            torch.testing.assert_close(weights[parameter], x, rtol=0, atol=2e-6, msg=parameter)
+
+
+def test_run_continues_with_another_number_of_processes(folder, processes):
+    processes.run(run, folder, "fewer", dict(training__strategy="fsdp", training__steps=10))
+    log = trained(folder, "fewer", training__steps=20)["log"]
+    assert log[-1]["step"] == 20 and log[-1]["mlm_loss"] < log[0]["mlm_loss"]
+
+
+def evaluated(folder, output, changes):
+    own = Run(settings(folder, output, **changes), _place())
+    found = {}
+
+    class Log:
+        write = lambda self, kind, step, figures: found.update(figures)
+
+    own._evaluate(Log())
+    return found
+
+
+@pytest.mark.parametrize("sharing, strategy", [("gdes", "ddp"), ("es", "fsdp")])
+def test_evaluation_counts_all_processes(sharing, strategy, folder, processes):
+    held_out = folder / "held-out"
+    held_out.mkdir(exist_ok=True)
+    changes = dict(
+        data__evaluation=[str(texts(held_out))], rtd__sharing=sharing, training__micro_batch_tokens=64, masking__rate=0.2
+    )  # fmt: skip
+    alone = evaluated(folder, f"{sharing}-evaluated", changes)
+    for found in processes.run(evaluated, folder, f"{sharing}-evaluated-2", changes | {"training__strategy": strategy}):
+        assert found["mlm_loss"] == pytest.approx(alone["mlm_loss"], rel=1e-5)
+        assert found["original"] == pytest.approx(alone["original"], abs=0.01)  # ranks draw other tokens
+
+
+def test_shares_that_cannot_be_equal(folder, processes):
+    with pytest.raises(RuntimeError, match="batch_tokens must be a multiple of rows x processes: 3 rows for 2"):
+        processes.run(run, folder, "uneven", dict(training__batch_tokens=192, training__micro_batch_tokens=64))
