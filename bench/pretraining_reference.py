@@ -214,10 +214,7 @@ def load(reference: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         name = name.removeprefix("mask_predictions.").removeprefix("lm_predictions.lm_head.")
         name = name.replace("_embeddings._weight", "_embeddings.weight")
-        if (
-            name == "deberta.embeddings.position_embeddings.weight"
-            and getattr(reference, "positions", None) is not None
-        ):
+        if has_positions and name == "deberta.embeddings.position_embeddings.weight":
             name = "positions.weight"
         renamed["model." + name.removeprefix("deberta.") if name.startswith("deberta.") else name] = tensor
     reference.load_state_dict(renamed)
