@@ -1,7 +1,7 @@
 """What one step of pretraining computes: losses of a masked batch, and figures that say how good the model is.
 
 Each objective is a module whose forward takes a batch, so that DistributedDataParallel, FSDP and torch.compile see the
-call. Losses are means over a batch's items in float32.
+call. Losses are means over a batch's items in float32 at least.
 
 Masked language model (MLM): L_G = mean over masked tokens i of -log softmax(z_i)[x_i] (Devlin et al., arXiv
 1810.04805). The logits z_i = LayerNorm(gelu(W h_i + b)) E^T + bias are made for the M masked tokens alone, (M, V). With
@@ -85,7 +85,8 @@ class MaskedTokens(nn.Module):
     def forward(self, batch: MaskedBatch) -> Predicted:
         states, _ = self.model.predicting_states(batch.hidden_ids, **batch.sequences)
         logits = self.model.lm_predictions(states.index_select(0, batch.places), self.model.get_input_embeddings())
-        logits, targets = logits.float(), batch.input_ids.index_select(0, batch.places)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        targets = batch.input_ids.index_select(0, batch.places)
         loss = F.cross_entropy(logits, targets, reduction="sum") / max(1, len(targets))
         with torch.no_grad():
             right = (logits.argmax(-1) == targets).sum()
