@@ -31,7 +31,7 @@ OUTER_PATH := $(PATH)
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-oldest test-clients sanitize bench gpu lint format clean
+.PHONY: setup demo pretrain-demo test test-oldest test-clients sanitize bench gpu lint format clean
 
 setup: $(BUILT)
 
@@ -53,6 +53,10 @@ $(BUILT): $(READY) setup.py $(CSRC)
 
 demo: setup
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+# Ten minutes on two cores. It downloads labelled text into build/vader
+pretrain-demo: setup
+	$(BIN)/python examples/pretrain_demo.py $(DEMO_ARGS)
 
 test: setup
 	$(BIN)/python -m pytest $(WORKERS) $(TEST_ARGS)
@@ -115,5 +119,5 @@ format: $(READY)
 
 # Keeps $(VENV): it takes minutes to make
 clean:
-	rm -rf build dist deberta_fast/_C.*so demo-output *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist deberta_fast/_C.*so demo-output pretrain-demo-output *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,8 +1,8 @@
 """Sentences of film reviews, rated by people, for examples that need labelled text.
 
-They are "movieReviewSnippets" of Hutto and Gilbert's study (VADER, ICWSM 2014): 10,605 sentences from rottentomatoes.com,
-each with the mean of 20 people's ratings, from -4 to 4. The authors publish them, under the MIT licence, inside the source
-archive of their package vaderSentiment, which pip downloads; nothing of it is installed or run.
+They are "movieReviewSnippets" of Hutto and Gilbert's study (VADER, ICWSM 2014): 10,605 sentences of reviews on
+rottentomatoes.com, each with the mean of 20 people's ratings, from -4 to 4. The authors publish them, under the MIT
+licence, inside the source archive of their package vaderSentiment, which pip downloads; nothing of it is installed.
 """
 
 import hashlib

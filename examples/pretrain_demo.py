@@ -2,10 +2,10 @@
 
     python examples/pretrain_demo.py                # make pretrain-demo: about ten minutes on two cores
 
-A tokenizer, then a discriminator of 4 layers and a generator of 2, 256 wide, by replaced-token detection on the standard
-library's docstrings, comments and manual. Then the exported discriminator, and a new model of the same shape, learn from
-labelled sentences whether they praise a film, with 3 seeds each. The program says by how much pretraining helps, and
-writes losses.png and comparison.json into --out. Every step is a command or a function that users have too.
+A tokenizer, then a discriminator of 4 layers and a generator of 2, 256 wide, by replaced-token detection on the
+standard library's docstrings, comments and manual. Then the exported discriminator, and a new model of the same shape,
+learn from labelled sentences whether they praise a film, with 3 seeds each. The program says by how much pretraining
+helps, and writes losses.png and comparison.json into --out. Every step is a command or a function that users have too.
 """
 
 import argparse
@@ -226,7 +226,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("pretrain-demo-output"), metavar="DIR")
     parser.add_argument("--archive", type=Path, default=Path("build/vader"), metavar="DIR", help="of the download")
     parser.add_argument("--snippets", type=Path, metavar="FILE", help="JSON lines with text and label instead")
-    parser.add_argument("--steps", type=int, metavar="N", help="of pretraining (500)")
+    parser.add_argument("--steps", type=int, metavar="N", help="of pretraining (350)")
     parser.add_argument("--train", type=int, default=2000, metavar="N", help="labelled sentences (2000)")
     parser.add_argument("--epochs", type=int, default=2, metavar="N", help="of fine-tuning (2)")
     parser.add_argument("--pretraining-rate", type=float, default=1e-3, help="learning rate")
@@ -236,7 +236,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--toy", action="store_true", help="a tiny model, in seconds")
     options = parser.parse_args(argv)
-    options.steps = options.steps or (6 if options.toy else 500)
+    options.steps = options.steps or (6 if options.toy else 350)
     options.vocabulary = 600 if options.toy else 8000
     return options
 

@@ -69,6 +69,16 @@ RANKS = [
     {"hf.patch"},
     {"selfcheck", "testing", "distributed.groups", "distributed.tensor_parallel"},
     {"distributed.context_parallel", "distributed.loss_weights"},
+    # pretraining
+    {"pretraining"},
+    {f"pretraining.{name}" for name in ("discriminator", "encoding", "flops", "log", "masking")},
+    {f"pretraining.{name}" for name in ("optimizers", "parallel", "sift", "sources")},
+    {f"pretraining.{name}" for name in ("sharing", "shards", "vocabulary")},
+    {f"pretraining.{name}" for name in ("objectives", "rows", "settings")},
+    {f"pretraining.{name}" for name in ("batches", "build", "evaluation", "phases", "streaming")},
+    {f"pretraining.{name}" for name in ("checkpoints", "corpus")},
+    {f"pretraining.{name}" for name in ("export", "trainer")},
+    {"pretraining.command"},
     {"cli", "hf", "distributed"},
     {"__main__", ""},
 ]
@@ -80,6 +90,7 @@ LATE = {
     "models": {"accelerate"},
     "tokenization": {"numpy", "sentencepiece", "tokenizers"},
     "pipelines": {"tqdm"},
+    "pretraining": {"datasets", "matplotlib", "numpy", "pyarrow", "sentencepiece", "tqdm", "yaml"},
     "cli": {"tqdm"},
 }
 # Nothing else imports from these folders.

@@ -19,8 +19,8 @@ PAGES = {path.stem: path.read_text() for path in (ROOT / "README.md", *sorted((R
 SNIPPETS = {
     f"{page}-{number}": code
     for page, text in PAGES.items()
-    # tests/clients runs them, where their packages are; tests/distributed, on two processes
-    if page not in ("clients", "long_sequences")
+    # tests/clients runs them, where their packages are; tests/distributed, on two processes; tests/pretraining, in order
+    if page not in ("clients", "long_sequences", "pretraining")
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
 }
 

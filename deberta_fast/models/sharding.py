@@ -141,8 +141,8 @@ class Sharding(NamedTuple):
         return summed(mine, self.group, "first tokens")
 
     def repeated(self, values: torch.Tensor, tokens: int) -> torch.Tensor:
-        """One value per sequence for each of this rank's rows: (B, width) to (B, 1, width), or (n, width) to (T_r, width)
-        of packed sequences."""
+        """One value per sequence for each row that is here: (B, width) to (B, 1, width), packed (n, width) to
+        (T_r, width)."""
         if self.cu_seqlens is None:
             return values.unsqueeze(1)
         rows = torch.arange(self.stretches.start, self.stretches.stop, device=self.device)

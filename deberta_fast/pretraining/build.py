@@ -108,6 +108,12 @@ def _load(models: LanguageModel | ReplacedTokenModels, settings: Settings) -> No
     for name in SHARED:
         if (key := f"deberta.embeddings.{name}.weight") in state:
             embeddings[name] = state.pop(key)
+        # Where the file has the difference, the sum minus E_G would only add rounding.
+        difference = tensors.get(f"discriminator.deberta.embeddings.{name}._weight")
+        if difference is not None and models.sharing == "gdes" and name in embeddings:
+            own = getattr(models.discriminator.deberta.embeddings, name)
+            own._weight.data.copy_(difference)
+            del embeddings[name]
     torch.nn.Module.load_state_dict(models.discriminator, state, strict=False)
     models.set_discriminator_embeddings(embeddings)
 

@@ -6,6 +6,7 @@ Whatever they need is imported when one of them runs.
 import argparse
 from pathlib import Path
 
+PARTS = ("discriminator", "generator", "both")
 COMMANDS = ("train-tokenizer", "tokenize", "pretrain", "export")
 CONFIGURATIONS = Path(__file__).with_name("configurations")
 PRETRAIN = """\

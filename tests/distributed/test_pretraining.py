@@ -128,7 +128,7 @@ def test_evaluation_counts_all_processes(sharing, strategy, folder, processes):
     held_out = folder / "held-out"
     held_out.mkdir(exist_ok=True)
     changes = dict(
-        data__evaluation=[str(texts(held_out))], rtd__sharing=sharing, training__micro_batch_tokens=64, masking__rate=0.2
+        data__evaluation=[str(texts(held_out))], rtd__sharing=sharing, training__micro_batch_tokens=64,
     )  # fmt: skip
     alone = evaluated(folder, f"{sharing}-evaluated", changes)
     for found in processes.run(evaluated, folder, f"{sharing}-evaluated-2", changes | {"training__strategy": strategy}):
