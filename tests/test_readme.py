@@ -19,7 +19,7 @@ PAGES = {path.stem: path.read_text() for path in (ROOT / "README.md", *sorted((R
 SNIPPETS = {
     f"{page}-{number}": code
     for page, text in PAGES.items()
-    # tests/clients runs them, where their packages are; tests/distributed, on two processes; tests/pretraining, in order
+    # tests/clients runs these, where their packages are; tests/distributed, on two processes; tests/pretraining
     if page not in ("clients", "long_sequences", "pretraining")
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
 }

@@ -4,6 +4,7 @@ Whatever they need is imported when one of them runs.
 """
 
 import argparse
+import os
 from pathlib import Path
 
 PARTS = ("discriminator", "generator", "both")
@@ -125,7 +126,9 @@ def _pretrain(given: argparse.Namespace) -> int:
     if not path.is_file():
         names = ", ".join(sorted(path.stem for path in CONFIGURATIONS.glob("*.yaml")))
         raise FileNotFoundError(f"there is no file {given.settings}, and no ready settings of this name: {names}")
-    print(pretrain(read_settings(path, given.changes)))
+    checkpoint = pretrain(read_settings(path, given.changes))
+    if os.environ.get("RANK", "0") == "0":  # torchrun's processes would all print it
+        print(checkpoint)
     return 0
 
 

@@ -1,5 +1,6 @@
 """The rows of a run: from shards, which texts are tokenised into first, or from a stream of texts."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,10 +97,22 @@ def _shards(data: Data, files: list[str], folder: Path, tokenizer, settings: Set
     if place.rank == 0 and (files or data.dataset):
         progress = settings.reporting.progress
         write_shards(_sources(data, files), tokenizer, folder, processes=max(1, data.processes), progress=progress)
+    elif files or data.dataset:
+        _wait_for(folder)
     place.barrier()
     shards = Shards(folder)
     shards.check_tokenizer(tokenizer)
     return shards
+
+
+def _wait_for(folder: Path) -> None:
+    """Waits until another process has finished the shards: for hours perhaps, which no collective would."""
+    while True:
+        try:
+            Shards(folder)
+            return
+        except (FileNotFoundError, ValueError):
+            time.sleep(0.1)
 
 
 def _rows(shards: Shards, data: Data, tokenizer):
