@@ -32,6 +32,9 @@ class Shuffled:
     def state_dict(self) -> None:
         return None
 
+    def close(self) -> None:
+        pass
+
 
 class Streamed:
     """A rank's batches from a stream, whose state is saved."""
@@ -54,6 +57,10 @@ class Streamed:
 
     def state_dict(self) -> dict:
         return self._rows.state_dict()
+
+    def close(self) -> None:
+        """Ends the processes that tokenize."""
+        self._rows.close()
 
 
 def training_batches(settings: Settings, tokenizer, vocabulary: Vocabulary, share: Share, place: Place):

@@ -102,6 +102,7 @@ class Run:
                 log.say(f"stopped by a signal behind step {self.done}; the same command continues from {self.last}")
         finally:
             log.close()
+            self.text.close()
             if before is not None:
                 signal.signal(signal.SIGTERM, before)
         if self.place.rank == 0:
