@@ -66,8 +66,8 @@ class Phase:
         try:
             self._check()
             self.scaler.step(self.optimizer)
-            self.scaler.update()
         finally:
+            self.scaler.update()
             self.optimizer.zero_grad()
         self.rate = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step()
@@ -88,8 +88,6 @@ class Phase:
     def drop(self) -> None:
         """Forgets gradients of a step that is not made."""
         self.optimizer.zero_grad()
-        if self.scaler.is_enabled():
-            self.scaler.update()
 
     def state_dict(self) -> dict:
         return {

@@ -79,7 +79,7 @@ class Run:
                 log.say(f"continuing from {self.last}")
             meter = Meter(self.place, settings)
             batches = self.text.batches(self.done, self._state_of_text)
-            ended = saved = False
+            ended = False
             while self.done < settings.training.steps and not ended:
                 step_batches = [next(batches).to(self.place.device) for _ in range(self.share.micro_batches)]
                 self._step(step_batches, meter, log)
@@ -87,17 +87,16 @@ class Run:
                 log.step()
                 ended = bool(self.place.summed(told.clone()).item())
                 last = ended or self.done == settings.training.steps
-                if self.done % reporting.log_every == 0 or last:
+                due = last or _due(self.done, reporting.save_every)
+                if due or _due(self.done, reporting.log_every):
+                    # Also before a checkpoint: a run that continues from it knows nothing of the steps before.
                     log.write("train", self.done, meter.figures(self))
                 if last or _due(self.done, reporting.evaluate_every):
                     self._evaluate(log)
                     meter.pause()
-                saved = last or _due(self.done, reporting.save_every)
-                if saved:
+                if due:
                     self._save()
                     meter.pause()
-            if not saved and self.last is None:
-                self._save()
             if ended:
                 log.say(f"stopped by a signal behind step {self.done}; the same command continues from {self.last}")
         finally:

@@ -61,7 +61,7 @@ def test_workers_change_nothing(folder):
 
 
 def test_checkpoints_are_kept_and_removed(folder):
-    trained(folder, "kept", reporting__save_every=4, reporting__keep=2)
+    trained(folder, "kept", reporting__save_every=4, reporting__log_every=7, reporting__keep=2)
     assert [path.name for path in finished(folder / "kept")] == ["step-00000016", "step-00000020"]
     assert not list((folder / "kept" / "checkpoints").glob("*.unfinished"))
     before = outcome(folder / "kept")
@@ -87,13 +87,13 @@ def test_damaged_checkpoint(folder):
         pretrain(settings(folder, "damaged", training__steps=5))
 
 
-def poisoned(monkeypatch, at, value):
-    """Multiplies the loss of the generator's phase at a step."""
+def poisoned(monkeypatch, at, value, model="generator"):
+    """Multiplies the loss of a model's phase at a step."""
     backward, count = phases.Phase.backward, []
 
     def spoiled(self, inputs, loss_of):
         count.append(self.name)
-        factor = value if count.count(self.name) == at and self.name == "generator" else 1.0
+        factor = value if count.count(self.name) == at and self.name == model else 1.0
         return backward(self, inputs, lambda output, i: loss_of(output, i) * factor)
 
     monkeypatch.setattr(phases.Phase, "backward", spoiled)
@@ -108,9 +108,11 @@ def test_bad_step_stops_and_names_the_last_checkpoint(folder, monkeypatch):
     assert [path.name for path in finished(folder / "stopped")] == ["step-00000010"]
 
 
-def test_bad_step_is_skipped_and_counted(folder, monkeypatch):
-    poisoned(monkeypatch, 3, float("inf"))
-    found = trained(folder, "skipped", training__bad_step="skip")
+@pytest.mark.parametrize("precision, model", [("fp32", "generator"), ("fp16", "generator"), ("fp16", "discriminator")])
+def test_bad_step_is_skipped_and_counted(precision, model, folder, monkeypatch):
+    poisoned(monkeypatch, 3, float("inf"), model)
+    changes = dict(training__bad_step="skip", training__precision=precision, training__steps=8)
+    found = trained(folder, f"skipped-{precision}-{model}", **changes)
     assert found["log"][-1]["skipped"] == 1 and all(x.isfinite().all() for x in found["weights"].values())
 
 
