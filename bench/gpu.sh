@@ -22,6 +22,7 @@
 #   memory    peak memory                            host      the host's time for a call
 #   encoder   whole DeBERTa-v3-base models against others, forward; also encoder-training (with peak memory),
 #             encoder-large (v3-large) and encoder-compiled (in torch.compile)
+#   pretraining  steps of replaced-token detection, packed, against Hugging Face's modules on padded batches
 #   long      training steps on one text of 4096 to 65536 tokens: time and memory, with checkpointing and without
 #   kernels   each kernel of the fused backends, and other settings of Triton's
 #   sanitize  compute-sanitizer on two small problems: memcheck and racecheck, and initcheck outside of first
@@ -44,7 +45,7 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 first='build:90 check:75 g1:70 g1-others:70 peak:20 encoders:60 sanitize:50 ncu:45'
 second='workspaces:75 tiles:85 far:70'
 others='build tests op layer kernels sanitize ncu dropout padding memory host encoder encoder-training encoder-large
-  encoder-compiled long plots'
+  encoder-compiled pretraining long plots'
 named="cuda $(for word in $first $second; do [[ " $others " == *" ${word%:*} "* ]] || printf '%s ' "${word%:*}"; done)"
 
 dry='' out='' archive='' stages=() brief=''
@@ -93,6 +94,7 @@ bench() {  # run a benchmark; in a dry run at toy sizes, which come last and so 
     case $module in
       encoder) toy='--models tiny --tokens 32 --seconds 0' ;;
       layer_gpu) toy='--tokens 16' ;;
+      pretraining) toy='--quick --steps 1' ;;
       long_gpu) toy='--size tiny --dtype float32' ;;
       far_flash) toy='--tokens 16 --heads 1 --blocks 8 16' ;;
       triton_kernels) toy='--tokens 16 --heads 1 --most 1 --kernels forward' ;;
@@ -195,6 +197,7 @@ encoder-compiled() {  # A group of rows compiles for a minute
   bench encoder --variants eager eager+compile native native-packed native+compile modernbert modernbert+compile \
     --lengths 512 --dtypes bfloat16 --limit 150 --name encoder-compiled
 }
+pretraining() { bench pretraining; }
 long() { bench long_gpu; }
 ncu() { bench cuda_kernels ncu --lengths 512 8192; }
 plots() { "$python" -m bench.plots "$out"; }
