@@ -226,8 +226,8 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("pretrain-demo-output"), metavar="DIR")
     parser.add_argument("--archive", type=Path, default=Path("build/vader"), metavar="DIR", help="of the download")
     parser.add_argument("--snippets", type=Path, metavar="FILE", help="JSON lines with text and label instead")
-    parser.add_argument("--steps", type=int, metavar="N", help="of pretraining (350)")
-    parser.add_argument("--train", type=int, default=2000, metavar="N", help="labelled sentences (2000)")
+    parser.add_argument("--steps", type=int, metavar="N", help="of pretraining (200)")
+    parser.add_argument("--train", type=int, default=1500, metavar="N", help="labelled sentences (1500)")
     parser.add_argument("--epochs", type=int, default=2, metavar="N", help="of fine-tuning (2)")
     parser.add_argument("--pretraining-rate", type=float, default=1e-3, help="learning rate")
     parser.add_argument("--rate", type=float, default=3e-4, help="learning rate of the pretrained model")
@@ -236,7 +236,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--toy", action="store_true", help="a tiny model, in seconds")
     options = parser.parse_args(argv)
-    options.steps = options.steps or (6 if options.toy else 350)
+    options.steps = options.steps or (6 if options.toy else 200)
     options.vocabulary = 600 if options.toy else 8000
     return options
 
