@@ -118,6 +118,13 @@ def loaded(dataset: MaskedRows, share: Share, first_step: int, workers: int, pin
 
 
 def evaluation_numbers(rows: int, micro_rows: int, rank: int, ranks: int) -> list[list[int]]:
-    """Returns the sample numbers of a rank's evaluation batches; the last ones of some ranks may be fewer."""
+    """Returns the sample numbers of a rank's evaluation batches, of which all ranks have as many.
+
+    Raises ValueError if there are fewer rows than ranks.
+    """
+    if rows < ranks:
+        raise ValueError(f"data.evaluation must have a row for each of {ranks} processes, got {rows}: give more text")
     own = range(rank, rows, ranks)
-    return [list(own[start : start + micro_rows]) for start in range(0, len(own), micro_rows)]
+    most = -(-rows // ranks)  # of a rank
+    batches = min(-(-most // micro_rows), rows // ranks)
+    return [list(own[len(own) * i // batches : len(own) * (i + 1) // batches]) for i in range(batches)]

@@ -91,13 +91,8 @@ def evaluation_batches(settings: Settings, tokenizer, vocabulary: Vocabulary, sh
     rows = _rows(_shards(data, data.evaluation, folder, tokenizer, settings, place), data, tokenizer)
     masking: Masking = settings.masking
     dataset = MaskedRows(rows, None, masking, vocabulary, EVALUATION_SEED)
-    per_rank = [evaluation_numbers(len(rows), share.micro_rows, rank, place.ranks) for rank in range(place.ranks)]
-    if len({len(x) for x in per_rank}) > 1:
-        raise ValueError(
-            f"data.evaluation has {len(rows)} rows, too few for {place.ranks} processes to have as many batches each: "
-            "give more text, or a smaller training.micro_batch_tokens"
-        )
-    return lambda: (packed([dataset[number] for number in numbers]) for numbers in per_rank[place.rank])
+    batches = evaluation_numbers(len(rows), share.micro_rows, place.rank, place.ranks)
+    return lambda: (packed([dataset[number] for number in numbers]) for numbers in batches)
 
 
 def _shards(data: Data, files: list[str], folder: Path, tokenizer, settings: Settings, place: Place) -> Shards:
