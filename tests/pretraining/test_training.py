@@ -28,7 +28,7 @@ CASES = {
     "es": dict(rtd__sharing="es"),
     "nes-bf16": dict(rtd__sharing="nes", training__precision="bf16"),
     "gdes-fp16": dict(training__precision="fp16"),
-    "checkpointed": dict(training__checkpointing="keep_attention", training__steps=10),
+    "checkpointed": dict(training__checkpointing="keep_attention"),
     "v1-chunks": dict(
         model={k: v for k, v in MODEL.items() if k not in ("position_buckets", "share_att_key", "norm_rel_ebd")}
         | {"max_relative_positions": 32}, data__rows="chunks",
