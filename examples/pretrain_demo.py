@@ -125,8 +125,10 @@ def settings(options: argparse.Namespace, tokenizer: Path, run: Path) -> Path:
             "shards": str(options.out / "shards"), "length": length,
         },
         "training": {
-            "steps": options.steps, "batch_tokens": 16 * length,
-            "learning_rate": options.pretraining_rate, "warmup_steps": options.steps // 10, "device": options.device,
+            "steps": options.steps, "batch_tokens": (16 if options.toy else 8) * length,
+            "learning_rate": options.pretraining_rate,
+            # At the generator's rate all states of the discriminator grew alike.
+            "discriminator_learning_rate": 0.3 * options.pretraining_rate, "warmup_steps": options.steps // 5, "device": options.device,
         },
         "reporting": {"log_every": max(1, options.steps // 20), "evaluate_every": max(1, options.steps // 4)},
     }  # fmt: skip
@@ -226,17 +228,17 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("pretrain-demo-output"), metavar="DIR")
     parser.add_argument("--archive", type=Path, default=Path("build/vader"), metavar="DIR", help="of the download")
     parser.add_argument("--snippets", type=Path, metavar="FILE", help="JSON lines with text and label instead")
-    parser.add_argument("--steps", type=int, metavar="N", help="of pretraining (200)")
-    parser.add_argument("--train", type=int, default=3000, metavar="N", help="labelled sentences (3000)")
-    parser.add_argument("--epochs", type=int, default=1, metavar="N", help="of fine-tuning (1)")
+    parser.add_argument("--steps", type=int, metavar="N", help="of pretraining (300)")
+    parser.add_argument("--train", type=int, default=1500, metavar="N", help="labelled sentences (1500)")
+    parser.add_argument("--epochs", type=int, default=2, metavar="N", help="of fine-tuning (2)")
     parser.add_argument("--pretraining-rate", type=float, default=1e-3, help="learning rate")
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of the pretrained model")
-    parser.add_argument("--new-rate", type=float, default=1e-3, help="learning rate of the new model")
+    parser.add_argument("--rate", type=float, default=3e-4, help="learning rate of the pretrained model")
+    parser.add_argument("--new-rate", type=float, default=3e-4, help="learning rate of the new model")
     parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--toy", action="store_true", help="a tiny model, in seconds")
     options = parser.parse_args(argv)
-    options.steps = options.steps or (6 if options.toy else 200)
+    options.steps = options.steps or (6 if options.toy else 300)
     options.vocabulary = 600 if options.toy else 8000
     return options
 
