@@ -128,7 +128,8 @@ def settings(options: argparse.Namespace, tokenizer: Path, run: Path) -> Path:
             "steps": options.steps, "batch_tokens": (16 if options.toy else 8) * length,
             "learning_rate": options.pretraining_rate,
             # At the generator's rate all states of the discriminator grew alike.
-            "discriminator_learning_rate": 0.3 * options.pretraining_rate, "warmup_steps": options.steps // 5, "device": options.device,
+            "discriminator_learning_rate": 0.3 * options.pretraining_rate,
+            "warmup_steps": options.steps // 5, "device": options.device,
         },
         "reporting": {"log_every": max(1, options.steps // 20), "evaluate_every": max(1, options.steps // 4)},
     }  # fmt: skip
