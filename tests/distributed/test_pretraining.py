@@ -1,5 +1,6 @@
 """Pretraining by two processes: the steps of one, and runs that continue after a kill, bit for bit."""
 
+import itertools
 import os
 
 import pytest
@@ -41,19 +42,19 @@ KILLED = {
 
 @pytest.mark.parametrize("name", KILLED)
 def test_killed_and_continued(name, folder):
-    """20 steps are 10, a kill -9 in the fifteenth, and 10 more: weights and log are the same to the bit."""
+    """20 steps are 10, a kill -9 in the eighteenth, and 10 more: weights and log are the same to the bit."""
     ranks, changes = KILLED[name]
     changes = changes | dict(training__micro_batch_tokens=64)
     with Processes(ranks) as processes:
         processes.run(run, folder, f"{name}-whole", changes)
         with pytest.raises(RuntimeError, match="the process died|Connection closed by peer|ranks"):
-            processes.run(run, folder, f"{name}-cut", changes, 14)
+            processes.run(run, folder, f"{name}-cut", changes, 17)  # the log tells of step 15 already
         cut = folder / f"{name}-cut"
         assert [path.name for path in finished(cut)] == ["step-00000010"]
         # A kill may also come in the middle of a line, or of a checkpoint.
         with open(cut / "log.jsonl", "a") as log:
             log.write('{"kind": "tra')
-        (cut / "checkpoints" / "step-00000014.unfinished").mkdir()
+        (cut / "checkpoints" / "step-00000017.unfinished").mkdir()
         processes.run(run, folder, f"{name}-cut", changes)
     assert_identical(outcome(cut), outcome(folder / f"{name}-whole"))
 
@@ -68,19 +69,50 @@ SAME = {
 }
 
 
-def one_step(folder, output, changes):
-    """Makes one step on the run's first batch, with drawn tokens that depend on the place alone; returns the weights
-    and the gradients' norms."""
+def shorter(batch):
+    """Keeps a batch's first 24 tokens or more; how many depends on its tokens alone."""
+    size = 24 + int(batch.input_ids.sum()) % 40
+    tokens = dict(
+        input_ids=batch.input_ids[:size], hidden_ids=batch.hidden_ids[:size], position_ids=batch.position_ids[:size]
+    )
+    kept = batch.cu_seqlens[batch.cu_seqlens < size]
+    ends = torch.cat([kept, torch.tensor([size], dtype=torch.int32)])
+    return batch._replace(**tokens, places=batch.places[batch.places < size], cu_seqlens=ends)
+
+
+def joined(batches):
+    starts = [0, *itertools.accumulate(len(batch.input_ids) for batch in batches)]
+    ends = [batch.cu_seqlens[1:] + start for batch, start in zip(batches, starts)]
+    return type(batches[0])(
+        input_ids=torch.cat([batch.input_ids for batch in batches]),
+        hidden_ids=torch.cat([batch.hidden_ids for batch in batches]),
+        places=torch.cat([batch.places + start for batch, start in zip(batches, starts)]),
+        cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int32), *ends]).to(torch.int32),
+        position_ids=torch.cat([batch.position_ids for batch in batches]),
+        max_seqlen=max(batch.max_seqlen for batch in batches),
+    )
+
+
+def two_steps(folder, output, changes):
+    """Makes a run's first two steps on batches of different sizes, with a draw that is always the same; returns the
+    weights, the gradients' norms, and each batch's numbers of masked tokens and of tokens.
+
+    A process alone makes each step of one batch; one of several, of its micro-batches.
+    """
     from deberta_fast.pretraining import objectives
 
     objectives.draw = lambda logits, temperature: torch.full((len(logits),), 9)
     torch.manual_seed(0)
     own = Run(settings(folder, output, model=WITHOUT_DROPOUT, training__warmup_steps=0, **changes), _place())
-    batches = own.text.batches(0, None)
+    batches = map(shorter, own.text.batches(0, None))
+    counts = []
     for _ in range(2):
-        own.phases.step([next(batches) for _ in range(own.share.micro_batches)])
+        step = [next(batches) for _ in range(own.share.micro_batches)]
+        counts += [(len(batch.places), len(batch.input_ids)) for batch in step]
+        own.phases.step(step if torch.distributed.is_initialized() else [joined(step)])
     full = lambda x: (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().clone()
-    return {name: full(x) for name, x in own.models.named_parameters()}, [phase.norm for phase in own.phases.all]
+    weights = {name: full(x) for name, x in own.models.named_parameters()}
+    return weights, [phase.norm for phase in own.phases.all], counts
 
 
 def _place():
@@ -93,13 +125,16 @@ def _place():
 
 @pytest.mark.parametrize("name", SAME)
 def test_two_processes_make_the_steps_of_one(name, folder, processes, monkeypatch):
-    """Losses are means over all masked tokens and over all tokens of both, whose numbers differ."""
+    """Losses are means over all masked tokens and over all tokens of both and of all micro-batches, whose numbers
+    differ."""
     from deberta_fast.pretraining import objectives
 
     monkeypatch.setattr(objectives, "draw", objectives.draw)
     changes = SAME[name] | dict(training__micro_batch_tokens=64, training__eps=1e-2)
-    alone, norms = one_step(folder, f"{name}-1", {k: v for k, v in changes.items() if k != "training__strategy"})
-    for weights, found in processes.run(one_step, folder, f"{name}-2", changes):
+    of_one = {k: v for k, v in changes.items() if k != "training__strategy"}
+    alone, norms, counts = two_steps(folder, f"{name}-1", of_one)
+    assert all(len(set(numbers)) > 2 for numbers in zip(*counts))
+    for weights, found, _ in processes.run(two_steps, folder, f"{name}-2", changes):
         torch.testing.assert_close(found, norms, rtol=1e-4, atol=1e-6)
         assert weights.keys() == alone.keys()
         for parameter, x in alone.items():
