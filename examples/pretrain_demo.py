@@ -7,8 +7,8 @@ standard library's docstrings, comments and manual. Then the exported discrimina
 learn from labelled sentences whether they praise a film, with 3 seeds each. The program compares their accuracies, and
 writes losses.png and comparison.json into --out. Every step is a command or a function that users have too.
 
-In ten minutes two cores see 0.3 million tokens, from which pretraining does not help yet: docs/pretraining.md, "Measured".
-With more time or a GPU, --steps and --train are what to raise.
+In ten minutes two cores see 0.3 million tokens, from which pretraining does not help yet: see docs/pretraining.md,
+"Measured". With more time or a GPU, --steps and --train are what to raise.
 """
 
 import argparse
