@@ -63,7 +63,8 @@ def test_rows_and_summary(here, tmp_path, capsys):
     assert all(row["steps"] == 1 and row["s"] > 0 and row["difference"] < 1e-5 for row in rows)
     for row in rows:
         assert row["s/1000 tokens"] == pytest.approx(1000 * row["s"] / row["length"])
-        assert row["peak MiB"] / row["peak/least"] == pytest.approx(row["length"] * 64 * 4 * 3 / 2**20, abs=1e-9)
+        # So little memory may be resident already, and the peak 0.
+        assert row["peak MiB"] == pytest.approx(row["peak/least"] * row["length"] * 64 * 4 * 3 / 2**20, abs=1e-9)
     printed = capsys.readouterr().out
     for head in ("## s/1000 tokens", "## peak MiB", "## kept/least", "## Peak memory, 96 to 48 tokens"):
         assert head in text and head in printed
