@@ -130,7 +130,7 @@ def settings(options: argparse.Namespace, tokenizer: Path, run: Path) -> Path:
         "training": {
             "steps": options.steps, "batch_tokens": (16 if options.toy else 8) * length,
             "learning_rate": options.pretraining_rate,
-            # At the generator's rate all states of the discriminator grew alike.
+            # At the generator's rate the states of a sentence's tokens grow alike sooner.
             "discriminator_learning_rate": 0.3 * options.pretraining_rate,
             "warmup_steps": options.steps // 5, "device": options.device,
         },

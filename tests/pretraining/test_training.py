@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+import torch._dynamo
 from pretraining_run import MODEL, assert_identical, outcome, settings, texts, trained
 
 from deberta_fast.pretraining import phases
@@ -155,6 +156,16 @@ def test_accumulation_is_one_large_batch(folder):
     parts = trained(folder, "parts", training__micro_batch_tokens=64, training__steps=5, **changes)
     for name, x in one["weights"].items():
         torch.testing.assert_close(parts["weights"][name], x, rtol=0, atol=2e-5, msg=name)
+
+
+def test_compiled_layers_make_the_same_steps(folder):
+    changes = dict(objective="mlm", model=MODEL | dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    eager = trained(folder, "not-compiled", training__steps=3, **changes)
+    torch._dynamo.utils.counters.clear()
+    compiled = trained(folder, "compiled", training__steps=3, training__compile=True, **changes)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for name, x in eager["weights"].items():
+        torch.testing.assert_close(compiled["weights"][name], x, rtol=0, atol=2e-5, msg=name)
 
 
 def test_evaluation(folder):
