@@ -2,6 +2,8 @@
 
 import itertools
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from pretraining_run import MODEL, assert_identical, outcome, settings, texts, t
 from processes import Processes
 
 from deberta_fast.pretraining.checkpoints import finished
+from deberta_fast.pretraining.settings import write_settings
 from deberta_fast.pretraining.trainer import Run, pretrain
 
 WITHOUT_DROPOUT = MODEL | dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -145,6 +148,18 @@ def test_run_continues_with_another_number_of_processes(folder, processes):
     processes.run(run, folder, "fewer", dict(training__strategy="fsdp", training__steps=10))
     log = trained(folder, "fewer", training__steps=20)["log"]
     assert log[-1]["step"] == 20 and log[-1]["mlm_loss"] < log[0]["mlm_loss"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_torchrun(strategy, folder, tmp_path):
+    """The command as people give it: torchrun makes the processes, the command joins them and prints once."""
+    write_settings(settings(folder, tmp_path / "run", training__strategy=strategy), tmp_path / "settings.yaml")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command = [*torchrun, "-m", "deberta_fast", "pretrain", str(tmp_path / "settings.yaml"), "training.steps=4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert done.stdout.split() == [str(tmp_path / "run" / "checkpoints" / "step-00000004")]
+    assert len(list((tmp_path / "run" / "checkpoints" / "step-00000004").glob("*.distcp"))) == 2  # a part of each rank
 
 
 def evaluated(folder, output, changes):
