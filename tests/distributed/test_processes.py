@@ -49,7 +49,7 @@ def test_results_and_failures():
 SCRIPT = Path(__file__).with_name("train.py")
 
 
-def test_torchrun():
+def test_torchrun(tmp_path):
     """A script under torchrun: its ranks' gradients equal one process's."""
     command = [
         sys.executable,
@@ -62,8 +62,9 @@ def test_torchrun():
         "2",
     ]
     paths = os.pathsep.join([str(Path(__file__).parents[1] / "helpers"), *sys.path])
+    command += [str(SCRIPT), str(tmp_path)]
     result = subprocess.run(
-        [*command, str(SCRIPT)], env=os.environ | {"PYTHONPATH": paths}, timeout=120, capture_output=True, text=True
+        command, env=os.environ | {"PYTHONPATH": paths}, timeout=120, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    assert sorted(result.stdout.split()) == ["rank-0-agrees", "rank-1-agrees"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["rank-0-agrees", "rank-1-agrees"]
