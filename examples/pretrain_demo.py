@@ -7,8 +7,9 @@ standard library's docstrings, comments and manual. Then the exported discrimina
 learn from labelled sentences whether they praise a film, with 3 seeds each. The program compares their accuracies, and
 writes losses.png and comparison.json into --out. Every step is a command or a function that users have too.
 
-In ten minutes two cores see 0.3 million tokens, from which pretraining does not help yet: see docs/pretraining.md,
-"Measured". With more time or a GPU, --steps and --train are what to raise.
+Two cores see 0.6 million tokens in 2 to 6 minutes, from which pretraining does not help yet; 20 million of such text
+do not either: see docs/pretraining.md, "Measured". With more time or a GPU, --steps, --train and --own-text are what to
+raise.
 """
 
 import argparse
@@ -37,7 +38,10 @@ SMALL = dict(
     hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024, position_buckets=256,
     relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True, norm_rel_ebd="layer_norm",
     position_biased_input=False, type_vocab_size=0, max_position_embeddings=512,
+    # So few tokens do not let it overfit, and with dropout it learns more slowly.
+    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
 )  # fmt: skip
+DROPOUT = dict(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)  # of fine-tuning
 TOY = SMALL | dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 
 
@@ -47,7 +51,7 @@ def main(argv: list[str] | None = None) -> dict:
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     train, test = labelled(options)
-    write_texts(options)
+    write_texts(options, [text for text, _ in train] if options.own_text else [])
     tokenizer, run, model = options.out / "tokenizer", options.out / "run", options.out / "discriminator"
     if not tokenizer.exists():
         size = str(options.vocabulary)
@@ -62,9 +66,12 @@ def main(argv: list[str] | None = None) -> dict:
     return results
 
 
-def write_texts(options: argparse.Namespace) -> None:
-    """Writes train.txt and held-out.txt, documents between blank lines; every twentieth module is held out."""
-    found = {"train": [], "held-out": []}
+def write_texts(options: argparse.Namespace, sentences: list[str]) -> None:
+    """Writes train.txt and held-out.txt, documents between blank lines; every twentieth module is held out.
+
+    Four of ``sentences`` make a document of train.txt.
+    """
+    found = {"train": ["\n".join(sentences[i : i + 4]) for i in range(0, len(sentences), 4)], "held-out": []}
     for number, text in enumerate(documents(toy=options.toy)):
         found["train" if number % 20 else "held-out"].append(text)
     for name, texts in found.items():
@@ -128,11 +135,11 @@ def settings(options: argparse.Namespace, tokenizer: Path, run: Path) -> Path:
             "shards": str(options.out / "shards"), "length": length,
         },
         "training": {
-            "steps": options.steps, "batch_tokens": (16 if options.toy else 8) * length,
+            "steps": options.steps, "batch_tokens": 16 * length,
             "learning_rate": options.pretraining_rate,
             # At the generator's rate the states of a sentence's tokens grow alike sooner.
             "discriminator_learning_rate": 0.3 * options.pretraining_rate,
-            "warmup_steps": options.steps // 5, "device": options.device,
+            "warmup_steps": options.steps // 5, "device": options.device, "precision": options.precision,
         },
         "reporting": {"log_every": max(1, options.steps // 20), "evaluate_every": max(1, options.steps // 4)},
     }  # fmt: skip
@@ -146,15 +153,16 @@ def compared(folder: Path, train: Labelled, test: Labelled, options: argparse.Na
     tokenizer = DebertaV2Tokenizer.from_pretrained(folder)
     encoded = [features(texts, tokenizer) for texts in (train, test)]
     found: dict[str, list[float]] = {"pretrained": [], "new": []}
+    changes = {"num_labels": 2, **DROPOUT}
     for seed in range(options.seeds):
         for kind, accuracies in found.items():
             torch.manual_seed(seed)
             if kind == "pretrained":
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # the classifier is new, which is what we want
-                    model = DebertaV2ForSequenceClassification.from_pretrained(folder, num_labels=2)
+                    model = DebertaV2ForSequenceClassification.from_pretrained(folder, **changes)
             else:
-                model = DebertaV2ForSequenceClassification(DebertaV2Config.from_pretrained(folder, num_labels=2))
+                model = DebertaV2ForSequenceClassification(DebertaV2Config.from_pretrained(folder, **changes))
             rate = options.rate if kind == "pretrained" else options.new_rate
             fine_tune(model.to(options.device), encoded[0], rate, seed, options, f"{kind}, seed {seed}")
             accuracies.append(accuracy(model, encoded[1]))
@@ -239,6 +247,10 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=3e-4, help="learning rate of the pretrained model")
     parser.add_argument("--new-rate", type=float, default=3e-4, help="learning rate of the new model")
     parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N")
+    parser.add_argument(
+        "--own-text", action="store_true", help="pretrain on the labelled sentences too, without labels"
+    )
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of pretraining")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--toy", action="store_true", help="a tiny model, in seconds")
     options = parser.parse_args(argv)

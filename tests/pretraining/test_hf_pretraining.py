@@ -48,7 +48,7 @@ def reference(monkeypatch):
 
 
 class Noise:
-    """Draws tokens in the way of ``objectives.draw``, with noise of a generator of its own; keeps the tokens."""
+    """Draws tokens of the distribution of ``objectives.draw``, with noise of its own; keeps the tokens."""
 
     def __init__(self):
         self.generator, self.drawn = torch.Generator().manual_seed(7), []

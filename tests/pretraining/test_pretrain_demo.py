@@ -25,8 +25,22 @@ def test_demo(demo, tmp_path, capsys):
     sentences = [(f"a {'fine' if i % 2 else 'dull'} film of {i} minutes", i % 2) for i in range(120)]
     (tmp_path / "s.jsonl").write_text("".join(json.dumps({"text": x, "label": y}) + "\n" for x, y in sentences))
     out = tmp_path / "out"
-    options = ["--toy", "--out", str(out), "--snippets", str(tmp_path / "s.jsonl"), "--seeds", "2", "--epochs", "1"]
+    options = [
+        "--toy",
+        "--out",
+        str(out),
+        "--snippets",
+        str(tmp_path / "s.jsonl"),
+        "--seeds",
+        "2",
+        "--epochs",
+        "1",
+        "--own-text",
+    ]
     results = demo[1].main(options)
+    text = [(out / f"{name}.txt").read_text() for name in ("train", "held-out")]
+    assert all(x in text[0] and x not in text[1] for x, _ in sentences[:90])
+    assert not any(x in text[0] for x, _ in sentences[90:])
     assert results == json.loads((out / "comparison.json").read_text()) and results["snippets"] == 90
     assert [len(results[kind]) for kind in ("pretrained", "new")] == [2, 2]
     assert all(0 <= x <= 1 for x in results["pretrained"] + results["new"])

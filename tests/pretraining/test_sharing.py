@@ -138,6 +138,14 @@ def test_draws_follow_the_softmax():
         torch.testing.assert_close(shares, torch.softmax(logits / temperature, 0), rtol=0, atol=0.01)
 
 
+def test_draws_are_words():
+    """Impossible words are never drawn, the last ones are; what is not a number gives a word too, no bad index."""
+    infinity = float("inf")
+    logits = torch.tensor([-infinity, 0.0, -infinity, 0.0, -infinity]).expand(1000, 5)
+    assert set(draw(logits, 1.0).tolist()) == {1, 3}
+    assert (draw(torch.full((20, 5), float("nan")), 1.0) < 5).all()
+
+
 def test_drawing_the_original_counts_as_original():
     found = batch()
     drawn = found.input_ids[found.places].clone()
