@@ -9,6 +9,7 @@ people rated each from -4 to 4, and the file holds the mean. Cite: C.J. Hutto an
 Rule-based Model for Sentiment Analysis of Social Media Text, ICWSM 2014. Licence: MIT (LICENSE.txt in the archive).
 """
 
+import argparse
 import hashlib
 import io
 import subprocess
@@ -71,7 +72,9 @@ def split(rows: list[tuple[str, float]], test: int) -> tuple[Labelled, Labelled]
 
 
 if __name__ == "__main__":
-    train, test = snippets(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=FOLDER, help="of the download")
+    train, test = snippets(parser.parse_args().folder)
     for name, part in (("train", train), ("test", test)):
         print(f"{name}: {len(part)} snippets, {sum(label for _, label in part) / len(part):.3f} positive")
     for text, label in train[:5]:
