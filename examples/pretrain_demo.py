@@ -37,7 +37,7 @@ SMALL = dict(
     hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024, position_buckets=256,
     relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True, norm_rel_ebd="layer_norm",
     position_biased_input=False, type_vocab_size=0, max_position_embeddings=512,
-    # So few tokens do not let it overfit, and with dropout it learns more slowly.
+    # Dropout is against overfitting, for which these steps are too few.
     hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
 )  # fmt: skip
 DROPOUT = dict(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)  # of fine-tuning

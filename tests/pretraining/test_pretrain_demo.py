@@ -25,19 +25,9 @@ def test_demo(demo, tmp_path, capsys):
     sentences = [(f"a {'fine' if i % 2 else 'dull'} film of {i} minutes", i % 2) for i in range(120)]
     (tmp_path / "s.jsonl").write_text("".join(json.dumps({"text": x, "label": y}) + "\n" for x, y in sentences))
     out = tmp_path / "out"
-    options = [
-        "--toy",
-        "--out",
-        str(out),
-        "--snippets",
-        str(tmp_path / "s.jsonl"),
-        "--seeds",
-        "2",
-        "--epochs",
-        "1",
-        "--own-text",
-    ]
-    results = demo[1].main(options)
+    options = ["--out", str(out), "--snippets", str(tmp_path / "s.jsonl")]
+    results = demo[1].main([*options, *"--toy --seeds 2 --epochs 1 --own-text --precision bf16".split()])
+    assert "precision: bf16\n" in (out / "settings.yaml").read_text()
     text = [(out / f"{name}.txt").read_text() for name in ("train", "held-out")]
     assert all(x in text[0] and x not in text[1] for x, _ in sentences[:90])
     assert not any(x in text[0] for x, _ in sentences[90:])
