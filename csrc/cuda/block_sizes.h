@@ -13,6 +13,9 @@ namespace deberta_fast {
 // Distances per block of an expanded table.
 constexpr int kDistances = 32;
 
+// The largest head size, rounded up, at which a warp of forward makes its position scores alone (scores_alone.h).
+constexpr int kAloneSize = 64;
+
 // Rows per block of queries or keys in backward. There a pair of such blocks is near or far as a whole.
 constexpr int kBackwardRows = 128;
 

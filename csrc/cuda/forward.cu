@@ -2,33 +2,35 @@
 //
 // A block owns kBlockM = 128 queries of a head, each warp 16 kFragments of them, and iterates over tiles of kBlockN =
 // 64 keys from left to right: far left, near, far right. Scores, probabilities and O stay in registers. Shared memory,
-// Memory::kBytes, holds K, V and the band by columns per block, and the band by rows per warp. K of the next tile is
-// copied while V is used, and V while K is used.
-#include "band.h"
+// Memory::kBytes, holds K and V per block and the band by rows per warp, and at head sizes above 64 the band by columns
+// per block. K of the next tile is copied while V is used, and V while K is used.
 #include "dropout.h"
 #include "kernels.h"
+#include "scores_alone.h"
 
 namespace deberta_fast::cuda {
 namespace {
 
 template <int size>
-using ForwardShape = Shape<size, (size <= 64 ? 2 : 1), (size <= 64 ? 4 : 8), 64>;
+using ForwardShape = Shape<size, (size <= kAloneSize ? 2 : 1), (size <= kAloneSize ? 4 : 8), 64, size <= kAloneSize>;
 
 // The layout of shared memory. A warp loads its rows of Q through a stage. If registers hold Q afterwards, the stage
 // shares its memory with the warp's band.
 template <class S>
 struct Memory {
-  static constexpr bool kRowsInRegisters = S::kSize <= 64;
-  static constexpr int kWarpBytes = S::kRowBandBytes + (kRowsInRegisters ? 0 : S::kStageBytes);
-  static constexpr int kBytes = 2 * S::kTileBytes + S::kWarps * kWarpBytes + S::kColumnBandBytes;
-  static_assert(!kRowsInRegisters || S::kStageBytes <= S::kRowBandBytes, "the stage fits into the band");
+  static constexpr bool kRowsInRegisters = S::kAlone;
+  static constexpr int kBandBytes = S::kAlone ? kWindowBandBytes : S::kRowBandBytes;
+  static constexpr int kColumnBandBytes = S::kAlone ? 0 : S::kColumnBandBytes;
+  static constexpr int kWarpBytes = kBandBytes + (kRowsInRegisters ? 0 : S::kStageBytes);
+  static constexpr int kBytes = 2 * S::kTileBytes + S::kWarps * kWarpBytes + kColumnBandBytes;
+  static_assert(!kRowsInRegisters || S::kStageBytes <= kBandBytes, "the stage fits into the band");
 
   char *keys, *values, *column_band, *row_band, *stage;
 
   DEVICE Memory() {
     keys = shared_memory(), values = keys + S::kTileBytes, column_band = values + S::kTileBytes;
-    char* own = column_band + S::kColumnBandBytes + warp() * kWarpBytes;
-    row_band = own + kHalf * kRowBandMargin, stage = own + (kRowsInRegisters ? 0 : S::kRowBandBytes);
+    char* own = column_band + kColumnBandBytes + warp() * kWarpBytes;
+    row_band = own + kHalf * kRowBandMargin, stage = own + (kRowsInRegisters ? 0 : kBandBytes);
   }
 };
 
@@ -51,21 +53,26 @@ struct Mainloop {
     EACH(f, kFragments) row_max[f][0] = row_max[f][1] = kLowest;
   }
 
-  DEVICE void left(uint32_t (&a)[kFragments][4], int step) const {
-    EACH(f, kFragments)
-      if constexpr (M::kRowsInRegisters) {
-        EACH(w, 4) a[f][w] = query[step][f][w];
-      } else {
-        load_left<S>(a[f], memory.stage, f, step);
-      }
+  // The block, with its number of rows computed again: no register holds it while tiles are processed.
+  DEVICE BlockInfo whole_block() const {
+    BlockInfo whole = block;
+    whole.rows = call.ends == nullptr ? call.query.length : block.columns;
+    return whole;
   }
 
-  // Loads Q, and shifts it for far tiles.
+  DEVICE void left(uint32_t (&a)[4], int f, int step) const {
+    if constexpr (M::kRowsInRegisters) {
+      EACH(w, 4) a[w] = query[step][f][w];
+    } else {
+      load_left<S>(a, memory.stage, f, step);
+    }
+  }
+
+  DEVICE void left(uint32_t (&a)[kFragments][4], int step) const { EACH(f, kFragments) left(a[f], f, step); }
+
+  // Takes Q, which has arrived in the stage, and shifts it for far tiles.
   template <bool near>
-  DEVICE void load_rows(int far_row) {
-    load_own_rows<S>(memory.stage, call.query.x, call, block, own_rows<S>(block));
-    commit_copies();
-    wait_copies<0>();
+  DEVICE void take_rows(int far_row) {
     sync_warp();
     if (!near) shift_rows<T, S>(memory.stage, call, block, call.query, call.key, far_row);
     EACH(f, kFragments) {
@@ -84,37 +91,34 @@ struct Mainloop {
   DEVICE void process_tiles(int tile, const int end, int far_row) {
     tile = next_tile<S>(call, block, tile, end);
     if (tile >= end) return;
-    load_rows<near>(far_row);
+    load_own_rows<S>(memory.stage, call.query.x, call, block, own_rows<S>(whole_block()));
     uint64_t exists = visible_in_tile<S>(call, block, tile);
     load_columns<S>(memory.keys, call.key.x, call, block, tile * S::kBlockN, exists);
     commit_copies();
-    const bool c2p = call.query.score_table != nullptr, p2c = call.key.score_table != nullptr;
-    if (near && !c2p) clear_row_band<S>(memory.row_band);
-    if (near && !p2c) clear_column_band<S>(memory.column_band);
+    wait_copies<0>();
+    take_rows<near>(far_row);
+    if (near && !S::kAlone) clear_absent_bands();
+    WindowBand<T, S> band = {memory.row_band};
     bool follows = false;
     while (tile < end) {
       wait_copies<0>();
-      sync_block();  // K has arrived; all warps have read V and the band by columns
+      sync_block();  // K has arrived; all warps have read V
       load_columns<S>(memory.values, call.value, call, block, tile * S::kBlockN, exists);
       commit_copies();
       float scores[kFragments][S::kBlockN / 8][4];
-      if (near) {
-        if (p2c)
-          write_column_band<T, S>(memory.column_band, call, block, call.key, memory.keys, tile * S::kBlockN, tile);
-        if (c2p)
-          write_row_band<T, S>(memory.row_band, call, block, call.query, tile * S::kBlockN, follows,
-                               [&](uint32_t (&a)[kFragments][4], int step) { left(a, step); });
-        sync_block();  // the band by columns is complete
-        begin_scores<T, S>(scores, memory.row_band, memory.column_band, 1 / call.band_scale);
+      if constexpr (near && S::kAlone) {
+        const auto rows = [&](auto& a, auto... place) { left(a, place...); };
+        BlockInfo here = block;
+        here.head = anew(block.head);  // else registers would hold addresses in the tables across tiles
+        band.write(call, here, call.query, tile * S::kBlockN, follows, rows);
+        near_scores<T, S>(scores, band, call, here, memory.keys, tile * S::kBlockN, rows);
       } else {
-        EACH(f, kFragments)
-          EACH(n, S::kBlockN / 8)
-            EACH(w, 4) scores[f][n][w] = 0;
-      }
-      EACH(step, kSteps) {
-        uint32_t a[kFragments][4];
-        left(a, step);
-        add_products<T, S>(scores, a, memory.keys, step);
+        begin<near>(scores, tile, follows);
+        EACH(step, kSteps) {
+          uint32_t a[kFragments][4];
+          left(a, step);
+          add_products<T, S>(scores, a, memory.keys, step);
+        }
       }
       const int following = next_tile<S>(call, block, tile + 1, end);
       const uint64_t seen = exists;
@@ -137,10 +141,37 @@ struct Mainloop {
     }
   }
 
+  DEVICE void clear_absent_bands() const {
+    if (call.query.score_table == nullptr) clear_row_band<S>(memory.row_band);
+    if (call.key.score_table == nullptr) clear_column_band<S>(memory.column_band);
+  }
+
+  // Sets scores to the position scores that bands hold, or to zero in a far tile.
+  template <bool near>
+  DEVICE void begin(float (&scores)[kFragments][S::kBlockN / 8][4], int tile, bool follows) const {
+    if constexpr (near) {
+      if (call.key.score_table != nullptr)
+        write_column_band<T, S>(memory.column_band, call, block, call.key, memory.keys, tile * S::kBlockN, tile);
+      if (call.query.score_table != nullptr)
+        write_row_band<T, S>(memory.row_band, call, block, call.query, tile * S::kBlockN, follows,
+                             [&](uint32_t (&a)[kFragments][4], int step) { left(a, step); });
+      sync_block();  // the band by columns is complete
+      begin_scores<T, S>(scores, memory.row_band, memory.column_band, 1 / call.band_scale);
+    } else {
+      EACH(f, kFragments)
+        EACH(n, S::kBlockN / 8)
+          EACH(w, 4) scores[f][n][w] = 0;
+    }
+  }
+
+  // The first key of this lane in eight positions, counted within them.
+  static DEVICE int own_key() { return S::column(2 * (lane() % 4)); }
+
   DEVICE void hide(float (&scores)[kFragments][S::kBlockN / 8][4], uint64_t seen) const {
+    seen >>= own_key();
     EACH(n, S::kBlockN / 8)
       EACH(w, 2) {
-        const bool there = seen >> (column_at(8 * n) + 8 * (lane() % 4) + w) & 1;
+        const bool there = seen >> (S::column(8 * n) + S::column(w)) & 1;
         EACH(f, kFragments) {
           scores[f][n][w] = there ? scores[f][n][w] : -infinity();
           scores[f][n][2 + w] = there ? scores[f][n][2 + w] : -infinity();
@@ -186,22 +217,31 @@ struct Mainloop {
             score = exp2_fast(fused_multiply_add(slope, score, origin));
             row_sum[f][half] += score;
           }
-        if (dropout) drop(scores[f], half, first_key + 8 * (lane() % 4), own_row<S>(block, f, half));
+        if (dropout) drop(scores[f], half, first_key, own_row<S>(block, f, half));
       }
   }
 
   // Dropout does not change row_sum.
-  DEVICE void drop(float (&probabilities)[S::kBlockN / 8][4], int half, int key, int query) const {
-    EACH(group, S::kBlockN / 32) {
-      const uint32_t keep = mask.keep_eight(query, key + 32 * group);
-      EACH(k, 8) {
-        float& probability = probabilities[4 * group + k / 2][2 * half + k % 2];
-        probability = keep >> k & 1 ? probability : 0;
+  DEVICE void drop(float (&probabilities)[S::kBlockN / 8][4], int half, int first_key, int query) const {
+    const uint64_t keep = kept(query, first_key) >> own_key();
+    EACH(n, S::kBlockN / 8)
+      EACH(w, 2) {
+        float& probability = probabilities[n][2 * half + w];
+        probability = keep >> (S::column(8 * n) + S::column(w)) & 1 ? probability : 0;
       }
-    }
+  }
+
+  // Bit mask of the keys of a tile that dropout keeps. Each of the four lanes of a row makes 16 bits.
+  DEVICE uint64_t kept(int query, int first_key) const {
+    const int t = lane() % 4, key = first_key + 16 * t;
+    uint32_t bits = (mask.keep_eight(query, key) | mask.keep_eight(query, key + 8) << 8) << (t % 2 * 16);
+    bits |= shuffle_xor(bits, 1);
+    const uint32_t others = shuffle_xor(bits, 2);
+    return t < 2 ? bits | uint64_t{others} << 32 : others | uint64_t{bits} << 32;
   }
 
   DEVICE void finish() {
+    const BlockInfo block = whole_block();
     float factors[kFragments][2];
     EACH(f, kFragments)
       EACH(half, 2) {

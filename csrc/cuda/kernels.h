@@ -16,6 +16,7 @@ ANYWHERE int padded_size(int size) { return (size + 31) / 32 * 32; }
 struct Expansion {
   Request request;
   Operand rows;
+  bool left;                 // scores are in the order of left_cell, not of score_cell
   int direction;             // delta = query_offset + direction x distance: -1 for queries, 1 for keys
   char *scores, *gradients;  // the results; gradients may be null
 };

@@ -26,7 +26,8 @@ const char* prepare_operand(Operand& rows, const Operand& columns, const Request
   rows.near_after = clamp_distance(std::min(past, future)), rows.near_before = clamp_distance(std::max(past, future));
   rows.far_left = direction < 0 ? request.past_row : request.future_row;
   rows.far_right = direction < 0 ? request.future_row : request.past_row;
-  if (rows.table.data == nullptr) return nullptr;
+  const bool alone = !gradients && padded_size(request.call.size) <= kAloneSize;
+  if (rows.table.data == nullptr && !alone) return nullptr;
 
   const int64_t lowest = std::max<int64_t>(rows.near_after, -rows.length) - kMargin;
   const int64_t first = floor_divide(lowest, kDistances) * kDistances;
@@ -39,7 +40,7 @@ const char* prepare_operand(Operand& rows, const Operand& columns, const Request
   char* gradient = gradients ? workspace.take<char>(bytes) : nullptr;
   rows.score_table = scores, rows.gradient_table = gradient;
   if (workspace.counts()) return nullptr;
-  return expand_table({request, rows, direction, scores, gradient}, stream);
+  return expand_table({request, rows, alone && direction > 0, direction, scores, gradient}, stream);
 }
 
 // Packed sequences are stretches of one batch row, so their batch strides are 0.

@@ -18,6 +18,7 @@ KERNEL(kThreads, 1) expand_kernel(GRID_CONSTANT const Expansion e) {
     const int distance = e.rows.first_distance + block * kDistances + cell.distance;
     const int delta = request.query_offset + e.direction * distance;
     const int slot = request.slots[clamp(delta, -request.reach, request.reach) + request.reach];
+    if (e.rows.table.data == nullptr) return 0;  // an absent term adds zeros
     // Rows outside the given table belong to distances that do not occur.
     const int row = clamp(slot - request.first_slot, 0, request.table_rows - 1);
     return cell.element < size ? table[row * e.rows.table.row + cell.element] : 0;
@@ -29,7 +30,9 @@ KERNEL(kThreads, 1) expand_kernel(GRID_CONSTANT const Expansion e) {
   };
   for (int item = thread(); item < reads * 32; item += kThreads) {
     const int read = item / 32, reader = item % 32;
-    write(e.scores, item, [&](int w, int half) { return score_cell(8 * reads, read, reader, w, half); });
+    write(e.scores, item, [&](int w, int half) {
+      return e.left ? left_cell(8 * reads, read, reader, w, half) : score_cell(8 * reads, read, reader, w, half);
+    });
     if (e.gradients == nullptr) continue;
     write(e.gradients, item, [&](int w, int half) { return gradient_cell(read, reader, w, half); });
   }

@@ -79,6 +79,12 @@ DEVICE char* shared_memory_anew() {
   return shared_memory() + zero;
 }
 
+// Returns x as a value that is unknown to the compiler. In a loop it computes what follows from x again.
+DEVICE int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 DEVICE Vec16 load_shared(const void* from) { return *static_cast<const Vec16*>(from); }
 DEVICE void store_shared(void* to, Vec16 words) { *static_cast<Vec16*>(to) = words; }
 DEVICE uint32_t load_shared_word(const void* from) { return *static_cast<const uint32_t*>(from); }
@@ -147,6 +153,8 @@ DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
 
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
+// x of the lane `from`.
+DEVICE uint32_t shuffle(uint32_t x, int from) { return __shfl_sync(~0u, x, from); }
 DEVICE uint32_t ballot(bool x) { return __ballot_sync(~0u, x); }
 
 // ---- Two 16-bit elements in a word, the first one in the low half.

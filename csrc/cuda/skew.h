@@ -13,6 +13,10 @@ ANYWHERE int column_at(int position) {
   return (position & ~31) | (position & 6) << 2 | (position & 24) >> 2 | (position & 1);
 }
 
+// Forward's order of columns where each warp makes its position scores alone (scores_alone.h): bits 0 and 3 of a position
+// are swapped. So the two columns of a lane in eight are eight apart, and 16 positions hold 16 neighbouring columns.
+ANYWHERE int swapped_column(int position) { return (position & ~9) | (position & 8) >> 3 | (position & 1) << 3; }
+
 // ---- Bands: position scores of a tile, and in backward the gradients of its scores.
 
 // The band by rows has the scores of a warp's rows with the rows' table. Distances w are counted from that of row 0 and
@@ -25,6 +29,15 @@ constexpr int kRowBandMargin = 32;
 ANYWHERE int row_band_pitch(int columns) { return columns + (columns == 64 ? 32 : 40); }
 ANYWHERE int row_band(int row, int distance, int columns) { return row * (row_band_pitch(columns) + 1) + distance; }
 ANYWHERE int row_band_halves(int rows, int columns) { return kRowBandMargin + rows * row_band_pitch(columns); }
+
+// The same band of a warp of 32 rows that makes its scores alone, for tiles of 64 columns. A row holds two windows of a
+// tile each and the overhang of the second; tiles take the windows in turns, so an overhang moves only every other time.
+// Rows begin at eight different groups of four banks, in the order 0, 4, 1, 5, 2, 6, 3, 7: no 16-byte access to eight
+// rows has a conflict, and no 32-bit store of band.h.
+constexpr int kWindow = 64, kWindowRow = 2 * kWindow + 32;
+ANYWHERE int window_row(int row) { return row / 2 * (2 * kWindowRow + 8) + row % 2 * kWindowRow; }
+ANYWHERE int window_cell(int row, int distance) { return window_row(row) + row + distance; }
+constexpr int kWindowBandHalves = kRowBandMargin + window_row(32);
 
 // The band of gradients reverses the skew: row r and column c go to distance c - r of row r. Its first cell is distance
 // -32.
@@ -50,6 +63,12 @@ struct TableCell {
 ANYWHERE TableCell score_cell(int size, int i, int lane, int word, int half) {
   const int product = i / (size / 32), step = 2 * (i % (size / 32)) + word / 2;
   return {column_at(8 * product + lane / 4), 16 * step + 8 * (word & 1) + 2 * (lane % 4) + half};
+}
+
+// Returns the same for the left operand of T Xᵀ. Its rows are 16 distances, in order.
+ANYWHERE TableCell left_cell(int size, int i, int lane, int word, int half) {
+  const int steps = size / 16;
+  return {16 * (i / steps) + 8 * (word & 1) + lane / 4, 16 * (i % steps) + 8 * (word / 2) + 2 * (lane % 4) + half};
 }
 
 // Returns the same for the right operand of the gradients dA T.

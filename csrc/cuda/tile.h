@@ -12,8 +12,11 @@ namespace deberta_fast::cuda {
 constexpr int kHalf = 2;  // bytes per element
 
 // The tile shape of a kernel. Each of kWarps warps owns 16 kFragments rows of the block.
-template <int size, int fragments, int warps, int columns>
+template <int size, int fragments, int warps, int columns, bool alone = false>
 struct Shape {
+  // Whether each warp makes its position scores alone. If so, tiles have another order of columns.
+  static constexpr bool kAlone = alone;
+  static ANYWHERE int column(int position) { return alone ? swapped_column(position) : column_at(position); }
   static constexpr int kSize = size;  // D rounded up to a multiple of 32
   static constexpr int kFragments = fragments;
   static constexpr int kWarps = warps;
@@ -139,20 +142,20 @@ DEVICE void load_columns(char* tile, const Heads& x, const Call& call, const Blo
                          uint64_t exists) {
   constexpr int chunks = S::kSize / 8, across = chunks <= 4 ? 4 : chunks <= 8 ? 8 : 16, down = S::kThreads / across;
   static_assert(S::kBlockN % down == 0, "every thread copies equally many");
-  const int chunk = thread() % across, position = thread() / across, row = column_at(position);
+  const int chunk = thread() % across, position = thread() / across, row = S::column(position);
   if (across > chunks && chunk >= chunks) return;
   char* to = tile + position * S::kPitch + 16 * chunk;
   const char* from = row_address(x, block, block.base + first + row) + 16 * chunk;
   const int stride = static_cast<int>(kHalf * x.row);  // the host checks that it fits
   const auto copy = [&](int i, bool valid) {
-    // position < down, a power of two, so position + i * down holds column row + column_at(i * down).
-    copy_async(to + i * down * S::kPitch, from + column_at(i * down) * stride, valid);
+    // position < down, a power of two, so position + i * down holds column row + S::column(i * down).
+    copy_async(to + i * down * S::kPitch, from + S::column(i * down) * stride, valid);
   };
   if (exists == first_bits(S::kBlockN) && call.size == S::kSize) {
     EACH(i, S::kBlockN / down) copy(i, true);
   } else {
     const uint64_t wanted = 8 * chunk < call.size ? exists >> row : 0;
-    EACH(i, S::kBlockN / down) copy(i, wanted >> column_at(i * down) & 1);
+    EACH(i, S::kBlockN / down) copy(i, wanted >> S::column(i * down) & 1);
   }
 }
 

@@ -35,6 +35,7 @@ inline void sync_warp(Site site = Site::here()) { the_machine->sync_warp(site); 
 
 inline char* shared_memory() { return the_machine->shared(); }
 inline char* shared_memory_anew() { return the_machine->shared(); }
+inline int anew(int x) { return x; }
 
 inline Vec16 load_shared(const void* from, Site site = Site::here()) {
   the_machine->reads(Kind::load_shared, site, from, 16);
@@ -198,6 +199,16 @@ inline uint32_t shuffle_xor(uint32_t x, int mask, Site site = Site::here()) {
 }
 inline float shuffle_xor(float x, int mask, Site site = Site::here()) {
   return emulator::as_float(shuffle_xor(emulator::as_bits(x), mask, site));
+}
+inline uint32_t shuffle(uint32_t x, int from, Site site = Site::here()) {
+  const auto bring = [&](Operands& operands, int lane) {
+    operands.x[lane] = x;
+    operands.y[lane] = static_cast<uint32_t>(from) % 32;
+  };
+  const auto work = [](Operands& operands) {
+    for (int lane = 0; lane < 32; lane++) operands.result[lane] = operands.x[operands.y[lane]];
+  };
+  return the_machine->meet(Kind::shuffle, site, bring, work).result[lane()];
 }
 inline uint32_t ballot(bool x, Site site = Site::here()) {
   const auto bring = [&](Operands& operands, int lane) { operands.x[lane] = x; };
