@@ -176,7 +176,6 @@ DEVICE void write_column_band(char* band, const Call& call, const BlockInfo& blo
 // Clears the band of an absent term. The block must synchronise before the band is read.
 template <class S>
 DEVICE void clear_row_band(char* band) {
-  sync_warp();
   for (int i = lane(); i < S::kWarpRows * S::kRowBandPitch / 16; i += 32) store_shared(band + 16 * i, {});
 }
 

@@ -24,7 +24,8 @@ struct WindowBand {
   int window = 0;  // where the present tile begins in a row
 
   // Writes the position scores of the warp's rows for the tile that begins with this column. `follows` says that the
-  // tile before this one was the last to be written; its overhang is reused.
+  // tile before this one was the last to be written; its overhang is reused. The warp must synchronise between the
+  // last load and this.
   template <class Left>
   DEVICE void write(const Call& call, const BlockInfo& block, const Operand& rows, int first_column, bool follows,
                     Left left) {
@@ -42,7 +43,6 @@ struct WindowBand {
           to.store(kHalf * (window_cell(16 * f + 8 * half, distance) - window_cell(0, 0)), pairs);
         }
     };
-    sync_warp();  // all lanes have read the tile before
     if (!follows) {
       put(-kDistances);
     } else if (window == 0) {
