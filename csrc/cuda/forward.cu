@@ -2,8 +2,8 @@
 //
 // A block owns kBlockM = 128 queries of a head, each warp 16 kFragments of them, and iterates over tiles of kBlockN =
 // 64 keys from left to right: far left, near, far right. Scores, probabilities and O stay in registers. Shared memory,
-// Memory::kBytes, holds K and V per block and the band by rows per warp, and at head sizes above 64 the band by columns
-// per block. K of the next tile is copied while V is used, and V while K is used.
+// Memory::kBytes, holds two tiles of K and V per block and rows of Q per warp, and at head sizes above 64 the bands of
+// position scores. The next tile is copied while the present one is used.
 #include "dropout.h"
 #include "kernels.h"
 #include "scores_alone.h"
@@ -14,24 +14,27 @@ namespace {
 template <int size>
 using ForwardShape = Shape<size, (size <= kAloneSize ? 2 : 1), (size <= kAloneSize ? 4 : 8), 64, size <= kAloneSize>;
 
-// The layout of shared memory. A warp loads its rows of Q through a stage. If registers hold Q afterwards, the stage
-// shares its memory with the warp's band.
+// The layout of shared memory. A warp loads its rows of Q through a stage. At head sizes up to kAloneSize registers hold
+// them afterwards.
 template <class S>
 struct Memory {
   static constexpr bool kRowsInRegisters = S::kAlone;
-  static constexpr int kBandBytes = S::kAlone ? kWindowBandBytes : S::kRowBandBytes;
+  static constexpr int kPairBytes = 2 * S::kTileBytes;  // K and V of a tile
   static constexpr int kColumnBandBytes = S::kAlone ? 0 : S::kColumnBandBytes;
-  static constexpr int kWarpBytes = kBandBytes + (kRowsInRegisters ? 0 : S::kStageBytes);
-  static constexpr int kBytes = 2 * S::kTileBytes + S::kWarps * kWarpBytes + kColumnBandBytes;
-  static_assert(!kRowsInRegisters || S::kStageBytes <= kBandBytes, "the stage fits into the band");
+  static constexpr int kRowBandBytes = S::kAlone ? 0 : S::kRowBandBytes;
+  static constexpr int kWarpBytes = S::kStageBytes + kRowBandBytes;
+  static constexpr int kBytes = 2 * kPairBytes + kColumnBandBytes + S::kWarps * kWarpBytes;
 
-  char *keys, *values, *column_band, *row_band, *stage;
+  // They are computed where they are needed, because registers are short.
+  static DEVICE char* tiles() { return shared_memory(); }
+  static DEVICE char* column_band() { return tiles() + 2 * kPairBytes; }
+  static DEVICE char* stage() { return column_band() + kColumnBandBytes + anew(warp()) * kWarpBytes; }
+  static DEVICE char* row_band() { return stage() + S::kStageBytes + kHalf * kRowBandMargin; }
+};
 
-  DEVICE Memory() {
-    keys = shared_memory(), values = keys + S::kTileBytes, column_band = values + S::kTileBytes;
-    char* own = column_band + kColumnBandBytes + warp() * kWarpBytes;
-    row_band = own + kHalf * kRowBandMargin, stage = own + (kRowsInRegisters ? 0 : kBandBytes);
-  }
+struct Nothing {
+  const Call& call;
+  const BlockInfo& block;
 };
 
 template <class T, class S, bool dropout, bool from_origin>
@@ -43,9 +46,9 @@ struct Mainloop {
   const Call& call;
   const BlockInfo block;
   const Dropout<from_origin> mask;
-  const M memory;
   uint32_t query[M::kRowsInRegisters ? kSteps : 1][kFragments][4];
   float output[kFragments][S::kSize / 8][4] = {};
+  int next = 0;  // the place in M::tiles() of the next tile to be copied
   float row_max[kFragments][2], row_sum[kFragments][2] = {}, constant[kFragments][2];
 
   DEVICE Mainloop(const ForwardCall& arguments, const BlockInfo& block)
@@ -64,7 +67,7 @@ struct Mainloop {
     if constexpr (M::kRowsInRegisters) {
       EACH(w, 4) a[w] = query[step][f][w];
     } else {
-      load_left<S>(a, memory.stage, f, step);
+      load_left<S>(a, M::stage(), f, step);
     }
   }
 
@@ -74,67 +77,72 @@ struct Mainloop {
   template <bool near>
   DEVICE void take_rows(int far_row) {
     sync_warp();
-    if (!near) shift_rows<T, S>(memory.stage, call, block, call.query, call.key, far_row);
+    if (!near) shift_rows<T, S>(M::stage(), call, block, call.query, call.key, far_row);
     EACH(f, kFragments) {
       if (!near)
         EACH(half, 2) {
-          const char* row = memory.stage + fragment_row(f, half) * S::kPitch;
+          const char* row = M::stage() + fragment_row(f, half) * S::kPitch;
           constant[f][half] = bits_float(load_shared_word(row + kHalf * S::kSize));
         }
       if constexpr (M::kRowsInRegisters) {
-        EACH(step, kSteps) load_left<S>(query[step][f], memory.stage, f, step);
+        EACH(step, kSteps) load_left<S>(query[step][f], M::stage(), f, step);
       }
     }
+  }
+
+  DEVICE void load_tile(int tile) const {
+    const uint64_t exists = visible_in_tile<S>(call, block, tile);
+    char* to = M::tiles() + next;
+    load_columns<S>(to, call.key.x, call, block, tile * S::kBlockN, exists);
+    load_columns<S>(to + S::kTileBytes, call.value, call, block, tile * S::kBlockN, exists);
+    commit_copies();
   }
 
   template <bool near>
   DEVICE void process_tiles(int tile, const int end, int far_row) {
     tile = next_tile<S>(call, block, tile, end);
     if (tile >= end) return;
-    load_own_rows<S>(memory.stage, call.query.x, call, block, own_rows<S>(whole_block()));
-    uint64_t exists = visible_in_tile<S>(call, block, tile);
-    load_columns<S>(memory.keys, call.key.x, call, block, tile * S::kBlockN, exists);
-    commit_copies();
+    if (!M::kRowsInRegisters) sync_warp();  // all lanes have read Q of the tiles before
+    load_own_rows<S>(M::stage(), call.query.x, call, block, own_rows<S>(whole_block()));
+    load_tile(tile);
     wait_copies<0>();
     take_rows<near>(far_row);
     if (near && !S::kAlone) clear_absent_bands();
-    WindowBand<T, S> band = {memory.row_band};
+    // Where warps make position scores alone, half a tile at a time: registers do not hold scores of a whole one besides.
+    constexpr bool alone = near && S::kAlone;
+    constexpr int parts = alone ? 2 : 1, products = S::kBlockN / 8 / parts;
+    std::conditional_t<alone, NearScores<T, S>, Nothing> positions = {call, block};
     bool follows = false;
     while (tile < end) {
       wait_copies<0>();
-      sync_block();  // K has arrived; all warps have read V
-      load_columns<S>(memory.values, call.value, call, block, tile * S::kBlockN, exists);
-      commit_copies();
-      float scores[kFragments][S::kBlockN / 8][4];
-      if constexpr (near && S::kAlone) {
-        const auto rows = [&](auto& a, auto... place) { left(a, place...); };
-        BlockInfo here = block;
-        here.head = anew(block.head);  // else registers would hold addresses in the tables across tiles
-        band.write(call, here, call.query, tile * S::kBlockN, follows, rows);
-        near_scores<T, S>(scores, band, call, here, memory.keys, tile * S::kBlockN, rows);
-      } else {
-        begin<near>(scores, tile, follows);
-        EACH(step, kSteps) {
-          uint32_t a[kFragments][4];
-          left(a, step);
-          add_products<T, S>(scores, a, memory.keys, step);
-        }
-      }
+      sync_block();  // K and V have arrived; all warps have read the tile before
+      const char *keys = M::tiles() + next, *values = keys + S::kTileBytes;
+      next = M::kPairBytes - next;
       const int following = next_tile<S>(call, block, tile + 1, end);
-      const uint64_t seen = exists;
-      wait_copies<0>();
-      sync_block();  // V has arrived; all warps have read K
-      if (following < end) {
-        exists = visible_in_tile<S>(call, block, following);
-        load_columns<S>(memory.keys, call.key.x, call, block, following * S::kBlockN, exists);
-        commit_copies();
-      }
-      if (seen != first_bits(S::kBlockN)) hide(scores, seen);
-      online_softmax<near>(scores, tile * S::kBlockN);
-      EACH(step, S::kBlockN / 16) {
-        uint32_t p[kFragments][4];
-        EACH(f, kFragments) as_left<T>(p[f], scores[f], step);
-        add_weighted<T, S>(output, p, memory.values, 16 * step);
+      if (following < end) load_tile(following);
+      const auto rows = [&](auto& a, auto... place) { left(a, place...); };
+      if constexpr (alone) positions.begin(tile * S::kBlockN, follows, rows);
+      KEEP_ROLLED
+      for (int part = 0; part < parts; ++part) {
+        float scores[kFragments][products][4];
+        if constexpr (alone) {
+          EACH(i, 2) positions.multiply(scores, i, 2 * part + i, keys, rows);
+        } else {
+          begin<near>(scores, keys, tile, follows);
+          EACH(step, kSteps) {
+            uint32_t a[kFragments][4];
+            left(a, step);
+            add_products<T, S>(scores, a, keys, step);
+          }
+        }
+        const uint64_t exists = visible_in_tile<S>(call, block, tile);
+        if (exists != first_bits(S::kBlockN)) hide(scores, exists >> (32 * part));
+        online_softmax<near>(scores, tile * S::kBlockN + 32 * part);
+        EACH(step, products / 2) {
+          uint32_t p[kFragments][4];
+          EACH(f, kFragments) as_left<T>(p[f], scores[f], step);
+          add_weighted<T, S>(output, p, values, 16 * (2 * part + step));
+        }
       }
       follows = following == tile + 1;
       tile = following;
@@ -142,21 +150,21 @@ struct Mainloop {
   }
 
   DEVICE void clear_absent_bands() const {
-    if (call.query.score_table == nullptr) clear_row_band<S>(memory.row_band);
-    if (call.key.score_table == nullptr) clear_column_band<S>(memory.column_band);
+    if (call.query.score_table == nullptr) clear_row_band<S>(M::row_band());
+    if (call.key.score_table == nullptr) clear_column_band<S>(M::column_band());
   }
 
   // Sets scores to the position scores that bands hold, or to zero in a far tile.
   template <bool near>
-  DEVICE void begin(float (&scores)[kFragments][S::kBlockN / 8][4], int tile, bool follows) const {
+  DEVICE void begin(float (&scores)[kFragments][S::kBlockN / 8][4], const char* keys, int tile, bool follows) const {
     if constexpr (near) {
       if (call.key.score_table != nullptr)
-        write_column_band<T, S>(memory.column_band, call, block, call.key, memory.keys, tile * S::kBlockN, tile);
+        write_column_band<T, S>(M::column_band(), call, block, call.key, keys, tile * S::kBlockN, tile);
       if (call.query.score_table != nullptr)
-        write_row_band<T, S>(memory.row_band, call, block, call.query, tile * S::kBlockN, follows,
+        write_row_band<T, S>(M::row_band(), call, block, call.query, tile * S::kBlockN, follows,
                              [&](uint32_t (&a)[kFragments][4], int step) { left(a, step); });
       sync_block();  // the band by columns is complete
-      begin_scores<T, S>(scores, memory.row_band, memory.column_band, 1 / call.band_scale);
+      begin_scores<T, S>(scores, M::row_band(), M::column_band(), 1 / call.band_scale);
     } else {
       EACH(f, kFragments)
         EACH(n, S::kBlockN / 8)
@@ -167,9 +175,10 @@ struct Mainloop {
   // The first key of this lane in eight positions, counted within them.
   static DEVICE int own_key() { return S::column(2 * (lane() % 4)); }
 
-  DEVICE void hide(float (&scores)[kFragments][S::kBlockN / 8][4], uint64_t seen) const {
+  template <int products>
+  DEVICE void hide(float (&scores)[kFragments][products][4], uint64_t seen) const {
     seen >>= own_key();
-    EACH(n, S::kBlockN / 8)
+    EACH(n, products)
       EACH(w, 2) {
         const bool there = seen >> (S::column(8 * n) + S::column(w)) & 1;
         EACH(f, kFragments) {
@@ -184,15 +193,15 @@ struct Mainloop {
   // so row_max rises only if a probability would exceed 2^kHeadroom.
   static constexpr float kHeadroom = 8;
   static constexpr float kLowest = -3.0e38f;  // the first row_max; finite, because infinities would cancel to NaN
-  template <bool near>
-  DEVICE void online_softmax(float (&scores)[kFragments][S::kBlockN / 8][4], int first_key) {
+  template <bool near, int products>
+  DEVICE void online_softmax(float (&scores)[kFragments][products][4], int first_key) {
     const float unit = call.scale * static_cast<float>(kLog2e), slope = near ? unit : 2 * unit;
     float now[kFragments][2];
     bool rises = false;
     EACH(f, kFragments)
       EACH(half, 2) {
         float most = -infinity();
-        EACH(n, S::kBlockN / 8) most = maximum(most, maximum(scores[f][n][2 * half], scores[f][n][2 * half + 1]));
+        EACH(n, products) most = maximum(most, maximum(scores[f][n][2 * half], scores[f][n][2 * half + 1]));
         most = maximum(most, shuffle_xor(most, 1));
         most = maximum(most, shuffle_xor(most, 2));
         const float highest = fused_multiply_add(slope, most, near ? 0 : unit * constant[f][half]);
@@ -211,7 +220,7 @@ struct Mainloop {
     EACH(f, kFragments)
       EACH(half, 2) {
         const float origin = (near ? 0 : unit * constant[f][half]) - row_max[f][half];
-        EACH(n, S::kBlockN / 8)
+        EACH(n, products)
           EACH(w, 2) {
             float& score = scores[f][n][2 * half + w];
             score = exp2_fast(fused_multiply_add(slope, score, origin));
@@ -222,22 +231,25 @@ struct Mainloop {
   }
 
   // Dropout does not change row_sum.
-  DEVICE void drop(float (&probabilities)[S::kBlockN / 8][4], int half, int first_key, int query) const {
-    const uint64_t keep = kept(query, first_key) >> own_key();
-    EACH(n, S::kBlockN / 8)
-      EACH(w, 2) {
-        float& probability = probabilities[n][2 * half + w];
-        probability = keep >> (S::column(8 * n) + S::column(w)) & 1 ? probability : 0;
-      }
+  template <int products>
+  DEVICE void drop(float (&probabilities)[products][4], int half, int first_key, int query) const {
+    EACH(group, products / 4) {
+      const uint32_t keep = kept(query, first_key + 32 * group);
+      EACH(n, 4)
+        EACH(w, 2) {
+          float& probability = probabilities[4 * group + n][2 * half + w];
+          probability = keep >> (S::column(8 * n) + S::column(w)) & 1 ? probability : 0;
+        }
+    }
   }
 
-  // Bit mask of the keys of a tile that dropout keeps. Each of the four lanes of a row makes 16 bits.
-  DEVICE uint64_t kept(int query, int first_key) const {
-    const int t = lane() % 4, key = first_key + 16 * t;
-    uint32_t bits = (mask.keep_eight(query, key) | mask.keep_eight(query, key + 8) << 8) << (t % 2 * 16);
+  // Bit mask of the keys that dropout keeps, from this lane's first of 32 on. Each lane of a row makes eight bits.
+  DEVICE uint32_t kept(int query, int first_key) const {
+    uint32_t bits = mask.keep_eight(query, first_key + 8 * (lane() % 4));
+    if (!S::kAlone) return bits;
+    bits <<= 8 * (lane() % 4);
     bits |= shuffle_xor(bits, 1);
-    const uint32_t others = shuffle_xor(bits, 2);
-    return t < 2 ? bits | uint64_t{others} << 32 : others | uint64_t{bits} << 32;
+    return (bits | shuffle_xor(bits, 2)) >> own_key();
   }
 
   DEVICE void finish() {
@@ -256,7 +268,7 @@ struct Mainloop {
           *statistic_address(arguments.lse, block, block.base + row) = none ? -infinity() : lse;
         }
       }
-    store_own_rows<T, S>(arguments.output, memory.stage, call, block, output, factors);
+    store_own_rows<T, S>(arguments.output, M::stage(), call, block, output, factors);
   }
 };
 

@@ -16,8 +16,8 @@ ANYWHERE int padded_size(int size) { return (size + 31) / 32 * 32; }
 struct Expansion {
   Request request;
   Operand rows;
-  bool left;                 // scores are in the order of left_cell, not of score_cell
   int direction;             // delta = query_offset + direction x distance: -1 for queries, 1 for keys
+  bool alone;                // scores are in the orders of scores_alone.h
   char *scores, *gradients;  // the results; gradients may be null
 };
 const char* expand_table(const Expansion& expansion, void* stream);

@@ -40,7 +40,7 @@ const char* prepare_operand(Operand& rows, const Operand& columns, const Request
   char* gradient = gradients ? workspace.take<char>(bytes) : nullptr;
   rows.score_table = scores, rows.gradient_table = gradient;
   if (workspace.counts()) return nullptr;
-  return expand_table({request, rows, alone && direction > 0, direction, scores, gradient}, stream);
+  return expand_table({request, rows, direction, alone, scores, gradient}, stream);
 }
 
 // Packed sequences are stretches of one batch row, so their batch strides are 0.

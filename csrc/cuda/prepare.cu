@@ -31,7 +31,8 @@ KERNEL(kThreads, 1) expand_kernel(GRID_CONSTANT const Expansion e) {
   for (int item = thread(); item < reads * 32; item += kThreads) {
     const int read = item / 32, reader = item % 32;
     write(e.scores, item, [&](int w, int half) {
-      return e.left ? left_cell(8 * reads, read, reader, w, half) : score_cell(8 * reads, read, reader, w, half);
+      if (!e.alone) return score_cell(8 * reads, read, reader, w, half);
+      return e.direction < 0 ? right_cell(8 * reads, read, reader, w, half) : left_cell(8 * reads, read, reader, w, half);
     });
     if (e.gradients == nullptr) continue;
     write(e.gradients, item, [&](int w, int half) { return gradient_cell(read, reader, w, half); });

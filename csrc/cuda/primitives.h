@@ -46,6 +46,7 @@ const char* launch(int64_t blocks_x, int64_t blocks_y, int threads, int shared_b
 // Before a kernel's arguments: keeps them in constant memory, even behind references.
 #define GRID_CONSTANT __grid_constant__
 #define UNROLL _Pragma("unroll")
+#define KEEP_ROLLED _Pragma("unroll 1")
 // Runs a statement for i from 0 to count - 1, unrolled.
 #define EACH(i, count) _Pragma("unroll") for (int i = 0; i < (count); ++i)
 

@@ -1,140 +1,172 @@
 // Scores of a near tile (6) that a warp of 32 rows makes without the other warps: forward at head sizes up to 64.
 //
-// The rows' term c2p is a band in the warp's own shared memory, as in band.h. The columns' term p2c stays in registers.
-// With rows i, columns j and 16 distances e = i - j as the rows of a fragment, the tensor cores give
+// With rows i, columns j and distances e = j - i, the tensor cores give
 //
-//     T[e, j] = Q^e k_j       and the score of row i needs T[i - j, j]                                            (6)
+//     C[i, e] = q_i K^e      and the score of row i and column j needs C[i, j - i]
+//     T[e, j] = Q^e k_j      and the score of row i and column j needs T[j - i, j]                                (6)
 //
-// A lane holds the same columns of T as of the scores, so the skew is a rotation of rows among lanes, and the columns'
-// order makes it the same for two columns, which share a word. A warp needs 96 distances for 64 columns; each 16 of them
-// meet two or three of the four groups of 16 columns. So p2c costs 1.5 times what Q Kᵀ does. Shared by all warps of a
-// block it would cost 1.25 times that, but also a store and a load of each score, and a barrier.
+// Both stay in registers. A lane holds a part of C's rows and of T's columns, and so does the lane that needs a score. So
+// the skew of C moves columns among the four lanes of a row, and the skew of T moves rows among the eight lanes of a pair
+// of columns: one shuffle for each two scores. Columns are in the order of swapped_column, by which the two scores of a
+// word are eight columns apart. Distances that pass the end of eight columns or rows belong to the next eight, which are
+// in another register of the same lane.
+//
+// A tile brings 64 new distances to each row; C of the 32 before them is kept. T is made again for each tile: a warp
+// needs 96 distances, each 16 of which meet two or three of the four groups of 16 columns. So p2c costs 1.5 times what
+// Q Kᵀ does. Shared by the warps of a block it would cost 1.25 times that, but also stores, loads and a barrier.
 #pragma once
 
 #include "band.h"
 
 namespace deberta_fast::cuda {
 
-// The band by rows in two windows (skew.h).
-constexpr int kWindowBandBytes = (kHalf * kWindowBandHalves + 15) / 16 * 16;
+// x = factor * scores in float16; bfloat16 needs no factor.
+template <class T>
+DEVICE uint32_t pack_scaled(float low, float high, float factor) {
+  return pack<T>(band_factor<T>(factor) * low, band_factor<T>(factor) * high);
+}
 
 template <class T, class S>
-struct WindowBand {
-  char* band;      // row 0, distance 0
-  int window = 0;  // where the present tile begins in a row
+struct NearScores {
+  static constexpr int kSteps = S::kSize / 16, kGroups = S::kBlockN / 16;
+  static_assert(S::kAlone && S::kWarpRows == 32);
 
-  // Writes the position scores of the warp's rows for the tile that begins with this column. `follows` says that the
-  // tile before this one was the last to be written; its overhang is reused. The warp must synchronise between the
-  // last load and this.
+  const Call& call;
+  const BlockInfo& block;
+  // Packed C of the last 16 columns of fragment 0, and of the last 16 and the 16 before these of fragment 1. Words are
+  // those of rows 8 half and of position 8 k.
+  uint32_t before[3][2][2];
+  uint32_t distances[2][kSteps][4];  // left operands of T: 32 distances
+  int distance = 0;                  // of row 0 and the first column of the tile
+
+  // ---- The lanes between which scores move.
+
+  static DEVICE int t() { return lane() % 4; }
+  static DEVICE int g() { return lane() / 4; }
+
+  // Whether a score of this lane in position 8 k passes the end of eight columns (C) or rows (T).
+  static DEVICE bool wraps(int k) { return g() + 2 * t() + k >= 8; }
+
+  // ---- c2p.
+
+  // C of 16 distances, which begin at this one.
   template <class Left>
-  DEVICE void write(const Call& call, const BlockInfo& block, const Operand& rows, int first_column, bool follows,
-                    Left left) {
-    const int first = first_column - block.first_row - warp() * S::kWarpRows;
-    const char* table = table_block<S>(rows.score_table, rows, block, first);
-    window = follows ? kWindow - window : 0;
-    const EightHalves<false> to(band, window + window_cell(lane() / 4, 8 * (lane() % 4)));
-    const auto put = [&](int distance) {
-      float sums[S::kFragments][4][4] = {};
-      add_table_scores<T, S>(sums, table + distance * kHalf * S::kSize, left);
-      EACH(f, S::kFragments)
-        EACH(half, 2) {
-          uint32_t pairs[4];
-          as_pairs<T>(pairs, sums[f], half, call.band_scale);
-          to.store(kHalf * (window_cell(16 * f + 8 * half, distance) - window_cell(0, 0)), pairs);
-        }
-    };
-    if (!follows) {
-      put(-kDistances);
-    } else if (window == 0) {
-      const auto cell = [&](int i, int column) {
-        return band + kHalf * (window_row(8 * i) + window_row(lane() / 4) + column + 8 * (lane() % 4));
-      };
-      Vec16 overhang[S::kWarpRows / 8];
-      EACH(i, S::kWarpRows / 8) overhang[i] = load_shared(cell(i, 2 * kWindow));
-      EACH(i, S::kWarpRows / 8) store_shared(cell(i, 0), overhang[i]);
-      sync_warp();
+  DEVICE void content_to_position(uint32_t (&words)[2][2][2], int distance, Left left) const {
+    const char* table = opaque(table_block<S>(call.query.score_table, call.query, block, distance) + 16 * lane());
+    float sums[2][2][4] = {};
+    EACH(step, kSteps) {
+      const Vec16 b = load_global(table + 512 * step);
+      EACH(f, 2) {
+        uint32_t q[4];
+        left(q, f, step);
+        EACH(k, 2) multiply_add<T>(sums[f][k], q, b.x[2 * k], b.x[2 * k + 1]);
+      }
     }
-    UNROLL
-    for (int distance = 0; distance < S::kBlockN; distance += kDistances) put(distance);
-    sync_warp();
+    EACH(f, 2)
+      EACH(half, 2)
+        EACH(k, 2)
+          words[f][half][k] = pack_scaled<T>(sums[f][k][2 * half], sums[f][k][2 * half + 1], call.band_scale);
   }
 
-  // Loads rows 16 f to 16 f + 15 of 16 columns: words[half][k] has the columns of position 8 k + 2 t and the next one.
-  DEVICE void load(uint32_t (&words)[2][2], int f, int column) const {
-    uint32_t pairs[4];  // two neighbouring columns: rows 0-7 and 8-15 of columns 0-7, then of columns 8-15
-    const int row = lane() % 16;
-    load_matrices(pairs, band + kHalf * (window_row(16 * f) + window_row(row) + window + column + 8 * (lane() / 16)));
+  // Moves C to the scores of rows 8 half. `last` has the columns in which the rows' diagonal begins, `first` the 16
+  // columns before these.
+  DEVICE void skew(uint32_t (&scores)[2], const uint32_t (&first)[2], const uint32_t (&last)[2], int half) const {
+    uint32_t moved[2];
+    EACH(k, 2) moved[k] = permute_bytes(first[k], last[k], 0x7654 - 0x2222 * (half + (wraps(k) ? 1 : 0)));
+    const bool odd = g() & 1;
+    EACH(k, 2) scores[k] = shuffle(odd ? moved[1 - k] : moved[k], 4 * g() + ((2 * t() + k - g()) & 7) / 2);
+  }
+
+  // Takes 16 new columns and returns the c2p scores of the rows and these columns.
+  DEVICE void take(uint32_t (&scores)[2][2][2], const uint32_t (&words)[2][2][2]) {
     EACH(half, 2) {
-      words[half][0] = permute_bytes(pairs[half], pairs[2 + half], 0x5410);
-      words[half][1] = permute_bytes(pairs[half], pairs[2 + half], 0x7632);
+      skew(scores[0][half], before[0][half], words[0][half], half);
+      skew(scores[1][half], before[2][half], before[1][half], half);
+    }
+    keep(words);
+  }
+
+  DEVICE void keep(const uint32_t (&words)[2][2][2]) {
+    EACH(half, 2)
+      EACH(k, 2) {
+        before[2][half][k] = before[1][half][k];
+        before[1][half][k] = words[1][half][k], before[0][half][k] = words[0][half][k];
+      }
+  }
+
+  // ---- Scores.
+
+  // Call at the beginning of a tile. `follows` says that the tile before this one was the last. left(a, f, step) gives
+  // elements 16 step to 16 step + 15 of fragment f of Q.
+  template <class Left>
+  DEVICE void begin(int first_column, bool follows, Left left) {
+    distance = first_column - block.first_row - warp() * S::kWarpRows;
+    if (!follows)
+      EACH(i, 2) {
+        uint32_t words[2][2][2];
+        content_to_position(words, distance - 32 + 16 * i, left);
+        keep(words);
+      }
+    load(1, kGroups + 1), load(0, kGroups);
+  }
+
+  // Loads the left operand of T for the distances 16 part to 16 part + 15, row minus column, counted from -64.
+  DEVICE void load(int slot, int part) {
+    const char* table = table_block<S>(call.key.score_table, call.key, block, -distance - S::kBlockN);
+    const char* from = opaque(table + 16 * lane());
+    EACH(step, kSteps) {
+      const Vec16 words = load_global(from + 512 * (part * kSteps + step));
+      EACH(w, 4) distances[slot][step][w] = words.x[w];
+    }
+  }
+
+  // scores = position scores + Q Kᵀ for the columns 16 n to 16 n + 15 of the tile, in the order of n. They are products
+  // 2 i and 2 i + 1 of half a tile: i = n % 2, which the compiler knows.
+  template <class Left>
+  DEVICE void multiply(float (&scores)[2][S::kBlockN / 16][4], int i, int n, const char* keys, Left left) {
+    const float unscale = band_factor<T>(1 / call.band_scale);
+    uint32_t words[2][2][2], c2p[2][2][2], key[kSteps][4];
+    content_to_position(words, distance + 16 * n, left);
+    take(c2p, words);
+    EACH(step, kSteps)
+      load_matrices(key[step],
+                    keys + (16 * n + 8 * (lane() / 16) + lane() % 8) * S::kPitch + 32 * step + 16 * (lane() / 8 % 2));
+    // Of the 16 distances after: the packed scores of the last eight, and of the first eight the first column's own.
+    uint32_t last[2] = {};
+    float own[2] = {};
+    EACH(part, 3) {
+      const int slot = (kGroups + 1 - i - part) % 2;
+      if (part == 1) load(1 - slot, kGroups - 1 - n);
+      float sums[2][4] = {};
+      EACH(step, kSteps)
+        EACH(k, 2) multiply_add<T>(sums[k], distances[slot][step], key[step][2 * k], key[step][2 * k + 1]);
+      uint32_t p2c[2][2];
+      EACH(k, 2) {
+        // A word has T[e, j] and T[e - 8, j + 8], which belong to the same row.
+        const uint32_t middle = pack_scaled<T>(own[k], sums[k][3], call.band_scale);
+        const uint32_t below = pack_scaled<T>(sums[k][2], sums[k][1], call.band_scale);
+        const int from = 4 * ((g() - 2 * t() - k) & 7) + t();
+        if (part > 0) {
+          p2c[0][k] = shuffle(wraps(k) ? below : middle, from);
+          p2c[1][k] = shuffle(wraps(k) ? middle : last[k], from);
+        }
+        last[k] = below, own[k] = sums[k][0];
+      }
+      if (part == 0) continue;
+      const int f = 2 - part, product = 2 * i;
+      EACH(half, 2)
+        EACH(k, 2) {
+          const uint32_t pair = add_pairs<T>(c2p[f][half][k], p2c[half][k]);
+          scores[f][product + k][2 * half] = unscale * low<T>(pair);
+          scores[f][product + k][2 * half + 1] = unscale * high<T>(pair);
+        }
+      EACH(step, kSteps) {
+        uint32_t q[4];
+        left(q, f, step);
+        EACH(k, 2) multiply_add<T>(scores[f][product + k], q, key[step][2 * k], key[step][2 * k + 1]);
+      }
     }
   }
 };
-
-// scores = position scores + Q Kᵀ. left(a, f, step) gives elements 16 step to 16 step + 15 of fragment f of Q.
-template <class T, class S, class Left>
-DEVICE void near_scores(float (&scores)[S::kFragments][S::kBlockN / 8][4], const WindowBand<T, S>& band,
-                        const Call& call, const BlockInfo& block, const char* keys, int first_column, Left left) {
-  static_assert(S::kAlone && S::kWarpRows == 32 && S::kBlockN == kWindow);
-  constexpr int steps = S::kSize / 16, groups = S::kBlockN / 16;
-  const float factor = band_factor<T>(call.band_scale), unscale = band_factor<T>(1 / call.band_scale);
-  const int t = lane() % 4, g = lane() / 4;
-  const char* table = opaque(table_block<S>(call.key.score_table, call.key, block,
-                                            block.first_row + warp() * S::kWarpRows - first_column - S::kBlockN) +
-                             16 * lane());
-  // Left operands of T: of the distances 16 part to 16 part + 15, counted from -64.
-  uint32_t distances[groups + 2][steps][4];
-  const auto load = [&](int part) {
-    EACH(step, steps) {
-      const Vec16 words = load_global(table + 512 * (part * steps + step));
-      EACH(w, 4) distances[part][step][w] = words.x[w];
-    }
-  };
-  load(0), load(1);
-  EACH(i, groups) {
-    const int n = groups - 1 - i;  // 16 columns, from right to left
-    uint32_t key[steps][4];
-    EACH(step, steps)
-      load_matrices(key[step],
-                    keys + (16 * n + 8 * (lane() / 16) + lane() % 8) * S::kPitch + 32 * step + 16 * (lane() / 8 % 2));
-    // Of the distances before: the packed scores of their last eight, and the second column's own.
-    uint32_t below[2] = {};
-    float carry[2] = {};
-    EACH(part, 3) {
-      const int f = part - 1;  // the rows that these distances complete, if any
-      if (part == 2) load(i + 2);
-      float sums[2][4] = {};
-      EACH(step, steps)
-        EACH(k, 2) multiply_add<T>(sums[k], distances[i + part][step], key[step][2 * k], key[step][2 * k + 1]);
-      uint32_t words[2][2], content[2][2];
-      EACH(k, 2) {
-        // A word has T[e, j] and T[e - 8, j + 8], which have the same e + j.
-        const uint32_t first = pack<T>(factor * sums[k][0], factor * carry[k]);
-        const uint32_t last = pack<T>(factor * sums[k][2], factor * sums[k][1]);
-        // Rows move down by 2 t + k. Those of this lane that pass the end of eight rows belong to the next eight.
-        const bool wraps = g + 2 * t + k >= 8;
-        const int from = 4 * ((g - 2 * t - k) & 7) + t;
-        if (f >= 0) {
-          words[0][k] = shuffle(wraps ? below[k] : first, from);
-          words[1][k] = shuffle(wraps ? first : last, from);
-        }
-        below[k] = last, carry[k] = sums[k][3];
-      }
-      if (f < 0) continue;
-      band.load(content, f, 16 * n);
-      EACH(half, 2)
-        EACH(k, 2) {
-          const uint32_t pair = add_pairs<T>(content[half][k], words[half][k]);
-          scores[f][2 * n + k][2 * half] = unscale * low<T>(pair);
-          scores[f][2 * n + k][2 * half + 1] = unscale * high<T>(pair);
-        }
-      EACH(step, steps) {
-        uint32_t q[4];
-        left(q, f, step);
-        EACH(k, 2) multiply_add<T>(scores[f][2 * n + k], q, key[step][2 * k], key[step][2 * k + 1]);
-      }
-    }
-  }
-}
 
 }  // namespace deberta_fast::cuda

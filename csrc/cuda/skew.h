@@ -30,15 +30,6 @@ ANYWHERE int row_band_pitch(int columns) { return columns + (columns == 64 ? 32 
 ANYWHERE int row_band(int row, int distance, int columns) { return row * (row_band_pitch(columns) + 1) + distance; }
 ANYWHERE int row_band_halves(int rows, int columns) { return kRowBandMargin + rows * row_band_pitch(columns); }
 
-// The same band of a warp of 32 rows that makes its scores alone, for tiles of 64 columns. A row holds two windows of a
-// tile each and the overhang of the second; tiles take the windows in turns, so an overhang moves only every other time.
-// Rows begin at eight different groups of four banks, in the order 0, 4, 1, 5, 2, 6, 3, 7: no 16-byte access to eight
-// rows has a conflict, and no 32-bit store of band.h.
-constexpr int kWindow = 64, kWindowRow = 2 * kWindow + 32;
-ANYWHERE int window_row(int row) { return row / 2 * (2 * kWindowRow + 8) + row % 2 * kWindowRow; }
-ANYWHERE int window_cell(int row, int distance) { return window_row(row) + row + distance; }
-constexpr int kWindowBandHalves = kRowBandMargin + window_row(32);
-
 // The band of gradients reverses the skew: row r and column c go to distance c - r of row r. Its first cell is distance
 // -32.
 ANYWHERE int gradient_band(int row, int column, int columns) {
@@ -63,6 +54,13 @@ struct TableCell {
 ANYWHERE TableCell score_cell(int size, int i, int lane, int word, int half) {
   const int product = i / (size / 32), step = 2 * (i % (size / 32)) + word / 2;
   return {column_at(8 * product + lane / 4), 16 * step + 8 * (word & 1) + 2 * (lane % 4) + half};
+}
+
+// Returns the same for the right operand of X Tᵀ with 16 distances in the order of swapped_column.
+ANYWHERE TableCell right_cell(int size, int i, int lane, int word, int half) {
+  const int steps = size / 16;
+  return {16 * (i / steps) + swapped_column(8 * (word / 2) + lane / 4),
+          16 * (i % steps) + 8 * (word & 1) + 2 * (lane % 4) + half};
 }
 
 // Returns the same for the left operand of T Xᵀ. Its rows are 16 distances, in order.

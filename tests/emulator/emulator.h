@@ -13,6 +13,7 @@
 #define KERNEL(threads, blocks_at_once) inline void
 #define GRID_CONSTANT
 #define UNROLL
+#define KEEP_ROLLED
 #define EACH(i, count) for (int i = 0; i < (count); ++i)
 
 namespace deberta_fast {

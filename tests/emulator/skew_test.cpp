@@ -116,52 +116,6 @@ void test_row_band(int rows, int columns) {
   }
 }
 
-// Checks the band of a warp of 32 rows in two windows, at tiles that follow one another and at one after a gap.
-void test_window_band() {
-  Band band(kWindowBandHalves, kRowBandMargin);
-  int window = 0, before = -1;
-  for (int tile : {0, 1, 2, 3, 4, 10, 11, 20}) {
-    const bool follows = before >= 0 && tile == before + 1;
-    window = follows ? kWindow - window : 0, before = tile;
-    const auto write = [&](int distance) {
-      for (int row = 0; row < 32; row++)
-        for (int t = 0; t < 4; t++) {
-          const int first =
-              window + window_cell(row % 8, 8 * t) + window_cell(row & ~7, distance) - window_cell(0, 0);
-          CHECK(first == window + window_cell(row, distance + 8 * t));
-          CHECK((window_cell(row & ~7, distance) - window_cell(0, 0)) % 2 == 0);
-          for (int i = 0; i < 8; i++) band.write(first + i, row, kWindow * tile + distance + 8 * t + i);
-        }
-    };
-    band.barrier();
-    if (!follows) {
-      write(-kDistances);
-    } else if (window == 0) {
-      std::vector<Cell> overhang;
-      for (int row = 0; row < 32; row++)
-        for (int i = 0; i < 32; i++) overhang.push_back(band.read(window_row(row) + 2 * kWindow + i));
-      for (int row = 0; row < 32; row++)
-        for (int i = 0; i < 32; i++)
-          band.write(window_row(row) + i, overhang[32 * row + i].owner, overhang[32 * row + i].distance);
-      band.barrier();
-    }
-    for (int distance = 0; distance < kWindow; distance += kDistances) write(distance);
-    band.barrier();
-    for (int row = 0; row < 32; row++) {
-      CHECK(window_row(row) % 8 == 0);
-      for (int column = 0; column < kWindow; column++) {
-        const Cell& cell = band.read(window_row(row) + window + column);
-        CHECK(cell.owner == row && cell.distance == kWindow * tile + column - row);
-      }
-    }
-  }
-  for (int row = 0; row < 32; row += 8) {  // eight rows begin at different groups of four banks
-    int groups = 0;
-    for (int i = 0; i < 8; i++) groups |= 1 << window_row(row + i) / 8 % 8;
-    CHECK(groups == 255);
-  }
-}
-
 void test_column_band(int rows, int columns) {
   const int pitch = column_band_pitch(rows);
   CHECK(pitch % 8 == 0);
@@ -232,9 +186,10 @@ void test_scores(int size) {
     }
 }
 
-// The left operand of T Xᵀ: its rows are distances in order.
-void test_left(int size) {
-  std::vector<int> seen(kDistances * size);
+// The operands of scores that a warp makes alone: rows of the left one are distances in order, columns of the right one
+// are in the order of swapped_column.
+void test_alone(int size) {
+  std::vector<int> seen(kDistances * size), also_seen(kDistances * size);
   for (int i = 0; i < size / 8; i++)
     for (int lane = 0; lane < 32; lane++)
       for (int word = 0; word < 4; word++)
@@ -244,8 +199,13 @@ void test_left(int size) {
           CHECK(cell.distance == 16 * (i / steps) + g + (word % 2 == 1 ? 8 : 0));
           CHECK(cell.element == 16 * (i % steps) + 2 * t + half + (word >= 2 ? 8 : 0));
           seen[cell.distance * size + cell.element]++;
+          const TableCell right = right_cell(size, i, lane, word, half);
+          CHECK(right.distance == 16 * (i / steps) + swapped_column(8 * (word / 2) + g));
+          CHECK(right.element == 16 * (i % steps) + 8 * (word % 2) + 2 * t + half);
+          also_seen[right.distance * size + right.element]++;
         }
   for (int times : seen) CHECK(times == 1);
+  for (int times : also_seen) CHECK(times == 1);
 }
 
 void test_gradients(int size) {
@@ -276,12 +236,11 @@ void test_gradients(int size) {
 int main() {
   test_columns();
   test_swapped_columns();
-  test_window_band();
   for (int columns : {32, 64}) {
     for (int rows : {16, 32}) test_row_band(rows, columns);
     for (int rows : {16, 32}) test_gradient_band(rows, columns);
     for (int rows : {64, 128}) test_column_band(rows, columns);
   }
-  for (int size : {32, 64, 96, 128}) test_scores(size), test_left(size), test_gradients(size);
+  for (int size : {32, 64, 96, 128}) test_scores(size), test_alone(size), test_gradients(size);
   std::puts("ok");
 }
