@@ -1,0 +1,289 @@
+"""Counts what the CUDA kernels do, without a GPU: ``python -m bench.counts``.
+
+The tests' emulator runs small calls and counts wavefronts, bytes, products and barriers of each kernel. nvcc's machine
+code tells the instructions of the main loops. Both are given for 128 x 64 pairs of a query and a key, near or far, in
+bfloat16 with head size 64 and DeBERTa-v3's tables, without dropout.
+"""
+
+import argparse
+import ctypes
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from deberta_fast import disentangled_attention
+from deberta_fast.op.relative_position import slot_table
+
+from . import compile_cuda, sass, timing
+
+SIZE, BUCKETS, LONGEST, ROWS = 64, 256, 512, 512
+UNIT = 128 * 64  # pairs
+OFFSETS = {"near": 0, "far": 1 << 20}  # of the queries; makes every pair of a small call near or far
+LENGTHS = 128, 256
+CAPABILITY = 90
+COLLECTIVES = ("shuffle_xor", "ballot", "sync_warp", "sync_block", "multiply_add")
+LEGEND = (
+    "Per 128 x 64 pairs. shared: wavefronts of shared memory, asynchronous copies into it included; ideal: without bank "
+    "conflicts. tables: wavefronts of 128 bytes that are read through the first-level cache, 16 bytes a lane. read, "
+    "written: KiB of global memory, by accesses of 16 bytes; narrower ones, as of row statistics and of sums over "
+    "distances, are not counted. mma: products m16n8k16 of warps. shuffles: with ballots, of warps. sync_warp: of "
+    "warps, sync_block: of blocks. instr/pair: instructions of the main loop for sm_90, of a warp and of 32 pairs. "
+    "What a block does once, whatever the number of its tiles, is not in this table."
+)
+
+
+class Launch(NamedTuple):
+    kernel: str  # forward_kernel<Bfloat16, 64, false, false>
+    blocks: int
+    threads: int
+    counts: Counter[str]
+
+
+class Emulator:
+    """Runs the CUDA backend on the tests' emulator, for the rest of the process."""
+
+    def __init__(self):
+        sys.path.insert(1, str(compile_cuda.REPOSITORY / "tests/helpers"))
+        import emulated
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            path = emulated.built("plain", pool)
+        self._operators = emulated.load(path)
+        self._library = ctypes.CDLL(str(path))
+        self._library.emulator_counts.restype = ctypes.c_char_p
+        self._library.emulator_workspace_bytes.restype = ctypes.c_int64
+        self._library.emulator_options(ctypes.c_uint64(1), False, True, -1)
+        symbols = (line.split(" ", 2) for line in compile_cuda.run("nm", "-C", path).splitlines() if "_kernel" in line)
+        self._names = {int(address, 16): compile_cuda.short_name(name) for address, _, name in symbols}
+
+    def launches(self, run: Callable[[], object]) -> list[Launch]:
+        """Returns what the kernels do that ``run`` launches, in their order."""
+        self._library.emulator_clear_conflicts()
+        run()
+        found: list[Launch] = []
+        for kind, *words in map(str.split, self._library.emulator_counts().decode().splitlines()):
+            if kind == "launch":
+                address, blocks, threads, _ = map(int, words)
+                found.append(Launch(self._names[address], blocks, threads, Counter()))
+            else:
+                found[-1].counts.update(_sorted(kind, *map(int, words[1:])))
+        return found
+
+    def workspace_bytes(self, batch: int, heads: int, length: int, backward: bool) -> int:
+        table = slot_table(BUCKETS, LONGEST)
+        shape = batch, heads, length, SIZE, None, table.far_past, table.far_future, table.rows
+        return self._library.emulator_workspace_bytes(*shape, backward)
+
+
+def _sorted(kind: str, requests: int, wavefronts: int, ideal: int, size: int) -> dict[str, int]:
+    if kind in COLLECTIVES:
+        return {kind: requests}
+    if kind == "load_global":
+        return {"tables": wavefronts, "read": size}
+    if kind == "store_global":
+        return {"written": size}
+    return {"shared": wavefronts, "ideal": ideal, "read": size}
+
+
+def call(queries: int, keys: int, offset: int = 0, size: int = SIZE, heads: int = 1) -> tuple[Callable, Callable]:
+    """Returns forward and backward of a small call as functions; backward needs forward's result."""
+
+    def normal(*shape):
+        return torch.zeros(*shape, dtype=torch.bfloat16, requires_grad=True)
+
+    inputs = [normal(1, heads, length, size) for length in (queries, keys, keys)]
+    inputs += [normal(heads, ROWS, size) for _ in range(2)]
+    options = dict(position_buckets=BUCKETS, max_relative_positions=LONGEST, query_offset=offset, backend="cuda")
+    forward = lambda: disentangled_attention(*inputs, **options)
+    return forward, lambda output: torch.autograd.grad(output, inputs, torch.zeros_like(output))
+
+
+def launches_of_call(emulator: Emulator, *shape: int, **options: int) -> dict[str, list[Launch]]:
+    forward, backward = call(*shape, **options)
+    results: list = []
+    return {
+        "forward": emulator.launches(lambda: results.append(forward())),
+        "backward": emulator.launches(lambda: backward(results[0])),
+    }
+
+
+class Tiles(NamedTuple):
+    """What a kernel does for one unit of pairs."""
+
+    kernel: str
+    tiles: str  # near or far
+    way: str  # forward or backward
+    threads: int
+    counts: dict[str, float]
+
+
+def per_unit(emulator: Emulator, size: int = SIZE) -> Iterator[Tiles]:
+    """Counts each kernel that multiplies scores, per unit of near and of far pairs.
+
+    A kernel does something once a block and something once a tile. Calls of several lengths tell these apart.
+    """
+    for tiles, offset in OFFSETS.items():
+        calls = {
+            (queries, keys): launches_of_call(emulator, queries, keys, offset, size=size)
+            for queries in LENGTHS
+            for keys in LENGTHS
+        }
+        for way in ("forward", "backward"):
+            kernels = {x.kernel: x for x in calls[LENGTHS[0], LENGTHS[0]][way] if x.counts["multiply_add"]}
+            for kernel, example in kernels.items():
+                yield Tiles(kernel, tiles, way, example.threads, _fit(kernel, {k: x[way] for k, x in calls.items()}))
+
+
+def _fit(kernel: str, calls: dict[tuple[int, int], list[Launch]]) -> dict[str, float]:
+    """Returns the slope of counts = a x blocks + slope x units.
+
+    Raises:
+        RuntimeError: the counts are not of this form, so a slope says nothing.
+    """
+    used = {lengths: [x for x in launches if x.kernel == kernel] for lengths, launches in calls.items()}
+    known = torch.tensor(
+        [[sum(x.blocks for x in own), queries * keys / UNIT] for (queries, keys), own in used.items()],
+        dtype=torch.float64,
+    )
+    kinds = sorted({kind for own in used.values() for x in own for kind in x.counts})
+    slopes = {}
+    for kind in kinds:
+        counts = torch.tensor([[sum(x.counts[kind] for x in own)] for own in used.values()], dtype=torch.float64)
+        found = torch.linalg.lstsq(known, counts).solution
+        error = (known @ found - counts).abs().max().item()
+        if error > 0.02 * counts.max().item():
+            raise RuntimeError(f"{kernel}: {kind} is not linear in blocks and pairs, {counts.flatten().tolist()}")
+        slopes[kind] = round(found[1].item(), 3)
+    return slopes
+
+
+def instructions(code: dict[str, str], near_and_far: list[Tiles]) -> dict[tuple[str, str], float]:
+    """Returns instructions per 32 pairs by kernel and tiles, from the loop that has the products of such tiles.
+
+    A loop of far tiles has exactly those that were counted. What is left are loops of near tiles.
+    """
+    found: dict[tuple[str, str], float] = {}
+    for kernel in {x.kernel for x in near_and_far}:
+        loops = sass.main_loops(code[kernel])
+        products = {x.tiles: x.counts["multiply_add"] / (x.threads / 32) for x in near_and_far if x.kernel == kernel}
+        pairs = {x.kernel: UNIT / (x.threads / 32) / 32 for x in near_and_far}[kernel]  # of a lane, per unit
+        # The tiles of a loop may be a part of a unit, or several.
+        shares = (0.25, 0.5, 1, 2)
+        fits = [
+            (loop, share) for loop in loops for share in shares if loop[0] == share * products.get("far", 0) > 0
+            and loop.inner_mma == 0
+        ]  # fmt: skip
+        share = fits[0][1] if fits else 1
+        if fits:
+            found[kernel, "far"] = max(loop.executed(share * products["far"]) for loop, share in fits) / (share * pairs)
+        if rest := [loop for loop in loops if loop not in [loop for loop, _ in fits]]:
+            near = max(rest, key=lambda loop: loop.mma + loop.inner_mma)
+            if "far" not in products:  # squares of 64 x 64
+                share = 0.5
+            found[kernel, "near"] = near.executed(share * products["near"]) / (share * pairs)
+    return found
+
+
+def rows_of_tiles(counted: list[Tiles], executed: dict[tuple[str, str], float]) -> list[dict]:
+    rows = []
+    for x in counted:
+        n = x.counts
+        per = executed.get((x.kernel, x.tiles))
+        rows.append(
+            {
+                "kernel": _plain(x.kernel),
+                "tiles": x.tiles,
+                "shared": n.get("shared"),
+                "ideal": n.get("ideal"),
+                "tables": n.get("tables", 0),
+                "read": n.get("read", 0) / 1024,
+                "written": n.get("written", 0) / 1024,
+                "mma": n.get("multiply_add"),
+                "shuffles": n.get("shuffle_xor", 0) + n.get("ballot", 0),
+                "sync_warp": n.get("sync_warp", 0),
+                "sync_block": n.get("sync_block", 0),
+                "instr/pair": per,
+            }
+        )
+    return rows
+
+
+def _plain(kernel: str) -> str:
+    """Shortens to forward_kernel; a last flag that tells two kernels of the table apart stays."""
+    name, _, flags = kernel.partition("<")
+    return f"{name} {'keys' if flags.endswith(', true>') else 'queries'}" if flags.count(",") == 2 else name
+
+
+def passes_over_dscores(emulator: Emulator) -> dict[str, float]:
+    """Returns how often near dA is written to and read from global memory, in units of its 2 bytes per pair.
+
+    Its bytes are those that do not depend on the head size.
+    """
+    totals: dict[int, Counter] = {}
+    for size in (32, 64):
+        totals[size] = Counter()
+        for x in per_unit(emulator, size):
+            if (x.way, x.tiles) == ("backward", "near"):
+                totals[size].update({kind: x.counts.get(kind, 0) for kind in ("read", "written")})
+    return {kind: round((2 * totals[32][kind] - totals[64][kind]) / (2 * UNIT), 2) for kind in ("read", "written")}
+
+
+def facts_of_calls(emulator: Emulator) -> dict[str, object]:
+    """Counts launches, passes and workspaces."""
+    whole = launches_of_call(emulator, 128, 128, heads=2)
+    facts: dict[str, object] = {f"launches {way}": len(launches) for way, launches in whole.items()}
+    torch.ops.deberta_fast_emulated.limit_near_bytes(1)  # one head at a time
+    facts["launches per group of heads"] = (
+        len(launches_of_call(emulator, 128, 128, heads=2)["backward"]) - facts["launches backward"]
+    )
+    torch.ops.deberta_fast_emulated.limit_near_bytes(160 << 20)
+    facts |= {f"dA {kind}": times for kind, times in passes_over_dscores(emulator).items()}
+    for length in (128, 512, 2048, 8192):
+        sizes = [emulator.workspace_bytes(16384 // length, 12, length, backward) / 2**20 for backward in (False, True)]
+        facts[f"workspace MiB, {length}"] = f"{sizes[0]:.1f} forward, {sizes[1]:.1f} backward"
+    return facts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.counts", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, metavar="DIR", help="also write the table and its provenance to DIR")
+    parser.add_argument("--name", default="counts", help="of the file there (counts)")
+    arguments = parser.parse_args()
+    timing.provenance()
+    emulator = Emulator()
+    counted = list(per_unit(emulator))
+    executed, resources = {}, []
+    try:
+        kernels = {x.name: x for x in compile_cuda.compile_all([CAPABILITY])}
+        executed = instructions(compile_cuda.machine_code(CAPABILITY), counted)
+        resources = [kernels[name] for name in dict.fromkeys(x.kernel for x in counted)]
+        notes = f"{LEGEND} nvcc: {compile_cuda.nvcc_version()}."
+    except FileNotFoundError as error:
+        notes = f"{LEGEND} Without instructions: {error}."
+    rows = rows_of_tiles(counted, executed)
+    others = [
+        {"kernel": _plain(x.name), "threads": x.threads, "registers": x.registers, "spill stores": x.spill_stores,
+         "spill loads": x.spill_loads, "shared KiB": x.shared / 1024}
+        for x in resources
+    ]  # fmt: skip
+    facts = "\n".join(f"- {name}: {value}" for name, value in facts_of_calls(emulator).items())
+    summary = "\n\n".join(
+        part
+        for part in (timing.markdown(others) if others else "", "Of calls with 16384 tokens of 12 heads:", facts)
+        if part
+    )
+    if arguments.out:
+        timing.save(arguments.name, rows, arguments.out, notes, summary)
+    print(f"{timing.markdown(rows)}\n\n{summary}\n\n{notes}")
+
+
+if __name__ == "__main__":
+    main()
