@@ -8,8 +8,6 @@ bfloat16 with head size 64 and DeBERTa-v3's tables, without dropout.
 import argparse
 import ctypes
 import os
-import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,12 +29,12 @@ LENGTHS = 128, 256
 CAPABILITY = 90
 COLLECTIVES = ("shuffle_xor", "ballot", "sync_warp", "sync_block", "multiply_add")
 LEGEND = (
-    "Per 128 x 64 pairs. shared: wavefronts of shared memory, asynchronous copies into it included; ideal: without bank "
+    "Per 128 x 64 pairs. shared: wavefronts of shared memory, copies into it included; ideal: without bank "
     "conflicts. tables: wavefronts of 128 bytes that are read through the first-level cache, 16 bytes a lane. read, "
     "written: KiB of global memory, by accesses of 16 bytes; narrower ones, as of row statistics and of sums over "
     "distances, are not counted. mma: products m16n8k16 of warps. shuffles: with ballots, of warps. sync_warp: of "
     "warps, sync_block: of blocks. instr/pair: instructions of the main loop for sm_90, of a warp and of 32 pairs. "
-    "What a block does once, whatever the number of its tiles, is not in this table."
+    "once: what a block does beyond that, whatever the number of its tiles."
 )
 
 
@@ -90,7 +88,7 @@ def _sorted(kind: str, requests: int, wavefronts: int, ideal: int, size: int) ->
         return {"tables": wavefronts, "read": size}
     if kind == "store_global":
         return {"written": size}
-    return {"shared": wavefronts, "ideal": ideal, "read": size}
+    return {kind.removesuffix("_transposed"): requests, "shared": wavefronts, "ideal": ideal, "read": size}
 
 
 def call(queries: int, keys: int, offset: int = 0, size: int = SIZE, heads: int = 1) -> tuple[Callable, Callable]:
@@ -123,6 +121,7 @@ class Tiles(NamedTuple):
     way: str  # forward or backward
     threads: int
     counts: dict[str, float]
+    once: dict[str, float]  # for a block, whatever the number of its pairs
 
 
 def per_unit(emulator: Emulator, size: int = SIZE) -> Iterator[Tiles]:
@@ -139,78 +138,65 @@ def per_unit(emulator: Emulator, size: int = SIZE) -> Iterator[Tiles]:
         for way in ("forward", "backward"):
             kernels = {x.kernel: x for x in calls[LENGTHS[0], LENGTHS[0]][way] if x.counts["multiply_add"]}
             for kernel, example in kernels.items():
-                yield Tiles(kernel, tiles, way, example.threads, _fit(kernel, {k: x[way] for k, x in calls.items()}))
+                fitted = _fit(kernel, {lengths: launches[way] for lengths, launches in calls.items()})
+                yield Tiles(kernel, tiles, way, example.threads, *fitted)
 
 
-def _fit(kernel: str, calls: dict[tuple[int, int], list[Launch]]) -> dict[str, float]:
-    """Returns the slope of counts = a x blocks + slope x units.
+def _fit(kernel: str, calls: dict[tuple[int, int], list[Launch]]) -> tuple[dict[str, float], dict[str, float]]:
+    """Returns x and y of counts = x units + y blocks, by kind.
 
     Raises:
-        RuntimeError: the counts are not of this form, so a slope says nothing.
+        RuntimeError: the counts are not of this form, so the numbers would say nothing.
     """
     used = {lengths: [x for x in launches if x.kernel == kernel] for lengths, launches in calls.items()}
     known = torch.tensor(
-        [[sum(x.blocks for x in own), queries * keys / UNIT] for (queries, keys), own in used.items()],
+        [[queries * keys / UNIT, sum(x.blocks for x in own)] for (queries, keys), own in used.items()],
         dtype=torch.float64,
     )
     kinds = sorted({kind for own in used.values() for x in own for kind in x.counts})
-    slopes = {}
+    per_unit, per_block = {}, {}
     for kind in kinds:
         counts = torch.tensor([[sum(x.counts[kind] for x in own)] for own in used.values()], dtype=torch.float64)
         found = torch.linalg.lstsq(known, counts).solution
         error = (known @ found - counts).abs().max().item()
         if error > 0.02 * counts.max().item():
             raise RuntimeError(f"{kernel}: {kind} is not linear in blocks and pairs, {counts.flatten().tolist()}")
-        slopes[kind] = round(found[1].item(), 3)
-    return slopes
+        per_unit[kind], per_block[kind] = (round(x, 3) for x in found.flatten().tolist())
+    return per_unit, per_block
 
 
-def instructions(code: dict[str, str], near_and_far: list[Tiles]) -> dict[tuple[str, str], float]:
-    """Returns instructions per 32 pairs by kernel and tiles, from the loop that has the products of such tiles.
-
-    A loop of far tiles has exactly those that were counted. What is left are loops of near tiles.
-    """
-    found: dict[tuple[str, str], float] = {}
-    for kernel in {x.kernel for x in near_and_far}:
-        loops = sass.main_loops(code[kernel])
-        products = {x.tiles: x.counts["multiply_add"] / (x.threads / 32) for x in near_and_far if x.kernel == kernel}
-        pairs = {x.kernel: UNIT / (x.threads / 32) / 32 for x in near_and_far}[kernel]  # of a lane, per unit
-        # The tiles of a loop may be a part of a unit, or several.
-        shares = (0.25, 0.5, 1, 2)
-        fits = [
-            (loop, share) for loop in loops for share in shares if loop[0] == share * products.get("far", 0) > 0
-            and loop.inner_mma == 0
-        ]  # fmt: skip
-        share = fits[0][1] if fits else 1
-        if fits:
-            found[kernel, "far"] = max(loop.executed(share * products["far"]) for loop, share in fits) / (share * pairs)
-        if rest := [loop for loop in loops if loop not in [loop for loop, _ in fits]]:
-            near = max(rest, key=lambda loop: loop.mma + loop.inner_mma)
-            if "far" not in products:  # squares of 64 x 64
-                share = 0.5
-            found[kernel, "near"] = near.executed(share * products["near"]) / (share * pairs)
-    return found
+def instructions(code: str, tiles: Tiles) -> float | None:
+    """Returns instructions per 32 pairs of the loop that does the work of such tiles."""
+    warps = tiles.threads / 32
+    kinds = ("multiply_add", "copy_async", "load_matrices")
+    for share in (0.25, 0.5, 1, 2):  # of a unit that an iteration processes
+        work = sass.Work(*(share * tiles.counts.get(kind, 0) / warps for kind in kinds))
+        if (found := sass.executed(code, work)) is not None:
+            return found * warps * 32 / (share * UNIT)
+    return None
 
 
-def rows_of_tiles(counted: list[Tiles], executed: dict[tuple[str, str], float]) -> list[dict]:
+def rows_of_tiles(counted: list[Tiles], code: dict[str, str]) -> list[dict]:
     rows = []
     for x in counted:
-        n = x.counts
-        per = executed.get((x.kernel, x.tiles))
+        n = Counter(x.counts)
         rows.append(
             {
                 "kernel": _plain(x.kernel),
                 "tiles": x.tiles,
-                "shared": n.get("shared"),
-                "ideal": n.get("ideal"),
-                "tables": n.get("tables", 0),
-                "read": n.get("read", 0) / 1024,
-                "written": n.get("written", 0) / 1024,
-                "mma": n.get("multiply_add"),
-                "shuffles": n.get("shuffle_xor", 0) + n.get("ballot", 0),
-                "sync_warp": n.get("sync_warp", 0),
-                "sync_block": n.get("sync_block", 0),
-                "instr/pair": per,
+                "shared": n["shared"],
+                "ideal": n["ideal"],
+                "tables": n["tables"],
+                "read": n["read"] / 1024,
+                "written": n["written"] / 1024,
+                "mma": n["multiply_add"],
+                "shuffles": n["shuffle_xor"] + n["ballot"],
+                "sync_warp": n["sync_warp"],
+                "sync_block": n["sync_block"],
+                "instr/pair": instructions(code[x.kernel], x) if code else None,
+                "shared once": x.once.get("shared", 0.0),
+                "tables once": x.once.get("tables", 0.0),
+                "mma once": x.once.get("multiply_add", 0.0),
             }
         )
     return rows
@@ -237,18 +223,21 @@ def passes_over_dscores(emulator: Emulator) -> dict[str, float]:
 
 
 def facts_of_calls(emulator: Emulator) -> dict[str, object]:
-    """Counts launches, passes and workspaces."""
-    whole = launches_of_call(emulator, 128, 128, heads=2)
-    facts: dict[str, object] = {f"launches {way}": len(launches) for way, launches in whole.items()}
-    torch.ops.deberta_fast_emulated.limit_near_bytes(1)  # one head at a time
-    facts["launches per group of heads"] = (
-        len(launches_of_call(emulator, 128, 128, heads=2)["backward"]) - facts["launches backward"]
-    )
-    torch.ops.deberta_fast_emulated.limit_near_bytes(160 << 20)
-    facts |= {f"dA {kind}": times for kind, times in passes_over_dscores(emulator).items()}
+    """Counts launches, passes over dA and workspaces."""
+    facts: dict[str, object] = {}
     for length in (128, 512, 2048, 8192):
-        sizes = [emulator.workspace_bytes(16384 // length, 12, length, backward) / 2**20 for backward in (False, True)]
-        facts[f"workspace MiB, {length}"] = f"{sizes[0]:.1f} forward, {sizes[1]:.1f} backward"
+        forward, backward = (
+            emulator.workspace_bytes(16384 // length, 12, length, way) / 2**20 for way in (False, True)
+        )
+        facts[f"workspace at a length of {length}"] = f"{forward:.1f} MiB forward, {backward:.1f} MiB backward"
+    whole = launches_of_call(emulator, 128, 128, heads=2)
+    torch.ops.deberta_fast_emulated.limit_near_bytes(1)  # one head at a time, for the rest of the process
+    parts = launches_of_call(emulator, 128, 128, heads=2)["backward"]
+    group = len(parts) - len(whole["backward"])
+    facts["launches"] = f"{len(whole['forward'])} forward, {len(whole['backward'])} backward, {group} more for"
+    facts["launches"] += " each further group of heads"
+    passes = passes_over_dscores(emulator)
+    facts["near dA, 2 bytes a pair"] = f"written {passes['written']} times, read {passes['read']} times"
     return facts
 
 
@@ -260,26 +249,22 @@ def main() -> None:
     timing.provenance()
     emulator = Emulator()
     counted = list(per_unit(emulator))
-    executed, resources = {}, []
+    code, resources = {}, []
     try:
         kernels = {x.name: x for x in compile_cuda.compile_all([CAPABILITY])}
-        executed = instructions(compile_cuda.machine_code(CAPABILITY), counted)
+        code = compile_cuda.machine_code(CAPABILITY)
         resources = [kernels[name] for name in dict.fromkeys(x.kernel for x in counted)]
         notes = f"{LEGEND} nvcc: {compile_cuda.nvcc_version()}."
     except FileNotFoundError as error:
         notes = f"{LEGEND} Without instructions: {error}."
-    rows = rows_of_tiles(counted, executed)
+    rows = rows_of_tiles(counted, code)
     others = [
         {"kernel": _plain(x.name), "threads": x.threads, "registers": x.registers, "spill stores": x.spill_stores,
          "spill loads": x.spill_loads, "shared KiB": x.shared / 1024}
         for x in resources
     ]  # fmt: skip
     facts = "\n".join(f"- {name}: {value}" for name, value in facts_of_calls(emulator).items())
-    summary = "\n\n".join(
-        part
-        for part in (timing.markdown(others) if others else "", "Of calls with 16384 tokens of 12 heads:", facts)
-        if part
-    )
+    summary = f"{timing.markdown(others)}\n\nCalls with 16384 tokens and 12 heads, without a mask:\n\n{facts}"
     if arguments.out:
         timing.save(arguments.name, rows, arguments.out, notes, summary)
     print(f"{timing.markdown(rows)}\n\n{summary}\n\n{notes}")
