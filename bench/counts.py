@@ -30,9 +30,9 @@ CAPABILITY = 90
 COLLECTIVES = ("shuffle_xor", "ballot", "sync_warp", "sync_block", "multiply_add")
 LEGEND = (
     "Per 128 x 64 pairs. shared: wavefronts of shared memory, copies into it included; ideal: without bank "
-    "conflicts. tables: wavefronts of 128 bytes that are read through the first-level cache, 16 bytes a lane. read, "
-    "written: KiB of global memory, by accesses of 16 bytes; narrower ones, as of row statistics and of sums over "
-    "distances, are not counted. mma: products m16n8k16 of warps. shuffles: with ballots, of warps. sync_warp: of "
+    "conflicts. tables: wavefronts of 128 bytes that are read through the first-level cache, 16 bytes a lane. copied, "
+    "written: KiB of global memory by asynchronous copies and by stores of 16 bytes. Narrower accesses, as of row "
+    "statistics and of sums over distances, are not counted. mma: products m16n8k16 of warps. shuffles: with ballots, of warps. sync_warp: of "
     "warps, sync_block: of blocks. instr/pair: instructions of the main loop for sm_90, of a warp and of 32 pairs. "
     "once: what a block does beyond that, whatever the number of its tiles."
 )
@@ -88,7 +88,13 @@ def _sorted(kind: str, requests: int, wavefronts: int, ideal: int, size: int) ->
         return {"tables": wavefronts, "read": size}
     if kind == "store_global":
         return {"written": size}
-    return {kind.removesuffix("_transposed"): requests, "shared": wavefronts, "ideal": ideal, "read": size}
+    return {
+        kind.removesuffix("_transposed"): requests,
+        "shared": wavefronts,
+        "ideal": ideal,
+        "read": size,
+        "copied": size,
+    }
 
 
 def call(queries: int, keys: int, offset: int = 0, size: int = SIZE, heads: int = 1) -> tuple[Callable, Callable]:
@@ -161,7 +167,7 @@ def _fit(kernel: str, calls: dict[tuple[int, int], list[Launch]]) -> tuple[dict[
         error = (known @ found - counts).abs().max().item()
         if error > 0.02 * counts.max().item():
             raise RuntimeError(f"{kernel}: {kind} is not linear in blocks and pairs, {counts.flatten().tolist()}")
-        per_unit[kind], per_block[kind] = (round(x, 3) for x in found.flatten().tolist())
+        per_unit[kind], per_block[kind] = (round(x, 2) + 0.0 for x in found.flatten().tolist())
     return per_unit, per_block
 
 
@@ -187,7 +193,7 @@ def rows_of_tiles(counted: list[Tiles], code: dict[str, str]) -> list[dict]:
                 "shared": n["shared"],
                 "ideal": n["ideal"],
                 "tables": n["tables"],
-                "read": n["read"] / 1024,
+                "copied": n["copied"] / 1024,
                 "written": n["written"] / 1024,
                 "mma": n["multiply_add"],
                 "shuffles": n["shuffle_xor"] + n["ballot"],
