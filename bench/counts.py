@@ -32,9 +32,9 @@ LEGEND = (
     "Per 128 x 64 pairs. shared: wavefronts of shared memory, copies into it included; ideal: without bank "
     "conflicts. tables: wavefronts of 128 bytes that are read through the first-level cache, 16 bytes a lane. copied, "
     "written: KiB of global memory by asynchronous copies and by stores of 16 bytes. Narrower accesses, as of row "
-    "statistics and of sums over distances, are not counted. mma: products m16n8k16 of warps. shuffles: with ballots, of warps. sync_warp: of "
-    "warps, sync_block: of blocks. instr/pair: instructions of the main loop for sm_90, of a warp and of 32 pairs. "
-    "once: what a block does beyond that, whatever the number of its tiles."
+    "statistics and of sums over distances, are not counted. mma: products m16n8k16 of warps. shuffles: with ballots, "
+    "of warps. sync_warp: of warps, sync_block: of blocks. instr/pair: instructions of the main loop for sm_90, of a "
+    "warp and of 32 pairs. once: what a block does beyond that, whatever the number of its tiles."
 )
 
 
