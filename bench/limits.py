@@ -285,7 +285,8 @@ def draw(table: list[dict], path: Path) -> None:
             panel.set_xticks(lengths, [str(n) for n in lengths], rotation=45)
             panel.minorticks_off()
             panel.grid(alpha=0.3)
-    panels[0][0].legend(fontsize=7)
+    for line in panels:
+        line[0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     pyplot.close(figure)

@@ -179,6 +179,44 @@ void test_landing() {
   emulator::options() = emulator::Options();
 }
 
+KERNEL(64, 1) totals(Arguments arguments) {
+  const char* in = static_cast<const char*>(arguments.in);
+  const Vec16 words = load_global(in + (warp() == 0 ? 16 : 128) * (lane() % (warp() == 0 ? 32 : 16)));
+  uint32_t sum = words.x[0];
+  for (int mask = 4; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+  store_global(static_cast<char*>(arguments.out) + 16 * (lane() % 32), {{sum, ballot(sum != 0), 0, 0}});
+}
+
+// What a launch does is counted for it alone.
+void test_counts() {
+  std::vector<Vec16> in(128);
+  std::vector<uint32_t> out(128);
+  emulator::options().count_conflicts = true;
+  emulator::clear_conflicts();
+  for (int variant : {0, 6}) CHECK(!run(copies, 64, 2048, in.data(), out.data(), variant));
+  CHECK(!run(totals, 64, 0, in.data(), out.data(), 0, 2));
+  emulator::options() = emulator::Options();
+  const auto count = [](size_t launch, emulator::Kind kind) {
+    emulator::Traffic sum = {kind, {0, ""}};
+    for (const emulator::Traffic& t : emulator::the_machine->launches[launch].traffic) {
+      if (t.kind == kind) sum.requests += t.requests, sum.wavefronts += t.wavefronts, sum.bytes += t.bytes;
+    }
+    return sum;
+  };
+  CHECK(emulator::the_machine->launches.size() == 3 && emulator::the_machine->launches[2].blocks == 2);
+  for (size_t launch : {0, 1}) {
+    CHECK(count(launch, emulator::Kind::copy_async).requests == (launch ? 6 : 4));
+    CHECK(count(launch, emulator::Kind::copy_async).bytes == 16 * (launch ? 160 : 96));  // the valid ones
+    CHECK(count(launch, emulator::Kind::sync_block).requests == (launch ? 2 : 1));
+    CHECK(count(launch, emulator::Kind::load_shared).wavefronts == 2 * 4 * 2);
+  }
+  CHECK(count(2, emulator::Kind::shuffle_xor).requests == 2 * 2 * 3);
+  CHECK(count(2, emulator::Kind::ballot).requests == 2 * 2);
+  CHECK(count(2, emulator::Kind::load_global).wavefronts == 2 * (4 + 32));  // neighbours, and 128 bytes apart
+  CHECK(count(2, emulator::Kind::load_global).bytes == 2 * 64 * 16);
+  CHECK(count(2, emulator::Kind::store_global).requests == 2 * 2);
+}
+
 }  // namespace
 
 int main() {
@@ -189,5 +227,6 @@ int main() {
   test_exchanges();
   test_copies();
   test_landing();
+  test_counts();
   std::puts("ok");
 }
