@@ -11,7 +11,7 @@ from bench.limits import CHIPS, COUNTED, Counted, Counts
 from deberta_fast.op.relative_position import slot_table
 
 
-@pytest.mark.parametrize("length, rows, columns", [(192, 32, 16), (100, 64, 32), (40, 128, 64)])
+@pytest.mark.parametrize("length, rows, columns", [(192, 32, 16), (100, 64, 32), (40, 128, 64), (60, 1, 1)])
 @pytest.mark.parametrize("buckets, longest", [(16, 32), (-1, 40)])
 def test_tiles(length, rows, columns, buckets, longest):
     """A tile is near if a distance in it is not in the constant ends of the table of slots."""
