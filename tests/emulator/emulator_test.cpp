@@ -66,33 +66,6 @@ void test_numbers() {
 
 // ---- Collectives of a warp.
 
-// Loads four matrices, one below the other at a pitch of 48 bytes. Outputs each lane's words, plain and transposed.
-KERNEL(32, 1) matrices(Arguments arguments) {
-  for (int i = lane(); i < 256; i += 32) {
-    store_shared_half(shared_memory() + i / 8 * 48 + i % 8 * 2, static_cast<uint16_t>(i));
-  }
-  sync_block();
-  uint32_t* out = static_cast<uint32_t*>(arguments.out) + lane() * 8;
-  uint32_t words[4];
-  load_matrices(words, shared_memory() + lane() * 48);
-  for (int i = 0; i < 4; i++) out[i] = words[i];
-  load_matrices_transposed(words, shared_memory() + lane() * 48);
-  for (int i = 0; i < 4; i++) out[4 + i] = words[i];
-}
-
-void test_matrices() {
-  std::vector<uint32_t> out(256);
-  CHECK(!run(matrices, 32, 32 * 48, nullptr, out.data()));
-  for (int lane = 0; lane < 32; lane++) {
-    for (int i = 0; i < 4; i++) {
-      const uint32_t g = lane / 4, t = lane % 4;
-      const auto element = [&](uint32_t row, uint32_t column) { return i * 64 + row * 8 + column; };
-      CHECK(out[lane * 8 + i] == (element(g, 2 * t) | element(g, 2 * t + 1) << 16));
-      CHECK(out[lane * 8 + 4 + i] == (element(2 * t, g) | element(2 * t + 1, g) << 16));
-    }
-  }
-}
-
 KERNEL(64, 1) exchanges(Arguments arguments) {
   const int number = (block_y() * 3 + block_x()) * 64 + thread();
   float sum = static_cast<float>(number);
@@ -221,9 +194,6 @@ void test_counts() {
 
 int main() {
   test_numbers();
-  test_product<Bfloat16>();
-  test_product<Float16>();
-  test_matrices();
   test_exchanges();
   test_copies();
   test_landing();
