@@ -139,7 +139,7 @@ def _find_cuobjdump() -> str:
     return knobs.nvidia.cuobjdump.path
 
 
-def _cache_path(unit: Path, suffix: str, *settings: object) -> Path:
+def cache_path(unit: Path, suffix: str, *settings: object) -> Path:
     """Names the cached result of a unit by the contents of everything that it depends on."""
     key = hashlib.sha256(repr(settings).encode())
     for source in (unit, *sorted((REPOSITORY / "csrc").rglob("*.h")), *sorted(EMULATOR.glob("*.h"))):
@@ -152,7 +152,7 @@ def _cache_path(unit: Path, suffix: str, *settings: object) -> Path:
 def _compile_unit(version: str, unit: Path, capability: int) -> Path:
     """Returns the cubin; its ptxas log lies beside it."""
     target = f"-gencode=arch=compute_{PTX[capability]},code=sm_{capability}"
-    cubin = _cache_path(unit, "cubin", FLAGS, target, version)
+    cubin = cache_path(unit, "cubin", FLAGS, target, version)
     if not cubin.exists():
         partial = cubin.with_suffix(f".{os.getpid()}")
         log = run(find_tool("nvcc"), *FLAGS, target, "-cubin", "-o", partial, unit, stderr=subprocess.STDOUT)
@@ -238,7 +238,7 @@ def find_launches(unit: Path) -> tuple[Path, dict[str, tuple[int, int]]]:
     own = [name for name in passes if re.search(rf"^const char\* {name}\(", unit.read_text(), re.MULTILINE)]
     calls = " ".join(f"call_pass(&cuda::{name});" for name in own)
     compiler = [*shlex.split(os.environ.get("CXX", "c++")), "-std=c++20", "-w"]
-    cached = _cache_path(unit, "json", _PROBE_EMULATOR, _PROBE, calls, compiler)
+    cached = cache_path(unit, "json", _PROBE_EMULATOR, _PROBE, calls, compiler)
     if not cached.exists():
         with tempfile.TemporaryDirectory() as folder:
             source, program = Path(folder, "probe.cpp"), Path(folder, "probe")

@@ -40,9 +40,15 @@ LEGEND = (
 
 class Launch(NamedTuple):
     kernel: str  # forward_kernel<Bfloat16, 64, false, false>
-    blocks: int
+    grid: tuple[int, int]
     threads: int
+    shared: int  # bytes
+    arguments: bytes
     counts: Counter[str]
+
+    @property
+    def blocks(self) -> int:
+        return self.grid[0] * self.grid[1]
 
 
 class Emulator:
@@ -69,8 +75,9 @@ class Emulator:
         found: list[Launch] = []
         for kind, *words in map(str.split, self._library.emulator_counts().decode().splitlines()):
             if kind == "launch":
-                address, blocks, threads, _ = map(int, words)
-                found.append(Launch(self._names[address], blocks, threads, Counter()))
+                address, x, y, threads, shared = map(int, words[:5])
+                known = self._names[address], (x, y), threads, shared, bytes.fromhex(words[5])
+                found.append(Launch(*known, Counter()))
             else:
                 found[-1].counts.update(_sorted(kind, *map(int, words[1:])))
         return found

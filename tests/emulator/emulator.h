@@ -220,7 +220,7 @@ const char* launch(void (*kernel)(Arguments), int64_t blocks_x, int64_t blocks_y
   const auto call = [](const void* kernel, const void* arguments) {
     (**static_cast<void (*const*)(Arguments)>(kernel))(*static_cast<const Arguments*>(arguments));
   };
-  return the_machine->run(call, &kernel, &arguments, blocks_x, blocks_y, threads, shared_bytes);
+  return the_machine->run(call, &kernel, &arguments, sizeof(arguments), blocks_x, blocks_y, threads, shared_bytes);
 }
 
 }  // namespace deberta_fast

@@ -176,7 +176,7 @@ void test_counts() {
     }
     return sum;
   };
-  CHECK(emulator::the_machine->launches.size() == 3 && emulator::the_machine->launches[2].blocks == 2);
+  CHECK(emulator::the_machine->launches.size() == 3 && emulator::the_machine->launches[2].blocks_x == 2);
   for (size_t launch : {0, 1}) {
     CHECK(count(launch, emulator::Kind::copy_async).requests == (launch ? 6 : 4));
     CHECK(count(launch, emulator::Kind::copy_async).bytes == 16 * (launch ? 160 : 96));  // the valid ones

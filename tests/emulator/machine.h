@@ -61,7 +61,8 @@ class Machine {
 
   struct Launch {
     const void* kernel;
-    int64_t blocks;
+    std::string arguments;  // their bytes
+    int64_t blocks_x, blocks_y;
     int threads, shared_bytes;
     std::vector<Traffic> traffic;
   };
@@ -70,8 +71,8 @@ class Machine {
   using Call = void (*)(const void* kernel, const void* arguments);
 
   // Returns the first error, or null.
-  const char* run(Call call, const void* kernel, const void* arguments, int64_t blocks_x, int64_t blocks_y, int threads,
-                  int shared_bytes) {
+  const char* run(Call call, const void* kernel, const void* arguments, size_t arguments_bytes, int64_t blocks_x,
+                  int64_t blocks_y, int threads, int shared_bytes) {
     std::lock_guard<std::mutex> one_at_a_time(mutex_);
     if (blocks_x == 0 || blocks_y == 0) return nullptr;
     if (blocks_x < 0 || blocks_x > 0x7fffffff || blocks_y < 0 || blocks_y > 65535) return "invalid number of blocks";
@@ -99,7 +100,8 @@ class Machine {
     }
     if (options.count_conflicts) {
       const void* address = *static_cast<const void* const*>(kernel);
-      launches.push_back({address, blocks_x * blocks_y, threads, shared_bytes, traffic});
+      const std::string bytes(static_cast<const char*>(arguments), arguments_bytes);
+      launches.push_back({address, bytes, blocks_x, blocks_y, threads, shared_bytes, traffic});
       std::vector<Traffic>& own = launches.back().traffic;
       for (size_t i = 0; i < before.size(); i++) {
         own[i].requests -= before[i].requests, own[i].wavefronts -= before[i].wavefronts;
@@ -452,14 +454,17 @@ inline void clear_conflicts() {
   the_machine->launches.clear();
 }
 
-// A line for each launch since then, with the kernel's address relative to `base`, and one for each of its sites.
+// A line for each launch since then, with the kernel's address relative to `base` and the bytes of its arguments, and
+// one for each of its sites.
 inline std::string count_table(const char* base) {
   std::string text;
   const auto add = [&](auto... words) { ((text += words, text += ' '), ...), text.back() = '\n'; };
   const auto number = [](int64_t x) { return std::to_string(x); };
   for (const Machine::Launch& launch : the_machine->launches) {
-    add("launch", number(static_cast<const char*>(launch.kernel) - base), number(launch.blocks), number(launch.threads),
-        number(launch.shared_bytes));
+    std::string bytes;
+    for (unsigned char byte : launch.arguments) bytes += {"0123456789abcdef"[byte / 16], "0123456789abcdef"[byte % 16]};
+    add("launch", number(static_cast<const char*>(launch.kernel) - base), number(launch.blocks_x),
+        number(launch.blocks_y), number(launch.threads), number(launch.shared_bytes), bytes);
     for (const Traffic& t : launch.traffic) {
       if (t.requests != 0)
         add(name(t.kind), t.site.text(), number(t.requests), number(t.wavefronts), number(t.ideal), number(t.bytes));
