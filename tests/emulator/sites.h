@@ -1,5 +1,5 @@
-// Places in the source of a kernel, and what happens there: traffic to shared memory with its bank conflicts, traffic to
-// global memory, collectives.
+// Places in the source of a kernel, and what happens there: traffic to shared memory with its bank conflicts, traffic
+// to global memory, collectives.
 #pragma once
 
 #include <algorithm>
