@@ -1,4 +1,4 @@
-# Every target but gpu sets up what it needs. Variables: PYTHON (3.10 or later), DEMO_ARGS, TEST_ARGS, BENCH_ARGS;
+# Every target but gpu sets up what it needs. Variables: PYTHON (3.10 or later), DEMO_, TEST_, BENCH_ and VERIFY_ARGS;
 # for gpu, GPU_PYTHON (an interpreter that has torch and triton) and GPU_ARGS (bench/gpu.sh --help); for the extension
 # DEBERTA_FAST_CPU (0 does without it, 1, the default here, fails where it cannot be built), DEBERTA_FAST_CUDA (the same
 # for its CUDA kernels; by default they are built if there is an nvcc) and those of setup.py; for sanitize, which needs
@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 OLDEST := build/oldest
+VERIFIER := build/verifier
 # The name matters: dill, which datasets uses, pickles packages whole that lie in a folder with another
 CLIENTS := build/clients/site-packages
 PIP := $(BIN)/python -m pip install -qq
@@ -31,7 +32,7 @@ OUTER_PATH := $(PATH)
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo pretrain-demo test test-oldest test-clients sanitize bench gpu lint format clean
+.PHONY: setup demo pretrain-demo test test-oldest test-clients sanitize verify-ptx bench gpu lint format clean
 
 setup: $(BUILT)
 
@@ -92,6 +93,15 @@ sanitize: $(READY)
 	  $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) libstdc++.so.6" ASAN_OPTIONS=detect_leaks=0 \
 	  UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(abspath $(SANITIZED)) $(BIN)/pytest --capture=sys $(SANITIZE_ARGS)
+
+# Needs nvcc. VERIFY_ARGS="--mutants" leaves out one barrier after the other, which takes hours
+verify-ptx: $(VERIFIER)/ready
+	PYTHONPATH=$(abspath $(VERIFIER)) $(BIN)/python -m bench.verify_ptx $(VERIFY_ARGS)
+
+$(VERIFIER)/ready: $(READY)
+	@rm -rf $(VERIFIER)
+	@$(PIP) --target $(VERIFIER) --no-deps sentryward==0.1.1
+	@touch $@
 
 bench: setup
 	$(BIN)/python -m bench.cpu $(BENCH_ARGS)

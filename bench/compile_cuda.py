@@ -76,10 +76,14 @@ def disassemble(cuobjdump: str, cubin: Path) -> str:
     return run(cuobjdump, "-sass", "-res-usage", cubin)
 
 
+def split_functions(text: str) -> dict[str, str]:
+    """Returns the machine code of each function by its mangled name."""
+    return {code.partition("\n")[0].strip(): code for code in text.split("Function : ")[1:]}
+
+
 def count_opcodes(text: str) -> dict[str, Counter[str]]:
     """Counts the opcodes of each function, with their modifiers (``LDG.E.U16``) and without padding."""
-    functions = text.split("Function : ")[1:]
-    counts = {code.partition("\n")[0].strip(): Counter(_OPCODE.findall(code)) for code in functions}
+    counts = {name: Counter(_OPCODE.findall(code)) for name, code in split_functions(text).items()}
     for opcodes in counts.values():
         del opcodes["NOP"]
     return counts
@@ -95,8 +99,7 @@ def compile_all(capabilities: Iterable[int], threads: int = 2) -> list[Kernel]:
     Raises:
         FileNotFoundError: nvcc or cuobjdump is missing.
     """
-    version, cuobjdump = nvcc_version(), _find_cuobjdump()
-    units = sorted((REPOSITORY / "csrc/cuda").glob("*.cu"), key=lambda path: -path.stat().st_size)
+    version, cuobjdump, units = nvcc_version(), _find_cuobjdump(), _units()
     with ThreadPoolExecutor(threads) as pool:
         launched = dict(pool.map(find_launches, units))
         jobs = [(version, unit, capability) for capability in capabilities for unit in units]
@@ -106,6 +109,24 @@ def compile_all(capabilities: Iterable[int], threads: int = 2) -> list[Kernel]:
             for (_, unit, capability), cubin in zip(jobs, compiled)
             for kernel in _read_unit(cuobjdump, cubin, capability, launched[unit])
         ]
+
+
+def machine_code(capability: int) -> dict[str, str]:
+    """Returns the machine code of every kernel of csrc/cuda by its name.
+
+    Raises:
+        FileNotFoundError: nvcc or cuobjdump is missing.
+    """
+    version, cuobjdump, found = nvcc_version(), _find_cuobjdump(), {}
+    for unit in _units():
+        functions = split_functions(disassemble(cuobjdump, _compile_unit(version, unit, capability)))
+        names = run("c++filt", *functions).splitlines()
+        found |= {short_name(name): code for name, code in zip(names, functions.values(), strict=True)}
+    return found
+
+
+def _units() -> list[Path]:
+    return sorted((REPOSITORY / "csrc/cuda").glob("*.cu"), key=lambda path: -path.stat().st_size)
 
 
 def _find_cuobjdump() -> str:
@@ -118,7 +139,7 @@ def _find_cuobjdump() -> str:
     return knobs.nvidia.cuobjdump.path
 
 
-def _cache_path(unit: Path, suffix: str, *settings: object) -> Path:
+def cache_path(unit: Path, suffix: str, *settings: object) -> Path:
     """Names the cached result of a unit by the contents of everything that it depends on."""
     key = hashlib.sha256(repr(settings).encode())
     for source in (unit, *sorted((REPOSITORY / "csrc").rglob("*.h")), *sorted(EMULATOR.glob("*.h"))):
@@ -131,7 +152,7 @@ def _cache_path(unit: Path, suffix: str, *settings: object) -> Path:
 def _compile_unit(version: str, unit: Path, capability: int) -> Path:
     """Returns the cubin; its ptxas log lies beside it."""
     target = f"-gencode=arch=compute_{PTX[capability]},code=sm_{capability}"
-    cubin = _cache_path(unit, "cubin", FLAGS, target, version)
+    cubin = cache_path(unit, "cubin", FLAGS, target, version)
     if not cubin.exists():
         partial = cubin.with_suffix(f".{os.getpid()}")
         log = run(find_tool("nvcc"), *FLAGS, target, "-cubin", "-o", partial, unit, stderr=subprocess.STDOUT)
@@ -143,7 +164,7 @@ def _compile_unit(version: str, unit: Path, capability: int) -> Path:
 def _read_unit(cuobjdump: str, cubin: Path, capability: int, launched: dict[str, tuple[int, int]]) -> list[Kernel]:
     log, kernels = cubin.with_suffix(".log").read_text(), []
     functions = count_opcodes(disassemble(cuobjdump, cubin))
-    names = map(_short_name, run("c++filt", *functions).splitlines())
+    names = map(short_name, run("c++filt", *functions).splitlines())
     for name, (mangled, opcodes) in zip(names, functions.items(), strict=True):
         part = log.partition(f"Compiling entry function '{mangled}'")[2].partition("Compiling entry function")[0]
         # ptxas leaves out what is zero.
@@ -165,7 +186,7 @@ def _read_unit(cuobjdump: str, cubin: Path, capability: int, launched: dict[str,
     return kernels
 
 
-def _short_name(name: str) -> str:
+def short_name(name: str) -> str:
     """Shortens a demangled name to ``forward_kernel<Bfloat16, 64, false>``."""
     return re.sub(r"deberta_fast::|cuda::|\(anonymous namespace\)::|^void ", "", name).partition("(")[0]
 
@@ -217,7 +238,7 @@ def find_launches(unit: Path) -> tuple[Path, dict[str, tuple[int, int]]]:
     own = [name for name in passes if re.search(rf"^const char\* {name}\(", unit.read_text(), re.MULTILINE)]
     calls = " ".join(f"call_pass(&cuda::{name});" for name in own)
     compiler = [*shlex.split(os.environ.get("CXX", "c++")), "-std=c++20", "-w"]
-    cached = _cache_path(unit, "json", _PROBE_EMULATOR, _PROBE, calls, compiler)
+    cached = cache_path(unit, "json", _PROBE_EMULATOR, _PROBE, calls, compiler)
     if not cached.exists():
         with tempfile.TemporaryDirectory() as folder:
             source, program = Path(folder, "probe.cpp"), Path(folder, "probe")
@@ -226,7 +247,7 @@ def find_launches(unit: Path) -> tuple[Path, dict[str, tuple[int, int]]]:
             # -no-pie: addresses must be those of the symbol table.
             run(*compiler, "-no-pie", f"-I{folder}", f"-I{unit.parent}", "-o", program, source)
             symbols = dict(line.split(" ", 1) for line in run("nm", "-C", program).splitlines() if "_kernel" in line)
-            names = {int(address, 16): _short_name(name[2:]) for address, name in symbols.items()}
+            names = {int(address, 16): short_name(name[2:]) for address, name in symbols.items()}
             launches = [line.split() for line in run(program).splitlines()]
         found = {names[int(address, 16)]: (int(threads), int(shared)) for address, threads, shared in launches}
         partial = cached.with_suffix(f".{os.getpid()}")

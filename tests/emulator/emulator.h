@@ -64,17 +64,14 @@ inline void store_shared_half(void* to, uint16_t half, Site site = Site::here())
 }
 
 inline Vec16 load_global(const void* from, Site site = Site::here()) {
-  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) {
-    the_machine->fail("load_global at " + site.text() + ": not aligned to 16");
-  }
+  the_machine->global(Kind::load_global, site, from);
   Vec16 words;
   std::memcpy(&words, from, 16);
   return words;
 }
 
 inline void store_global(void* to, Vec16 words, Site site = Site::here()) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 != 0)
-    the_machine->fail("store_global at " + site.text() + ": not aligned to 16");
+  the_machine->global(Kind::store_global, site, to);
   std::memcpy(to, &words, 16);
 }
 
@@ -235,7 +232,7 @@ const char* launch(void (*kernel)(Arguments), int64_t blocks_x, int64_t blocks_y
   const auto call = [](const void* kernel, const void* arguments) {
     (**static_cast<void (*const*)(Arguments)>(kernel))(*static_cast<const Arguments*>(arguments));
   };
-  return the_machine->run(call, &kernel, &arguments, blocks_x, blocks_y, threads, shared_bytes);
+  return the_machine->run(call, &kernel, &arguments, sizeof(arguments), blocks_x, blocks_y, threads, shared_bytes);
 }
 
 }  // namespace deberta_fast

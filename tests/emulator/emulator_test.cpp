@@ -66,33 +66,6 @@ void test_numbers() {
 
 // ---- Collectives of a warp.
 
-// Loads four matrices, one below the other at a pitch of 48 bytes. Outputs each lane's words, plain and transposed.
-KERNEL(32, 1) matrices(Arguments arguments) {
-  for (int i = lane(); i < 256; i += 32) {
-    store_shared_half(shared_memory() + i / 8 * 48 + i % 8 * 2, static_cast<uint16_t>(i));
-  }
-  sync_block();
-  uint32_t* out = static_cast<uint32_t*>(arguments.out) + lane() * 8;
-  uint32_t words[4];
-  load_matrices(words, shared_memory() + lane() * 48);
-  for (int i = 0; i < 4; i++) out[i] = words[i];
-  load_matrices_transposed(words, shared_memory() + lane() * 48);
-  for (int i = 0; i < 4; i++) out[4 + i] = words[i];
-}
-
-void test_matrices() {
-  std::vector<uint32_t> out(256);
-  CHECK(!run(matrices, 32, 32 * 48, nullptr, out.data()));
-  for (int lane = 0; lane < 32; lane++) {
-    for (int i = 0; i < 4; i++) {
-      const uint32_t g = lane / 4, t = lane % 4;
-      const auto element = [&](uint32_t row, uint32_t column) { return i * 64 + row * 8 + column; };
-      CHECK(out[lane * 8 + i] == (element(g, 2 * t) | element(g, 2 * t + 1) << 16));
-      CHECK(out[lane * 8 + 4 + i] == (element(2 * t, g) | element(2 * t + 1, g) << 16));
-    }
-  }
-}
-
 KERNEL(64, 1) exchanges(Arguments arguments) {
   const int number = (block_y() * 3 + block_x()) * 64 + thread();
   float sum = static_cast<float>(number);
@@ -179,15 +152,51 @@ void test_landing() {
   emulator::options() = emulator::Options();
 }
 
+KERNEL(64, 1) totals(Arguments arguments) {
+  const char* in = static_cast<const char*>(arguments.in);
+  const Vec16 words = load_global(in + (warp() == 0 ? 16 : 128) * (lane() % (warp() == 0 ? 32 : 16)));
+  uint32_t sum = words.x[0];
+  for (int mask = 4; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+  store_global(static_cast<char*>(arguments.out) + 16 * (lane() % 32), {{sum, ballot(sum != 0), 0, 0}});
+}
+
+// What a launch does is counted for it alone.
+void test_counts() {
+  std::vector<Vec16> in(128);
+  std::vector<uint32_t> out(128);
+  emulator::options().count_conflicts = true;
+  emulator::clear_conflicts();
+  for (int variant : {0, 6}) CHECK(!run(copies, 64, 2048, in.data(), out.data(), variant));
+  CHECK(!run(totals, 64, 0, in.data(), out.data(), 0, 2));
+  emulator::options() = emulator::Options();
+  const auto count = [](size_t launch, emulator::Kind kind) {
+    emulator::Traffic sum = {kind, {0, ""}};
+    for (const emulator::Traffic& t : emulator::the_machine->launches[launch].traffic) {
+      if (t.kind == kind) sum.requests += t.requests, sum.wavefronts += t.wavefronts, sum.bytes += t.bytes;
+    }
+    return sum;
+  };
+  CHECK(emulator::the_machine->launches.size() == 3 && emulator::the_machine->launches[2].blocks_x == 2);
+  for (size_t launch : {0, 1}) {
+    CHECK(count(launch, emulator::Kind::copy_async).requests == (launch ? 6 : 4));
+    CHECK(count(launch, emulator::Kind::copy_async).bytes == 16 * (launch ? 160 : 96));  // the valid ones
+    CHECK(count(launch, emulator::Kind::sync_block).requests == (launch ? 2 : 1));
+    CHECK(count(launch, emulator::Kind::load_shared).wavefronts == 2 * 4 * 2);
+  }
+  CHECK(count(2, emulator::Kind::shuffle_xor).requests == 2 * 2 * 3);
+  CHECK(count(2, emulator::Kind::ballot).requests == 2 * 2);
+  CHECK(count(2, emulator::Kind::load_global).wavefronts == 2 * (4 + 32));  // neighbours, and 128 bytes apart
+  CHECK(count(2, emulator::Kind::load_global).bytes == 2 * 64 * 16);
+  CHECK(count(2, emulator::Kind::store_global).requests == 2 * 2);
+}
+
 }  // namespace
 
 int main() {
   test_numbers();
-  test_product<Bfloat16>();
-  test_product<Float16>();
-  test_matrices();
   test_exchanges();
   test_copies();
   test_landing();
+  test_counts();
   std::puts("ok");
 }

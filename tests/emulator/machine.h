@@ -22,7 +22,7 @@ namespace emulator {
 struct Options {
   uint64_t seed = 1;             // decides the order of blocks, warps and lanes
   bool check_races = true;       // in shared memory
-  bool count_conflicts = false;  // of banks, for conflict_table()
+  bool count_conflicts = false;  // of banks, for conflict_table(), and the rest of count_table()
   int skip_barrier = -1;         // the barrier site of this number does nothing
 };
 
@@ -55,15 +55,24 @@ struct Operands {
 class Machine {
  public:
   Options options;
-  Sites sites;  // of accesses to shared memory, if conflicts are counted
+  Sites sites;  // of what is counted
   Sites barriers;
-  std::vector<Traffic> traffic;
+  std::vector<Traffic> traffic;  // of all launches together
+
+  struct Launch {
+    const void* kernel;
+    std::string arguments;  // their bytes
+    int64_t blocks_x, blocks_y;
+    int threads, shared_bytes;
+    std::vector<Traffic> traffic;
+  };
+  std::vector<Launch> launches;  // if they are counted
 
   using Call = void (*)(const void* kernel, const void* arguments);
 
   // Returns the first error, or null.
-  const char* run(Call call, const void* kernel, const void* arguments, int64_t blocks_x, int64_t blocks_y, int threads,
-                  int shared_bytes) {
+  const char* run(Call call, const void* kernel, const void* arguments, size_t arguments_bytes, int64_t blocks_x,
+                  int64_t blocks_y, int threads, int shared_bytes) {
     std::lock_guard<std::mutex> one_at_a_time(mutex_);
     if (blocks_x == 0 || blocks_y == 0) return nullptr;
     if (blocks_x < 0 || blocks_x > 0x7fffffff || blocks_y < 0 || blocks_y > 65535) return "invalid number of blocks";
@@ -84,9 +93,20 @@ class Machine {
       order[i] = static_cast<int64_t>(i);
       std::swap(order[i], order[random_.below(static_cast<uint32_t>(i + 1))]);
     }
+    const std::vector<Traffic> before = traffic;
     for (int64_t block : order) {
       run_block(static_cast<int>(block % blocks_x), static_cast<int>(block / blocks_x));
       if (failed_) return error_.c_str();
+    }
+    if (options.count_conflicts) {
+      const void* address = *static_cast<const void* const*>(kernel);
+      const std::string bytes(static_cast<const char*>(arguments), arguments_bytes);
+      launches.push_back({address, bytes, blocks_x, blocks_y, threads, shared_bytes, traffic});
+      std::vector<Traffic>& own = launches.back().traffic;
+      for (size_t i = 0; i < before.size(); i++) {
+        own[i].requests -= before[i].requests, own[i].wavefronts -= before[i].wavefronts;
+        own[i].ideal -= before[i].ideal, own[i].bytes -= before[i].bytes;
+      }
     }
     return nullptr;
   }
@@ -122,6 +142,7 @@ class Machine {
       go_on_with(warp);
     } else {
       work(warp.operands);
+      if (is_collective(kind)) count(kind, site);
       leave(warp);
       go_on_with(choose());
     }
@@ -149,9 +170,19 @@ class Machine {
     if (++blocked_ == static_cast<int>(warps_.size())) {
       for (Warp& other : warps_) other.blocked = false;
       blocked_ = 0;
+      count(Kind::sync_block, site);
       races_.block_barrier();
     }
     go_on_with(choose());
+  }
+
+  // ---- Global memory.
+
+  // 16 bytes.
+  void global(Kind kind, Site site, const void* at) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(at);
+    if (address % 16 != 0) fail(kind, site, "not aligned to 16");
+    if (options.count_conflicts) add_traffic(kind, site, address);
   }
 
   // ---- Shared memory.
@@ -173,6 +204,7 @@ class Machine {
   void copy_async(void* to, const void* from, bool valid, Site site) {
     if (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0) fail(Kind::copy_async, site, "source not aligned to 16");
     writes(Kind::copy_async, site, to, 16, Races::Write::issues);
+    if (options.count_conflicts && valid) traffic_at(traffic, sites, sites.number(Kind::copy_async, site)).bytes += 16;
     std::memset(to, 0xff, 16);
     lanes_[current_].copies.push_back({to, from, valid, site});
   }
@@ -261,10 +293,16 @@ class Machine {
                            static_cast<int64_t>(reinterpret_cast<uintptr_t>(shared_));
     if (offset < 0 || offset + bytes > shared_bytes_) fail_access(kind, site, offset, bytes, "out of bounds");
     if (offset % bytes != 0) fail_access(kind, site, offset, bytes, "not aligned");
-    if (options.count_conflicts) {
-      warps_[current_ / 32].traffic.add(sites.number(kind, site), current_ % 32, static_cast<uint32_t>(offset));
-    }
+    if (options.count_conflicts) add_traffic(kind, site, static_cast<uint64_t>(offset));
     return static_cast<int>(offset);
+  }
+
+  void add_traffic(Kind kind, Site site, uint64_t at) {
+    warps_[current_ / 32].traffic.add(sites.number(kind, site), current_ % 32, at);
+  }
+
+  void count(Kind kind, Site site) {
+    if (options.count_conflicts) traffic_at(traffic, sites, sites.number(kind, site)).requests++;
   }
 
   void arrive(Warp& warp, Kind kind, Site site) {
@@ -412,7 +450,27 @@ inline std::string barrier_site(int i) {
 inline const std::vector<Traffic>& conflicts() { return the_machine->traffic; }
 inline std::string conflict_table() { return table(the_machine->traffic); }
 inline void clear_conflicts() {
-  for (Traffic& t : the_machine->traffic) t.requests = t.wavefronts = t.ideal = 0;
+  for (Traffic& t : the_machine->traffic) t.requests = t.wavefronts = t.ideal = t.bytes = 0;
+  the_machine->launches.clear();
+}
+
+// A line for each launch since then, with the kernel's address relative to `base` and the bytes of its arguments, and
+// one for each of its sites.
+inline std::string count_table(const char* base) {
+  std::string text;
+  const auto add = [&](auto... words) { ((text += words, text += ' '), ...), text.back() = '\n'; };
+  const auto number = [](int64_t x) { return std::to_string(x); };
+  for (const Machine::Launch& launch : the_machine->launches) {
+    std::string bytes;
+    for (unsigned char byte : launch.arguments) bytes += {"0123456789abcdef"[byte / 16], "0123456789abcdef"[byte % 16]};
+    add("launch", number(static_cast<const char*>(launch.kernel) - base), number(launch.blocks_x),
+        number(launch.blocks_y), number(launch.threads), number(launch.shared_bytes), bytes);
+    for (const Traffic& t : launch.traffic) {
+      if (t.requests != 0)
+        add(name(t.kind), t.site.text(), number(t.requests), number(t.wavefronts), number(t.ideal), number(t.bytes));
+    }
+  }
+  return text;
 }
 
 }  // namespace emulator

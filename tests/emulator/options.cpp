@@ -1,4 +1,6 @@
 // The emulator's options and results as C functions, for Python.
+#include <dlfcn.h>
+
 #include <string>
 
 #include "emulator.h"
@@ -29,6 +31,15 @@ EXPORTED void emulator_clear_conflicts() { emulator::clear_conflicts(); }
 EXPORTED const char* emulator_conflicts() {
   static std::string table;
   table = emulator::conflict_table();
+  return table.c_str();
+}
+
+// The same with everything else that is counted, per launch; kernels' addresses are those of the library's symbols.
+EXPORTED const char* emulator_counts() {
+  static std::string table;
+  Dl_info library;
+  dladdr(reinterpret_cast<const void*>(&emulator_counts), &library);
+  table = emulator::count_table(static_cast<const char*>(library.dli_fbase));
   return table.c_str();
 }
 

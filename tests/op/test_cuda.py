@@ -55,7 +55,7 @@ def test_emulated(name, emulated):
 
 @needs_compiler
 @pytest.mark.parametrize("flags", [["-O2"], ["-O1", *SANITIZERS]], ids=BUILDS)
-@pytest.mark.parametrize("name", ["emulator_test", "races_test", "skew_test", "plan_test"])
+@pytest.mark.parametrize("name", ["emulator_test", "fragments_test", "races_test", "skew_test", "plan_test"])
 def test_programs(name, flags, tmp_path):
     """The emulator finds errors in kernels, and the kernels' index arithmetic is right at all indices."""
     source = ROOT / f"tests/emulator/{name}.cpp"
