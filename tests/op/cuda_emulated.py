@@ -20,7 +20,7 @@ from emulated_backend import (  # noqa: F401
     run,
     usual_emulator,
 )
-from masks import assert_packed_parts_of_one_mask, assert_parts_of_one_mask
+from masks import assert_exact_divisor, assert_packed_parts_of_one_mask, assert_parts_of_one_mask
 from parts import attention_in_parts, cut_at
 from spoiled import HEAD, LONG, PLACES, assert_no_nan_is_lost, assert_same_nans, where_nan
 
@@ -220,6 +220,11 @@ def test_dropout_is_the_mask_of_keep_mask(dtype):
     heads = torch.arange(6).view(2, 3, 1, 1)
     keep = keep_mask(seed_after(DROPOUT_SEED), heads, torch.arange(length)[:, None], (0, length), p)
     assert torch.equal(output != 0, keep)
+
+
+@each_half
+def test_kept_probabilities_are_divided_by_what_is_kept(dtype):
+    assert_exact_divisor("cuda", dtype)
 
 
 def test_dropout_of_parts():
