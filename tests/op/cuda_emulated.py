@@ -245,7 +245,7 @@ PARTS = {
     "far": (Case("", 60, 190, batch=1, size=16, offset=70), (30, 170)),
     "first-part-hidden": (Case("", 90, 90, size=16, mask="late"), (50,)),
     "batch-row-without-keys": (Case("", 90, 90, size=16, mask="empty"), (61,)),
-    "dropout": (Case("", 90, 93, size=16, mask="right", dropout_p=0.3), (36, 80)),
+    "dropout": (Case("", 90, 93, size=16, mask="right", dropout_p=0.3), (40, 80)),
 }
 
 
