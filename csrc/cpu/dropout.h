@@ -25,8 +25,8 @@ INLINE void interleave(Words a, Words b, Words (&to)[2]) {
 
 // Writes the dropout factors, 0 or keep_scale, of a query and the keys [key, key + columns), rounded up to 8 kLanes.
 // key is a multiple of 8. sequence: batch row or packed sequence. Inlined, it would slow calls without dropout.
-__attribute__((noinline)) static void keep_row(const Attention& a, int64_t sequence, int64_t head, int64_t query, int64_t key, int64_t columns,
-                     float* keep) {
+__attribute__((noinline)) static void keep_row(const Attention& a, int64_t sequence, int64_t head, int64_t query,
+                                               int64_t key, int64_t columns, float* keep) {
   const DropoutOrigin& origin = a.origin;
   const int64_t first = origin.key / 8 + key / 8, row = origin.row + query;
   const int64_t batch_head = origin.batch_head + sequence * origin.heads + head;

@@ -266,9 +266,9 @@ const char* backward_key(const BackwardCall& arguments, void* stream) {
   const Call& call = arguments.call;
   return at_variant(call.element, call.size, call.dropout, [&](auto type, auto size, auto dropout) {
     using S = BackwardShape<size()>;
-    return launch<backward_key_kernel<decltype(type), size(), dropout()>>(
-        block_count(call, call.key, S::kBlockM), arguments.head_count, S::kThreads, Memory<S>::kBytes, stream,
-        arguments);
+    return launch<backward_key_kernel<decltype(type), size(), dropout()>>(block_count(call, call.key, S::kBlockM),
+                                                                          arguments.head_count, S::kThreads,
+                                                                          Memory<S>::kBytes, stream, arguments);
   });
 }
 

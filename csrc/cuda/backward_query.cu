@@ -231,9 +231,9 @@ const char* backward_query(const BackwardCall& arguments, void* stream) {
   const Call& call = arguments.call;
   return at_variant(call.element, call.size, call.dropout, [&](auto type, auto size, auto dropout) {
     using S = BackwardShape<size()>;
-    return launch<backward_query_kernel<decltype(type), size(), dropout()>>(
-        block_count(call, call.query, S::kBlockM), arguments.head_count, S::kThreads, Memory<S>::kBytes, stream,
-        arguments);
+    return launch<backward_query_kernel<decltype(type), size(), dropout()>>(block_count(call, call.query, S::kBlockM),
+                                                                            arguments.head_count, S::kThreads,
+                                                                            Memory<S>::kBytes, stream, arguments);
   });
 }
 

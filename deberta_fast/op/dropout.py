@@ -52,7 +52,8 @@ def seed_at(
 
     Args:
         seed: int64 (1,), the same for all parts. Nothing synchronises with its device.
-        first_row, first_key, first_batch_head: not negative; first_key must be a multiple of 8.
+        first_row, first_key, first_batch_head: not negative; first_key must be a multiple of 8. A part that begins at
+            another key needs hidden keys in front.
         heads: number of heads of the larger call, more than the part has if heads are divided too.
 
     Returns:
@@ -63,7 +64,9 @@ def seed_at(
     """
     check_seed("seed", seed, seed.device if isinstance(seed, torch.Tensor) else None, SEED_SIZES[:1])
     if first_key % GROUP:
-        raise ValueError(f"first_key must be a multiple of {GROUP}, got {first_key}")
+        raise ValueError(
+            f"first_key must be a multiple of {GROUP}, got {first_key}: put {first_key % GROUP} hidden keys in front"
+        )
     origin = {"first_row": first_row, "first_key": first_key, "first_batch_head": first_batch_head, "heads": heads}
     for name, number in origin.items():
         if number < 0:

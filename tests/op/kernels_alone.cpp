@@ -202,8 +202,7 @@ bool run(const Case& c, const Kernels& kernels) {
           const int64_t cell = sequence.batch * a.mask_batch + i * a.mask_query + j;
           const bool see = a.mask == nullptr || mask[cell];
           total += p[j] = see ? std::exp(a.scale * z[j]) : 0;
-          if (c.dropout > 0)
-            keep[j] = kept(a.seed, a.drop_below, 7 + s * 5 + h, 1000 + i, 408 + j) ? a.keep_scale : 0;
+          if (c.dropout > 0) keep[j] = kept(a.seed, a.drop_below, 7 + s * 5 + h, 1000 + i, 408 + j) ? a.keep_scale : 0;
         }
         if (total == 0) continue;
         lse[q0 + i] = std::log(total);

@@ -116,7 +116,9 @@ def test_rate_and_independence(p):
 def test_all_bits_are_used():
     """Each of the 16 bits of each key of a call is set half of the time, and no two keys of a call share one."""
     bits = random_bits(1, range(4), range(64), range(512)).reshape(-1, 8)
-    each = (bits[:, :, None] >> numpy.arange(16, dtype=numpy.uint64) & numpy.uint64(1)).reshape(len(bits), 128) * 2.0 - 1
+    each = (bits[:, :, None] >> numpy.arange(16, dtype=numpy.uint64) & numpy.uint64(1)).reshape(
+        len(bits), 128
+    ) * 2.0 - 1
     bound = 5.5 / len(bits) ** 0.5  # of 8128 pairs
     assert abs(each.mean(0)).max() < bound
     assert abs(each.T @ each / len(bits) - numpy.eye(128)).max() < bound
@@ -158,7 +160,7 @@ def test_numbers_of_an_origin_are_words():
 
 
 BAD_ORIGINS = {
-    "key": (dict(first_key=12), ValueError, "first_key must be a multiple of 8, got 12"),
+    "key": (dict(first_key=12), ValueError, "first_key must be a multiple of 8, got 12: put 4 hidden keys in front"),
     "row": (dict(first_row=-1), ValueError, "first_row must not be negative, got -1"),
     "head": (dict(first_batch_head=-2), ValueError, "first_batch_head must not be negative, got -2"),
     "origin": (dict(seed=torch.zeros(5).long()), ValueError, r"seed must be of shape \(1,\) on cpu, got \(5,\) on cpu"),

@@ -238,7 +238,7 @@ class Chunk:
         target[self.batches, self.tables.heads, block.rows] = part.to(target.dtype)
 
     def _dropout_factors(self, block: _Block, segment: _Segment) -> torch.Tensor:
-        """Returns the factors of dropout on the probabilities: 0 or 1 / (1 - p)."""
+        """Returns the factors of dropout (12) on the probabilities."""
         device, heads = block.query.device, self.x.query.shape[1]
         batch = torch.arange(self.batches.start, self.batches.stop, device=device) + self.first_batch
         head = torch.arange(self.tables.heads.start, self.tables.heads.stop, device=device)
