@@ -46,9 +46,9 @@ def test_all_kernels_are_there(kernels, passes):
 
 
 def test_no_spills(kernels):
-    """Without dropout only backward_key spills, a register or two; with dropout a few kernels spill."""
+    """Only backward_key spills, without dropout a register or two."""
     spilled = {(x.name, x.capability): max(x.spill_stores, x.spill_loads) for x in kernels}
-    most = lambda name: 256 if ", true" in name else 64 if name.startswith("backward_key") else 0
+    most = lambda name: 0 if not name.startswith("backward_key") else 256 if ", true" in name else 64
     assert {key: n for key, n in spilled.items() if n > most(key[0])} == {}
 
 
@@ -62,22 +62,22 @@ def test_shared_memory(passes):
 # (by_distance: of queries and of keys); products on tensor cores are the same for all four.
 INSTRUCTIONS = {
     "forward_kernel": {
-        32: (5344, 6963, 5540, 7223),
-        64: (6498, 8182, 6708, 8451),
-        96: (5669, 6573, 5795, 6742),
-        128: (5920, 6844, 6053, 7023),
+        32: (5344, 6529, 5540, 6771),
+        64: (6498, 7752, 6708, 7965),
+        96: (5669, 6355, 5795, 6530),
+        128: (5920, 6604, 6053, 6780),
     },
     "backward_key_kernel": {
-        32: (5907, 7640, 6184, 7856),
-        64: (8062, 9889, 8311, 10103),
-        96: (6693, 7636, 6854, 7784),
-        128: (7267, 8251, 7451, 8420),
+        32: (5907, 7276, 6184, 7471),
+        64: (8062, 9487, 8311, 9759),
+        96: (6693, 7502, 6854, 7657),
+        128: (7267, 8118, 7451, 8295),
     },
     "backward_query_kernel": {
-        32: (5109, 5640, 5108, 5639),
-        64: (6066, 6610, 6066, 6610),
-        96: (5197, 5491, 5197, 5491),
-        128: (5426, 5717, 5426, 5717),
+        32: (5109, 5516, 5108, 5515),
+        64: (6066, 6505, 6066, 6505),
+        96: (5197, 5440, 5197, 5440),
+        128: (5426, 5677, 5426, 5677),
     },
     "by_distance_kernel": {
         32: (749, 731, 749, 731),
