@@ -206,7 +206,7 @@ const char* launch(void (*kernel)(Arguments), int64_t, int64_t, int threads, int
 }
 }
 """
-# Calls every pass of a unit for all element types, head sizes and flags, dropout also from an origin.
+# Calls every pass of a unit for all element types, head sizes and flags.
 _PROBE = """
 #include "UNIT"
 using namespace deberta_fast;
@@ -214,13 +214,9 @@ template <class Arguments>
 void call_pass(const char* (*pass)(const Arguments&, void*)) {
   for (auto element : {Element::bfloat16, Element::float16})
     for (int size : {32, 64, 96, 128})
-      for (int kind : {0, 1, 2}) {
-        static const DropoutOrigin origin;
-        const bool flag = kind > 0;
+      for (bool flag : {false, true}) {
         Arguments arguments{};
-        auto set = [&](auto& call) {
-          call.element = element, call.size = size, call.dropout = flag, call.origin = kind == 2 ? &origin : nullptr;
-        };
+        auto set = [&](auto& call) { call.element = element, call.size = size, call.dropout = flag; };
         if constexpr (requires { arguments.call; }) set(arguments.call);
         if constexpr (requires { arguments.backward; }) set(arguments.backward.call);
         if constexpr (requires { arguments.element; }) arguments.element = element;

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 
@@ -57,8 +58,11 @@ inline const int64_t* seed_of(const Given& given) {
   return static_cast<const int64_t*>(seed->data_ptr());
 }
 
-// Dropout (12) drops the probabilities whose 32-bit random word is below this.
-inline uint64_t drop_below(double dropout_p) { return static_cast<uint64_t>(std::nearbyint(dropout_p * 0x1p32)); }
-inline float keep_scale(double dropout_p) { return static_cast<float>(1 / (1 - dropout_p)); }
+// Dropout (12) drops the probabilities whose 16 random bits are below this; 0 < p < 1.
+inline uint32_t drop_below(double dropout_p) {
+  return static_cast<uint32_t>(std::clamp(std::nearbyint(dropout_p * 0x1p16), 1.0, 0x1p16 - 1));
+}
+// Of the probability that is really used.
+inline float keep_scale(double dropout_p) { return 0x1p16f / static_cast<float>(0x10000 - drop_below(dropout_p)); }
 
 }  // namespace deberta_fast

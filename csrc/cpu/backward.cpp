@@ -66,7 +66,7 @@ class BackwardPass : ScoreTiles {
     dout_ = carver(kMaxBlockRows * size_), dq_ = carver(kMaxBlockRows * size_);
     carve_scores(carver, kGradPitch, true);
     margins_ = carver((kMarginRows + kMaxBlockRows + kMarginRows) * kGradPitch);
-    keep_ = carver(kBackwardKeys + 4 * kLanes), column_sums_ = carver(kBackwardKeys + kLanes);
+    keep_ = carver(round_up(kBackwardKeys, 8 * kLanes)), column_sums_ = carver(kBackwardKeys + kLanes);
     far_grad_key_ = carver(2 * size_), far_grad_query_ = carver(2 * size_);
     if (b_.pos_key_sums) grad_key_by_run_ = carver(a_.run_count * size_);
     if (b_.pos_query_sums) grad_query_by_run_ = carver(a_.run_count * size_);

@@ -81,8 +81,8 @@ struct Segment {
   Side side;
 };
 
-// Segments and visible keys begin and end at multiples of it, or where the keys do.
-INLINE int64_t key_step(const Attention& a) { return std::max<int64_t>(kLanes, a.row_step); }
+// Segments and visible keys begin and end at multiples of it, or where the keys do. Dropout requires multiples of 8.
+INLINE int64_t key_step(const Attention& a) { return std::max<int64_t>({kLanes, 8, a.row_step}); }
 
 // Divides the keys [start, stop) into those far from all queries of a stretch, on either side, and those between.
 // All keys are far if there are no position terms.

@@ -1,4 +1,4 @@
-// The dropout mask (12): Philox-4x32-7, one call per four neighbouring keys, kLanes calls at once.
+// The dropout mask (12): Philox-4x32-7, one call per eight neighbouring keys, kLanes calls at once.
 #pragma once
 
 #include "vector.h"
@@ -14,20 +14,28 @@ INLINE void multiply(Words a, uint32_t b, Words& upper, Words& lower) {
   lower = (Words)((even & 0xffffffffull) | (odd << 32));
 }
 
-// Writes the dropout factors, 0 or 1 / (1 - p), of a query and the keys [key, key + columns), rounded up to 4 kLanes.
-// key is a multiple of 4. sequence: batch row or packed sequence.
-inline void keep_row(const Attention& a, int64_t sequence, int64_t head, int64_t query, int64_t key, int64_t columns,
-                     float* keep) {
+// Half of the lanes of (a0, b0, a1, b1, ...): the lower half or the upper one.
+template <int first, int... lane>
+INLINE Words interleaved(Words a, Words b, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(a, b, ((first + lane) / 2 + (lane % 2) * kLanes)...);
+}
+INLINE void interleave(Words a, Words b, Words (&to)[2]) {
+  to[0] = interleaved<0>(a, b, detail::AllLanes{}), to[1] = interleaved<kLanes>(a, b, detail::AllLanes{});
+}
+
+// Writes the dropout factors, 0 or keep_scale, of a query and the keys [key, key + columns), rounded up to 8 kLanes.
+// key is a multiple of 8. sequence: batch row or packed sequence. Inlined, it would slow calls without dropout.
+__attribute__((noinline)) static void keep_row(const Attention& a, int64_t sequence, int64_t head, int64_t query,
+                                               int64_t key, int64_t columns, float* keep) {
   const DropoutOrigin& origin = a.origin;
-  const int64_t first = origin.key / 4 + key / 4, row = origin.row + query;
+  const int64_t first = origin.key / 8 + key / 8, row = origin.row + query;
   const int64_t batch_head = origin.batch_head + sequence * origin.heads + head;
   Words lane;
   for (int l = 0; l < kLanes; ++l) lane[l] = l;
-  const bool none = a.drop_below > 0xffffffffull;
-  const Words below = Words{} + (uint32_t)(none ? 0 : a.drop_below);
-  const float kept = none ? 0.0f : a.keep_scale;
-  for (int64_t column = 0; column < columns; column += 4 * kLanes) {
-    Words c0 = lane + (uint32_t)(first + column / 4), c1 = Words{} + (uint32_t)row;
+  const Ints below = Ints{} + (int32_t)a.drop_below;
+  const Vector kept = broadcast(a.keep_scale);
+  for (int64_t column = 0; column < columns; column += 8 * kLanes) {
+    Words c0 = lane + (uint32_t)(first + column / 8), c1 = Words{} + (uint32_t)row;
     Words c2 = Words{} + (uint32_t)batch_head, c3 = Words{};
     uint32_t k0 = (uint32_t)a.seed, k1 = (uint32_t)(a.seed >> 32);
     for (int round = 0; round < 7; ++round) {
@@ -37,11 +45,14 @@ inline void keep_row(const Attention& a, int64_t sequence, int64_t head, int64_t
       c0 = upper1 ^ c1 ^ k0, c1 = lower1, c2 = upper0 ^ c3 ^ k1, c3 = lower0;
       k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
     }
-    const Words words[4] = {c0, c1, c2, c3};
-    float four[4][kLanes];
-    for (int w = 0; w < 4; ++w) store(four[w], words[w] >= below ? broadcast(kept) : Vector{});
-    for (int l = 0; l < kLanes; ++l) {
-      for (int w = 0; w < 4; ++w) keep[column + 4 * l + w] = four[w][l];
+    // The words in the order of the calls: each of 16 bits then belongs to the next key.
+    Words even[2], odd[2], words[2], halves[2];
+    interleave(c0, c2, even), interleave(c1, c3, odd);
+    float* to = keep + column;
+    for (int n = 0; n < 4; ++n) {
+      if (n % 2 == 0) interleave(even[n / 2], odd[n / 2], words);
+      interleave(words[n % 2] & 0xffffu, words[n % 2] >> 16, halves);
+      for (const Words& half : halves) store(to, (Ints)half >= below ? kept : Vector{}), to += kLanes;
     }
   }
 }

@@ -33,7 +33,7 @@ class ForwardPass : ScoreTiles {
   void carve(Carver& carver) {
     const int64_t keys = round_up(a_.longest_key, kTileKeys);
     key_t_ = carver(tile_offset(keys, size_)), value_ = carver(keys * size_);
-    output_ = carver(kMaxBlockRows * size_), keep_ = carver(kTileKeys + 4 * kLanes);
+    output_ = carver(kMaxBlockRows * size_), keep_ = carver(round_up(kTileKeys, 8 * kLanes));
     carve_scores(carver, kTilePitch, false);
   }
 

@@ -66,9 +66,10 @@ struct Attention {
   const uint8_t* mask = nullptr;
   int64_t mask_batch = 0, mask_head = 0, mask_query = 0, mask_key = 0;
 
-  // Dropout (12) drops probabilities whose random word is below drop_below and multiplies the others by keep_scale.
+  // Dropout (12) drops probabilities whose random bits are below drop_below and multiplies the others by keep_scale.
   bool dropout = false;
-  uint64_t seed = 0, drop_below = 0;
+  uint64_t seed = 0;
+  uint32_t drop_below = 0;
   float keep_scale = 1;
   DropoutOrigin origin{};
 };

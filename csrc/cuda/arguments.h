@@ -36,7 +36,7 @@ struct Call {
   bool dropout = false;
   const int64_t* seed = nullptr;          // in device memory
   const DropoutOrigin* origin = nullptr;  // in device memory; null if it is zero
-  uint32_t drop_below = 0;
+  uint32_t drop_below = 0;                // the threshold times 2^16
   float keep_scale = 1;
 };
 

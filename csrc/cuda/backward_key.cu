@@ -26,14 +26,14 @@ struct Memory {
   }
 };
 
-template <class T, class S, bool dropout, bool from_origin>
+template <class T, class S, bool dropout>
 struct Mainloop {
   static constexpr int kFragments = S::kFragments, kSteps = S::kSize / 16, kProducts = S::kBlockN / 8;
 
   const BackwardCall& arguments;
   const Call& call;
   const BlockInfo block;
-  const Dropout<from_origin> mask;
+  const Dropout mask;
   Memory<S> memory;
   const uint32_t exists;  // bit mask of the visible keys of this warp
   float dk[kFragments][S::kSize / 8][4] = {}, dv[kFragments][S::kSize / 8][4] = {};
@@ -80,19 +80,22 @@ struct Mainloop {
     }
   }
 
-  // Whether dropout keeps the row 16 f + 8 half + lane / 4 for each of the queries [query, query + 8); bit 4 q for
-  // query q. One call of the generator serves four neighbouring keys, the rows of four lanes, so each lane makes it for
-  // two queries.
-  DEVICE uint32_t keep(int f, int half, int query) const {
-    const int own = lane() / 4 % 4, key = own_row<S>(block, f, half);
-    uint32_t all = 0;
-    EACH(i, 2) {
-      const Vec16 four = mask.words(query + 2 * own + i, key);
-      EACH(w, 4) all |= mask.keeps(four.x[w]) << (4 * (2 * own + i) + w);
+  // Whether dropout keeps the rows 16 f + 8 half + lane / 4 for each of the queries [query, query + 8); bit
+  // 8 (2 f + half) + q for query q. One call of the generator serves eight neighbouring keys, the rows of eight lanes. So
+  // each lane makes it for one query, and the eight lanes transpose their bytes by exchanging halves, pairs and bits.
+  DEVICE uint32_t keep(int query) const {
+    const int own = lane() / 4;
+    uint32_t bits = 0;
+    EACH(f, kFragments)
+      EACH(half, 2) bits |= mask.keep_eight(query + own, own_row<S>(block, f, half)) << (8 * (2 * f + half));
+    EACH(step, 3) {
+      const int distance = 4 >> step;
+      const uint32_t lower = 0xffffffffu / ((1 << distance) + 1);  // the bits whose number lacks `distance`
+      const bool upper = own & distance;
+      const uint32_t others = shuffle_xor(bits, 4 * distance), mine = upper ? ~lower : lower;
+      bits = (bits & mine) | ((upper ? others >> distance : others << distance) & ~mine);
     }
-    all |= shuffle_xor(all, 4);
-    all |= shuffle_xor(all, 8);
-    return all >> own;
+    return bits;
   }
 
   template <bool near>
@@ -124,18 +127,16 @@ struct Mainloop {
         add_products<T, S>(scores, a, memory.queries, step);
       }
       // P in 16 bits: registers do not hold it in float32 besides dP.
-      uint32_t p[kFragments][2][4], kept[kFragments][2];
+      uint32_t p[kFragments][2][4];
       probabilities<near>(p, scores);
-      if (dropout)
-        EACH(f, kFragments)
-          EACH(half, 2) kept[f][half] = keep(f, half, tile * S::kBlockN + 8 * (lane() % 4));
+      const uint32_t kept = dropout ? keep(tile * S::kBlockN + 8 * (lane() % 4)) : 0;
       EACH(step, S::kBlockN / 16) {
         uint32_t a[kFragments][4];
         EACH(f, kFragments)
           EACH(w, 4) {
             const int pair = 2 * step + w / 2;
             a[f][w] = p[f][w % 2][pair];
-            if (dropout) a[f][w] &= pair_mask(kept[f][w % 2] >> (8 * pair));
+            if (dropout) a[f][w] &= pair_mask(kept >> (8 * (2 * f + w % 2) + 2 * pair));
           }
         add_weighted<T, S>(dv, a, memory.dout, 16 * step);
       }
@@ -180,9 +181,9 @@ struct Mainloop {
     return {memory.gradient_band, block, call.key, tile * S::kBlockN};
   }
 
-  // The mask of a pair of 16-bit elements from bits 0 and 4 of `kept`.
+  // The mask of a pair of 16-bit elements from bits 0 and 1 of `kept`.
   static DEVICE uint32_t pair_mask(uint32_t kept) {
-    return (kept & 1 ? 0x0000ffffu : 0) | (kept & 16 ? 0xffff0000u : 0);
+    return (kept & 1 ? 0x0000ffffu : 0) | (kept & 2 ? 0xffff0000u : 0);
   }
 
   DEVICE Vec16 statistics(int which, int four) const {
@@ -209,13 +210,13 @@ struct Mainloop {
   // Turns dP into dA (8).
   template <bool near>
   DEVICE void softmax_gradient(float (&dp)[kFragments][kProducts][4], const uint32_t (&p)[kFragments][2][4],
-                               const uint32_t (&kept)[kFragments][2]) {
+                               uint32_t kept) {
     const Vec16 delta[2] = {statistics(1, 0), statistics(1, 1)};
     EACH(f, kFragments)
       EACH(half, 2)
         EACH(c, 8) {
           float& element = dp[f][c / 2][2 * half + c % 2];
-          const float factor = dropout ? (kept[f][half] >> (4 * c) & 1 ? call.keep_scale : 0) : 1;
+          const float factor = dropout ? (kept >> (8 * (2 * f + half) + c) & 1 ? call.keep_scale : 0) : 1;
           const uint32_t pair = p[f][half][c / 2];
           element = (c % 2 ? high<T>(pair) : low<T>(pair)) * (factor * element - bits_float(delta[c / 4].x[c % 4]));
           if (!near) far[f][half] += element;
@@ -234,7 +235,7 @@ struct Mainloop {
   }
 };
 
-template <class T, int size, bool dropout, bool from_origin>
+template <class T, int size, bool dropout>
 KERNEL(BackwardShape<size>::kThreads, size <= 64 ? 2 : 1)
 backward_key_kernel(GRID_CONSTANT const BackwardCall arguments) {
   using S = BackwardShape<size>;
@@ -246,7 +247,7 @@ backward_key_kernel(GRID_CONSTANT const BackwardCall arguments) {
   const int first = warp() * S::kWarpRows;
   const uint32_t exists =
       static_cast<uint32_t>(visible_keys(call, block, block.base, block.first_row + first, block.rows, S::kWarpRows));
-  Mainloop<T, S, dropout, from_origin> mainloop(arguments, block, exists);
+  Mainloop<T, S, dropout> mainloop(arguments, block, exists);
   if (!any_visible(call, block, block.base, block.first_row, block.rows)) return mainloop.finish();
   const Segments segments = find_backward_segments<S>(call.key, block);
   mainloop.template process_tiles<false>(0, segments.near_begin, call.key.far_left, 0);
@@ -263,11 +264,11 @@ int backward_shared_bytes(int padded_size) {
 
 const char* backward_key(const BackwardCall& arguments, void* stream) {
   const Call& call = arguments.call;
-  return at_dropout(call, [&](auto type, auto size, auto dropout, auto from_origin) {
+  return at_variant(call.element, call.size, call.dropout, [&](auto type, auto size, auto dropout) {
     using S = BackwardShape<size()>;
-    return launch<backward_key_kernel<decltype(type), size(), dropout(), from_origin()>>(
-        block_count(call, call.key, S::kBlockM), arguments.head_count, S::kThreads, Memory<S>::kBytes, stream,
-        arguments);
+    return launch<backward_key_kernel<decltype(type), size(), dropout()>>(block_count(call, call.key, S::kBlockM),
+                                                                          arguments.head_count, S::kThreads,
+                                                                          Memory<S>::kBytes, stream, arguments);
   });
 }
 

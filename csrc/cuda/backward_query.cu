@@ -25,14 +25,14 @@ struct Memory {
   }
 };
 
-template <class T, class S, bool dropout, bool from_origin>
+template <class T, class S, bool dropout>
 struct Mainloop {
   static constexpr int kFragments = S::kFragments, kSteps = S::kSize / 16, kProducts = S::kBlockN / 8;
 
   const BackwardCall& arguments;
   const Call& call;
   const BlockInfo block;
-  const Dropout<from_origin> mask;
+  const Dropout mask;
   const Memory<S> memory;
   const uint32_t exists;  // bit mask of this warp's queries that exist
   float dq[kFragments][S::kSize / 8][4] = {};
@@ -204,7 +204,7 @@ struct Mainloop {
   }
 };
 
-template <class T, int size, bool dropout, bool from_origin>
+template <class T, int size, bool dropout>
 KERNEL(BackwardShape<size>::kThreads, size <= 64 ? 2 : 1)
 backward_query_kernel(GRID_CONSTANT const BackwardCall arguments) {
   using S = BackwardShape<size>;
@@ -212,7 +212,7 @@ backward_query_kernel(GRID_CONSTANT const BackwardCall arguments) {
   if (call.query.table.data != nullptr) clear_far_sums<S>(arguments.far_query_sums, arguments.query_far_count);
   const BlockInfo block = find_block(call, call.query, call.key, S::kBlockM, arguments.first_head);
   if (block.outside) return;
-  Mainloop<T, S, dropout, from_origin> mainloop(arguments, block);
+  Mainloop<T, S, dropout> mainloop(arguments, block);
   const Segments segments = find_backward_segments<S>(call.query, block);
   mainloop.process_far_tiles(0, segments.near_begin, call.query.far_left, 0);
   mainloop.process_near_tiles(segments.near_begin, segments.near_end);
@@ -229,11 +229,11 @@ int64_t far_count(const Call& call, const Operand& rows) {
 
 const char* backward_query(const BackwardCall& arguments, void* stream) {
   const Call& call = arguments.call;
-  return at_dropout(call, [&](auto type, auto size, auto dropout, auto from_origin) {
+  return at_variant(call.element, call.size, call.dropout, [&](auto type, auto size, auto dropout) {
     using S = BackwardShape<size()>;
-    return launch<backward_query_kernel<decltype(type), size(), dropout(), from_origin()>>(
-        block_count(call, call.query, S::kBlockM), arguments.head_count, S::kThreads, Memory<S>::kBytes, stream,
-        arguments);
+    return launch<backward_query_kernel<decltype(type), size(), dropout()>>(block_count(call, call.query, S::kBlockM),
+                                                                            arguments.head_count, S::kThreads,
+                                                                            Memory<S>::kBytes, stream, arguments);
   });
 }
 

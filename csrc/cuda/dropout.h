@@ -6,7 +6,7 @@
 
 namespace deberta_fast::cuda {
 
-// Philox-4x32 with 7 rounds: four words for the keys 4 group to 4 group + 3.
+// Philox-4x32 with 7 rounds: four words for the keys 8 group to 8 group + 7.
 DEVICE Vec16 philox(uint32_t seed_low, uint32_t seed_high, uint32_t group, uint32_t query, uint32_t batch_head) {
   uint32_t c[4] = {group, query, batch_head, 0}, k0 = seed_low, k1 = seed_high;
   EACH(round, 7) {
@@ -18,37 +18,33 @@ DEVICE Vec16 philox(uint32_t seed_low, uint32_t seed_high, uint32_t group, uint3
   return {{c[0], c[1], c[2], c[3]}};
 }
 
-// `from_origin` is known to the compiler, because the reads and additions would cost registers where there is none.
-template <bool from_origin>
+// Registers hold seed and origin: kernels spill more if each call reads them.
 struct Dropout {
   const Call& call;
-  uint32_t batch_head;
+  uint64_t seed = 0;
+  uint32_t batch_head, first_row = 0, first_group = 0;
 
   DEVICE Dropout(const Call& call, int batch, int head) : call(call), batch_head(batch * call.heads + head) {
-    if (from_origin) batch_head = word(call.origin->batch_head) + batch * word(call.origin->heads) + head;
+    if (call.seed != nullptr) seed = static_cast<uint64_t>(*call.seed);
+    if (const DropoutOrigin* origin = call.origin) {
+      batch_head = word(origin->batch_head) + batch * word(origin->heads) + head;
+      first_row = word(origin->row), first_group = word(origin->key) / 8;
+    }
   }
 
   DEVICE static uint32_t word(int64_t number) { return static_cast<uint32_t>(number); }
 
-  // The words of the four neighbouring keys that include `key`. Reading seed and origin each time saves registers.
-  DEVICE Vec16 words(int query, int key) const {
-    const uint64_t seed = static_cast<uint64_t>(*call.seed);
-    uint32_t row = query, group = key / 4;
-    if (from_origin) row += word(call.origin->row), group += word(call.origin->key) / 4;
-    return philox(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), group, row, batch_head);
-  }
-
-  DEVICE uint32_t keeps(uint32_t word) const { return word >= call.drop_below; }
-
-  // Bit mask of the kept keys among [key, key + 8), where key is a multiple of eight.
+  // Bit mask of the kept keys among the eight neighbouring ones that include `key`.
   DEVICE uint32_t keep_eight(int query, int key) const {
+    const uint32_t row = first_row + query, group = first_group + static_cast<uint32_t>(key) / 8;
+    const Vec16 words = philox(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), group, row, batch_head);
     uint32_t bits = 0;
-    EACH(group, 2) {
-      const Vec16 four = words(query, key + 4 * group);
-      EACH(w, 4) bits |= keeps(four.x[w]) << (4 * group + w);
-    }
+    EACH(w, 4) bits |= keeps(words.x[w] << 16) << (2 * w) | keeps(words.x[w]) << (2 * w + 1);
     return bits;
   }
+
+  // The threshold is in the upper half of drop_below, so that the lower half of `word` does not count.
+  DEVICE uint32_t keeps(uint32_t word) const { return word >= call.drop_below; }
 };
 
 }  // namespace deberta_fast::cuda

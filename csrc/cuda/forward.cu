@@ -37,7 +37,7 @@ struct Nothing {
   const BlockInfo& block;
 };
 
-template <class T, class S, bool dropout, bool from_origin>
+template <class T, class S, bool dropout>
 struct Mainloop {
   static constexpr int kFragments = S::kFragments, kSteps = S::kSize / 16;
   using M = Memory<S>;
@@ -45,7 +45,7 @@ struct Mainloop {
   const ForwardCall& arguments;
   const Call& call;
   const BlockInfo block;
-  const Dropout<from_origin> mask;
+  const Dropout mask;
   uint32_t query[M::kRowsInRegisters ? kSteps : 1][kFragments][4];
   float output[kFragments][S::kSize / 8][4] = {};
   int next = 0;  // the place in M::tiles() of the next tile to be copied
@@ -272,14 +272,14 @@ struct Mainloop {
   }
 };
 
-template <class T, int size, bool dropout, bool from_origin>
+template <class T, int size, bool dropout>
 KERNEL(ForwardShape<size>::kThreads, size <= 64 ? 2 : 1)
 forward_kernel(GRID_CONSTANT const ForwardCall arguments) {
   using S = ForwardShape<size>;
   const Operand& rows = arguments.call.query;
   const BlockInfo block = find_block(arguments.call, rows, arguments.call.key, S::kBlockM);
   if (block.outside) return;
-  Mainloop<T, S, dropout, from_origin> mainloop(arguments, block);
+  Mainloop<T, S, dropout> mainloop(arguments, block);
   const Segments segments = find_segments(rows, block, S::kBlockM, S::kBlockN);
   mainloop.template process_tiles<false>(0, segments.near_begin, rows.far_left);
   mainloop.template process_tiles<true>(segments.near_begin, segments.near_end, 0);
@@ -295,9 +295,9 @@ int forward_shared_bytes(int padded_size) {
 
 const char* forward(const ForwardCall& arguments, void* stream) {
   const Call& call = arguments.call;
-  return at_dropout(call, [&](auto type, auto size, auto dropout, auto from_origin) {
+  return at_variant(call.element, call.size, call.dropout, [&](auto type, auto size, auto dropout) {
     using S = ForwardShape<size()>;
-    return launch<forward_kernel<decltype(type), size(), dropout(), from_origin()>>(
+    return launch<forward_kernel<decltype(type), size(), dropout()>>(
         block_count(call, call.query, S::kBlockM), call.heads, S::kThreads, Memory<S>::kBytes, stream, arguments);
   });
 }

@@ -75,8 +75,7 @@ Request request_of(const Given& given) {
   if (given.dropout_p > 0) {
     call.dropout = true, call.seed = seed_of(given);
     if (given.seed->numel() > 1) call.origin = reinterpret_cast<const DropoutOrigin*>(call.seed + 1);
-    call.drop_below = static_cast<uint32_t>(std::min<uint64_t>(drop_below(given.dropout_p), UINT32_MAX));
-    call.keep_scale = keep_scale(given.dropout_p);
+    call.drop_below = drop_below(given.dropout_p) << 16, call.keep_scale = keep_scale(given.dropout_p);
   }
   return request;
 }

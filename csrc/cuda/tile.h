@@ -315,14 +315,4 @@ const char* at_variant(Element element, int size, bool flag, Function function) 
   });
 }
 
-// Returns function(element type, padded head size, dropout, whether its seed has an origin).
-template <class Function>
-const char* at_dropout(const Call& call, Function function) {
-  return at_variant(call.element, call.size, call.dropout, [&](auto type, auto padded, auto dropout) {
-    if constexpr (dropout())
-      if (call.origin != nullptr) return function(type, padded, dropout, std::true_type{});
-    return function(type, padded, dropout, std::false_type{});
-  });
-}
-
 }  // namespace deberta_fast::cuda

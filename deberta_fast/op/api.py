@@ -46,7 +46,8 @@ def disentangled_attention(
         attention_mask: bool, True where a query may attend; (B, Lk), or four-dimensional and broadcastable to
             (B, H, Lq, Lk). A query that sees no key gets zeros, and a log-sum-exp of minus infinity.
         scale: s; None means 1 / sqrt(D (1 + [pos_key given] + [pos_query given])).
-        dropout_p: probability of dropping an attention probability, in [0, 1). Apply 0 outside training yourself.
+        dropout_p: probability of dropping an attention probability, in [0, 1), rounded to a multiple of 2^-16 (to 2^-16
+            if it is smaller, but not 0). Apply 0 outside training yourself.
         dropout_seed: what the dropout mask is made from, int64 on query's device: a seed (1,), or (5,) by
             ``dropout.seed_at`` for a part of a larger call. None draws a seed from torch's generator. Backward reads it
             again, so do not write to it before.

@@ -4,10 +4,14 @@ The mask depends only on (seed, batch * heads + head, i, j), so that every backe
 one. A seed with an origin (``seed_at``) counts these from other numbers than zero, so that several processes, each with
 some of the rows, keys, heads or sequences, make the mask that one process would. The generator is Philox-4x32 with 7
 rounds, the fewest that pass BigCrush (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011). One call of
-it serves four consecutive keys:
+it serves eight consecutive keys, each by 16 bits:
 
-    words = philox(key = seed, counter = (j // 4, i, batch * heads + head, 0));   u = words[j % 4]
-    keep  = u >= round(p 2^32);   kept probabilities are divided by 1 - p                                    (12)
+    words = philox(key = seed, counter = (j // 8, i, batch * heads + head, 0))
+    u     = (words[e // 2] >> 16 (e % 2)) & 0xffff,  e = j % 8
+    keep  = u >= t,  t = round(p 2^16);   kept probabilities are divided by 1 - t / 2^16                     (12)
+
+So p is rounded to a multiple of 2^-16, save that 0 < p < 1 never becomes 0 or 1. The divisor has the rounded p too, so
+the mean over all masks is the result without dropout.
 
 A seed is int64, of shape (1,), or of shape (5,) with its origin: seed, first_row, first_key, first_batch_head, heads.
 """
@@ -15,11 +19,11 @@ A seed is int64, of shape (1,), or of shape (5,) with its origin: seed, first_ro
 import torch
 
 SEED_SIZES = (1, 5)  # without and with an origin
-GROUP = 4  # keys that one call of the generator serves
+GROUP = 8  # keys that one call of the generator serves
 ROUNDS = 7
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_WORD = 0xFFFFFFFF
+_WORD, _HALF = 0xFFFFFFFF, 0xFFFF
 
 
 def new_seed(device: torch.device) -> torch.Tensor:
@@ -48,7 +52,8 @@ def seed_at(
 
     Args:
         seed: int64 (1,), the same for all parts. Nothing synchronises with its device.
-        first_row, first_key, first_batch_head: not negative; first_key must be a multiple of 4.
+        first_row, first_key, first_batch_head: not negative; first_key must be a multiple of 8. A part that begins at
+            another key needs hidden keys in front.
         heads: number of heads of the larger call, more than the part has if heads are divided too.
 
     Returns:
@@ -59,7 +64,9 @@ def seed_at(
     """
     check_seed("seed", seed, seed.device if isinstance(seed, torch.Tensor) else None, SEED_SIZES[:1])
     if first_key % GROUP:
-        raise ValueError(f"first_key must be a multiple of {GROUP}, got {first_key}")
+        raise ValueError(
+            f"first_key must be a multiple of {GROUP}, got {first_key}: put {first_key % GROUP} hidden keys in front"
+        )
     origin = {"first_row": first_row, "first_key": first_key, "first_batch_head": first_batch_head, "heads": heads}
     for name, number in origin.items():
         if number < 0:
@@ -92,6 +99,12 @@ def number_heads(seed: torch.Tensor, batch: torch.Tensor, head: torch.Tensor, he
     return batch * heads + head if len(seed) == 1 else seed[3] + batch * seed[4] + head
 
 
+def threshold_and_scale(dropout_p: float) -> tuple[int, float]:
+    """Returns t of equation 12, 0 for p = 0 and otherwise 1 to 2^16 - 1, and 1 / (1 - t / 2^16)."""
+    threshold = min(max(round(dropout_p * 2**16), 1), 2**16 - 1) if dropout_p > 0 else 0
+    return threshold, 2**16 / (2**16 - threshold)
+
+
 def keep_mask(
     seed: torch.Tensor, batch_head: torch.Tensor, rows: torch.Tensor, keys: tuple[int, int], dropout_p: float
 ) -> torch.Tensor:
@@ -111,8 +124,10 @@ def keep_mask(
     groups = torch.arange(start // GROUP, -(-stop // GROUP), dtype=torch.int64, device=seed.device)
     if len(seed) > 1:
         rows, groups = rows + seed[1], groups + seed[2] // GROUP
-    words = torch.stack(_philox(seed[:1], (groups, rows, batch_head, torch.zeros_like(groups))), dim=-1)
-    return words.flatten(-2)[..., start % GROUP : start % GROUP + stop - start] >= round(dropout_p * 2**32)
+    words = _philox(seed[:1], (groups, rows, batch_head, torch.zeros_like(groups)))
+    halves = torch.stack([half for word in words for half in (word & _HALF, word >> 16)], dim=-1)
+    first, (threshold, _) = start % GROUP, threshold_and_scale(dropout_p)
+    return halves.flatten(-2)[..., first : first + stop - start] >= threshold
 
 
 def _philox(seed: torch.Tensor, counter: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from .call import Call
-from .dropout import keep_mask, number_heads
+from .dropout import keep_mask, number_heads, threshold_and_scale
 from .relative_position import distance_slots
 
 
@@ -41,7 +41,7 @@ def hf_style_attention(inputs: Call, first_batch: int = 0) -> tuple[torch.Tensor
         batch_head = number_heads(inputs.seed, first_row, head, heads)[..., None, None]
         row = torch.arange(rows, device=scores.device)[:, None]
         keep = keep_mask(inputs.seed, batch_head, row, (0, keys), inputs.dropout_p)
-        probabilities = probabilities * keep / (1 - inputs.dropout_p)
+        probabilities = probabilities * keep * threshold_and_scale(inputs.dropout_p)[1]
     return probabilities @ inputs.value, torch.logsumexp(scores, -1)
 
 

@@ -20,7 +20,7 @@ class Part(NamedTuple):
 
 
 def cut_at(*cuts: int) -> Callable[[Call], list[Part]]:
-    """Divides the keys of a dense call at these indices, which are multiples of 4 if there is dropout."""
+    """Divides the keys of a dense call at these indices, which are multiples of 8 if there is dropout."""
 
     def divide(whole: Call) -> list[Part]:
         heads, keys = whole.query.shape[1], whole.key.shape[2]

@@ -20,7 +20,7 @@ from emulated_backend import (  # noqa: F401
     run,
     usual_emulator,
 )
-from masks import assert_packed_parts_of_one_mask, assert_parts_of_one_mask
+from masks import assert_exact_divisor, assert_packed_parts_of_one_mask, assert_parts_of_one_mask
 from parts import attention_in_parts, cut_at
 from spoiled import HEAD, LONG, PLACES, assert_no_nan_is_lost, assert_same_nans, where_nan
 
@@ -222,6 +222,11 @@ def test_dropout_is_the_mask_of_keep_mask(dtype):
     assert torch.equal(output != 0, keep)
 
 
+@each_half
+def test_kept_probabilities_are_divided_by_what_is_kept(dtype):
+    assert_exact_divisor("cuda", dtype)
+
+
 def test_dropout_of_parts():
     """Calls with parts of the rows, keys, heads and sequences make the mask of one call, backward as forward."""
     dtype = torch.bfloat16
@@ -240,7 +245,7 @@ PARTS = {
     "far": (Case("", 60, 190, batch=1, size=16, offset=70), (30, 170)),
     "first-part-hidden": (Case("", 90, 90, size=16, mask="late"), (50,)),
     "batch-row-without-keys": (Case("", 90, 90, size=16, mask="empty"), (61,)),
-    "dropout": (Case("", 90, 93, size=16, mask="right", dropout_p=0.3), (36, 80)),
+    "dropout": (Case("", 90, 93, size=16, mask="right", dropout_p=0.3), (40, 80)),
 }
 
 

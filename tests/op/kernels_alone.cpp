@@ -114,8 +114,8 @@ struct Numbers {
 };
 
 // Philox-4x32-7 as csrc/README.md has it (12).
-bool kept(uint64_t seed, uint64_t below, int64_t batch_head, int64_t i, int64_t j) {
-  uint32_t c[4] = {static_cast<uint32_t>(j / 4), static_cast<uint32_t>(i), static_cast<uint32_t>(batch_head), 0};
+bool kept(uint64_t seed, uint32_t below, int64_t batch_head, int64_t i, int64_t j) {
+  uint32_t c[4] = {static_cast<uint32_t>(j / 8), static_cast<uint32_t>(i), static_cast<uint32_t>(batch_head), 0};
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 7; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
     const uint64_t p0 = uint64_t{0xD2511F53u} * c[0], p1 = uint64_t{0xCD9E8D57u} * c[2];
@@ -123,7 +123,7 @@ bool kept(uint64_t seed, uint64_t below, int64_t batch_head, int64_t i, int64_t 
                               static_cast<uint32_t>(p0 >> 32) ^ c[3] ^ k1, static_cast<uint32_t>(p0)};
     std::memcpy(c, next, sizeof c);
   }
-  return c[j % 4] >= below;
+  return (c[j % 8 / 2] >> (16 * (j % 2)) & 0xffff) >= below;
 }
 
 bool check(const Case& c, const char* what, const Doubles& want, const std::function<double(int64_t)>& got) {
@@ -171,8 +171,9 @@ bool run(const Case& c, const Kernels& kernels) {
   }
   if (c.dropout > 0) {
     a.dropout = true, a.seed = 0x123456789abcdefu;
-    a.drop_below = static_cast<uint64_t>(c.dropout * 0x1p32), a.keep_scale = static_cast<float>(1 / (1 - c.dropout));
-    a.origin = {1000, 404, 7, 5};
+    a.drop_below = static_cast<uint32_t>(std::lround(c.dropout * 0x1p16));
+    a.keep_scale = static_cast<float>(1 / (1 - a.drop_below * 0x1p-16));
+    a.origin = {1000, 408, 7, 5};
   }
   std::vector<Sequence> sequences;
   for (int64_t b = 0; b < B && c.packed.empty(); ++b) sequences.push_back({b, 0, 0, Lq, Lk, 0});
@@ -201,8 +202,7 @@ bool run(const Case& c, const Kernels& kernels) {
           const int64_t cell = sequence.batch * a.mask_batch + i * a.mask_query + j;
           const bool see = a.mask == nullptr || mask[cell];
           total += p[j] = see ? std::exp(a.scale * z[j]) : 0;
-          if (c.dropout > 0)
-            keep[j] = kept(a.seed, a.drop_below, 7 + s * 5 + h, 1000 + i, 404 + j) ? 1 / (1 - c.dropout) : 0;
+          if (c.dropout > 0) keep[j] = kept(a.seed, a.drop_below, 7 + s * 5 + h, 1000 + i, 408 + j) ? a.keep_scale : 0;
         }
         if (total == 0) continue;
         lse[q0 + i] = std::log(total);

@@ -2,16 +2,27 @@
 
 from contextlib import nullcontext
 
+import numpy
 import pytest
 import torch
 from cases import ON_CPU, Case, make_inputs
-from masks import SEED, assert_packed_parts_of_one_mask, assert_parts_of_one_mask, masks
+from masks import (
+    SEED,
+    P,
+    assert_exact_divisor,
+    assert_packed_parts_of_one_mask,
+    assert_parts_of_one_mask,
+    masks,
+    random_bits,
+    threshold,
+)
+from masks import philox as defined_philox
 
 from deberta_fast import disentangled_attention, disentangled_attention_varlen, testing
 from deberta_fast.op import dropout
 from deberta_fast.op.api import disentangled_attention_with_probabilities
 from deberta_fast.op.backends import BACKENDS, cpu
-from deberta_fast.op.dropout import keep_mask, seed_at
+from deberta_fast.op.dropout import keep_mask, number_heads, seed_at, threshold_and_scale
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SETS = [(name, dtype) for dtype in DTYPES for name in (cpu.instruction_sets(DTYPES[dtype]) if "cpu" in ON_CPU else [])]
@@ -29,13 +40,46 @@ def philox(counter, key):
     return [int(word) for word in dropout._philox(seed, tuple(torch.tensor([word]) for word in counter))]
 
 
-def test_known_answers():
+def of_the_tests(counter, key):
+    return [int(word) for word in defined_philox(key[0] | key[1] << 32, *counter)]
+
+
+@pytest.mark.parametrize("words", [philox, of_the_tests])
+def test_known_answers(words):
     """Philox-4x32-7 test vectors of Random123 (Salmon et al., 2011), kat_vectors."""
-    assert philox((0,) * 4, (0, 0)) == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
+    assert words((0,) * 4, (0, 0)) == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
     ones = 0xFFFFFFFF
-    assert philox((ones,) * 4, (ones, ones)) == [0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]
+    assert words((ones,) * 4, (ones, ones)) == [0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]
     pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
-    assert philox(pi, (0xA4093822, 0x299F31D0)) == [0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A]
+    assert words(pi, (0xA4093822, 0x299F31D0)) == [0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A]
+
+
+def made(seed, batch, heads, rows, keys, p=P):
+    """The mask (batch, heads, rows, keys) of a call by ``keep_mask``."""
+    numbers = number_heads(seed, torch.arange(batch)[:, None], torch.arange(heads), heads)
+    return keep_mask(seed, numbers[..., None, None], torch.arange(rows)[:, None], (0, keys), p)
+
+
+@pytest.mark.parametrize("p", [1e-12, 1e-4, 0.1, 0.5, 0.9999, 1 - 1e-12])
+def test_keep_mask_is_the_definition(p):
+    for seed in (SEED, torch.tensor([-7]), seed_at(SEED, 1001, 2008, 5, heads=7)):
+        assert torch.equal(made(seed, 2, 3, 70, 333, p), masks(seed, 2, 3, 70, 333, p))
+
+
+def test_probabilities_are_multiples_of_a_65536th():
+    """Kept probabilities are divided by the probability of keeping that results, so that means stay right."""
+    for p in (1e-12, 1e-4, 0.1, 0.3, 0.5, 0.9999, 1 - 1e-12):
+        dropped, scale = threshold_and_scale(p)
+        assert dropped == threshold(p) and scale == 1 / (1 - dropped / 65536)
+    assert threshold_and_scale(1e-12)[0] == 1 and threshold_and_scale(1 - 1e-12)[0] == 65535
+    assert threshold_and_scale(0.0) == (0, 1)
+
+
+@each_run
+def test_kept_probabilities_are_divided_by_what_is_kept(name, dtype):
+    backend, context = by(name)
+    with context:
+        assert_exact_divisor(backend, DTYPES[dtype])
 
 
 def mask(seed=1, heads=4, rows=(0, 64), keys=(0, 257), p=0.3):
@@ -51,24 +95,41 @@ def test_any_tile_shows_the_same_mask():
     assert torch.equal(mask(heads=2), whole[:2])
 
 
-def test_rate_and_independence():
-    for p in (0.1, 0.5):
-        kept = mask(heads=16, rows=(0, 256), keys=(0, 256), p=p).double()
-        count = kept.numel()
-        assert abs(kept.mean() - (1 - p)) < 5 * (p * (1 - p) / count) ** 0.5
-        centred = (kept - (1 - p)) / (p * (1 - p)) ** 0.5
-        neighbours = (
-            (centred[:, :, 1:], centred[:, :, :-1]),
-            (centred[:, :, 4:], centred[:, :, :-4]),  # the next call of the generator
-            (centred[:, 1:], centred[:, :-1]),
-            (centred[1:], centred[:-1]),
-        )
-        for one, other in neighbours:
-            assert (one * other).mean().abs() < 5 / one.numel() ** 0.5
-        other_seed = (mask(seed=2, heads=16, rows=(0, 256), keys=(0, 256), p=p).double() - (1 - p)) / (
-            p * (1 - p)
-        ) ** 0.5
-        assert (centred * other_seed).mean().abs() < 5 / count**0.5
+@pytest.mark.parametrize("p", [1e-4, 0.1, 0.5])
+def test_rate_and_independence(p):
+    rate = threshold(p) / 65536
+    deviation = (rate * (1 - rate)) ** 0.5
+
+    def centred(seed):
+        return (mask(seed=seed, heads=16, rows=(0, 256), keys=(0, 256), p=p).double() - (1 - rate)) / deviation
+
+    x = centred(1)
+    # The rate of all keys, and of each of the eight of a call.
+    for part in (x, *(x[..., e::8] for e in range(8))):
+        assert part.mean().abs() < 5 / part.numel() ** 0.5
+    neighbours = [(x[..., n:], x[..., :-n]) for n in range(1, 9)]  # up to the next call of the generator
+    neighbours += [(x[:, 1:], x[:, :-1]), (x[1:], x[:-1]), (x, centred(2))]
+    for one, other in neighbours:
+        assert (one * other).mean().abs() < 5 / one.numel() ** 0.5
+
+
+def test_all_bits_are_used():
+    """Each of the 16 bits of each key of a call is set half of the time, and no two keys of a call share one."""
+    bits = random_bits(1, range(4), range(64), range(512)).reshape(-1, 8)
+    each = (bits[:, :, None] >> numpy.arange(16, dtype=numpy.uint64) & numpy.uint64(1)).reshape(
+        len(bits), 128
+    ) * 2.0 - 1
+    bound = 5.5 / len(bits) ** 0.5  # of 8128 pairs
+    assert abs(each.mean(0)).max() < bound
+    assert abs(each.T @ each / len(bits) - numpy.eye(128)).max() < bound
+
+
+def test_the_mean_over_masks_is_the_result_without_dropout():
+    query, key, value = torch.randn(3, 1, 1, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    many = [x.expand(1, 4096, 16, 16) for x in (query, key, value)]  # heads are independent
+    found = disentangled_attention(*many, dropout_p=0.3, dropout_seed=SEED, backend="eager")
+    error = found.mean(1) - disentangled_attention(query, key, value, backend="eager")[:, 0]
+    assert (error / (found.std(1) / 64)).abs().max() < 5
 
 
 def test_nothing_dropped_at_zero():
@@ -80,25 +141,26 @@ def test_nothing_dropped_at_zero():
 
 def test_origins_cut_parts_from_one_mask():
     """The whole mask by the seed alone: of 3 batch rows, 4 heads, 30 rows, 50 keys."""
-    whole = masks(SEED, 3, 4, 30, 50)
-    assert torch.equal(masks(seed_at(SEED, heads=4), 3, 4, 30, 50), whole)
-    assert torch.equal(masks(seed_at(SEED, first_row=11, heads=4), 3, 4, 19, 50), whole[:, :, 11:])
-    assert torch.equal(masks(seed_at(SEED, first_key=28, heads=4), 3, 4, 30, 22), whole[..., 28:])
-    assert torch.equal(masks(seed_at(SEED, first_batch_head=4, heads=4), 2, 4, 30, 50), whole[1:])
-    assert torch.equal(masks(seed_at(SEED, first_batch_head=1, heads=4), 3, 2, 30, 50), whole[:, 1:3])
+    whole = made(SEED, 3, 4, 30, 50)
+    assert torch.equal(made(seed_at(SEED, heads=4), 3, 4, 30, 50), whole)
+    assert torch.equal(made(seed_at(SEED, first_row=11, heads=4), 3, 4, 19, 50), whole[:, :, 11:])
+    assert torch.equal(made(seed_at(SEED, first_key=24, heads=4), 3, 4, 30, 26), whole[..., 24:])
+    assert torch.equal(made(seed_at(SEED, first_batch_head=4, heads=4), 2, 4, 30, 50), whole[1:])
+    assert torch.equal(made(seed_at(SEED, first_batch_head=1, heads=4), 3, 2, 30, 50), whole[:, 1:3])
     last = seed_at(SEED, 20, 40, 2 * 4 + 3, heads=4)
-    assert torch.equal(masks(last, 1, 1, 10, 10), whole[2:, 3:, 20:, 40:])
+    assert torch.equal(made(last, 1, 1, 10, 10), whole[2:, 3:, 20:, 40:])
 
 
 def test_numbers_of_an_origin_are_words():
     """Sums up to 2^32 - 1, the largest that the generator takes, neither wrap nor meet another word."""
     far = seed_at(SEED, 2**31, 2**31, 2**31, heads=4)
-    words = dropout._philox(SEED, tuple(torch.tensor([x]) for x in (2**29 + 1, 2**31 + 3, 2**31 + 6, 0)))
-    assert masks(far, 2, 4, 4, 8)[1, 2, 3, 4:].tolist() == [bool(w >= round(0.4 * 2**32)) for w in words]
+    words = defined_philox(int(SEED), 2**28 + 1, 2**31 + 3, 2**31 + 6, 0)
+    halves = [half for word in words for half in (int(word) & 0xFFFF, int(word) >> 16)]
+    assert made(far, 2, 4, 4, 16)[1, 2, 3, 8:].tolist() == [half >= round(0.4 * 2**16) for half in halves]
 
 
 BAD_ORIGINS = {
-    "key": (dict(first_key=6), ValueError, "first_key must be a multiple of 4, got 6"),
+    "key": (dict(first_key=12), ValueError, "first_key must be a multiple of 8, got 12: put 4 hidden keys in front"),
     "row": (dict(first_row=-1), ValueError, "first_row must not be negative, got -1"),
     "head": (dict(first_batch_head=-2), ValueError, "first_batch_head must not be negative, got -2"),
     "origin": (dict(seed=torch.zeros(5).long()), ValueError, r"seed must be of shape \(1,\) on cpu, got \(5,\) on cpu"),
@@ -184,7 +246,7 @@ def test_compiled_with_a_given_seed():
     leaves = [x.requires_grad_() for x in make_inputs(Case("", 20, 20, size=16), torch.float32)[:3]]
 
     def attention(seed, first_key):
-        seed = seed_at(seed, first_row=5, first_key=4 * first_key, heads=3)
+        seed = seed_at(seed, first_row=5, first_key=8 * first_key, heads=3)
         return disentangled_attention(*leaves, dropout_p=0.4, dropout_seed=seed)
 
     compiled = torch.compile(attention, backend="aot_eager", fullgraph=True, dynamic=True)

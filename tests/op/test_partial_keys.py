@@ -32,7 +32,7 @@ CASES = {
     "rows-without-keys": (BY_NAME["pairwise-mask-L150"], (61,)),
     "batch-row-without-keys": (BY_NAME["whole-row-padded-L140"], (61,)),
     "table-window": (BY_NAME["table-window-L20"], (7,)),
-    "dropout": (Case("", 140, 143, mask="right", dropout_p=0.3), (36, 100)),
+    "dropout": (Case("", 140, 143, mask="right", dropout_p=0.3), (40, 104)),
 }
 
 

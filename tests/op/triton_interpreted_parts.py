@@ -8,7 +8,7 @@ import torch
 from cases import Case
 from comparison import compare
 from interpreted import serve_cpu
-from masks import assert_packed_parts_of_one_mask, assert_parts_of_one_mask
+from masks import assert_exact_divisor, assert_packed_parts_of_one_mask, assert_parts_of_one_mask
 from parts import attention_in_parts, cut_at
 
 serve_cpu()
@@ -20,15 +20,20 @@ def test_dropout_of_parts():
     assert_packed_parts_of_one_mask("triton", torch.float32)
 
 
+def test_kept_probabilities_are_divided_by_what_is_kept():
+    assert_exact_divisor("triton", torch.float32)
+
+
 PARTS = {
     "uneven": (Case("", 70, 73, heads=1, batch=1, size=16), (30, 31)),
     "far": (Case("", 190, 190, heads=1, batch=1, size=16), (60,)),
     "rows-without-keys": (Case("", 70, 70, heads=1, batch=1, size=16, mask="pairwise"), (41,)),
-    "dropout": (Case("", 70, 73, heads=1, size=16, mask="right", dropout_p=0.3), (36,)),
+    "dropout": (Case("", 70, 73, heads=1, size=16, mask="right", dropout_p=0.3), (40,)),
 }
 
 
 @pytest.mark.parametrize("name", PARTS)
 def test_parts_of_the_keys_add_up(name):
     case, cuts = PARTS[name]
-    compare(attention_in_parts("triton", cut_at(*cuts)), case, torch.float32, draws=1)
+    draws = 2 if case.dropout_p else 1  # one draw is noisy where few pairs are left
+    compare(attention_in_parts("triton", cut_at(*cuts)), case, torch.float32, draws)

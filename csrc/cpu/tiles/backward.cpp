@@ -101,7 +101,7 @@ class BackwardPass : ScoreTiles {
     if (b_.pos_query_sums) key_columns_ = halves(size_ * keys_pitch_);
     dp_ = carver(kMaxBlockRows * kBackwardKeys), dq_ = carver(kMaxBlockRows * size_);
     dk_ = carver(keys * size_), dv_ = carver(keys * size_);
-    keep_ = carver(kBackwardKeys + 4 * kLanes), row_ = carver(size_);
+    keep_ = carver(round_up(kBackwardKeys, 8 * kLanes)), row_ = carver(size_);
     for (float*& sums : column_sums_) sums = carver(keys);
     far_grad_key_ = carver(2 * size_), far_grad_query_ = carver(2 * size_);
     if (b_.pos_key_sums) grad_key_by_distance_.columns = carver(size_ * distances_pitch_);

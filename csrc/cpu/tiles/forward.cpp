@@ -31,7 +31,7 @@ class ForwardPass : ScoreTiles {
     carve_scores(carver, a_.longest_key, kForwardKeys);
     value_ = carve_halves(carver, (round_up(a_.longest_key, kPaddedRows) + kPaddedRows) * size_);
     p_ = carve_halves(carver, kMaxBlockRows * kForwardKeys);
-    output_ = carver(kMaxBlockRows * size_), keep_ = carver(kForwardKeys + 4 * kLanes);
+    output_ = carver(kMaxBlockRows * size_), keep_ = carver(round_up(kForwardKeys, 8 * kLanes));
   }
 
   void load_keys(const Sequence& sequence, int64_t head) {

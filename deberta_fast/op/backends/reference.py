@@ -11,7 +11,7 @@ are tested against this one. It also returns probabilities and computes talking 
 import torch
 
 from ..call import Call
-from ..dropout import keep_mask, number_heads
+from ..dropout import keep_mask, number_heads, threshold_and_scale
 from ..relative_position import distance_slots
 
 
@@ -98,7 +98,7 @@ def attention_with_probabilities(
         row = torch.arange(first_batch, first_batch + batch, device=q.device)[:, None]
         batch_head = number_heads(call.seed, row, torch.arange(heads, device=q.device), heads)[..., None, None]
         keep = keep_mask(call.seed, batch_head, i[:, None], (0, key_length), call.dropout_p)
-        probabilities = probabilities * keep / (1 - call.dropout_p)
+        probabilities = probabilities * keep * threshold_and_scale(call.dropout_p)[1]
     if head_weights_proj is not None:
         probabilities = head_weights_proj(probabilities.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     return (probabilities @ v).to(call.query.dtype), lse, probabilities.to(call.query.dtype)

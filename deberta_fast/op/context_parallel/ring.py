@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends, selection
 from ..call import Call
-from ..dropout import seed_at
+from ..dropout import GROUP, seed_at
 from .exchange import Transfers
 from .stretches import Piece, Rows, Stretches
 
@@ -118,7 +118,7 @@ class Ring(NamedTuple):
         queries, call = piece.queries, self.call
         mask, seed, lead = self._mask(slice(queries.start, queries.stop), place, keys.shape[1]), None, 0
         if call.seed is not None:
-            lead = position % 4  # hidden keys in front: the dropout mask is made for four keys at a time
+            lead = position % GROUP  # hidden keys in front: the mask is made for that many keys at a time
             seed = self._seed(queries.position, position - lead, piece.sequence)
         if lead:
             count = keys.shape[1]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ...call import Call
-from ...dropout import keep_mask, number_heads
+from ...dropout import keep_mask, number_heads, threshold_and_scale
 from . import band
 from .scratch import Scratch
 from .tables import LOG2E, Tables
@@ -238,11 +238,11 @@ class Chunk:
         target[self.batches, self.tables.heads, block.rows] = part.to(target.dtype)
 
     def _dropout_factors(self, block: _Block, segment: _Segment) -> torch.Tensor:
-        """Returns the factors of dropout on the probabilities: 0 or 1 / (1 - p)."""
+        """Returns the factors of dropout (12) on the probabilities."""
         device, heads = block.query.device, self.x.query.shape[1]
         batch = torch.arange(self.batches.start, self.batches.stop, device=device) + self.first_batch
         head = torch.arange(self.tables.heads.start, self.tables.heads.stop, device=device)
         rows = torch.arange(block.rows.start, block.rows.stop, device=device).flip(0)
         batch_head = number_heads(self.x.seed, batch, head[:, None], heads)[..., None, None]
         keep = keep_mask(self.x.seed, batch_head, rows[:, None], (segment.start, segment.stop), self.x.dropout_p)
-        return keep.flatten(0, 1).to(block.query.dtype).div_(1 - self.x.dropout_p)
+        return keep.flatten(0, 1).to(block.query.dtype).mul_(threshold_and_scale(self.x.dropout_p)[1])

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ...call import Call
+from ...dropout import threshold_and_scale
 from .configuration import Configuration, Tiles
 from .kernels.backward_key import backward_key
 from .kernels.backward_query import backward_query
@@ -90,6 +91,7 @@ class Plan:
         self.unit = 16 // itemsize if aligned else 1
         self.step = step_of(max(self.query_length, self.key_length))
         mask_b, mask_h, mask_i, mask_j = (0, 0, 0, 0) if mask is None else _strides(mask)
+        threshold, inverse_keep = threshold_and_scale(call.dropout_p)
         self.values = {
             "query": call.query, "key": call.key, "value": call.value,
             "pos_key": call.pos_key, "pos_query": call.pos_query,
@@ -101,8 +103,7 @@ class Plan:
             "first_distance": 0, "distances": 0, "far_past": 0, "far_future": 0, "past_slot": 0, "future_slot": 0,
             "heads": heads, "scale": call.scale * LOG2E, "softmax_scale": call.scale,
             "band_scale": call.band_scale, "inverse_band_scale": 1 / call.band_scale,
-            "threshold": min(round(call.dropout_p * 2**32) - 2**31, 2**31 - 1),
-            "inverse_keep": 1 / (1 - call.dropout_p),
+            "threshold": threshold, "inverse_keep": inverse_keep,
             "HEAD_DIM": size, "BLOCK_D": block_d_of(call), "UNIT": self.unit,
             "LARGEST": torch.finfo(call.query.dtype).max, "PRECISION": precision, "PACKED": self.packed,
             "SPANS": False, "MASK": self.mask_kind, "DROPOUT": call.dropout_p > 0,
