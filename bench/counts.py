@@ -257,19 +257,21 @@ def facts_of_calls(emulator: Emulator) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.counts", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write the table and its provenance to DIR")
+    parser.add_argument("--emulated", action="store_true", help="do without nvcc, so without instructions")
     parser.add_argument("--name", default="counts", help="of the file there (counts)")
     arguments = parser.parse_args()
     timing.provenance()
     emulator = Emulator()
     counted = list(per_unit(emulator))
-    code, resources = {}, []
-    try:
-        kernels = {x.name: x for x in compile_cuda.compile_all([CAPABILITY])}
+    code, resources, notes = {}, [], LEGEND
+    if not arguments.emulated:
+        try:
+            kernels = {x.name: x for x in compile_cuda.compile_all([CAPABILITY])}
+        except FileNotFoundError as error:
+            parser.error(f"{error}: --emulated does without")
         code = compile_cuda.machine_code(CAPABILITY)
         resources = [kernels[name] for name in dict.fromkeys(x.kernel for x in counted)]
-        notes = f"{LEGEND} nvcc: {compile_cuda.nvcc_version()}."
-    except FileNotFoundError as error:
-        notes = f"{LEGEND} Without instructions: {error}."
+        notes += f" nvcc: {compile_cuda.nvcc_version()}."
     rows = rows_of_tiles(counted, code)
     others = [
         {"kernel": _plain(x.name), "threads": x.threads, "registers": x.registers, "spill stores": x.spill_stores,
@@ -277,7 +279,8 @@ def main() -> None:
         for x in resources
     ]  # fmt: skip
     facts = "\n".join(f"- {name}: {value}" for name, value in facts_of_calls(emulator).items())
-    summary = f"{timing.markdown(others)}\n\nCalls with 16384 tokens and 12 heads, without a mask:\n\n{facts}"
+    table = f"{timing.markdown(others)}\n\n" if others else ""
+    summary = f"{table}Calls with 16384 tokens and 12 heads, without a mask:\n\n{facts}"
     if arguments.out:
         timing.save(arguments.name, rows, arguments.out, notes, summary)
     print(f"{timing.markdown(rows)}\n\n{summary}\n\n{notes}")

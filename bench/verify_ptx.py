@@ -5,7 +5,8 @@ memory. The tests' emulator makes small calls and tells what the kernels are lau
 and each wait for copies is left out in turn, which must be found.
 
 sentryward 0.1.1 does not compute addresses through bfi, so shifts replace it first. Limits of shared memory are not
-checked, and what branches depend on must be in the arguments: masks and cu_seqlens are not.
+checked, and what branches depend on must be in the arguments: masks and cu_seqlens are not. So code for masked tiles is
+not reached.
 """
 
 import argparse
@@ -22,7 +23,12 @@ from . import compile_cuda, counts, timing
 FOLDER = timing.REPOSITORY / "build/verify-ptx"
 SIZE, CAPABILITY = 32, 80  # at head size 64 forward takes minutes for a tile, and a larger one has no other barriers
 # Queries, keys, offset and heads: two tiles or more for each kernel, and two squares for a program of by_distance.
-CASES = {"near": (64, 128, 0, 1), "far": (64, 128, 1 << 20, 1), "diagonals": (128, 128, 0, 100)}
+CASES = {
+    "near": (64, 128, 0, 1),
+    "far left": (64, 128, 1 << 20, 1),
+    "far right": (64, 128, -(1 << 20), 1),
+    "diagonals": (128, 128, 0, 100),
+}
 HEADS = 2  # that are verified together
 SITE = re.compile(r"^\s*(bar(?:rier)?(?:\.warp)?\.sync|cp\.async\.wait_\w+)\b[^;]*;", re.MULTILINE)
 FAULTS = ("potential_race", "race", "not_wellsynced", "invalid_lifecycle")
@@ -134,11 +140,13 @@ def verify(problem: Problem, ptx: str, seconds: float) -> dict:
     return sentryward.verify(FOLDER / "kernel.ptx", input=FOLDER / "input.json", timeout_seconds=seconds)
 
 
-def mutants(ptx: str) -> Iterator[tuple[str, str]]:
-    """Yields PTX without one barrier or wait, and which."""
+def mutants(ptx: str) -> Iterator[tuple[str, str, str]]:
+    """Yields each barrier or wait, PTX without it, and PTX with a race of all threads in its place."""
+    memory = re.search(r"^\.extern \.shared [^;]*?(\w+)\[\];", ptx, re.MULTILINE)[1]
     for site in SITE.finditer(ptx):
-        line = ptx[: site.start(1)].count("\n") + 1
-        yield f"{site[0].strip()} of line {line}", ptx[: site.start(1)] + "//" + ptx[site.start(1) :]
+        before, after = ptx[: site.start(1)], ptx[site.start(1) :]
+        race = f"{{ .reg .u32 %raced; mov.u32 %raced, %tid.x; st.shared.u32 [{memory}], %raced; }} "
+        yield f"{site[0].strip()} of line {before.count(chr(10)) + 1}", before + "//" + after, before + race + after
 
 
 def main() -> None:
@@ -157,9 +165,11 @@ def main() -> None:
     if arguments.mutants:
         for kernel in dict.fromkeys(problem.kernel for problem in found):
             own = [problem for problem in found if problem.kernel == kernel]
-            for site, ptx in mutants(own[0].ptx):
-                results = (verify(problem, ptx, arguments.seconds)["result"] for problem in own)
-                seen = next((result for result in results if result in FAULTS), "NOT FOUND")
+            fault = lambda ptx, own=own: next(
+                (x for x in (verify(problem, ptx, arguments.seconds)["result"] for problem in own) if x in FAULTS), None
+            )
+            for site, without, raced in mutants(own[0].ptx):
+                seen = fault(without) or ("NOT FOUND" if fault(raced) else "not reached")
                 print(kernel, "without", site, seen, flush=True)
                 good &= seen != "NOT FOUND"
     sys.exit(not good)
