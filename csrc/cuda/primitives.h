@@ -79,6 +79,12 @@ DEVICE char* shared_memory_anew() {
   return shared_memory() + zero;
 }
 
+// Returns x as a value that is unknown to the compiler, for the same purpose.
+DEVICE int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 DEVICE Vec16 load_shared(const void* from) { return *static_cast<const Vec16*>(from); }
 DEVICE void store_shared(void* to, Vec16 words) { *static_cast<Vec16*>(to) = words; }
 DEVICE uint32_t load_shared_word(const void* from) { return *static_cast<const uint32_t*>(from); }
@@ -100,6 +106,13 @@ DEVICE uint32_t shared_address(const void* shared) { return static_cast<uint32_t
 DEVICE void copy_async(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+// The same for four bytes.
+DEVICE void copy_async_word(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 4 : 0)
                : "memory");
 }
 

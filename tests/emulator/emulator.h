@@ -35,6 +35,7 @@ inline void sync_warp(Site site = Site::here()) { the_machine->sync_warp(site); 
 
 inline char* shared_memory() { return the_machine->shared(); }
 inline char* shared_memory_anew() { return the_machine->shared(); }
+inline int anew(int x) { return x; }
 
 inline Vec16 load_shared(const void* from, Site site = Site::here()) {
   the_machine->reads(Kind::load_shared, site, from, 16);
@@ -82,7 +83,10 @@ inline uint32_t shared_address(const void* shared) {
 }
 
 inline void copy_async(void* shared, const void* global, bool valid, Site site = Site::here()) {
-  the_machine->copy_async(shared, global, valid, site);
+  the_machine->copy_async(Kind::copy_async, 16, shared, global, valid, site);
+}
+inline void copy_async_word(void* shared, const void* global, bool valid, Site site = Site::here()) {
+  the_machine->copy_async(Kind::copy_async_word, 4, shared, global, valid, site);
 }
 inline void commit_copies() { the_machine->commit_copies(); }
 template <int pending>
