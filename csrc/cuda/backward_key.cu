@@ -231,7 +231,7 @@ struct Mainloop {
     if (!near) {
       add_far_row<T, S>(dk, far, call, block, call.key, far_row);
       wait_copies<0>();
-      store_far_sum<T, S>(far_sum<S>(arguments.far_key_sums, arguments.key_far_count, side), memory.keys, far,
+      store_far_sum<T, S>(far_sum<S>(arguments, arguments.far_key_sums, arguments.key_far_count, side), memory.keys, far,
                           call.key, exists);
     }
   }
@@ -300,7 +300,7 @@ backward_key_kernel(GRID_CONSTANT const BackwardCall arguments) {
   using S = BackwardShape<size>;
   static_assert(S::kBlockM == kBackwardRows, "all backward kernels use the same blocks");
   const Call& call = arguments.call;
-  if (call.key.table.data != nullptr) clear_far_sums<S>(arguments.far_key_sums, arguments.key_far_count);
+  if (call.key.table.data != nullptr) clear_far_sums<S>(arguments, arguments.far_key_sums, arguments.key_far_count);
   const BlockInfo block = find_block(call, call.key, call.query, S::kBlockM, arguments.first_head);
   if (block.outside) return;
   const int first = warp() * S::kWarpRows;

@@ -1,11 +1,12 @@
-// Backward of queries: dQ by (8) to (10).
+// Backward of queries: dQ by (8) to (10). The same launch sums the gradients of the tables by distance
+// (backward_by_distance.h); both read dA of backward_key.
 //
 // A block owns 128 queries of a head and iterates over tiles of 32 keys from left to right; each warp owns 16
 // kFragments queries, whose dQ accumulates in registers. Far tiles compute P and dA again. Near tiles read dA from
 // backward_key, stored as tiles of (128 keys, 32 queries). Shared memory, Memory::kBytes, holds K and V per block, and
 // Q, dO and a band of gradients per warp. K and V have two buffers, and the next tile's are copied during this tile. Near
 // tiles need neither Q nor dO and copy dA there.
-#include "backward_tile.h"
+#include "backward_by_distance.h"
 
 namespace deberta_fast::cuda {
 namespace {
@@ -129,7 +130,7 @@ struct Mainloop {
     }
     add_far_row<T, S>(dq, far, call, block, call.query, far_row);
     wait_copies<0>();
-    store_far_sum<T, S>(far_sum<S>(arguments.far_query_sums, arguments.query_far_count, side), memory.queries, far,
+    store_far_sum<T, S>(far_sum<S>(arguments, arguments.far_query_sums, arguments.query_far_count, side), memory.queries, far,
                         call.query, exists);
   }
 
@@ -230,10 +231,14 @@ struct Mainloop {
 
 template <class T, int size, bool dropout, bool from_origin>
 KERNEL(BackwardShape<size>::kThreads, size <= 64 ? 2 : 1)
-backward_query_kernel(GRID_CONSTANT const BackwardCall arguments) {
+backward_query_kernel(GRID_CONSTANT const TableCall table) {
   using S = BackwardShape<size>;
+  const BackwardCall& arguments = table.backward;
   const Call& call = arguments.call;
-  if (call.query.table.data != nullptr) clear_far_sums<S>(arguments.far_query_sums, arguments.query_far_count);
+  // Each block of queries has as many sums as warps.
+  const int share = block_x() - arguments.query_far_count / S::kWarps;
+  if (share >= 0) return sum_by_distance<T, S>(table, share);
+  if (call.query.table.data != nullptr) clear_far_sums<S>(arguments, arguments.far_query_sums, arguments.query_far_count);
   const BlockInfo block = find_block(call, call.query, call.key, S::kBlockM, arguments.first_head);
   if (block.outside) return;
   Mainloop<T, S, dropout, from_origin> mainloop(arguments, block);
@@ -251,13 +256,14 @@ int64_t far_count(const Call& call, const Operand& rows) {
   return block_count(call, rows, kBackwardRows) * warps;
 }
 
-const char* backward_query(const BackwardCall& arguments, void* stream) {
-  const Call& call = arguments.call;
+const char* backward_query(const TableCall& arguments, void* stream) {
+  const Call& call = arguments.backward.call;
   return at_dropout(call, [&](auto type, auto size, auto dropout, auto from_origin) {
     using S = BackwardShape<size()>;
+    constexpr int own = Memory<S>::kBytes, by_distance = DistanceLoop<decltype(type), S>::kBytes;
     return launch<backward_query_kernel<decltype(type), size(), dropout(), from_origin()>>(
-        block_count(call, call.query, S::kBlockM), arguments.head_count, S::kThreads, Memory<S>::kBytes, stream,
-        arguments);
+        block_count(call, call.query, S::kBlockM) + arguments.diagonals.shares, arguments.backward.head_count,
+        S::kThreads, own > by_distance ? own : by_distance, stream, arguments);
   });
 }
 

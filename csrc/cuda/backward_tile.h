@@ -167,16 +167,16 @@ DEVICE void add_far_row(float (&sums)[S::kFragments][S::kSize / 8][4], float (&t
 
 // The address in `far` of a warp's sum of x_i t_i over its rows, left (0) or right (1).
 template <class S>
-DEVICE float* far_sum(float* far, int far_count, int side) {
-  return far + ((int64_t{block_y()} * 2 + side) * far_count + int64_t{block_x()} * S::kWarps + anew(thread()) / 32) * S::kSize;
+DEVICE float* far_sum(const BackwardCall& arguments, float* far, int far_count, int side) {
+  return far + ((int64_t{block_y() + arguments.sum_head} * 2 + side) * far_count + int64_t{block_x()} * S::kWarps + anew(thread()) / 32) * S::kSize;
 }
 
 // Call first, because a block may have no far pairs. The same lane writes an element here and in store_far_sum.
 template <class S>
-DEVICE void clear_far_sums(float* far, int far_count) {
+DEVICE void clear_far_sums(const BackwardCall& arguments, float* far, int far_count) {
   for (int side = 0; side < 2; ++side)
     for (int pair = lane(); pair < S::kSize / 2; pair += 32) {
-      float* to = far_sum<S>(far, far_count, side) + 2 * pair;
+      float* to = far_sum<S>(arguments, far, far_count, side) + 2 * pair;
       to[0] = to[1] = 0;
     }
 }
