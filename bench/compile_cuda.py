@@ -201,9 +201,8 @@ void call_pass(const char* (*pass)(const Arguments&, void*)) {
           call.element = element, call.size = size, call.dropout = flag, call.origin = kind == 2 ? &origin : nullptr;
         };
         if constexpr (requires { arguments.call; }) set(arguments.call);
-        if constexpr (requires { arguments.backward; }) set(arguments.backward.call);
-        if constexpr (requires { arguments.element; }) arguments.element = element;
-        if constexpr (requires { arguments.keys; }) arguments.keys = flag;
+        if constexpr (requires { arguments.backward.call; }) set(arguments.backward.call);
+        if constexpr (requires { arguments.table; }) set(arguments.table.backward.call);
         pass(arguments, nullptr);
       }
 }

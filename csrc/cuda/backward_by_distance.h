@@ -15,10 +15,10 @@ namespace deberta_fast::cuda {
 
 template <class T, class S>
 struct DistanceLoop {
-  static constexpr int kGroup = 4;                                     // warps
-  static constexpr int kTables = S::kWarps == kGroup ? 2 : 1;          // that a warp accumulates
-  static constexpr int kPitch = kHalf * kSquare + 16;                  // of the square: avoids bank conflicts
-  static constexpr int kBandPitch = kHalf * kSpan + 16;                // likewise
+  static constexpr int kGroup = 4;                             // warps
+  static constexpr int kTables = S::kWarps == kGroup ? 2 : 1;  // that a warp accumulates
+  static constexpr int kPitch = kHalf * kSquare + 16;          // of the square: avoids bank conflicts
+  static constexpr int kBandPitch = kHalf * kSpan + 16;        // likewise
   static constexpr int kSquareBytes = kSquare * kPitch, kRowBytes = kSquare * S::kPitch;
   static constexpr int kBandBytes = kSquare * kBandPitch;
   static constexpr int kBytes = kSquareBytes + 4 * kRowBytes + 2 * kBandBytes;
@@ -56,9 +56,7 @@ struct DistanceLoop {
   }
 
   static DEVICE char* square() { return shared_memory(); }
-  static DEVICE char* rows(bool keys, int turn) {
-    return square() + kSquareBytes + (turn % 2 * 2 + keys) * kRowBytes;
-  }
+  static DEVICE char* rows(bool keys, int turn) { return square() + kSquareBytes + (turn % 2 * 2 + keys) * kRowBytes; }
   static DEVICE char* band(bool keys) { return square() + kSquareBytes + 4 * kRowBytes + keys * kBandBytes; }
 
   // The cell of row r and column c of a square; distance c - r lies at 64 + c - r of its row.
@@ -71,9 +69,7 @@ struct DistanceLoop {
 
   DEVICE int first_query() const { return kSquare * (squares.first + squares.step * at); }
   DEVICE int first_key() const { return first_query() + kSquare * (arguments.diagonals.first + diagonal); }
-  DEVICE uint64_t seen() const {
-    return visible_keys(call, block, block.base, first_key(), block.columns, kSquare);
-  }
+  DEVICE uint64_t seen() const { return visible_keys(call, block, block.base, first_key(), block.columns, kSquare); }
 
   // Goes to the next square of this share that has a visible key. False after the last.
   DEVICE bool advance() {
@@ -106,11 +102,13 @@ struct DistanceLoop {
     for (int turn = 0; more; ++turn) {
       wait_copies<0>();
       sync_block();  // the square, Q and K have arrived; all warps have read the bands
-      EACH(i, kTables) if (wanted(table(i))) skew(table(i));
+      EACH(i, kTables)
+        if (wanted(table(i))) skew(table(i));
       sync_block();  // the bands are complete; all warps have read the square
       more = advance();
       if (more) load(turn + 1);
-      EACH(i, kTables) if (wanted(table(i))) multiply(sums[i], rows(table(i), turn), band(table(i)));
+      EACH(i, kTables)
+        if (wanted(table(i))) multiply(sums[i], rows(table(i), turn), band(table(i)));
     }
   }
 
@@ -191,8 +189,8 @@ struct DistanceLoop {
       EACH(i, 2)
         EACH(n, S::kSize / 8)
           EACH(w, 4)
-            to[(16 * (warp() % kGroup + 4 * i) + w / 2 * 8 + lane() / 4) * S::kSize + 8 * n + 2 * (lane() % 4) + w % 2] =
-                sums[t][i][n][w];
+            to[(16 * (warp() % kGroup + 4 * i) + w / 2 * 8 + lane() / 4) * S::kSize + 8 * n + 2 * (lane() % 4) +
+               w % 2] = sums[t][i][n][w];
     }
   }
 };

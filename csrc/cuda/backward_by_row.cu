@@ -30,7 +30,8 @@ by_row_kernel(GRID_CONSTANT const TableCall arguments) {
     const int to = arguments.first_of_slot[row + arguments.first_slot + 1];
     const int first = kSquare * (diagonals.first - 1) + 1, last = kSquare * (diagonals.first + diagonals.count) - 1;
     const int begin = arguments.query_offset - to + 1, end = minimum(arguments.query_offset - from, last);
-    const float* sums = (keys ? arguments.sums[1] : arguments.sums[0]) + int64_t{head} * diagonals.shares * kSpan * size;
+    const float* sums =
+        (keys ? arguments.sums[1] : arguments.sums[0]) + int64_t{head} * diagonals.shares * kSpan * size;
     int turn = 0;
     for (int distance = begin < first ? first : begin; distance <= end; ++distance) {
       // Diagonal d has the distances 64 d - 63 to 64 d + 63, so one or two diagonals have this one.

@@ -231,8 +231,8 @@ struct Mainloop {
     if (!near) {
       add_far_row<T, S>(dk, far, call, block, call.key, far_row);
       wait_copies<0>();
-      store_far_sum<T, S>(far_sum<S>(arguments, arguments.far_key_sums, arguments.key_far_count, side), memory.keys, far,
-                          call.key, exists);
+      store_far_sum<T, S>(far_sum<S>(arguments, arguments.far_key_sums, arguments.key_far_count, side), memory.keys,
+                          far, call.key, exists);
     }
   }
 
@@ -307,7 +307,8 @@ backward_key_kernel(GRID_CONSTANT const BackwardCall arguments) {
   const uint32_t exists =
       static_cast<uint32_t>(visible_keys(call, block, block.base, block.first_row + first, block.rows, S::kWarpRows));
   Mainloop<T, S, dropout, from_origin> mainloop(arguments, block, exists);
-  if (block.columns == 0 || !any_visible(call, block, block.base, block.first_row, block.rows)) return mainloop.finish();
+  if (block.columns == 0 || !any_visible(call, block, block.base, block.first_row, block.rows))
+    return mainloop.finish();
   mainloop.begin();
   // The segments are computed again for the same reason as the block is.
   const auto segments = [&] { return find_backward_segments<S>(call.key, mainloop.block); };

@@ -130,8 +130,8 @@ struct Mainloop {
     }
     add_far_row<T, S>(dq, far, call, block, call.query, far_row);
     wait_copies<0>();
-    store_far_sum<T, S>(far_sum<S>(arguments, arguments.far_query_sums, arguments.query_far_count, side), memory.queries, far,
-                        call.query, exists);
+    store_far_sum<T, S>(far_sum<S>(arguments, arguments.far_query_sums, arguments.query_far_count, side),
+                        memory.queries, far, call.query, exists);
   }
 
   // Turns dP into dA (8). Scores come from Q divided by two (shift_rows).
@@ -238,7 +238,8 @@ backward_query_kernel(GRID_CONSTANT const TableCall table) {
   // Each block of queries has as many sums as warps.
   const int share = block_x() - arguments.query_far_count / S::kWarps;
   if (share >= 0) return sum_by_distance<T, S>(table, share);
-  if (call.query.table.data != nullptr) clear_far_sums<S>(arguments, arguments.far_query_sums, arguments.query_far_count);
+  if (call.query.table.data != nullptr)
+    clear_far_sums<S>(arguments, arguments.far_query_sums, arguments.query_far_count);
   const BlockInfo block = find_block(call, call.query, call.key, S::kBlockM, arguments.first_head);
   if (block.outside) return;
   Mainloop<T, S, dropout, from_origin> mainloop(arguments, block);

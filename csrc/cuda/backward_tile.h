@@ -168,7 +168,8 @@ DEVICE void add_far_row(float (&sums)[S::kFragments][S::kSize / 8][4], float (&t
 // The address in `far` of a warp's sum of x_i t_i over its rows, left (0) or right (1).
 template <class S>
 DEVICE float* far_sum(const BackwardCall& arguments, float* far, int far_count, int side) {
-  return far + ((int64_t{block_y() + arguments.sum_head} * 2 + side) * far_count + int64_t{block_x()} * S::kWarps + anew(thread()) / 32) * S::kSize;
+  const int64_t of_side = (int64_t{block_y() + arguments.sum_head} * 2 + side) * far_count;
+  return far + (of_side + int64_t{block_x()} * S::kWarps + anew(thread()) / 32) * S::kSize;
 }
 
 // Call first, because a block may have no far pairs. The same lane writes an element here and in store_far_sum.

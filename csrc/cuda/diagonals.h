@@ -15,8 +15,9 @@ struct DiagonalSquares {
 
 // Diagonal d of the squares, square of keys minus square of queries, has the distances kSquare d - 63 to kSquare d + 63.
 struct Diagonals {
-  int first = 0, count = 0;              // diagonals `first` to first + count - 1
-  int first_block = 0, last_block = -1;  // the range of block of keys minus block of queries in near pairs of blocks of 128
+  int first = 0, count = 0;  // diagonals `first` to first + count - 1
+  int first_block = 0,
+      last_block = -1;  // the range of block of keys minus block of queries in near pairs of blocks of 128
   int query_squares = 0, key_squares = 0;  // of the longest sequence
   int shares = 0;                          // at least one per diagonal
 
@@ -26,7 +27,8 @@ struct Diagonals {
     const int diagonal = first + d;
     // The distances of blocks for even and odd squares of queries.
     const int even = diagonal >> 1, odd = (diagonal + 1) >> 1;
-    const bool even_near = first_block <= even && even <= last_block, odd_near = first_block <= odd && odd <= last_block;
+    const bool even_near = first_block <= even && even <= last_block,
+               odd_near = first_block <= odd && odd <= last_block;
     int begin = diagonal < 0 ? -diagonal : 0;
     const int end = queries < keys - diagonal ? queries : keys - diagonal;
     const int step = even_near && odd_near ? 1 : 2;

@@ -82,7 +82,7 @@ struct Preparation {
   // The tables of queries and of keys expanded to one row per distance (4), in the order of skew.h; may be null.
   char *scores[2] = {}, *gradients[2] = {};
   MaskBits mask;
-  bool backward = false;  // also lse2, delta and first_share
+  bool backward = false;     // also lse2, delta and first_share
   int64_t query_blocks = 0;  // thread blocks for lse2 and delta; `prepare` sets it
 };
 const char* prepare(const Preparation& arguments, void* stream);

@@ -69,8 +69,13 @@ Preparation complete(const Request& request, bool backward, Workspace& workspace
     call.visible_batch = packed ? 0 : call.visible_words;
     uint32_t* bits = workspace.take<uint32_t>(rows * call.visible_words);
     call.visible = bits;
-    preparation.mask = {request.mask, request.mask_batch, request.mask_key, static_cast<int>(rows),
-                        static_cast<int>(keys), call.visible_words, bits};
+    preparation.mask = {request.mask,
+                        request.mask_batch,
+                        request.mask_key,
+                        static_cast<int>(rows),
+                        static_cast<int>(keys),
+                        call.visible_words,
+                        bits};
   }
   return preparation;
 }

@@ -179,6 +179,47 @@ void test_landing() {
   emulator::options() = emulator::Options();
 }
 
+// Copies four bytes per thread, of odd threads zeros. Variant 1 does not wait; 2 has a source that is not aligned.
+KERNEL(32, 1) word_copies(Arguments arguments) {
+  const char* in = static_cast<const char*>(arguments.in) + (arguments.variant == 2 ? 2 : 0);
+  char* at = shared_memory() + thread() * 4;
+  copy_async_word(at, in + thread() * 4, thread() % 2 == 0);
+  commit_copies();
+  if (arguments.variant != 1) wait_copies<0>();
+  static_cast<uint32_t*>(arguments.out)[thread()] = load_shared_word(at);
+}
+
+void test_word_copies() {
+  std::vector<uint32_t> in(33), out(32);
+  for (uint32_t i = 0; i < 33; i++) in[i] = i + 100;
+  CHECK(!run(word_copies, 32, 128, in.data(), out.data()));
+  for (uint32_t i = 0; i < 32; i++) CHECK(out[i] == (i % 2 ? 0 : i + 100));
+  CHECK(fails_with(run(word_copies, 32, 128, in.data(), out.data(), 1), "a copy_async not waited for"));
+  CHECK(fails_with(run(word_copies, 32, 128, in.data(), out.data(), 2), "source not aligned to 4"));
+}
+
+// Waits for three copies; a product follows as many of them as the variant says.
+KERNEL(32, 1) late_waits(Arguments arguments) {
+  for (int i = 0; i < 3; i++) {
+    copy_async(shared_memory() + thread() * 16, arguments.in, true);
+    commit_copies();
+    float c[4] = {};
+    const uint32_t a[4] = {};
+    if (i < arguments.variant) multiply_add<Float16>(c, a, 0, 0);
+    wait_copies<0>();
+    wait_copies<0>();
+  }
+}
+
+void test_late_waits() {
+  const Vec16 in = {};
+  for (int variant = 0; variant <= 3; variant++) {
+    emulator::clear_counts();
+    CHECK(!run(late_waits, 32, 512, &in, nullptr, variant, 2));
+    CHECK(emulator::the_machine->exposed_waits == 3 - variant && emulator::the_machine->launches == 1);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -189,5 +230,7 @@ int main() {
   test_exchanges();
   test_copies();
   test_landing();
+  test_word_copies();
+  test_late_waits();
   std::puts("ok");
 }
