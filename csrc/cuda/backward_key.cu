@@ -30,19 +30,20 @@ struct Memory {
   }
 };
 
-// The block, in the padding of two rows of each warp's V. It is read from there again each time, because registers are
-// full.
+// The block and its near tiles, in the padding of two rows of each warp's V. They are read from there again each time,
+// because registers are full.
 template <class S>
 struct StoredBlock {
   static DEVICE char* words(int i) {
     return Memory<S>(shared_memory_anew(), 0).values + i * S::kPitch + kHalf * S::kSize;
   }
 
-  DEVICE explicit StoredBlock(const BlockInfo& block) {
+  DEVICE StoredBlock(const BlockInfo& block, const Segments& segments) {
     if (lane() == 0) {
       const auto word = [](int x) { return static_cast<uint32_t>(x); };
       store_shared(words(0), {{word(block.batch), word(block.head), word(block.first_row), word(block.base)}});
-      store_shared(words(1), {{word(block.rows), word(block.columns)}});
+      store_shared(words(1),
+                   {{word(block.rows), word(block.columns), word(segments.near_begin), word(segments.near_end)}});
     }
     sync_warp();
   }
@@ -56,6 +57,9 @@ struct StoredBlock {
     block.outside = false;
     return block;
   }
+
+  DEVICE int near_begin() const { return static_cast<int>(load_shared_word(words(1) + 8)); }
+  DEVICE int near_end() const { return static_cast<int>(load_shared_word(words(1) + 12)); }
 };
 
 template <class T, class S, bool dropout, bool from_origin>
@@ -71,10 +75,10 @@ struct Mainloop {
   float dk[kFragments][S::kSize / 8][4] = {}, dv[kFragments][S::kSize / 8][4] = {};
   float far[kFragments][2];
 
-  DEVICE Mainloop(const BackwardCall& arguments, const BlockInfo& block, uint32_t exists)
+  DEVICE Mainloop(const BackwardCall& arguments, const BlockInfo& block, const Segments& segments, uint32_t exists)
       : arguments(arguments),
         call(arguments.call),
-        block(block),
+        block(block, segments),
         mask(call, block.batch, block.head),
         memory(shared_memory(), 0),
         exists(exists) {}
@@ -162,17 +166,17 @@ struct Mainloop {
     if (near && !p2c) clear_row_band<S>(memory.row_band);
     if (near && !c2p) clear_column_band<S>(memory.column_band);
     if (near && p2c) gradient_band(tile).clear();
-    for (const int first_tile = tile; tile < end; ++tile) {
+    for (; tile < end; ++tile) {
       memory = Memory<S>(shared_memory_anew(), tile);
       wait_copies<0>();
       sync_block();  // the tile has arrived; all warps have read the Q before it, and the band by columns
-      load_queries(tile + 1);
+      load_queries(anew(tile) + 1);
       float scores[kFragments][kProducts][4] = {};
       if (near) {
         if (c2p)
           write_column_band<T, S>(memory.column_band, call, block, call.query, memory.queries, tile * S::kBlockN, tile);
         if (p2c)
-          write_row_band<T, S>(memory.row_band, call, block, call.key, tile * S::kBlockN, tile > first_tile,
+          write_row_band<T, S>(memory.row_band, call, block, call.key, tile * S::kBlockN, tile > block.near_begin(),
                                [&](uint32_t (&a)[kFragments][4], int step) { load_left<S>(a, memory.keys, step); });
         sync_block();
         begin_scores<T, S>(scores, memory.row_band, memory.column_band, 1 / call.band_scale);
@@ -207,14 +211,14 @@ struct Mainloop {
       softmax_gradient<near>(dp, p, kept);
       sync_block();  // all warps have read dO
       if (!near && tile + 1 == end) load_keys();
-      load_dout(tile + 1);
+      load_dout(anew(tile) + 1);
       EACH(step, S::kBlockN / 16) {
         uint32_t d[kFragments][4];
         EACH(f, kFragments) as_left<T>(d[f], dp[f], step);
         add_weighted<T, S>(dk, d, memory.queries, 16 * step);
       }
       if (near) {
-        char* out = near_tile(arguments, anew(block_x()), block_y(), tile - first_tile);
+        char* out = near_tile(arguments, anew(block_x()), block_y(), tile - block.near_begin());
         const GradientBand<T, S> band = gradient_band(tile);
         EACH(f, kFragments)
           EACH(half, 2) {
@@ -306,15 +310,16 @@ backward_key_kernel(GRID_CONSTANT const BackwardCall arguments) {
   const int first = warp() * S::kWarpRows;
   const uint32_t exists =
       static_cast<uint32_t>(visible_keys(call, block, block.base, block.first_row + first, block.rows, S::kWarpRows));
-  Mainloop<T, S, dropout, from_origin> mainloop(arguments, block, exists);
+  const Segments segments = find_backward_segments<S>(call.key, block);
+  Mainloop<T, S, dropout, from_origin> mainloop(arguments, block, segments, exists);
   if (block.columns == 0 || !any_visible(call, block, block.base, block.first_row, block.rows))
     return mainloop.finish();
   mainloop.begin();
-  // The segments are computed again for the same reason as the block is.
-  const auto segments = [&] { return find_backward_segments<S>(call.key, mainloop.block); };
-  mainloop.template process_tiles<false>(0, segments().near_begin, call.key.far_left, 0);
-  mainloop.template process_tiles<true>(segments().near_begin, segments().near_end, 0, 0);
-  mainloop.template process_tiles<false>(segments().near_end, segments().end, call.key.far_right, 1);
+  const auto& stored = mainloop.block;
+  mainloop.template process_tiles<false>(0, stored.near_begin(), call.key.far_left, 0);
+  mainloop.template process_tiles<true>(stored.near_begin(), stored.near_end(), 0, 0);
+  const int end = (BlockInfo(stored).columns + S::kBlockN - 1) / S::kBlockN;
+  mainloop.template process_tiles<false>(stored.near_end(), end, call.key.far_right, 1);
   mainloop.finish();
 }
 

@@ -49,7 +49,7 @@ def test_all_kernels_are_there(kernels, passes):
 
 
 def test_no_spills(kernels):
-    """Without dropout only backward_key spills, a register or two; with dropout a few kernels spill."""
+    """Without dropout only backward_key spills, at most a few registers at head size 128; with it a few kernels do."""
     spilled = {(x.name, x.capability): max(x.spill_stores, x.spill_loads) for x in kernels}
     most = lambda name: 256 if ", true" in name else 64 if name.startswith("backward_key") else 0
     assert {key: n for key, n in spilled.items() if n > most(key[0])} == {}
@@ -61,8 +61,8 @@ def test_shared_memory(passes):
     assert {key: x.shared for key, x in passes.items() if x.shared > limits[key]} == {}
 
 
-# Measured on sm_90 with nvcc 13.0. Instructions are those of Bfloat16 and Float16, each without and with dropout
-# (by_distance: of queries and of keys); products on tensor cores are the same for all four.
+# Measured on sm_90 with nvcc 13.0. Instructions are those of Bfloat16 and Float16, each without and with dropout;
+# products on tensor cores are the same for all four.
 INSTRUCTIONS = {
     "forward_kernel": {
         32: (5344, 6963, 5540, 7223),
@@ -77,23 +77,16 @@ INSTRUCTIONS = {
         128: (7267, 8251, 7451, 8420),
     },
     "backward_query_kernel": {
-        32: (5109, 5640, 5108, 5639),
-        64: (6066, 6610, 6066, 6610),
-        96: (5197, 5491, 5197, 5491),
-        128: (5426, 5717, 5426, 5717),
-    },
-    "by_distance_kernel": {
-        32: (749, 731, 749, 731),
-        64: (791, 782, 791, 782),
-        96: (941, 934, 941, 934),
-        128: (1067, 1064, 1067, 1064),
+        32: (6811, 7346, 6811, 7346),
+        64: (8595, 9136, 8595, 9136),
+        96: (7115, 7422, 7115, 7422),
+        128: (7650, 7959, 7650, 7959),
     },
 }
 MMA = {
     "forward_kernel": {32: 256, 64: 512, 96: 408, 128: 544},
     "backward_key_kernel": {32: 272, 64: 544, 96: 432, 128: 576},
-    "backward_query_kernel": {32: 160, 64: 320, 96: 240, 128: 320},
-    "by_distance_kernel": {32: 32, 64: 16, 96: 24, 128: 32},
+    "backward_query_kernel": {32: 224, 64: 448, 96: 264, 128: 352},
 }
 
 
@@ -105,15 +98,13 @@ def test_instructions(passes, name):
     plain attention, so a position term that reaches their loops raises the number of products.
     """
     for size, counts in INSTRUCTIONS[name].items():
-        kinds = ("false", "true") if name == "by_distance_kernel" else DROPOUT
-        flags = [(dtype, kind) for dtype in ("Bfloat16", "Float16") for kind in kinds]
+        flags = [(dtype, kind) for dtype in ("Bfloat16", "Float16") for kind in DROPOUT]
         for (dtype, flag), expected in zip(flags, counts, strict=True):
             kernel = passes[f"{name}<{dtype}, {size}, {flag}>", 90, size]
             assert kernel.instructions <= 1.03 * expected, kernel
             assert kernel.mma == MMA[name][size], kernel
 
 
-@pytest.mark.xfail(reason="backward_key spills a register at head size 64 with nvcc 13.0")
 def test_nothing_spills_by_default(passes):
     assert not any(x.spill_stores for (name, *_), x in passes.items() if name.endswith("64, false, false>"))
 
