@@ -51,7 +51,7 @@ def test_all_kernels_are_there(kernels, passes):
 def test_no_spills(kernels):
     """Without dropout only backward_key spills, at most a few registers at head size 128; with it a few kernels do."""
     spilled = {(x.name, x.capability): max(x.spill_stores, x.spill_loads) for x in kernels}
-    most = lambda name: 256 if ", true" in name else 64 if name.startswith("backward_key") else 0
+    most = lambda name: 256 if ", true" in name else 32 if name.startswith("backward_key") else 0
     assert {key: n for key, n in spilled.items() if n > most(key[0])} == {}
 
 
@@ -71,10 +71,10 @@ INSTRUCTIONS = {
         128: (5920, 6844, 6053, 7023),
     },
     "backward_key_kernel": {
-        32: (5907, 7640, 6184, 7856),
-        64: (8062, 9889, 8311, 10103),
-        96: (6693, 7636, 6854, 7784),
-        128: (7267, 8251, 7451, 8420),
+        32: (5421, 7127, 5650, 7314),
+        64: (6921, 8774, 7178, 9003),
+        96: (5772, 6740, 5926, 6891),
+        128: (6410, 7413, 6583, 7585),
     },
     "backward_query_kernel": {
         32: (6811, 7346, 6811, 7346),
