@@ -1,12 +1,12 @@
 // Backward of the expanded tables (9): dK^e, the sum of dA^e_i q_i, and dQ^e, the sum of dA^e_j k_j, over near pairs.
 // Blocks of the launch of backward_query that own no queries do this.
 //
-// A block owns a share of the squares of 64 queries and 64 keys on a diagonal, over all sequences. A skewed square of dA
-// has 64 rows and the distances -63 to 63. Its product with the rows has 8 x 4 fragments of 16 x 16, of which 20 are not
-// zero. Four warps accumulate them in registers for each table; warp x has fragments x and x + 4 of the distances, five
-// of the 20. Up to a head size of 64 the same four warps do so for both tables. Shared memory, kBytes, holds the square of
-// dA, Q, K and a band for each table. Q and K have two buffers, and the next square, Q and K are copied during the
-// products.
+// A block owns a share of the squares of 64 queries and 64 keys on a diagonal, over all sequences. A skewed square of
+// dA has 64 rows and the distances -63 to 63. Its product with the rows has 8 x 4 fragments of 16 x 16, of which 20 are
+// not zero. Four warps accumulate them in registers for each table; warp x has fragments x and x + 4 of the distances,
+// five of the 20. Up to a head size of 64 the same four warps do so for both tables. Shared memory, kBytes, holds the
+// square of dA, Q, K and a band for each table. Q and K have two buffers, and the next square, Q and K are copied
+// during the products.
 #pragma once
 
 #include "backward_tile.h"

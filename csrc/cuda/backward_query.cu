@@ -4,8 +4,8 @@
 // A block owns 128 queries of a head and iterates over tiles of 32 keys from left to right; each warp owns 16
 // kFragments queries, whose dQ accumulates in registers. Far tiles compute P and dA again. Near tiles read dA from
 // backward_key, stored as tiles of (128 keys, 32 queries). Shared memory, Memory::kBytes, holds K and V per block, and
-// Q, dO and a band of gradients per warp. K and V have two buffers, and the next tile's are copied during this tile. Near
-// tiles need neither Q nor dO and copy dA there.
+// Q, dO and a band of gradients per warp. K and V have two buffers, and the next tile's are copied during this tile.
+// Near tiles need neither Q nor dO and copy dA there.
 #include "backward_by_distance.h"
 
 namespace deberta_fast::cuda {

@@ -1,5 +1,5 @@
-// The squares of 64 x 64 pairs over which the gradients of the expanded tables are summed: their diagonals, and how these
-// are divided into shares, one per thread block. Host and kernels share this file.
+// The squares of 64 x 64 pairs over which the gradients of the expanded tables are summed: their diagonals, and how
+// these are divided into shares, one per thread block. Host and kernels share this file.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,8 @@ struct DiagonalSquares {
   int first, step, count;
 };
 
-// Diagonal d of the squares, square of keys minus square of queries, has the distances kSquare d - 63 to kSquare d + 63.
+// Diagonal d of the squares, square of keys minus square of queries, has the distances kSquare d - 63 to kSquare d +
+// 63.
 struct Diagonals {
   int first = 0, count = 0;  // diagonals `first` to first + count - 1
   int first_block = 0,

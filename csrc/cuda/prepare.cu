@@ -1,6 +1,6 @@
 // Prepares what the other kernels read: tables expanded to one row per distance (4), in the order of skew.h, and masks
-// of keys as bits; for backward Delta_i = dO_i · O_i - dlse_i (8) of each query, its log-sum-exp in base 2, and the first
-// share of each diagonal.
+// of keys as bits; for backward Delta_i = dO_i · O_i - dlse_i (8) of each query, its log-sum-exp in base 2, and the
+// first share of each diagonal.
 //
 // A block of 128 threads handles 16 queries of a head, eight lanes each, or 32 distances of a head, or four words of a
 // mask, or all diagonals. It uses no shared memory.

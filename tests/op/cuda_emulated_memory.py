@@ -274,7 +274,7 @@ def test_device_memory_is_bounded(length, packed):
     ends = (ctypes.c_int32 * (batches + 1))(*range(0, length * batches + 1, length)) if packed else None
     shape = batches, 12, length, 64, ends, table.far_past, table.far_future, table.rows
     assert emulator.emulator_workspace_bytes(*shape, False) <= 16 << 20
-    assert 3 << 20 < emulator.emulator_workspace_bytes(*shape, True) <= 256 << 20
+    assert 3 << 20 < emulator.emulator_workspace_bytes(*shape, True) <= 128 << 20
 
 
 def test_shared_memory_is_what_refusals_say():
