@@ -218,9 +218,8 @@ void call_pass(const char* (*pass)(const Arguments&, void*)) {
         Arguments arguments{};
         auto set = [&](auto& call) { call.element = element, call.size = size, call.dropout = flag; };
         if constexpr (requires { arguments.call; }) set(arguments.call);
-        if constexpr (requires { arguments.backward; }) set(arguments.backward.call);
-        if constexpr (requires { arguments.element; }) arguments.element = element;
-        if constexpr (requires { arguments.keys; }) arguments.keys = flag;
+        if constexpr (requires { arguments.backward.call; }) set(arguments.backward.call);
+        if constexpr (requires { arguments.table; }) set(arguments.table.backward.call);
         pass(arguments, nullptr);
       }
 }

@@ -70,7 +70,7 @@ class Emulator:
 
     def launches(self, run: Callable[[], object]) -> list[Launch]:
         """Returns what the kernels do that ``run`` launches, in their order."""
-        self._library.emulator_clear_conflicts()
+        self._library.emulator_clear_counts()
         run()
         found: list[Launch] = []
         for kind, *words in map(str.split, self._library.emulator_counts().decode().splitlines()):

@@ -45,13 +45,13 @@ LENGTHS = {  # by part
     "once": (512,),
 }
 DEFAULT_PARTS = ("kernels", "variants", "memory")
-WORKSPACE_MIB = (160, 24, 32, 40)  # the first is the default
+WORKSPACE_MIB = (0, 24, 32, 40, 160)  # 0 is the default: 32, or more where fewer heads would not fill the GPU
 PASSES = ("forward", "backward")
 SETTINGS = {"": {}, " padding 0.5": {"padding": 0.5}, " dropout 0.1": {"dropout_p": 0.1}}
 REPEATS = 15  # calls under the profiler
 SECONDS = 0.1  # of calls between events
-COUNTED = "(forward|delta|backward_key|backward_query|by_distance|by_row)_kernel"
-LAUNCHES = 8  # that ncu counts: forward, and backward's for the first heads, by_distance and by_row twice
+COUNTED = "(prepare|forward|backward_key|backward_query|by_row)_kernel"
+LAUNCHES = 5  # that ncu counts: prepare and forward, and backward's prepare, backward_key and backward_query
 SECTIONS = (  # of ncu, those that show what limits a kernel
     "SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "MemoryWorkloadAnalysis_Tables",
     "SchedulerStats", "WarpStateStats", "LaunchStats", "Occupancy",
@@ -97,7 +97,10 @@ def memory(options: argparse.Namespace, device: Device, lengths: tuple[int, ...]
 def workspace(options: argparse.Namespace, device: Device, lengths: tuple[int, ...]) -> None:
     """Measures the limits in turn; each is set before its call, untimed."""
     summarise = lambda rows: timing.pivot(
-        rows, ("length", "batch", "variant"), lambda row: f"{row['MiB']} MiB", lambda row: timing.cell(row.get("ms"))
+        rows,
+        ("length", "batch", "variant"),
+        lambda row: f"{row['MiB']} MiB" if row["MiB"] else "default",
+        lambda row: timing.cell(row.get("ms")),
     )
     table = _table("workspace", options, summarise)
 

@@ -16,33 +16,35 @@ KERNEL(kThreads, 1)
 by_row_kernel(GRID_CONSTANT const TableCall arguments) {
   const BackwardCall& backward = arguments.backward;
   const Call& call = backward.call;
-  const bool keys = arguments.keys;
+  const Diagonals& diagonals = arguments.diagonals;
+  const bool keys = arguments.grad_tables[0] == nullptr || block_x() >= arguments.table_rows;
   const int size = padded_size(call.size);
-  const int row = block_x(), pairs = size / 2, shares = kThreads / pairs;
-  const int pair = thread() % pairs, share = thread() / pairs;
+  const int row = block_x() % arguments.table_rows, pairs = size / 2, shares = kThreads / pairs;
+  const int pair = thread() % pairs, share = thread() / pairs, head = block_y() + backward.sum_head;
   float sum[2] = {};
   const auto add = [&](const float* from) { sum[0] += from[2 * pair], sum[1] += from[2 * pair + 1]; };
   if (share < shares) {
-    // Distances of near pairs that read this row: delta in [from, to).
+    // The near pairs that read this row have delta in [from, to), and the distance key minus query is query_offset -
+    // delta.
     const int from = arguments.first_of_slot[row + arguments.first_slot];
     const int to = arguments.first_of_slot[row + arguments.first_slot + 1];
-    const int first = kSquare * (arguments.first_diagonal - 1) + 1;
-    const int last = kSquare * (arguments.first_diagonal + arguments.diagonals) - 1;
-    const int offset = arguments.query_offset;
-    const int begin = keys ? from - offset : offset - to + 1,
-              end = minimum(keys ? to - 1 - offset : offset - from, last);
+    const int first = kSquare * (diagonals.first - 1) + 1, last = kSquare * (diagonals.first + diagonals.count) - 1;
+    const int begin = arguments.query_offset - to + 1, end = minimum(arguments.query_offset - from, last);
+    const float* sums =
+        (keys ? arguments.sums[1] : arguments.sums[0]) + int64_t{head} * diagonals.shares * kSpan * size;
     int turn = 0;
     for (int distance = begin < first ? first : begin; distance <= end; ++distance) {
       // Diagonal d has the distances 64 d - 63 to 64 d + 63, so one or two diagonals have this one.
-      const int low = (distance - kSquare * arguments.first_diagonal + kSpan) / kSquare - 2;
+      const int low = (distance - kSquare * diagonals.first + kSpan) / kSquare - 2;
       for (int d = low; d < low + 2; ++d) {
-        if (d < 0 || d >= arguments.diagonals) continue;
-        const int at = distance - kSquare * (arguments.first_diagonal + d) + kSquare;
-        if (at == 0) continue;
-        const float* sums =
-            arguments.sums + (int64_t{block_y()} * arguments.diagonals + d) * arguments.splits * kSpan * size;
-        for (int split = 0; split < arguments.splits; ++split, ++turn)
-          if (turn % shares == share) add(sums + (int64_t{split} * kSpan + at) * size);
+        if (d < 0 || d >= diagonals.count) continue;
+        const int across = distance - kSquare * (diagonals.first + d);
+        if (across == -kSquare) continue;
+        // Seen from the keys, distances are negated.
+        const int at = kSquare + (keys ? -across : across);
+        const int stop = arguments.first_share[d + 1];
+        for (int part = arguments.first_share[d]; part < stop; ++part, ++turn)
+          if (turn % shares == share) add(sums + (int64_t{part} * kSpan + at) * size);
       }
     }
     const Operand& rows = keys ? call.key : call.query;
@@ -50,7 +52,7 @@ by_row_kernel(GRID_CONSTANT const TableCall arguments) {
     const int far_count = keys ? backward.key_far_count : backward.query_far_count;
     for (int side = 0; side < 2; ++side)
       if (row == (side == 0 ? rows.far_left : rows.far_right)) {
-        const float* sums = far_sums + (int64_t{block_y()} * 2 + side) * far_count * size;
+        const float* sums = far_sums + (int64_t{head} * 2 + side) * far_count * size;
         for (int part = share; part < far_count; part += shares) add(sums + int64_t{part} * size);
       }
   }
@@ -62,15 +64,17 @@ by_row_kernel(GRID_CONSTANT const TableCall arguments) {
   for (int other = 1; other < shares; ++other)
     for (int i = 0; i < 2; ++i) sum[i] += bits_float(load_shared_word(memory + 8 * (other * pairs + pair) + 4 * i));
   const int64_t at = (int64_t{backward.first_head + block_y()} * arguments.table_rows + row) * call.size + 2 * pair;
-  static_cast<uint32_t*>(arguments.grad_table)[at / 2] = pack<T>(call.scale * sum[0], call.scale * sum[1]);
+  void* grad_table = keys ? arguments.grad_tables[1] : arguments.grad_tables[0];
+  static_cast<uint32_t*>(grad_table)[at / 2] = pack<T>(call.scale * sum[0], call.scale * sum[1]);
 }
 
 }  // namespace
 
 const char* backward_by_row(const TableCall& arguments, void* stream) {
+  const int tables = (arguments.grad_tables[0] != nullptr) + (arguments.grad_tables[1] != nullptr);
   return at_element(arguments.backward.call.element, [&](auto type) {
-    return launch<by_row_kernel<decltype(type)>>(arguments.table_rows, arguments.backward.head_count, kThreads,
-                                                 8 * kThreads, stream, arguments);
+    return launch<by_row_kernel<decltype(type)>>(int64_t{tables} * arguments.table_rows, arguments.backward.head_count,
+                                                 kThreads, 8 * kThreads, stream, arguments);
   });
 }
 

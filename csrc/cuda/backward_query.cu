@@ -1,10 +1,12 @@
-// Backward of queries: dQ by (8) to (10).
+// Backward of queries: dQ by (8) to (10). The same launch sums the gradients of the tables by distance
+// (backward_by_distance.h); both read dA of backward_key.
 //
 // A block owns 128 queries of a head and iterates over tiles of 32 keys from left to right; each warp owns 16
 // kFragments queries, whose dQ accumulates in registers. Far tiles compute P and dA again. Near tiles read dA from
 // backward_key, stored as tiles of (128 keys, 32 queries). Shared memory, Memory::kBytes, holds K and V per block, and
-// Q, dO, a band of gradients and a tile of dA per warp.
-#include "backward_tile.h"
+// Q, dO and a band of gradients per warp. K and V have two buffers, and the next tile's are copied during this tile.
+// Near tiles need neither Q nor dO and copy dA there.
+#include "backward_by_distance.h"
 
 namespace deberta_fast::cuda {
 namespace {
@@ -12,17 +14,23 @@ namespace {
 template <class S>
 struct Memory {
   // dA of a warp is (32 keys, ordered by position, its queries). 16 bytes of padding per key avoid bank conflicts.
-  static constexpr int kNearPitch = kHalf * S::kWarpRows + 16, kNearBytes = S::kBlockN * kNearPitch;
-  static constexpr int kWarpBytes = 2 * S::kStageBytes + S::kRowBandBytes + kNearBytes;
-  static constexpr int kBytes = 2 * S::kTileBytes + S::kWarps * kWarpBytes;
+  static constexpr int kNearPitch = kHalf * S::kWarpRows + 16;
+  static constexpr int kWarpBytes = 2 * S::kStageBytes + S::kRowBandBytes;
+  static constexpr int kBytes = 4 * S::kTileBytes + S::kWarps * kWarpBytes;
+  static_assert(S::kBlockN * kNearPitch <= S::kStageBytes, "dA of a tile fits into a stage");
 
-  char *keys, *values, *queries, *dout, *gradient_band, *near;
+  char *shared, *queries, *dout, *gradient_band;
 
   DEVICE Memory() {
-    keys = shared_memory(), values = keys + S::kTileBytes;
-    queries = values + S::kTileBytes + warp() * kWarpBytes, dout = queries + S::kStageBytes;
-    gradient_band = dout + S::kStageBytes, near = gradient_band + S::kRowBandBytes;
+    shared = shared_memory();
+    queries = shared + 4 * S::kTileBytes + warp() * kWarpBytes, dout = queries + S::kStageBytes;
+    gradient_band = dout + S::kStageBytes;
   }
+
+  // The buffers of a tile.
+  DEVICE char* keys(int turn) const { return shared + turn % 2 * 2 * S::kTileBytes; }
+  DEVICE char* values(int turn) const { return keys(turn) + S::kTileBytes; }
+  DEVICE char* near(int turn) const { return queries + turn % 2 * S::kStageBytes; }
 };
 
 template <class T, class S, bool dropout>
@@ -38,6 +46,7 @@ struct Mainloop {
   float dq[kFragments][S::kSize / 8][4] = {};
   float lse2[kFragments][2], delta[kFragments][2];
   float far[kFragments][2];  // t, the row sums of dA over the far keys of a side (10)
+  int turn = 0;              // number of tiles so far
 
   DEVICE Mainloop(const BackwardCall& arguments, const BlockInfo& block)
       : arguments(arguments),
@@ -46,73 +55,90 @@ struct Mainloop {
         mask(call, block.batch, block.head),
         exists(own_rows<S>(block)) {}
 
-  DEVICE void load_tile(int tile, uint64_t visible) const {
-    load_columns<S>(memory.keys, call.key.x, call, block, tile * S::kBlockN, visible);
-    load_columns<S>(memory.values, call.value, call, block, tile * S::kBlockN, visible);
-    commit_copies();
-  }
+  // Bit mask of the visible keys of a tile.
+  DEVICE uint32_t visible(int tile) const { return static_cast<uint32_t>(visible_in_tile<S>(call, block, tile)); }
 
   // ---- Far tiles.
 
-  // Loads Q, shifted (7), dO and the statistics of the rows. The constant of a row is subtracted from its lse2.
-  DEVICE void load_rows(int far_row) {
-    load_own_rows<S>(memory.queries, call.query.x, call, block, exists);
-    load_own_rows<S>(memory.dout, arguments.grad_output, call, block, exists);
+  DEVICE void load_far(int tile, uint32_t seen, int turn) const {
+    load_tile<S>(memory.keys(turn), call.key.x, call, block, tile * S::kBlockN, seen);
+    load_tile<S>(memory.values(turn), call.value, call, block, tile * S::kBlockN, seen);
     commit_copies();
+  }
+
+  DEVICE void load_queries() const { load_rows<S>(memory.queries, call.query.x, call, block, exists); }
+
+  // Loads Q, shifted (7), dO and the statistics of the rows, and waits for them and for the copies before. The constant
+  // of a row is subtracted from its lse2.
+  DEVICE void load_own(int far_row) {
+    load_queries();
+    load_rows<S>(memory.dout, arguments.grad_output, call, block, exists);
+    commit_copies();
+    EACH(f, kFragments)
+      EACH(half, 2) {
+        const int64_t at = statistic_index(arguments, block, own_row<S>(block, f, half));
+        const bool valid = exists >> (16 * f + 8 * half + lane() / 4) & 1;
+        lse2[f][half] = valid ? arguments.lse2[at] : infinity();
+        delta[f][half] = valid ? arguments.delta[at] : 0;
+        far[f][half] = 0;
+      }
     wait_copies<0>();
     sync_warp();
     shift_rows<T, S>(memory.queries, call, block, call.query, call.key, far_row);
-    const float unit = call.scale * static_cast<float>(kLog2e);
     EACH(f, kFragments)
       EACH(half, 2) {
-        const int row = 16 * f + 8 * half + lane() / 4;
-        const float constant = bits_float(load_shared_word(memory.queries + row * S::kPitch + kHalf * S::kSize));
-        const int64_t at = statistic_index(arguments, block, own_row<S>(block, f, half));
-        const bool valid = exists >> row & 1;
-        lse2[f][half] = (valid ? arguments.lse2[at] : infinity()) - unit * constant;
-        delta[f][half] = valid ? arguments.delta[at] : 0;
-        far[f][half] = 0;
+        const char* row = memory.queries + (16 * f + 8 * half + lane() / 4) * S::kPitch;
+        const float constant = bits_float(load_shared_word(row + kHalf * S::kSize));
+        lse2[f][half] -= call.scale * static_cast<float>(kLog2e) * constant;
       }
   }
 
   DEVICE void process_far_tiles(int tile, const int end, int far_row, int side) {
     tile = next_tile<S>(call, block, tile, end);
     if (tile >= end) return;
-    load_rows(far_row);
-    uint64_t visible = visible_in_tile<S>(call, block, tile);
-    load_tile(tile, visible);
+    uint32_t seen = visible(tile);
+    load_far(tile, seen, turn);
+    load_own(far_row);
+    int following = next_tile<S>(call, block, tile + 1, end);
     while (tile < end) {
       wait_copies<0>();
-      sync_block();
+      sync_block();  // the tile has arrived; all warps have read the one before it
+      const uint32_t next_seen = following < end ? visible(following) : 0;
+      if (following < end) load_far(following, next_seen, turn + 1);
+      const char *keys = memory.keys(turn), *values = memory.values(turn);
       float scores[kFragments][kProducts][4] = {}, dp[kFragments][kProducts][4] = {};
       EACH(step, kSteps) {
         uint32_t a[kFragments][4];
         load_left<S>(a, memory.queries, step);
-        add_products<T, S>(scores, a, memory.keys, step);
+        add_products<T, S>(scores, a, keys, step);
         load_left<S>(a, memory.dout, step);
-        add_products<T, S>(dp, a, memory.values, step);
+        add_products<T, S>(dp, a, values, step);
       }
-      softmax_gradient(scores, dp, tile * S::kBlockN, visible);
+      if (following >= end) {
+        sync_warp();
+        load_queries();  // for store_far_sum
+        commit_copies();
+      }
+      softmax_gradient(scores, dp, tile * S::kBlockN, seen);
       EACH(step, S::kBlockN / 16) {
         uint32_t d[kFragments][4];
         EACH(f, kFragments) as_left<T>(d[f], dp[f], step);
-        add_weighted<T, S>(dq, d, memory.keys, 16 * step);
+        add_weighted<T, S>(dq, d, keys, 16 * step);
       }
-      tile = next_tile<S>(call, block, tile + 1, end);
-      sync_block();  // all warps have read K and V
-      if (tile < end) visible = visible_in_tile<S>(call, block, tile), load_tile(tile, visible);
+      tile = following, seen = next_seen, ++turn;
+      following = next_tile<S>(call, block, tile + 1, end);
     }
     add_far_row<T, S>(dq, far, call, block, call.query, far_row);
-    if (call.query.table.data != nullptr)
-      store_far_sum<T, S>(far_sum<S>(arguments.far_query_sums, arguments.query_far_count, side), memory.queries, far,
-                          call.query.x, call, block, exists);
+    wait_copies<0>();
+    store_far_sum<T, S>(far_sum<S>(arguments, arguments.far_query_sums, arguments.query_far_count, side),
+                        memory.queries, far, call.query, exists);
   }
 
   // Turns dP into dA (8). Scores come from Q divided by two (shift_rows).
   DEVICE void softmax_gradient(const float (&scores)[kFragments][kProducts][4], float (&dp)[kFragments][kProducts][4],
-                               int first_key, uint64_t visible) {
+                               int first_key, uint32_t visible) {
     const float slope = 2 * call.scale * static_cast<float>(kLog2e);
-    const uint32_t seen = static_cast<uint32_t>(visible) >> (8 * (lane() % 4));
+    const uint32_t seen = visible >> (8 * (lane() % 4));
     EACH(f, kFragments)
       EACH(half, 2) {
         const uint32_t kept = dropout ? mask.keep_eight(own_row<S>(block, f, half), first_key + 8 * (lane() % 4)) : 0;
@@ -128,18 +154,20 @@ struct Mainloop {
 
   // ---- Near tiles.
 
-  // Copies dA of a tile of keys, ordered by position, and this warp's queries.
-  DEVICE void load_near(int tile, int near_begin) const {
+  // Copies K, and dA of this warp's queries; both ordered by position.
+  DEVICE void load_near(int tile, int turn) const {
+    load_tile<S>(memory.keys(turn), call.key.x, call, block, tile * S::kBlockN, visible(tile));
     const int first_key = tile * S::kBlockN, first_query = block.first_row + warp() * S::kWarpRows;
-    const int query_tile = first_query / 32 - kTilesPerBlock * near_begin;
+    const int query_tile = first_query / 32 - kTilesPerBlock * near_begin(tile);
     const char* from = near_tile(arguments, key_block_of(call, block, first_key), block_y(), query_tile) +
                        64 * (first_key % kBackwardRows) + kHalf * (first_query % 32);
     constexpr int chunks = S::kWarpRows / 8;
     EACH(i, S::kBlockN * chunks / 32) {
       const int item = 32 * i + lane(), position = item / chunks, chunk = item % chunks;
       // Queries beyond the end become zeros, because backward_key does not write their tiles.
-      copy_async(memory.near + position * Memory<S>::kNearPitch + 16 * chunk,
-                 from + 64 * column_at(position) + 16 * chunk, exists >> (8 * chunk) & 1);
+      const bool valid = exists >> (8 * chunk) & 1;
+      copy_async(memory.near(turn) + position * Memory<S>::kNearPitch + 16 * chunk,
+                 valid ? from + 64 * column_at(position) + 16 * chunk : arguments.near, valid);
     }
     commit_copies();
   }
@@ -162,14 +190,12 @@ struct Mainloop {
     const bool c2p = call.query.gradient_table != nullptr;
     int expected = tile;  // the tile that would continue the band; masked tiles are skipped
     if (c2p) gradient_band(tile).clear();
-    const auto load = [&] {
-      load_columns<S>(memory.keys, call.key.x, call, block, tile * S::kBlockN, visible_in_tile<S>(call, block, tile));
-      load_near(tile, near_begin(tile));
-    };
-    load();
+    load_near(tile, turn);
+    int following = next_tile<S>(call, block, tile + 1, end);
     while (tile < end) {
       wait_copies<0>();
-      sync_block();
+      sync_block();  // the tile has arrived; all warps have read the one before it
+      if (following < end) load_near(following, turn + 1);
       if (c2p && tile != expected) {
         gradient_band(expected).finish(dq);
         gradient_band(tile).clear();
@@ -178,7 +204,7 @@ struct Mainloop {
       uint32_t pairs[kFragments][2][4];
       EACH(f, kFragments)
         EACH(half, 2) {
-          const char* at = memory.near + lane() * Memory<S>::kNearPitch + kHalf * (16 * f + 8 * half);
+          const char* at = memory.near(turn) + lane() * Memory<S>::kNearPitch + kHalf * (16 * f + 8 * half);
           load_matrices_transposed(pairs[f][half], at);
           if (c2p) band.put(f, half, pairs[f][half]);
         }
@@ -186,15 +212,14 @@ struct Mainloop {
         uint32_t d[kFragments][4];
         EACH(f, kFragments)
           EACH(w, 4) d[f][w] = pairs[f][w % 2][2 * step + w / 2];
-        add_weighted<T, S>(dq, d, memory.keys, 16 * step);
+        add_weighted<T, S>(dq, d, memory.keys(turn), 16 * step);
       }
       if (c2p) band.take(dq);
-      expected = tile + 1;
-      tile = next_tile<S>(call, block, tile + 1, end);
-      sync_block();  // all warps have read K
-      if (tile < end) load();
+      expected = tile + 1, tile = following, ++turn;
+      following = next_tile<S>(call, block, tile + 1, end);
     }
     if (c2p) gradient_band(expected).finish(dq);
+    sync_warp();  // far tiles to the right write Q and dO where dA is
   }
 
   DEVICE void finish() {
@@ -206,10 +231,15 @@ struct Mainloop {
 
 template <class T, int size, bool dropout>
 KERNEL(BackwardShape<size>::kThreads, size <= 64 ? 2 : 1)
-backward_query_kernel(GRID_CONSTANT const BackwardCall arguments) {
+backward_query_kernel(GRID_CONSTANT const TableCall table) {
   using S = BackwardShape<size>;
+  const BackwardCall& arguments = table.backward;
   const Call& call = arguments.call;
-  if (call.query.table.data != nullptr) clear_far_sums<S>(arguments.far_query_sums, arguments.query_far_count);
+  // Each block of queries has as many sums as warps.
+  const int share = block_x() - arguments.query_far_count / S::kWarps;
+  if (share >= 0) return sum_by_distance<T, S>(table, share);
+  if (call.query.table.data != nullptr)
+    clear_far_sums<S>(arguments, arguments.far_query_sums, arguments.query_far_count);
   const BlockInfo block = find_block(call, call.query, call.key, S::kBlockM, arguments.first_head);
   if (block.outside) return;
   Mainloop<T, S, dropout> mainloop(arguments, block);
@@ -227,13 +257,14 @@ int64_t far_count(const Call& call, const Operand& rows) {
   return block_count(call, rows, kBackwardRows) * warps;
 }
 
-const char* backward_query(const BackwardCall& arguments, void* stream) {
-  const Call& call = arguments.call;
+const char* backward_query(const TableCall& arguments, void* stream) {
+  const Call& call = arguments.backward.call;
   return at_variant(call.element, call.size, call.dropout, [&](auto type, auto size, auto dropout) {
     using S = BackwardShape<size()>;
-    return launch<backward_query_kernel<decltype(type), size(), dropout()>>(block_count(call, call.query, S::kBlockM),
-                                                                            arguments.head_count, S::kThreads,
-                                                                            Memory<S>::kBytes, stream, arguments);
+    constexpr int own = Memory<S>::kBytes, by_distance = DistanceLoop<decltype(type), S>::kBytes;
+    return launch<backward_query_kernel<decltype(type), size(), dropout()>>(
+        block_count(call, call.query, S::kBlockM) + arguments.diagonals.shares, arguments.backward.head_count,
+        S::kThreads, own > by_distance ? own : by_distance, stream, arguments);
   });
 }
 

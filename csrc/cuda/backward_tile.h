@@ -28,6 +28,41 @@ DEVICE Segments find_backward_segments(const Operand& rows, const BlockInfo& blo
   return {minimum(tiles * near.near_begin, end), minimum(tiles * near.near_end, end), end};
 }
 
+// Copies a tile of 32 columns, ordered by position (skew.h); columns whose bit is not set become zeros. All threads of
+// the block take part.
+template <class S>
+DEVICE void load_tile(char* tile, const Heads& x, const Call& call, const BlockInfo& block, int first,
+                      uint32_t exists) {
+  constexpr int chunks = S::kSize / 8, across = chunks <= 4 ? 4 : chunks <= 8 ? 8 : 16, down = S::kThreads / across;
+  static_assert(S::kBlockN == 32 && 32 % down == 0, "every thread copies equally many");
+  const int item = anew(thread()), chunk = item % across, position = item / across, row = column_at(position);
+  if (across > chunks && chunk >= chunks) return;
+  const char* from = row_address(x, block, block.base + first + row) + 16 * chunk;
+  const int stride = static_cast<int>(kHalf * x.row);  // the host checks that it fits
+  const uint32_t wanted = 8 * chunk < call.size ? exists >> row : 0;
+  EACH(i, 32 / down) {
+    // position < down, a power of two, so position + i * down holds column row + column_at(i * down).
+    const bool valid = wanted >> column_at(i * down) & 1;
+    const char* address = from + column_at(i * down) * stride;
+    copy_async(tile + (position + i * down) * S::kPitch + 16 * chunk,
+               valid ? address : static_cast<const char*>(x.data), valid);
+  }
+}
+
+// load_own_rows, with addresses that are computed again.
+template <class S>
+DEVICE void load_rows(char* stage, const Heads& x, const Call& call, const BlockInfo& block, uint32_t exists) {
+  constexpr int chunks = S::kSize / 8;
+  const int own = anew(lane()), first = block.base + block.first_row + warp() * S::kWarpRows;
+  const char* from = row_address(x, block, first);
+  EACH(i, S::kWarpRows * chunks / 32) {
+    const int item = 32 * i + own, row = item / chunks, chunk = item % chunks;
+    const bool valid = (exists >> row & 1) && 8 * chunk < call.size;
+    const char* address = from + kHalf * row * x.row + 16 * chunk;
+    copy_async(stage + row * S::kPitch + 16 * chunk, valid ? address : static_cast<const char*>(x.data), valid);
+  }
+}
+
 // ---- dA of near pairs, which backward_key writes and the later kernels read.
 
 constexpr int kTilesPerBlock = kBackwardRows / 32;
@@ -62,10 +97,12 @@ struct GradientBand {
   EightHalves<true> to;
 
   DEVICE GradientBand(char* memory, const BlockInfo& block, const Operand& rows, int first_column)
-      : band(memory), table(nullptr), to(memory, gradient_band(lane() / 4, 8 * (lane() % 4), S::kBlockN) - before()) {
+      : band(memory), table(nullptr), to(memory, first_cell(anew(lane()))) {
     const int first = first_column - block.first_row - (warp() * S::kWarpRows - before());
     if (rows.gradient_table != nullptr) table = table_block<S>(rows.gradient_table, rows, block, first - kDistances);
   }
+
+  static DEVICE int first_cell(int lane) { return gradient_band(lane / 4, 8 * (lane % 4), S::kBlockN) - before(); }
 
   static DEVICE int before() { return warp() * S::kWarpRows % kDistances; }
 
@@ -96,6 +133,7 @@ struct GradientBand {
 
   // Call for the tile after the last one: adds the remaining distances.
   DEVICE void finish(float (&sums)[S::kFragments][S::kSize / 8][4]) const {
+    sync_warp();
     EACH(f, S::kFragments)
       EACH(half, 2) put(f, half, {0, 0, 0, 0});
     take(sums);
@@ -129,41 +167,46 @@ DEVICE void add_far_row(float (&sums)[S::kFragments][S::kSize / 8][4], float (&t
 
 // The address in `far` of a warp's sum of x_i t_i over its rows, left (0) or right (1).
 template <class S>
-DEVICE float* far_sum(float* far, int far_count, int side) {
-  return far + ((int64_t{block_y()} * 2 + side) * far_count + int64_t{block_x()} * S::kWarps + warp()) * S::kSize;
+DEVICE float* far_sum(const BackwardCall& arguments, float* far, int far_count, int side) {
+  const int64_t of_side = (int64_t{block_y() + arguments.sum_head} * 2 + side) * far_count;
+  return far + (of_side + int64_t{block_x()} * S::kWarps + anew(thread()) / 32) * S::kSize;
 }
 
 // Call first, because a block may have no far pairs. The same lane writes an element here and in store_far_sum.
 template <class S>
-DEVICE void clear_far_sums(float* far, int far_count) {
+DEVICE void clear_far_sums(const BackwardCall& arguments, float* far, int far_count) {
   for (int side = 0; side < 2; ++side)
     for (int pair = lane(); pair < S::kSize / 2; pair += 32) {
-      float* to = far_sum<S>(far, far_count, side) + 2 * pair;
+      float* to = far_sum<S>(arguments, far, far_count, side) + 2 * pair;
       to[0] = to[1] = 0;
     }
 }
 
-// Writes the sum of x_i t_i. t is exchanged through the padding of the stage's rows.
+// Writes the sum of x_i t_i if there is a table. The stage holds the rows, and zeros for those that do not exist; its
+// copies have landed. t is exchanged through the padding of the rows.
 template <class T, class S>
-DEVICE void store_far_sum(float* to, char* stage, const float (&t)[S::kFragments][2], const Heads& x, const Call& call,
-                          const BlockInfo& block, uint32_t exists) {
+DEVICE void store_far_sum(float* to, char* stage, const float (&t)[S::kFragments][2], const Operand& rows,
+                          uint32_t exists) {
   EACH(f, S::kFragments)
-    EACH(half, 2)
-      store_shared_word(stage + (16 * f + 8 * half + lane() / 4) * S::kPitch + kHalf * S::kSize + 4 * (lane() % 4),
-                        float_bits(t[f][half]));
-  sync_warp();
-  const char* from = row_address(x, block, block.base + block.first_row + warp() * S::kWarpRows);
-  for (int pair = lane(); pair < S::kSize / 2; pair += 32) {
-    float sum[2] = {};
-    for (int row = 0; row < S::kWarpRows; ++row) {
-      if (!(exists >> row & 1) || 2 * pair >= call.size) continue;
-      const float weight = bits_float(load_shared_word(stage + row * S::kPitch + kHalf * S::kSize));
-      const uint32_t both = *reinterpret_cast<const uint32_t*>(from + kHalf * row * x.row + 4 * pair);
-      sum[0] = fused_multiply_add(weight, low<T>(both), sum[0]);
-      sum[1] = fused_multiply_add(weight, high<T>(both), sum[1]);
+    EACH(half, 2) {
+      const int row = 16 * f + 8 * half + lane() / 4;
+      // A pair of a row that does not exist may be NaN.
+      store_shared_word(stage + row * S::kPitch + kHalf * S::kSize + 4 * (lane() % 4),
+                        exists >> row & 1 ? float_bits(t[f][half]) : 0);
     }
-    to[2 * pair] = sum[0], to[2 * pair + 1] = sum[1];
-  }
+  sync_warp();
+  if (rows.table.data != nullptr)
+    for (int pair = lane(); pair < S::kSize / 2; pair += 32) {
+      float sum[2] = {};
+      EACH(row, S::kWarpRows) {
+        const float weight = bits_float(load_shared_word(stage + row * S::kPitch + kHalf * S::kSize));
+        const uint32_t both = load_shared_word(stage + row * S::kPitch + 4 * pair);
+        sum[0] = fused_multiply_add(weight, low<T>(both), sum[0]);
+        sum[1] = fused_multiply_add(weight, high<T>(both), sum[1]);
+      }
+      to[2 * pair] = sum[0], to[2 * pair + 1] = sum[1];
+    }
+  sync_warp();
 }
 
 }  // namespace deberta_fast::cuda

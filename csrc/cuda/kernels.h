@@ -3,6 +3,7 @@
 
 #include "arguments.h"
 #include "block_sizes.h"
+#include "diagonals.h"
 
 namespace deberta_fast::cuda {
 
@@ -12,26 +13,15 @@ int forward_shared_bytes(int padded_size);
 // D rounded up to 32, 64, 96 or 128, the sizes that kernels are compiled for.
 ANYWHERE int padded_size(int size) { return (size + 31) / 32 * 32; }
 
-// Expands a table to one row per distance (4), in the order of skew.h.
-struct Expansion {
-  Request request;
-  Operand rows;
-  int direction;             // delta = query_offset + direction x distance: -1 for queries, 1 for keys
-  bool alone;                // scores are in the orders of scores_alone.h
-  char *scores, *gradients;  // the results; gradients may be null
-};
-const char* expand_table(const Expansion& expansion, void* stream);
-
-// Packs the mask of keys into bits, `words` 32-bit words per row. The bits after the last key are zero. At least two
-// words follow that of the last key, because visible_keys reads three words.
+// The mask of keys as bits, `words` 32-bit words per row. The bits after the last key are zero. At least two words
+// follow that of the last key, because visible_keys reads three words.
 struct MaskBits {
-  const uint8_t* mask;
-  int64_t mask_batch, mask_key;
-  int batches, keys;
-  int64_t words;
-  uint32_t* bits;
+  const uint8_t* mask = nullptr;
+  int64_t mask_batch = 0, mask_key = 0;
+  int batches = 0, keys = 0;
+  int64_t words = 0;
+  uint32_t* bits = nullptr;
 };
-const char* pack_mask(const MaskBits& mask, void* stream);
 
 // The size of a launch's first dimension. find_block maps block_x to a block of rows.
 inline int64_t block_count(const Call& call, const Operand& rows, int block_rows) {
@@ -57,35 +47,44 @@ struct BackwardCall {
   char* near;
   int near_blocks;             // the most blocks of queries near to a block of keys
   int first_head, head_count;  // the heads of this launch
-  // The sum of t_i x_i over the rows of each warp (10), float32: (head_count, far left and far right, query_far_count
-  // or key_far_count, D rounded up).
+  int sum_head;                // the index of the first of them in the sums here and of TableCall
+  // The sum of t_i x_i over the rows of each warp (10), float32: (heads, far left and far right, query_far_count or
+  // key_far_count, D rounded up).
   float *far_query_sums, *far_key_sums;
   int query_far_count, key_far_count;
 };
-const char* backward_delta(const BackwardCall& arguments, void* stream);
 const char* backward_key(const BackwardCall& arguments, void* stream);
-const char* backward_query(const BackwardCall& arguments, void* stream);
 // query_far_count or key_far_count: the number of blocks of rows times the warps of a block.
 int64_t far_count(const Call& call, const Operand& rows);
 // Bytes of shared memory per block of the kernel of backward_key.
 int backward_shared_bytes(int padded_size);
 
-// The gradient of one table. Diagonal d of the squares has the distances kSquare d - 63 to kSquare d + 63. The squares
-// of a diagonal are divided into `splits` shares.
+// The gradients of the tables K^r (0) and Q^r (1); null if they are not wanted.
 struct TableCall {
   BackwardCall backward;
-  bool keys;  // rows are keys and the table is Q^r
-  int first_diagonal, diagonals, splits;
-  int first_block, last_block;  // the range of column block minus row block in near pairs of blocks of 128
-  float* sums;                  // (head_count, diagonals, splits, kSpan, D rounded up), float32
+  Diagonals diagonals;
+  int32_t* first_share;  // of each diagonal and after the last, in device memory
+  float* sums[2];        // dK^e and dQ^e (9) of each share, float32: (heads, shares, kSpan, D rounded up)
   // For backward_by_row.
-  void* grad_table;  // (H, table_rows, D), contiguous
+  void* grad_tables[2];  // (H, table_rows, D), contiguous
   int table_rows, first_slot, query_offset;
   const int32_t* first_of_slot;
 };
-// Writes dK^e or dQ^e (9) of each share to `sums`.
-const char* backward_by_distance(const TableCall& arguments, void* stream);
-// Adds the gradients of distances (11) and the sums over far pairs (10) to rows of grad_table.
+// Computes dQ, and `sums`.
+const char* backward_query(const TableCall& arguments, void* stream);
+// Adds the gradients of distances (11) and the sums over far pairs (10) to rows of the grad_tables.
 const char* backward_by_row(const TableCall& arguments, void* stream);
+
+// What the other kernels read.
+struct Preparation {
+  Request request;
+  TableCall table = {};  // forward needs only table.backward.call, whose tables have `blocks` blocks each
+  // The tables of queries and of keys expanded to one row per distance (4), in the order of skew.h; may be null.
+  char *scores[2] = {}, *gradients[2] = {};
+  MaskBits mask;
+  bool backward = false;     // also lse2, delta and first_share
+  int64_t query_blocks = 0;  // thread blocks for lse2 and delta; `prepare` sets it
+};
+const char* prepare(const Preparation& arguments, void* stream);
 
 }  // namespace deberta_fast::cuda

@@ -39,8 +39,8 @@ struct Gradients {
 };
 const char* run_backward(const Request& request, const Gradients& gradients, Workspace& workspace, void* stream);
 
-// Limits the bytes of dA that backward holds at once, for all threads; for benchmarks. Must not run while another
-// thread is in run_backward, which counts its memory first and takes it afterwards.
+// Limits the bytes of dA that backward holds at once, for all threads; for benchmarks. 0 stands for the default. Must
+// not run while another thread is in run_backward, which counts its memory first and takes it afterwards.
 void limit_near_bytes(int64_t bytes);
 
 }  // namespace deberta_fast::cuda

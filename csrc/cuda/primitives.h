@@ -110,6 +110,13 @@ DEVICE void copy_async(void* shared, const void* global, bool valid) {
                : "memory");
 }
 
+// The same for four bytes.
+DEVICE void copy_async_word(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 4 : 0)
+               : "memory");
+}
+
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most the latest `pending` groups are outstanding.

@@ -101,10 +101,10 @@ def test_charts(bench, tmp_path):
 def test_kernels_are_told_apart(bench):
     """In a profile of two calls, of which the second is slower."""
     name = "void deberta_fast::cuda::(anonymous namespace)::{}<64, false>(deberta_fast::cuda::Call)".format
-    call = [("spin_kernel(long)", 1e3), (name("expand_kernel"), 2.0), (name("expand_kernel"), 3.0)]
+    call = [("spin_kernel(long)", 1e3), (name("prepare_kernel"), 2.0), (name("prepare_kernel"), 3.0)]
     call.append(("_ZN12deberta_fast4cuda12_GLOBAL__N_114forward_kernelILi64EEEvNS0_11ForwardCallE", 100.0))
     events = call + [(kernel, 3 * time) for kernel, time in call]
-    assert bench("cuda_kernels").per_kernel(events, 2) == {"expand_kernel": (2, 10.0), "forward_kernel": (1, 200.0)}
+    assert bench("cuda_kernels").per_kernel(events, 2) == {"prepare_kernel": (2, 10.0), "forward_kernel": (1, 200.0)}
 
 
 def test_kernels_of_a_backend_that_cannot_serve(bench, tmp_path):

@@ -81,7 +81,10 @@ inline uint32_t shared_address(const void* shared) {
 }
 
 inline void copy_async(void* shared, const void* global, bool valid, Site site = Site::here()) {
-  the_machine->copy_async(shared, global, valid, site);
+  the_machine->copy_async(Kind::copy_async, 16, shared, global, valid, site);
+}
+inline void copy_async_word(void* shared, const void* global, bool valid, Site site = Site::here()) {
+  the_machine->copy_async(Kind::copy_async_word, 4, shared, global, valid, site);
 }
 inline void commit_copies() { the_machine->commit_copies(); }
 template <int pending>

@@ -165,7 +165,7 @@ void test_counts() {
   std::vector<Vec16> in(128);
   std::vector<uint32_t> out(128);
   emulator::options().count_conflicts = true;
-  emulator::clear_conflicts();
+  emulator::clear_counts();
   for (int variant : {0, 6}) CHECK(!run(copies, 64, 2048, in.data(), out.data(), variant));
   CHECK(!run(totals, 64, 0, in.data(), out.data(), 0, 2));
   emulator::options() = emulator::Options();
@@ -190,6 +190,47 @@ void test_counts() {
   CHECK(count(2, emulator::Kind::store_global).requests == 2 * 2);
 }
 
+// Copies four bytes per thread, of odd threads zeros. Variant 1 does not wait; 2 has a source that is not aligned.
+KERNEL(32, 1) word_copies(Arguments arguments) {
+  const char* in = static_cast<const char*>(arguments.in) + (arguments.variant == 2 ? 2 : 0);
+  char* at = shared_memory() + thread() * 4;
+  copy_async_word(at, in + thread() * 4, thread() % 2 == 0);
+  commit_copies();
+  if (arguments.variant != 1) wait_copies<0>();
+  static_cast<uint32_t*>(arguments.out)[thread()] = load_shared_word(at);
+}
+
+void test_word_copies() {
+  std::vector<uint32_t> in(33), out(32);
+  for (uint32_t i = 0; i < 33; i++) in[i] = i + 100;
+  CHECK(!run(word_copies, 32, 128, in.data(), out.data()));
+  for (uint32_t i = 0; i < 32; i++) CHECK(out[i] == (i % 2 ? 0 : i + 100));
+  CHECK(fails_with(run(word_copies, 32, 128, in.data(), out.data(), 1), "a copy_async not waited for"));
+  CHECK(fails_with(run(word_copies, 32, 128, in.data(), out.data(), 2), "source not aligned to 4"));
+}
+
+// Waits for three copies; a product follows as many of them as the variant says.
+KERNEL(32, 1) late_waits(Arguments arguments) {
+  for (int i = 0; i < 3; i++) {
+    copy_async(shared_memory() + thread() * 16, arguments.in, true);
+    commit_copies();
+    float c[4] = {};
+    const uint32_t a[4] = {};
+    if (i < arguments.variant) multiply_add<Float16>(c, a, 0, 0);
+    wait_copies<0>();
+    wait_copies<0>();
+  }
+}
+
+void test_late_waits() {
+  const Vec16 in = {};
+  for (int variant = 0; variant <= 3; variant++) {
+    emulator::clear_counts();
+    CHECK(!run(late_waits, 32, 512, &in, nullptr, variant, 2));
+    CHECK(emulator::the_machine->exposed_waits == 3 - variant && emulator::the_machine->launched == 1);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -198,5 +239,7 @@ int main() {
   test_copies();
   test_landing();
   test_counts();
+  test_word_copies();
+  test_late_waits();
   std::puts("ok");
 }

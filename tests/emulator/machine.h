@@ -67,6 +67,9 @@ class Machine {
     std::vector<Traffic> traffic;
   };
   std::vector<Launch> launches;  // if they are counted
+  int64_t launched = 0;
+  // The most waits of a thread for a copy after whose issue its warp made no product: nothing hides their latency.
+  int exposed_waits = 0;
 
   using Call = void (*)(const void* kernel, const void* arguments);
 
@@ -78,6 +81,7 @@ class Machine {
     if (blocks_x < 0 || blocks_x > 0x7fffffff || blocks_y < 0 || blocks_y > 65535) return "invalid number of blocks";
     if (threads <= 0 || threads > 1024 || threads % 32 != 0) return "invalid number of threads";
     if (shared_bytes < 0 || shared_bytes > kSharedLimit) return "invalid size of shared memory";
+    launched++;
     call_ = call;
     kernel_ = kernel;
     arguments_ = arguments;
@@ -143,6 +147,7 @@ class Machine {
     } else {
       work(warp.operands);
       if (is_collective(kind)) count(kind, site);
+      if (kind == Kind::multiply_add) warp.products++;
       leave(warp);
       go_on_with(choose());
     }
@@ -201,12 +206,14 @@ class Machine {
     if (!conflict.empty()) race(kind, site, offset, std::move(conflict));
   }
 
-  void copy_async(void* to, const void* from, bool valid, Site site) {
-    if (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0) fail(Kind::copy_async, site, "source not aligned to 16");
-    writes(Kind::copy_async, site, to, 16, Races::Write::issues);
-    if (options.count_conflicts && valid) traffic_at(traffic, sites, sites.number(Kind::copy_async, site)).bytes += 16;
-    std::memset(to, 0xff, 16);
-    lanes_[current_].copies.push_back({to, from, valid, site});
+  void copy_async(Kind kind, int bytes, void* to, const void* from, bool valid, Site site) {
+    if (valid && reinterpret_cast<uintptr_t>(from) % bytes != 0) {
+      fail(kind, site, "source not aligned to " + std::to_string(bytes));
+    }
+    writes(kind, site, to, bytes, Races::Write::issues);
+    if (options.count_conflicts && valid) traffic_at(traffic, sites, sites.number(kind, site)).bytes += bytes;
+    std::memset(to, 0xff, bytes);
+    lanes_[current_].copies.push_back({to, from, bytes, valid, site, warps_[current_ / 32].products});
   }
 
   void commit_copies() {
@@ -220,19 +227,22 @@ class Machine {
     const size_t groups = lane.groups.size() - keep;
     if (groups == 0) return;
     const size_t copies = lane.groups[groups - 1];
+    bool exposed = false;
     for (size_t i = 0; i < copies; i++) {
       const Copy& copy = lane.copies[i];
       if (options.check_races) {
         const int offset = static_cast<int>(static_cast<char*>(copy.to) - shared_);
-        std::string conflict = races_.write(offset, 16, current_, copy.site.line, Races::Write::lands);
+        std::string conflict = races_.write(offset, copy.bytes, current_, copy.site.line, Races::Write::lands);
         if (!conflict.empty()) race(Kind::wait_copies, copy.site, offset, std::move(conflict));
       }
       if (copy.valid) {
-        std::memcpy(copy.to, copy.from, 16);
+        std::memcpy(copy.to, copy.from, copy.bytes);
       } else {
-        std::memset(copy.to, 0, 16);
+        std::memset(copy.to, 0, copy.bytes);
       }
+      exposed |= copy.products == warps_[current_ / 32].products;
     }
+    if (exposed) exposed_waits = std::max(exposed_waits, ++lane.exposed);
     lane.copies.erase(lane.copies.begin(), lane.copies.begin() + copies);
     lane.groups.erase(lane.groups.begin(), lane.groups.begin() + groups);
     for (size_t& end : lane.groups) end -= copies;
@@ -244,14 +254,17 @@ class Machine {
   struct Copy {
     void* to;
     const void* from;
+    int bytes;
     bool valid;
     Site site;
+    int64_t products;  // of the warp before it was issued
   };
 
   struct Lane {
     Coroutine coroutine;
     std::vector<Copy> copies;    // not landed yet
     std::vector<size_t> groups;  // the ends of the committed groups in `copies`
+    int exposed = 0;             // waits so far for a copy that no product followed
   };
 
   struct Warp {
@@ -263,6 +276,7 @@ class Machine {
     Site site = {0, ""};
     int finished = 0;      // the number of finished lanes
     bool blocked = false;  // all lanes are at a barrier of the block
+    int64_t products = 0;  // on tensor cores, so far
     Operands operands;
     WarpTraffic traffic;
   };
@@ -386,6 +400,7 @@ class Machine {
       stacks_.prepare(lanes_[i].coroutine, i, enter, dirty_);
       lanes_[i].copies.clear();
       lanes_[i].groups.clear();
+      lanes_[i].exposed = 0;
     }
     dirty_ = false;
     for (size_t i = 0; i < warps_.size(); i++) {
@@ -449,9 +464,10 @@ inline std::string barrier_site(int i) {
 // Bank conflicts since they were last cleared.
 inline const std::vector<Traffic>& conflicts() { return the_machine->traffic; }
 inline std::string conflict_table() { return table(the_machine->traffic); }
-inline void clear_conflicts() {
+inline void clear_counts() {
   for (Traffic& t : the_machine->traffic) t.requests = t.wavefronts = t.ideal = t.bytes = 0;
   the_machine->launches.clear();
+  the_machine->launched = the_machine->exposed_waits = 0;
 }
 
 // A line for each launch since then, with the kernel's address relative to `base` and the bytes of its arguments, and

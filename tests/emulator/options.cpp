@@ -26,7 +26,9 @@ EXPORTED const char* emulator_barrier_site(int i) {
   return text.c_str();
 }
 
-EXPORTED void emulator_clear_conflicts() { emulator::clear_conflicts(); }
+EXPORTED void emulator_clear_counts() { emulator::clear_counts(); }
+EXPORTED int64_t emulator_launches() { return emulator::the_machine->launched; }
+EXPORTED int emulator_exposed_waits() { return emulator::the_machine->exposed_waits; }
 
 EXPORTED const char* emulator_conflicts() {
   static std::string table;

@@ -14,10 +14,10 @@ namespace {
 
 // The launches of plan.cpp.
 struct Launched {
-  std::vector<Expansion> expansions;
+  std::vector<Preparation> prepare;
   std::vector<ForwardCall> forward;
-  std::vector<BackwardCall> delta, key, query;
-  std::vector<TableCall> by_distance, by_row;
+  std::vector<BackwardCall> key;
+  std::vector<TableCall> query, by_row;
 } launched;
 
 template <class Call>
@@ -30,13 +30,10 @@ constexpr int kWarps = 4;
 
 }  // namespace
 
-const char* expand_table(const Expansion& call, void*) { return keep(launched.expansions, call); }
-const char* pack_mask(const MaskBits&, void*) { return nullptr; }
+const char* prepare(const Preparation& call, void*) { return keep(launched.prepare, call); }
 const char* forward(const ForwardCall& call, void*) { return keep(launched.forward, call); }
-const char* backward_delta(const BackwardCall& call, void*) { return keep(launched.delta, call); }
 const char* backward_key(const BackwardCall& call, void*) { return keep(launched.key, call); }
-const char* backward_query(const BackwardCall& call, void*) { return keep(launched.query, call); }
-const char* backward_by_distance(const TableCall& call, void*) { return keep(launched.by_distance, call); }
+const char* backward_query(const TableCall& call, void*) { return keep(launched.query, call); }
 const char* backward_by_row(const TableCall& call, void*) { return keep(launched.by_row, call); }
 int64_t far_count(const Call& call, const Operand& rows) { return block_count(call, rows, kBackwardRows) * kWarps; }
 
@@ -143,15 +140,35 @@ Near check_backward(View view, const BackwardCall& backward, bool keys) {
   return near;
 }
 
-// Each near square of 64 has its diagonal, and the squares in the table's blocks are those whose dA is stored.
-void check_diagonals(const TableCall& table, const Near& near, int rows, int columns) {
-  for (int row = 0; row < rows; row += 64)
-    for (int column = 0; column < columns; column += 64) {
-      const bool is_near = near[row / 128][column / 128];
-      const int distance = column / 128 - row / 128, diagonal = (column - row) / 64 - table.first_diagonal;
-      CHECK(is_near == (distance >= table.first_block && distance <= table.last_block));
-      if (is_near) CHECK(diagonal >= 0 && diagonal < table.diagonals);
+// Checks that each near square of 64 is on one diagonal, and that these are the squares whose dA is stored.
+void check_diagonals(const Diagonals& diagonals, const Near& near, int queries, int keys) {
+  const int query_squares = (queries + 63) / 64, key_squares = (keys + 63) / 64;
+  std::vector<std::vector<int>> found(query_squares, std::vector<int>(key_squares));
+  for (int d = 0; d < diagonals.count; ++d) {
+    const DiagonalSquares squares = diagonals.squares(d, query_squares, key_squares);
+    for (int i = 0; i < squares.count; ++i) {
+      const int query = squares.first + i * squares.step, key = query + diagonals.first + d;
+      CHECK(query >= 0 && query < query_squares && key >= 0 && key < key_squares);
+      ++found[query][key];
     }
+  }
+  for (int query = 0; query < query_squares; ++query)
+    for (int key = 0; key < key_squares; ++key) CHECK(found[query][key] == (near[query / 2][key / 2] ? 1 : 0));
+}
+
+// Checks that every diagonal has shares, in proportion to its squares in the longest sequence.
+void check_proportions(const Diagonals& diagonals) {
+  int64_t all = 0, before = 0;
+  const auto squares = [&](int d) {
+    return diagonals.squares(d, diagonals.query_squares, diagonals.key_squares).count;
+  };
+  for (int d = 0; d < diagonals.count; ++d) all += squares(d);
+  for (int d = 0; d < diagonals.count; before += squares(d++)) {
+    CHECK(diagonals.first_share(d + 1) > diagonals.first_share(d));
+    const double exact = d + double(diagonals.shares - diagonals.count) * before / all;
+    CHECK(diagonals.first_share(d) <= exact && diagonals.first_share(d) > exact - 1);
+  }
+  CHECK(diagonals.first_share(0) == 0 && diagonals.first_share(diagonals.count) == diagonals.shares);
 }
 
 // Checks that the shares of the launches contain every head once.
@@ -166,8 +183,11 @@ void check_shares(size_t launches, Function share) {
   CHECK(next == problem.heads);
 }
 
-void check_memory(const BackwardCall& backward, const TableCall* tables[2]) {
+void check_memory(const TableCall& table) {
+  const BackwardCall& backward = table.backward;
   const Call& call = backward.call;
+  const bool all = launched.by_row[0].backward.head_count == call.heads;  // sums are held for all heads
+  const int sum_heads = all ? call.heads : backward.head_count;
   const auto end = [](const auto* memory, int64_t count) { return reinterpret_cast<const char*>(memory + count); };
   const auto begins = [](const auto* memory) { return reinterpret_cast<const char*>(memory); };
   // The parts of memory, in the order in which plan.cpp takes them.
@@ -180,16 +200,16 @@ void check_memory(const BackwardCall& backward, const TableCall* tables[2]) {
     parts.push_back({near_tile(backward, 0, 0, 0), near_tile(backward, key_blocks - 1, backward.head_count - 1,
                                                              backward.near_blocks * kTilesPerBlock)});
   for (const bool keys : {false, true}) {
-    if (tables[keys] == nullptr) continue;
+    if (table.grad_tables[keys] == nullptr) continue;
     const int64_t of_head = int64_t{keys ? backward.key_far_count : backward.query_far_count} * 2 * call.size;
     const float* sums = keys ? backward.far_key_sums : backward.far_query_sums;
-    parts.push_back({begins(sums), end(sums, backward.head_count * of_head)});
+    parts.push_back({begins(sums), end(sums, sum_heads * of_head)});
   }
+  parts.push_back({begins(table.first_share), end(table.first_share, table.diagonals.count + 1)});
   for (const bool keys : {false, true}) {
-    if (tables[keys] == nullptr) continue;
-    const TableCall& table = *tables[keys];
-    const int64_t programs = int64_t{backward.head_count} * table.diagonals * table.splits;
-    parts.push_back({begins(table.sums), end(table.sums, programs * 128 * call.size)});
+    if (table.grad_tables[keys] == nullptr) continue;
+    const int64_t programs = int64_t{sum_heads} * table.diagonals.shares;
+    parts.push_back({begins(table.sums[keys]), end(table.sums[keys], programs * 128 * call.size)});
   }
   for (size_t i = 0; i + 1 < parts.size(); ++i) CHECK(parts[i].second <= parts[i + 1].first);
 }
@@ -212,7 +232,7 @@ void check_problem(const Problem& given) {
   launched = {};
   Workspace unwanted(something);
   CHECK(run_backward(request, {}, unwanted, nullptr) == nullptr && !launched.key.empty());
-  CHECK(launched.by_distance.empty() && launched.by_row.empty());
+  CHECK(launched.by_row.empty() && launched.query[0].diagonals.shares == 0);
 
   launched = {};
   Gradients gradients;
@@ -224,40 +244,36 @@ void check_problem(const Problem& given) {
   const size_t expansions = given_tables > 0 && padded_size(problem.size) <= kAloneSize ? 2 : given_tables;
   CHECK(run_forward(request, {}, {}, counted, nullptr) == nullptr && launched.forward.empty());
   CHECK(run_forward(request, {}, {}, workspace, nullptr) == nullptr && launched.forward.size() == 1);
-  CHECK(counted.bytes() == workspace.bytes() && launched.expansions.size() == expansions);
-  CHECK(run_backward(request, gradients, counted, nullptr) == nullptr && launched.delta.empty());
-  CHECK(run_backward(request, gradients, workspace, nullptr) == nullptr && launched.delta.size() == 1);
-  CHECK(counted.bytes() == workspace.bytes());
+  CHECK(counted.bytes() == workspace.bytes() && launched.prepare.size() == 1 && !launched.prepare[0].backward);
+  const auto& scores = launched.prepare[0].scores;
+  CHECK(size_t(scores[0] != nullptr) + size_t(scores[1] != nullptr) == expansions);
+  CHECK(run_backward(request, gradients, counted, nullptr) == nullptr && launched.prepare.size() == 1);
+  CHECK(run_backward(request, gradients, workspace, nullptr) == nullptr && launched.prepare.size() == 2);
+  CHECK(counted.bytes() == workspace.bytes() && launched.prepare[1].backward);
 
-  // Each share of heads has every launch.
-  const size_t terms = problem.c2p + problem.p2c;
-  CHECK(launched.by_distance.size() == terms * launched.key.size());
-  CHECK(launched.by_row.size() == terms * launched.key.size());
+  // Each share of heads has every launch. Rows are summed once for all heads, or once for each share.
   const auto of = [](const BackwardCall& x) { return std::pair(x.first_head, x.head_count); };
   check_shares(launched.key.size(), [&](size_t i) { return of(launched.key[i]); });
-  check_shares(launched.query.size(), [&](size_t i) { return of(launched.query[i]); });
-  const TableCall* tables[2] = {};
-  for (size_t term = 0; term < terms; ++term) {
-    check_shares(launched.key.size(), [&](size_t i) { return of(launched.by_distance[terms * i + term].backward); });
-    check_shares(launched.key.size(), [&](size_t i) { return of(launched.by_row[terms * i + term].backward); });
-    const TableCall& table = launched.by_distance[term];
-    const TableCall& by_row = launched.by_row[term];
-    tables[table.keys] = &table;
-    CHECK(by_row.first_diagonal == table.first_diagonal && by_row.diagonals == table.diagonals);
-    CHECK(by_row.splits == table.splits && table.splits > 0 && by_row.sums == table.sums);
-    const Operand& rows = table.keys ? table.backward.call.key : table.backward.call.query;
-    CHECK(by_row.keys == table.keys && by_row.table_rows == request.table_rows);
-    const Call& by_row_call = by_row.backward.call;
-    const Operand& by_row_rows = table.keys ? by_row_call.key : by_row_call.query;
-    CHECK(by_row_rows.far_left == rows.far_left && by_row_rows.far_right == rows.far_right);
-    const BackwardCall &backward = table.backward, &by_row_backward = by_row.backward;
-    CHECK(by_row_backward.far_key_sums == backward.far_key_sums);
-    CHECK(by_row_backward.far_query_sums == backward.far_query_sums);
-    CHECK(by_row_backward.key_far_count == backward.key_far_count);
-    CHECK(by_row_backward.query_far_count == backward.query_far_count);
+  check_shares(launched.query.size(), [&](size_t i) { return of(launched.query[i].backward); });
+  if (!problem.c2p && !problem.p2c) return CHECK(launched.by_row.empty());
+  CHECK(launched.by_row.size() == 1 || launched.by_row.size() == launched.key.size());
+  check_shares(launched.by_row.size(), [&](size_t i) { return of(launched.by_row[i].backward); });
+  const TableCall& table = launched.query[0];
+  for (size_t i = 0; i < launched.query.size(); ++i) {
+    const TableCall& by_row = launched.by_row[launched.by_row.size() == 1 ? 0 : i];
+    const BackwardCall &query = launched.query[i].backward, &key = launched.key[i], &row = by_row.backward;
+    CHECK(query.sum_head == query.first_head - row.first_head && row.sum_head == 0);
+    CHECK(key.sum_head == query.sum_head && key.first_head == query.first_head && key.near == query.near);
+    CHECK(row.far_key_sums == key.far_key_sums && row.key_far_count == key.key_far_count);
+    CHECK(row.far_query_sums == query.far_query_sums && row.query_far_count == query.query_far_count);
+    for (const TableCall* x : std::vector<const TableCall*>{&launched.query[i], &by_row, &launched.prepare[1].table}) {
+      CHECK(x->sums[0] == table.sums[0] && x->sums[1] == table.sums[1] && x->first_share == table.first_share);
+      CHECK(x->diagonals.shares == table.diagonals.shares && x->diagonals.first == table.diagonals.first);
+      CHECK(x->diagonals.count == table.diagonals.count && x->table_rows == request.table_rows);
+    }
   }
-  if (terms == 0) return;
-  check_memory(launched.key[0], tables);
+  check_memory(table);
+  if (table.diagonals.count > 0) check_proportions(table.diagonals);
 
   // A packed sequence may be shorter than the longest.
   const std::vector<int> shorter = {1, problem.queries / 2, problem.queries - 1, problem.queries};
@@ -273,8 +289,7 @@ void check_problem(const Problem& given) {
     const Near by_key = check_backward({key, query, 1, of_keys}, backward, true);
     for (size_t i = 0; i < by_query.size(); ++i)
       for (size_t j = 0; j < by_key.size(); ++j) CHECK(by_query[i][j] == by_key[j][i]);
-    if (tables[false] != nullptr) check_diagonals(*tables[false], by_query, queries, keys);
-    if (tables[true] != nullptr) check_diagonals(*tables[true], by_key, keys, queries);
+    check_diagonals(table.diagonals, by_query, queries, keys);
   }
 }
 

@@ -245,7 +245,7 @@ void test_banks() {
   Vec16 in = {};
   emulator::options().count_conflicts = true;
   for (int variant = 0; variant < 11; variant++) {
-    emulator::clear_conflicts();
+    emulator::clear_counts();
     CHECK(!run(banks, 32, 32 * 144, &in, nullptr, variant, 5));
     Expected found = {};
     for (const emulator::Traffic& traffic : emulator::conflicts()) {
@@ -259,7 +259,7 @@ void test_banks() {
     CHECK(found.wavefronts == 5 * want.wavefronts);
   }
   CHECK(emulator::conflict_table().find("races_test.cpp:") != std::string::npos);
-  emulator::clear_conflicts();
+  emulator::clear_counts();
   emulator::options() = emulator::Options();
 }
 

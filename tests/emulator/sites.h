@@ -43,6 +43,7 @@ enum class Kind {
   store_shared_word,
   store_shared_half,
   copy_async,
+  copy_async_word,
   wait_copies,
   load_global,
   store_global,
@@ -63,6 +64,7 @@ inline const char* name(Kind kind) {
                                       "store_shared_word",
                                       "store_shared_half",
                                       "copy_async",
+                                      "copy_async_word",
                                       "wait_copies",
                                       "load_global",
                                       "store_global"};
@@ -161,7 +163,7 @@ class WarpTraffic {
   static void count(const Request& request, Traffic& traffic) {
     // Accesses of 16 bytes per lane are served for eight lanes at a time.
     const bool narrow = traffic.kind == Kind::load_shared_word || traffic.kind == Kind::store_shared_word ||
-                        traffic.kind == Kind::store_shared_half;
+                        traffic.kind == Kind::store_shared_half || traffic.kind == Kind::copy_async_word;
     const int lanes = narrow ? 32 : 8, words = narrow ? 1 : 4;
     const bool global = is_global(traffic.kind);
     const uint64_t unit = global ? 128 : 4;

@@ -16,8 +16,8 @@ from comparison import public
 
 LIBRARY = os.environ["EMULATED_LIBRARY"]
 library = emulated.load(LIBRARY)
-# Limits backward to one head at a time if the environment says so.
-NEAR_BYTES = int(os.environ.get("NEAR_BYTES", 160 << 20))
+# The environment may limit backward to one head at a time. 0 is the default.
+NEAR_BYTES = int(os.environ.get("NEAR_BYTES", 0))
 torch.ops.deberta_fast_emulated.limit_near_bytes(NEAR_BYTES)
 emulator = ctypes.CDLL(LIBRARY)
 emulator.emulator_conflicts.restype = emulator.emulator_barrier_site.restype = ctypes.c_char_p

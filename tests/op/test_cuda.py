@@ -127,7 +127,7 @@ def test_old_and_small_gpus(monkeypatch):
     gpu = SimpleNamespace(major=7, minor=5, shared_memory_per_block_optin=64 << 10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     old = "compute capability must be at least (8, 0), got (7, 5)"
-    small = "head size 64 needs 96512 bytes of shared memory a block, the GPU has 65536"
+    small = "head size 64 needs 101376 bytes of shared memory a block, the GPU has 65536"
     assert cuda.device_reasons(torch.device("cuda:0"), 64) == [old, small]
 
 

@@ -46,9 +46,9 @@ def test_all_kernels_are_there(kernels, passes):
 
 
 def test_no_spills(kernels):
-    """Only backward_key spills, without dropout a register or two."""
+    """Without dropout only backward_key spills, at most a few registers at head size 128; with it a few kernels do."""
     spilled = {(x.name, x.capability): max(x.spill_stores, x.spill_loads) for x in kernels}
-    most = lambda name: 0 if not name.startswith("backward_key") else 256 if ", true" in name else 64
+    most = lambda name: 256 if ", true" in name else 32 if name.startswith("backward_key") else 0
     assert {key: n for key, n in spilled.items() if n > most(key[0])} == {}
 
 
@@ -58,8 +58,8 @@ def test_shared_memory(passes):
     assert {key: x.shared for key, x in passes.items() if x.shared > limits[key]} == {}
 
 
-# Measured on sm_90 with nvcc 13.0. Instructions are those of Bfloat16 and Float16, each without and with dropout
-# (by_distance: of queries and of keys); products on tensor cores are the same for all four.
+# Measured on sm_90 with nvcc 13.0. Instructions are those of Bfloat16 and Float16, each without and with dropout;
+# products on tensor cores are the same for all four.
 INSTRUCTIONS = {
     "forward_kernel": {
         32: (5344, 6529, 5540, 6771),
@@ -68,29 +68,22 @@ INSTRUCTIONS = {
         128: (5920, 6604, 6053, 6780),
     },
     "backward_key_kernel": {
-        32: (5907, 7276, 6184, 7471),
-        64: (8062, 9487, 8311, 9759),
-        96: (6693, 7502, 6854, 7657),
-        128: (7267, 8118, 7451, 8295),
+        32: (5421, 7127, 5650, 7314),
+        64: (6921, 8774, 7178, 9003),
+        96: (5772, 6740, 5926, 6891),
+        128: (6410, 7413, 6583, 7585),
     },
     "backward_query_kernel": {
-        32: (5109, 5516, 5108, 5515),
-        64: (6066, 6505, 6066, 6505),
-        96: (5197, 5440, 5197, 5440),
-        128: (5426, 5677, 5426, 5677),
-    },
-    "by_distance_kernel": {
-        32: (749, 731, 749, 731),
-        64: (791, 782, 791, 782),
-        96: (941, 934, 941, 934),
-        128: (1067, 1064, 1067, 1064),
+        32: (6811, 7346, 6811, 7346),
+        64: (8595, 9136, 8595, 9136),
+        96: (7115, 7422, 7115, 7422),
+        128: (7650, 7959, 7650, 7959),
     },
 }
 MMA = {
     "forward_kernel": {32: 256, 64: 512, 96: 408, 128: 544},
     "backward_key_kernel": {32: 272, 64: 544, 96: 432, 128: 576},
-    "backward_query_kernel": {32: 160, 64: 320, 96: 240, 128: 320},
-    "by_distance_kernel": {32: 32, 64: 16, 96: 24, 128: 32},
+    "backward_query_kernel": {32: 224, 64: 448, 96: 264, 128: 352},
 }
 
 
@@ -109,7 +102,6 @@ def test_instructions(passes, name):
             assert kernel.mma == MMA[name][size], kernel
 
 
-@pytest.mark.xfail(reason="backward_key spills a register at head size 64 with nvcc 13.0")
 def test_nothing_spills_by_default(passes):
     assert not any(x.spill_stores for (name, *_), x in passes.items() if name.endswith("64, false>"))
 
