@@ -2,37 +2,50 @@
 
 import triton.language as tl
 
-from .tile import kernel, load_rows, row_pointer, sequence_bounds, vector_offset, workspace_row
+from .tile import (
+    kernel,
+    load_rows,
+    of_term,
+    row_pointer,
+    rows_are_keys,
+    sequence_bounds,
+    vector_offset,
+    workspace_row,
+)
 
 
 @kernel(first_integer="mask_b")
-def key_spans(mask, spans, mask_b, mask_j, length, BLOCK_N: tl.constexpr):
+def find_key_spans(mask, key_spans, mask_b, mask_j, key_length, BLOCK_N: tl.constexpr):
     """Writes the range of keys that a padding mask leaves per batch row: kernels read nothing outside it.
 
-    spans[b] = first key, one past the last key, and the same range again if it has no holes, else an empty range
+    key_spans[b] = first key, one past the last key, and the same range again if it has no holes, else an empty range
     """
     batch = tl.program_id(0)
     mask += batch.to(tl.int64) * mask_b
-    low, high, count = length, length * 0, length * 0
-    for start in range(0, length, BLOCK_N):
+    low, high, count = key_length, key_length * 0, key_length * 0
+    for start in range(0, key_length, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
-        seen = tl.load(mask + j.to(tl.int64) * mask_j, mask=j < length, other=0) != 0  # (BLOCK_N,)
-        low = tl.minimum(low, tl.min(tl.where(seen, j, length)))
+        seen = tl.load(mask + j.to(tl.int64) * mask_j, mask=j < key_length, other=0) != 0  # (BLOCK_N,)
+        low = tl.minimum(low, tl.min(tl.where(seen, j, key_length)))
         high = tl.maximum(high, tl.max(tl.where(seen, j + 1, 0)))
         count += tl.sum(seen.to(tl.int32))
     low = tl.minimum(low, high)
-    tl.store(spans + 4 * batch, low)
-    tl.store(spans + 4 * batch + 1, high)
-    tl.store(spans + 4 * batch + 2, low)
-    tl.store(spans + 4 * batch + 3, tl.where(count == high - low, high, low))
+    tl.store(key_spans + 4 * batch, low)
+    tl.store(key_spans + 4 * batch + 1, high)
+    tl.store(key_spans + 4 * batch + 2, low)
+    tl.store(key_spans + 4 * batch + 3, tl.where(count == high - low, high, low))
 
 
-@kernel(first_integer="table_h")
-def expand_table(
-    table, slots, out, table_h, table_l, first_distance, distances, reach, first_slot, rows,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+@kernel(first_integer="pos_key_h")
+def expand_tables(
+    pos_key, pos_query, slots, key_table, query_table,
+    pos_key_h, pos_key_l, pos_query_h, pos_query_l, first_distance, distances, reach, first_slot, rows,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, C2P: tl.constexpr, P2C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Writes a position table with one row per distance: out[t] = table[sigma(first_distance + t)], for near tiles."""
+    """Writes position tables with one row per distance: out[t] = table[sigma(first_distance + t)], for near tiles."""
+    keys = rows_are_keys(tl.program_id(2), C2P, P2C)
+    table, out = of_term(keys, pos_query, pos_key), of_term(keys, query_table, key_table)
+    table_h, table_l = of_term(keys, pos_query_h, pos_key_h), of_term(keys, pos_query_l, pos_key_l)
     head = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     distance = tl.minimum(tl.maximum(t + first_distance, -reach), reach)
