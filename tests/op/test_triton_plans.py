@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from bench import triton_host  # noqa: E402
 from deberta_fast.op.backends.triton import configuration, launch, plan  # noqa: E402
 from deberta_fast.op.backends.triton.configuration import Target, Tiles  # noqa: E402
 from deberta_fast.op.call import Call  # noqa: E402
@@ -159,3 +160,9 @@ def test_a_launch_without_programs_is_left_out():
     assert {x.kernel.__name__ for x in plan_for(call).launches} == {"expand_tables"}
     kernels = [x.kernel.__name__ for x in plan_for(call, backward=True).launches]
     assert kernels == ["expand_tables", "backward_by_row"]
+
+
+def test_benchmark_of_the_host():
+    found = triton_host.rows(1, 2, 8)
+    assert [(row["pass"], row["launches"]) for row in found] == [("forward", 3), ("backward", 8)]
+    assert all(0 < row["us"] < row["first us"] for row in found)
