@@ -98,7 +98,7 @@ def plan_launches(
     p2c: bool = True,
     length: int = 512,
 ) -> Iterator[Planned]:
-    """Plans forward and backward of one call: each kernel once."""
+    """Plans forward and backward of one call: each kernel once, and with backward's constants if they are others."""
     meta = functools.partial(torch.empty, dtype=dtype, device="meta")
     batch, heads = (1, 12) if packed else (32, 12)
     query, key, value = (meta(batch, heads, length, size) for _ in range(3))
@@ -120,7 +120,10 @@ def plan_launches(
         made = plan.plan_of(inputs, given, settings)
         tensors = made.tensors(given)
         for x in made.launches:
-            planned.setdefault(x.kernel.__name__, Launch(x.kernel, x.arguments(tensors), x.warps, x.stages))
+            launch = Launch(x.kernel, x.arguments(tensors), x.warps, x.stages)
+            first = planned.setdefault(x.kernel.__name__, launch)
+            if any(first.arguments[p.name] != launch.arguments[p.name] for p in x.kernel.params if p.is_constexpr):
+                planned[f"backward_{x.kernel.__name__}"] = launch
     for name, launch in planned.items():
         yield Planned(f"{label} {name}", launch)
 

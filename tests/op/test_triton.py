@@ -33,13 +33,11 @@ def test_every_configuration_fits_its_gpu(compiled):
 # Loads and stores of spilled registers in each kernel that has some, by capability, with Triton 3.6. All are outside of
 # innermost loops, except one of "32 bfloat16 backward_by_distance".
 SPILLS = {
-    "128 bfloat16 expand_tables": {80: 8, 86: 8, 90: 9, 100: 9, 120: 9},
     "128 bfloat16 forward": {80: 114, 86: 114, 90: 112, 100: 26, 120: 106},
-    "128 bfloat16 backward_delta": {100: 6},
+    "128 bfloat16 backward_prepare": {100: 2, 120: 2},
     "128 bfloat16 backward_key": {80: 22, 90: 188},
     "128 bfloat16 backward_query": {90: 62, 100: 9},
     "256 bfloat16 forward": {80: 57, 90: 243},
-    "256 bfloat16 backward_delta": {90: 2},
     "32 bfloat16 backward_by_distance": {100: 2},
     "64 float32 tf32 backward_key": {80: 6, 86: 6, 120: 4},
     "64 float32 ieee backward_key": {86: 15, 120: 9},
@@ -219,7 +217,7 @@ def test_workspace_is_bounded(length, packed, made):
         assert 16 << 20 < size <= 160 << 20 and count_of_launches >= 3
 
 
-LAUNCHES = {128: (7, 18), 512: (25, 63), 2048: (25, 63), 8192: (25, 63)}
+LAUNCHES = {128: (7, 17), 512: (25, 62), 2048: (25, 62), 8192: (25, 62)}
 
 
 @pytest.mark.parametrize("length", LAUNCHES)

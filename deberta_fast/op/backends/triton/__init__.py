@@ -72,7 +72,10 @@ def backward(
 
 
 def _run(call: Call, *results: torch.Tensor | None) -> None:
-    """Runs the launches of a plan. A kernel that needs too much shared memory gets smaller tiles from then on."""
+    """Runs the launches of a plan. A kernel that needs too much shared memory gets smaller tiles from then on.
+
+    Triton says so at its first launch, after others have written results, all of which the smaller plan writes again.
+    """
     import triton
 
     from . import configuration, plan

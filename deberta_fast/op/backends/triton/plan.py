@@ -16,7 +16,7 @@ from .kernels.backward_key import backward_key
 from .kernels.backward_query import backward_query
 from .kernels.bands import backward_by_distance, backward_by_row, backward_rows, band_scores
 from .kernels.forward import forward
-from .kernels.prepare import backward_delta, expand_tables, find_key_spans
+from .kernels.prepare import prepare
 from .launch import ALLOCATED, GIVEN, Form, Launch, Tensors, Workspace, form_of, new_launch
 
 LOG2E = 1 / math.log(2)
@@ -105,6 +105,7 @@ class Plan:
             "mask_b": 0 if self.packed else mask_b, "mask_h": mask_h, "mask_i": mask_i, "mask_j": mask_j,
             "c2p_b": 0, "c2p_h": 0, "c2p_pitch": 0, "p2c_b": 0, "p2c_h": 0, "p2c_pitch": 0,
             "query_length": self.query_length, "key_length": self.key_length, "offset": call.query_offset,
+            **dict.fromkeys(("do_b", "do_h", "do_l", "dlse_b", "dlse_h", "dlse_l", "delta_b", "delta_h"), 0),
             "first_distance": 0, "distances": 0, "far_past": 0, "far_future": 0, "past_slot": 0, "future_slot": 0,
             "heads": heads, "scale": call.scale * LOG2E, "softmax_scale": call.scale,
             "band_scale": call.band_scale, "inverse_band_scale": 1 / call.band_scale,
@@ -135,15 +136,14 @@ class Plan:
         return [*given, *(made[name].allocate(query) if name in made else None for name in ALLOCATED)]
 
     def _forward(self) -> Iterator[Launch]:
-        yield from self._prepare()
+        yield self._prepare()
         yield from self._part_by_part(self._forward_part)
 
     def _backward(self) -> Iterator[Launch]:
         for name, tensor in (("do", "output"), ("dq", "query"), ("dk", "key"), ("dv", "value")):
             self._add_strides(name, self.forms[f"grad_{tensor}"], self.unit)
         self._add_strides("dlse", self.forms["grad_lse"], 1)
-        yield from self._prepare()
-        yield self._delta()
+        yield self._prepare()
         wanted = {"C2P": self.forms["grad_pos_key"] is not None, "P2C": self.forms["grad_pos_query"] is not None}
         self._add_table_sums(wanted)
         yield from self._part_by_part(lambda part: self._backward_part(part, wanted))
@@ -210,22 +210,28 @@ class Plan:
             Part(h, n, b, m) for h, n in _shares(heads, heads_at_once) for b, m in _shares(batches, batches_at_once)
         ]
 
-    def _prepare(self) -> Iterator[Launch]:
-        """Yields the launches for the key spans of a padding mask and for the tables by distance."""
-        call = self.call
-        if self.mask_kind == "keys" and not self.packed:
-            self.workspaces["key_spans"] = Workspace((self.batches, 4), torch.int32)
-            self.values["SPANS"] = True
-            yield self._launch(find_key_spans, (self.batches, 1, 1), SMALL, None, BLOCK_N=1024)
-        if not call.has_positions:
-            return
+    def _prepare(self) -> Launch:
+        """Returns the launch for tables by distance, key spans of a padding mask, and backward's vectors, if any."""
+        call, heads = self.call, self.call.query.shape[1]
+        table_rows = min(32, 2048 // block_d_of(call))
+        distance_blocks = -(-self.distances // table_rows) if call.has_positions else 0
+        rows = reach = blocks = 0
+        if call.has_positions:
+            rows, reach = (call.pos_key or call.pos_query).shape[1], self.forms["slots"].shape[0] // 2
         for name, table in (("key_table", call.pos_key), ("query_table", call.pos_query)):
             if table is not None:
-                heads, rows, size = table.shape
-                self.workspaces[name] = Workspace((heads, self.distances, size), table.dtype)
-        yield self._launch(
-            expand_tables, (-(-self.distances // 64), heads, self.c2p + self.p2c), SMALL, None,
-            reach=self.forms["slots"].shape[0] // 2, first_slot=call.first_slot, rows=rows, BLOCK_E=64,
+                self.workspaces[name] = Workspace((heads, self.distances, table.shape[2]), table.dtype)
+        self.values["SPANS"] = self.mask_kind == "keys" and not self.packed
+        if self.values["SPANS"]:
+            self.workspaces["key_spans"] = Workspace((self.batches, 4), torch.int32)
+        if self.backward:
+            self._add_vectors()
+            blocks = -(-self.query_length // WORKSPACE_ALIGN)
+        programs = distance_blocks * (self.c2p + self.p2c) + self.batches * self.values["SPANS"] + blocks * self.batches
+        return self._launch(
+            prepare, (programs, heads, 1), SMALL, None, reach=reach, first_slot=call.first_slot, rows=rows,
+            distance_blocks=distance_blocks, batches=self.batches, blocks=blocks, BACKWARD=self.backward,
+            BLOCK_E=table_rows, BLOCK_N=1024, BLOCK_M=WORKSPACE_ALIGN,
         )  # fmt: skip
 
     def _band_scores(self, part: Part) -> Iterator[Launch]:
@@ -250,15 +256,12 @@ class Plan:
             return (self.call.query.shape[2] // WORKSPACE_ALIGN + self.batches + 1) * WORKSPACE_ALIGN
         return _round_up(length, WORKSPACE_ALIGN)
 
-    def _delta(self) -> Launch:
+    def _add_vectors(self) -> None:
+        """Adds backward's vectors with one number per query."""
         heads, rows = self.call.query.shape[1], self._workspace_rows(self.query_length)
         count = heads * rows * (1 if self.packed else self.batches)
         self.workspaces |= dict.fromkeys(("delta", "lse_log2"), Workspace((count,), torch.float32))
         self.values |= {"delta_b": 0 if self.packed else heads * rows // 16, "delta_h": rows // 16}
-        blocks = -(-self.query_length // WORKSPACE_ALIGN)
-        return self._launch(
-            backward_delta, (blocks * self.batches, heads, 1), SMALL, None, blocks=blocks, BLOCK_M=WORKSPACE_ALIGN
-        )
 
     def _add_table_sums(self, wanted: dict[str, bool]) -> None:
         """Adds the sums by distance, one per split, and the far sums, one per key block."""
