@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import triton
@@ -40,7 +40,7 @@ LEGEND = (
 )
 
 
-class Launch(Protocol):
+class Launch(NamedTuple):
     """A kernel and everything that Triton specialises it by."""
 
     kernel: JITFunction
@@ -98,7 +98,7 @@ def plan_launches(
     p2c: bool = True,
     length: int = 512,
 ) -> Iterator[Planned]:
-    """Plans forward and backward of one call: each kernel once."""
+    """Plans forward and backward of one call: each kernel once, and with backward's constants if they are others."""
     meta = functools.partial(torch.empty, dtype=dtype, device="meta")
     batch, heads = (1, 12) if packed else (32, 12)
     query, key, value = (meta(batch, heads, length, size) for _ in range(3))
@@ -113,11 +113,17 @@ def plan_launches(
     chosen = configuration.default(target)
     output, lse = inputs.new_output(), inputs.new_lse()
     grads = [None if x is None else torch.empty_like(x) for x in inputs[:5]]
-    forward = plan.Plan(inputs, chosen, precision).forward(output, lse)
-    backward = plan.Plan(inputs, chosen, precision).backward(output, lse, output, lse, grads)
+    settings = plan.settings(chosen, precision)
     planned: dict[str, Launch] = {}
-    for launch in (*forward, *backward):
-        planned.setdefault(launch.kernel.__name__, launch)
+    for results in ((output, lse), (output, lse, output, lse, *grads)):
+        given = plan.given_tensors(inputs, *results)
+        made = plan.plan_of(inputs, given, settings)
+        tensors = made.tensors(given)
+        for x in made.launches:
+            launch = Launch(x.kernel, x.arguments(tensors), x.warps, x.stages)
+            first = planned.setdefault(x.kernel.__name__, launch)
+            if any(first.arguments[p.name] != launch.arguments[p.name] for p in x.kernel.params if p.is_constexpr):
+                planned[f"backward_{x.kernel.__name__}"] = launch
     for name, launch in planned.items():
         yield Planned(f"{label} {name}", launch)
 

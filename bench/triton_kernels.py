@@ -1,7 +1,7 @@
 """Where the Triton backend spends its time on a GPU, and how other settings do: ``python -m bench.triton_kernels``.
 
     kernels   each kernel of forward and backward, summed over its launches in a call
-    bands     whole calls with other limits of the workspace of the bands (``plan.BAND_BYTES``)
+    bands     whole calls with other limits of the workspace of the bands (``plan.limit_band_bytes``)
     settings  whole calls with other distances between the rows of a band's programs, and other numbers of shares in
               the tables' gradients
     tiles     each kernel with other tiles, warps and stages, at the usual settings; the most telling ones first
@@ -10,7 +10,8 @@
 """
 
 import argparse
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -19,6 +20,7 @@ from deberta_fast.op import backends
 from deberta_fast.op.backends import triton as backend
 from deberta_fast.op.backends.triton import configuration, plan
 from deberta_fast.op.backends.triton.configuration import Tiles
+from deberta_fast.op.backends.triton.launch import specialisation
 
 from . import device as devices
 from . import timing
@@ -27,7 +29,7 @@ from .variants.operator import Workload, asked
 
 PARTS = ("kernels", "bands", "settings", "tiles")
 SECONDS = 0.05  # for each variant
-BAND_MIB = (128, 24, 32, 40, 160, 64, 256)
+BAND_MIB = (32, 24, 40, 128, 160, 64, 256)
 STEPS = (1, 2, 4, 8)
 SHARES = (1, 2, 4)
 # Rows, columns, warps, stages: the default on sm_90, then other stages and warps, then other shapes. Triton compiles
@@ -84,21 +86,22 @@ class Work:
         query = self.inputs.query
         return configuration.target_of(query.device, plan.block_d_of(self.inputs), query.element_size())
 
-    def launches(self) -> dict[str, list[plan.Launch]]:
+    def launches(self) -> dict[str, list[Callable[[], None]]]:
         """Returns the launches by pass and kernel; in order they make a call."""
         grads = [torch.empty_like(x) for x in self.inputs[:5]]
-        chosen, precision = configuration.choose(self.target()), backend._precision(self.inputs)
-        new_plan = lambda: plan.Plan(self.inputs, chosen, precision)
-        grad_lse = torch.zeros_like(self.lse)
-        passes = {
-            "forward": new_plan().forward(self.output, self.lse),
-            "backward": new_plan().backward(self.output, self.lse, self.gradient, grad_lse, grads),
-        }
+        settings = plan.settings(configuration.choose(self.target()), backend._precision(self.inputs))
+        results = self.output, self.lse
+        passes = {"forward": results, "backward": (*results, self.gradient, torch.zeros_like(self.lse), *grads)}
         found = {}
-        for name, launches in passes.items():
-            for launch in launches:
-                launch.run()
-                found.setdefault(f"{name}: {launch.kernel.__name__}", []).append(launch)
+        for name, results in passes.items():
+            given = plan.given_tensors(self.inputs, *results)
+            planned = plan.plan_of(self.inputs, given, settings)
+            tensors = planned.tensors(given)
+            special = specialisation(tensors)
+            for launch in planned.launches:
+                launch.run(tensors, special)
+                run = functools.partial(launch.run, tensors, special)
+                found.setdefault(f"{name}: {launch.kernel.__name__}", []).append(run)
         return found
 
 
@@ -111,20 +114,22 @@ def kernels(work: Work, device: Device, options: argparse.Namespace) -> Iterator
 
 
 def bands(work: Work, device: Device, options: argparse.Namespace) -> Iterator[dict]:
-    trials = [("BAND_BYTES", mib << 20, f"bands {mib} MiB") for mib in BAND_MIB[: options.most]]
-    yield from _whole_calls(work, device, trials)
+    for mib in BAND_MIB[: options.most]:
+        plan.limit_band_bytes(mib << 20)
+        yield from _whole_calls(work, device, f"bands {mib} MiB")
+    plan.limit_band_bytes()
 
 
 def settings(work: Work, device: Device, options: argparse.Namespace) -> Iterator[dict]:
     trials = [("step_of", lambda length, step=step: step, f"step {step}") for step in STEPS]
-    yield from _whole_calls(work, device, trials + [("SHARES", shares, f"shares {shares}") for shares in SHARES])
-
-
-def _whole_calls(work: Work, device: Device, trials: list[tuple[str, object, str]]) -> Iterator[dict]:
-    for attribute, value, label in trials:
+    for attribute, value, label in trials + [("SHARES", shares, f"shares {shares}") for shares in SHARES]:
         with _set(plan, attribute, value):
-            for name, columns in _measure(device, {"forward": Call(work.forward), "backward": Call(work.backward)}):
-                yield {"setting": label, "pass": name} | columns
+            yield from _whole_calls(work, device, label)
+
+
+def _whole_calls(work: Work, device: Device, label: str) -> Iterator[dict]:
+    for name, columns in _measure(device, {"forward": Call(work.forward), "backward": Call(work.backward)}):
+        yield {"setting": label, "pass": name} | columns
 
 
 def tiles(work: Work, device: Device, options: argparse.Namespace) -> Iterator[dict]:
@@ -158,9 +163,9 @@ def _measure(device: Device, calls: dict[str, Call]) -> Iterator[tuple[str, dict
         yield name, taken.columns()
 
 
-def _run(launches: list[plan.Launch]) -> None:
+def _run(launches: list[Callable[[], None]]) -> None:
     for launch in launches:
-        launch.run()
+        launch()
 
 
 @contextmanager

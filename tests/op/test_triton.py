@@ -10,9 +10,8 @@ pytest.importorskip("triton")
 from bench.compile_report import CAPABILITIES, SHARED_LIMIT, compile_all, launches, plan_launches  # noqa: E402
 from deberta_fast import disentangled_attention  # noqa: E402
 from deberta_fast.op import speed  # noqa: E402
-from deberta_fast.op.backends.triton import configuration  # noqa: E402
+from deberta_fast.op.backends.triton import configuration, plan  # noqa: E402
 from deberta_fast.op.backends.triton.configuration import Target, Tiles  # noqa: E402
-from deberta_fast.op.backends.triton.plan import Launch, Part, Plan  # noqa: E402
 from deberta_fast.op.call import Call  # noqa: E402
 from deberta_fast.op.problems import COMMON  # noqa: E402
 
@@ -34,13 +33,11 @@ def test_every_configuration_fits_its_gpu(compiled):
 # Loads and stores of spilled registers in each kernel that has some, by capability, with Triton 3.6. All are outside of
 # innermost loops, except one of "32 bfloat16 backward_by_distance".
 SPILLS = {
-    "128 bfloat16 expand_table": {80: 8, 86: 8, 90: 9, 100: 9, 120: 9},
     "128 bfloat16 forward": {80: 114, 86: 114, 90: 112, 100: 26, 120: 106},
-    "128 bfloat16 backward_delta": {100: 6},
+    "128 bfloat16 backward_prepare": {100: 2, 120: 2},
     "128 bfloat16 backward_key": {80: 22, 90: 188},
     "128 bfloat16 backward_query": {90: 62, 100: 9},
     "256 bfloat16 forward": {80: 57, 90: 243},
-    "256 bfloat16 backward_delta": {90: 2},
     "32 bfloat16 backward_by_distance": {100: 2},
     "64 float32 tf32 backward_key": {80: 6, 86: 6, 120: 4},
     "64 float32 ieee backward_key": {86: 15, 120: 9},
@@ -79,20 +76,20 @@ def test_no_gather_in_a_loop(compiled):
 # Instructions and products on tensor cores of each kernel, head size 64 in bfloat16, with Triton 3.6.
 COUNTS = {
     80: {
-        "band_scores": (794, 32),
+        "band_scores": (827, 32),
         "forward": (3464, 384),
         "backward_key": (2550, 160),
-        "backward_rows": (860, 32),
+        "backward_rows": (895, 32),
         "backward_query": (1555, 112),
-        "backward_by_distance": (1103, 32),
+        "backward_by_distance": (1209, 32),
     },
     90: {
-        "band_scores": (706, 4),
+        "band_scores": (750, 4),
         "forward": (2995, 48),
         "backward_key": (2330, 32),
-        "backward_rows": (855, 4),
+        "backward_rows": (867, 4),
         "backward_query": (1911, 28),
-        "backward_by_distance": (1002, 4),
+        "backward_by_distance": (1098, 4),
     },
 }
 
@@ -164,32 +161,26 @@ def test_constants_do_not_depend_on_the_length():
     assert constants(256) == constants(513) == constants(20000)
 
 
-def test_parts_are_launched_as_compiled_for_the_first():
-    """Triton looks up a kernel for the first part. Other parts launch it directly, with grids of three numbers."""
+def plans(inputs):
+    """Yields the tensors and the plan of forward, then of backward."""
+    output, lse = torch.empty_like(inputs.query), torch.empty(inputs.query.shape[:3], device=inputs.query.device)
+    grads = [torch.empty_like(x) for x in inputs[:5]]
+    settings = plan.settings(configuration.default(Target(90, 64, inputs.query.element_size())), "ieee")
+    for results in ((output, lse), (output, lse, output, lse, *grads)):
+        given = plan.given_tensors(inputs, *results)
+        yield given, plan.plan_of(inputs, given, settings)
 
-    class Kernel:
-        def __init__(self):
-            self.looked_up, self.launched = [], []
 
-        def __getitem__(self, grid):
-            def first(**arguments):
-                self.looked_up.append((grid, arguments))
-                return compiled
-
-            return first
-
-    class Compiled:
-        def __getitem__(self, grid):
-            return lambda *arguments: kernel.launched.append((grid, arguments))
-
-    kernel, compiled = Kernel(), Compiled()
-    first = Launch(kernel, (3, 2), {"x": "tensor", "first_head": 0, "first_batch": 0, "N": 64}, 4, 2, None, [])
-    for part in (Part(0, 2, 0, 5), Part(2, 2, 0, 5), Part(4, 2, 0, 5)):
-        first.of(part).run()
-    first._replace(grid=(0, 2)).run()
-    expected = {"x": "tensor", "first_head": 0, "first_batch": 0, "N": 64, "num_warps": 4, "num_stages": 2}
-    assert kernel.looked_up == [((3, 2), expected)]
-    assert kernel.launched == [((3, 2, 1), ("tensor", head, 0, 64)) for head in (2, 4)]
+def v3_call(length, packed=False, tokens=16384):
+    """Returns a call with 12 heads of size 64 and v3's tables, on the meta device."""
+    meta = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
+    batch, rows = (1, tokens) if packed else (tokens // length, length)
+    query, key, value = (meta(batch, 12, rows, 64) for _ in range(3))
+    ends = meta(tokens // length + 1, dtype=torch.int32) if packed else None
+    return Call(
+        query, key, value, meta(12, 512, 64), meta(12, 512, 64), None, ends, None,
+        256, 512, "hf", 0, 0, length, 0.07, 0.0,
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -210,16 +201,10 @@ def made(monkeypatch):
 
     def count(inputs):
         """Yields the bytes besides results and the number of launches, for forward, then for backward."""
-        output, lse = torch.empty_like(inputs.query), torch.empty(inputs.query.shape[:3], device="meta")
-        grads = [torch.empty_like(x) for x in inputs[:5]]
-        chosen = configuration.default(Target(90, 64, inputs.query.element_size()))
-        for planned in (
-            Plan(inputs, chosen, "ieee").forward(output, lse),
-            Plan(inputs, chosen, "ieee").backward(output, lse, output, lse, grads),
-        ):
+        for given, planned in plans(inputs):
             sizes.clear()
-            count_of_launches = len(list(planned))
-            yield sum(size for _, size in sizes.values()), count_of_launches
+            planned.tensors(given)
+            yield sum(size for _, size in sizes.values()), len(planned.launches)
 
     return count
 
@@ -227,17 +212,39 @@ def made(monkeypatch):
 @pytest.mark.parametrize("length", [128, 512, 2048, 16384])
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_workspace_is_bounded(length, packed, made):
-    """Forward and backward of 16384 tokens and 12 heads of size 64 allocate at most 256 MiB besides results."""
-    batch, tokens = (1, 16384) if packed else (16384 // length, length)
-    meta = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
-    query, key, value = (meta(batch, 12, tokens, 64) for _ in range(3))
-    ends = meta(16384 // length + 1, dtype=torch.int32) if packed else None
-    inputs = Call(
-        query, key, value, meta(12, 512, 64), meta(12, 512, 64), None, ends, None,
-        256, 512, "hf", 0, 0, length, 0.07, 0.0,
-    )  # fmt: skip
-    for size, count_of_launches in made(inputs):
-        assert 16 << 20 < size <= 256 << 20 and count_of_launches >= 5
+    """Forward and backward of 16384 tokens and 12 heads of size 64 allocate at most 160 MiB besides results."""
+    for size, count_of_launches in made(v3_call(length, packed)):
+        assert 16 << 20 < size <= 160 << 20 and count_of_launches >= 3
+
+
+LAUNCHES = {128: (7, 17), 512: (25, 62), 2048: (25, 62), 8192: (25, 62)}
+
+
+@pytest.mark.parametrize("length", LAUNCHES)
+def test_launches(length):
+    """A launch serves both position terms, and a part has enough programs for an H200."""
+    assert tuple(len(planned.launches) for _, planned in plans(v3_call(length))) == LAUNCHES[length]
+    for _, planned in plans(v3_call(length)):
+        programs = {launch.grid[0] * launch.grid[1] for launch in planned.launches if launch.configured == "forward"}
+        assert all(n >= 256 for n in programs)
+
+
+def test_parts_keep_their_bands_in_the_second_level_cache():
+    sizes = lambda: {x.shape[0] * x.shape[1] for x in made_by(v3_call(512), "c2p", "p2c")}
+    usual = sizes()
+    assert sum(2 * n for n in usual) <= 16 << 20  # bytes of one of two equal bands
+    plan.limit_band_bytes(128 << 20)
+    try:
+        assert sizes() == {4 * n for n in usual}
+    finally:
+        plan.limit_band_bytes()
+    assert sizes() == usual
+
+
+def made_by(inputs, *names):
+    """Returns the workspaces of forward with these names."""
+    _, planned = next(plans(inputs))
+    return [planned.workspaces[name] for name in names]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -1,9 +1,10 @@
 """Fused disentangled attention in Triton, forward and backward, for GPUs of NVIDIA, AMD (ROCm) and Intel (XPU).
 
 Keys are far-left, near or far-right of a block of queries. Far tiles are plain flash attention (equation 7). Near tiles
-read their position scores from bands of dense scores, written beforehand for as many heads as ``plan.BAND_BYTES`` holds
-(equation 6), and add them by a product with the identity. In backward the gradients of the scores replace the scores in
-the same bands. Nothing of size Lq x Lk is kept, no kernel adds atomically, and nothing synchronises with the device.
+read their position scores from bands of dense scores, written beforehand for as many heads as ``plan.limit_band_bytes``
+allows (equation 6), and add them by a product with the identity. In backward the gradients of the scores replace the
+scores in the same bands. Nothing of size Lq x Lk is kept, no kernel adds atomically, and nothing synchronises with the
+device. Plans of calls are kept, so that later calls of the same shapes only launch.
 """
 
 import importlib.metadata
@@ -54,8 +55,7 @@ def device_reasons(device: torch.device) -> list[str]:
 
 
 def forward(call: Call, output: torch.Tensor, lse: torch.Tensor | None) -> None:
-    lse = call.new_lse() if lse is None else lse
-    _run(call, lambda plan: plan.forward(output, lse))
+    _run(call, output, call.new_lse() if lse is None else lse)
 
 
 def backward(
@@ -68,24 +68,31 @@ def backward(
 ) -> None:
     if grad_output.stride(-1) != 1 or any(n * grad_output.element_size() % 16 for n in grad_output.stride()[:3]):
         grad_output = grad_output.contiguous()
-    _run(call, lambda plan: plan.backward(output, lse, grad_output, grad_lse, grads))
+    _run(call, output, lse, grad_output, grad_lse, *grads)
 
 
-def _run(call: Call, launches) -> None:
-    """Runs the launches of a plan. A kernel that needs too much shared memory gets smaller tiles from then on."""
+def _run(call: Call, *results: torch.Tensor | None) -> None:
+    """Runs the launches of a plan. A kernel that needs too much shared memory gets smaller tiles from then on.
+
+    Triton says so at its first launch, after others have written results, all of which the smaller plan writes again.
+    """
     import triton
 
-    from . import configuration
-    from .plan import Plan, block_d_of
+    from . import configuration, plan
+    from .launch import specialisation
 
     device = call.query.device
-    target = configuration.target_of(device, block_d_of(call), call.query.element_size())
+    target = configuration.target_of(device, plan.block_d_of(call), call.query.element_size())
+    given = plan.given_tensors(call, *results)
     with torch.accelerator.device_index(device.index):
         while True:
             chosen = configuration.choose(target)
+            planned = plan.plan_of(call, given, plan.settings(chosen, _precision(call)))
+            tensors = planned.tensors(given)
+            special = specialisation(tensors)
             try:
-                for launch in launches(Plan(call, chosen, _precision(call))):
-                    launch.run()
+                for launch in planned.launches:
+                    launch.run(tensors, special)
                 return
             except triton.OutOfResources:
                 smaller = chosen.smaller(launch.configured) if launch.configured else None

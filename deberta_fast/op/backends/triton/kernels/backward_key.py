@@ -37,7 +37,7 @@ from .tile import (
 @kernel(first_integer="q_b")
 def backward_key(
     query, key, value, pos_key, pos_query, c2p, p2c, mask, cu_seqlens, key_spans, seed,
-    grad_output, lse_log2, delta, partial, grad_key, grad_value, far_pos_key, far_pos_query,
+    grad_output, lse_log2, delta, partial_key, grad_key, grad_value, far_pos_key, far_pos_query,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, do_b, do_h, do_l, delta_b, delta_h, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
     pos_key_h, pos_key_l, pos_query_h, pos_query_l, mask_b, mask_h, mask_i, mask_j,
     c2p_b, c2p_h, c2p_pitch, p2c_b, p2c_h, p2c_pitch, far_count,
@@ -134,7 +134,7 @@ def backward_key(
             HEAD_DIM, BLOCK_D, PRECISION, MASK, DROPOUT, C2P, P2C, False, ALIGN, BLOCK_M,
         )  # fmt: skip
     if P2C:
-        partial = row_pointer(partial, part_batch, part_head, workspace + n0, p2c_b, p2c_h, 1, HEAD_DIM)
+        partial = row_pointer(partial_key, part_batch, part_head, workspace + n0, p2c_b, p2c_h, 1, HEAD_DIM)
         store_rows(partial, offs_n, BLOCK_N, HEAD_DIM, dk, HEAD_DIM, BLOCK_D)
     else:
         grad_key = row_pointer(grad_key, batch, head, first + n0, dk_b, dk_h, dk_l, UNIT)

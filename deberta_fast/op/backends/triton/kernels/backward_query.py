@@ -35,7 +35,7 @@ from .tile import (
 @kernel(first_integer="q_b")
 def backward_query(
     query, key, value, pos_key, pos_query, c2p, p2c, mask, cu_seqlens, key_spans, seed,
-    grad_output, lse_log2, delta, partial, grad_query,
+    grad_output, lse_log2, delta, partial_query, grad_query,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, do_b, do_h, do_l, delta_b, delta_h, dq_b, dq_h, dq_l,
     pos_key_h, pos_key_l, pos_query_h, pos_query_l, mask_b, mask_h, mask_i, mask_j,
     c2p_b, c2p_h, c2p_pitch, p2c_b, p2c_h, p2c_pitch,
@@ -113,7 +113,7 @@ def backward_query(
             if C2P:
                 tl.store(c2p + n0 + (offs_m[:, None] * c2p_pitch + offs_n[None, :]), da)
     if C2P:
-        partial = row_pointer(partial, part_batch, part_head, workspace + m0, c2p_b, c2p_h, 1, HEAD_DIM)
+        partial = row_pointer(partial_query, part_batch, part_head, workspace + m0, c2p_b, c2p_h, 1, HEAD_DIM)
         store_rows(partial, offs_m, BLOCK_M, HEAD_DIM, dq, HEAD_DIM, BLOCK_D)
     else:
         grad_query = row_pointer(grad_query, batch, head, first + m0, dq_b, dq_h, dq_l, UNIT)

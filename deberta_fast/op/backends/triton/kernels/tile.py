@@ -56,7 +56,7 @@ def vector_offset(batch, head, workspace, stride_b, stride_h):
 @triton.jit
 def band_pointer(band, batch, head, workspace, stride_b, stride_h, pitch):
     """Returns a pointer to a row of a band; strides count rows, the pitch of a row counts 16 scores."""
-    return band + (batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + workspace) * pitch * 16
+    return band + (tl.cast(batch, tl.int64) * stride_b + tl.cast(head, tl.int64) * stride_h + workspace) * pitch * 16
 
 
 @triton.jit
@@ -133,18 +133,44 @@ def column_window(start, stop, BLOCK_M: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
+def rows_are_keys(term, C2P: tl.constexpr, P2C: tl.constexpr):
+    """Returns whether the rows of a program are keys. A launch for both position terms has those of c2p first."""
+    if C2P and P2C:
+        return term == 1
+    return P2C
+
+
+@triton.jit
+def of_term(keys, for_keys, for_queries):
+    """Returns the argument of a program whose rows are keys or queries."""
+    if for_keys is None:
+        chosen = for_queries
+    elif for_queries is None:
+        chosen = for_keys
+    else:
+        chosen = tl.where(keys, for_keys, for_queries)
+    return chosen
+
+
+@triton.jit
+def term_geometry(keys, offset, far_past, far_future):
+    """Returns offset, past and future as ``near_span`` takes them, and the sign of e in a distance i - j."""
+    past, future = of_term(keys, -far_future, far_past), of_term(keys, -far_past, far_future)
+    return of_term(keys, -offset, offset), past, future, tl.where(keys, 1, -1)
+
+
+@triton.jit
 def band_bounds(
-    batch, cu_seqlens, key_spans, rows_length, columns_length,
-    PACKED: tl.constexpr, SPANS: tl.constexpr, ROWS_ARE_KEYS: tl.constexpr, ALIGN: tl.constexpr,
+    batch, keys, cu_seqlens, key_spans, query_length, key_length,
+    PACKED: tl.constexpr, SPANS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Returns a sequence's first row and number of rows, and the aligned ranges of rows and columns in its band."""
-    first, rows_length, columns_length = sequence_bounds(batch, cu_seqlens, rows_length, columns_length, PACKED)
-    if ROWS_ARE_KEYS:
-        row_low, row_high = visible_span(batch, key_spans, rows_length, ALIGN, SPANS)
-        low, high = columns_length * 0, tl.cdiv(columns_length, ALIGN) * ALIGN
-    else:
-        row_low, row_high = rows_length * 0, tl.cdiv(rows_length, ALIGN) * ALIGN
-        low, high = visible_span(batch, key_spans, columns_length, ALIGN, SPANS)
+    first, query_length, key_length = sequence_bounds(batch, cu_seqlens, query_length, key_length, PACKED)
+    key_low, key_high = visible_span(batch, key_spans, key_length, ALIGN, SPANS)
+    query_low, query_high = query_length * 0, tl.cdiv(query_length, ALIGN) * ALIGN
+    rows_length = of_term(keys, key_length, query_length)
+    row_low, row_high = of_term(keys, key_low, query_low), of_term(keys, key_high, query_high)
+    low, high = of_term(keys, query_low, key_low), of_term(keys, query_high, key_high)
     return first, rows_length, row_low, row_high, low, high
 
 
