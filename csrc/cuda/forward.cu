@@ -32,9 +32,33 @@ struct Memory {
   static DEVICE char* row_band() { return stage() + S::kStageBytes + kHalf * kRowBandMargin; }
 };
 
+// The place of a block, in the padding of the first two rows of a warp's stage. It is read from there again for each tile,
+// because registers are full.
+template <class S>
+struct StoredBlock {
+  static DEVICE char* word(int i) { return Memory<S>::stage() + i / 3 * S::kPitch + kHalf * S::kSize + 4 * (1 + i % 3); }
+
+  DEVICE explicit StoredBlock(const BlockInfo& block) {
+    if (lane() == 0) {
+      const int numbers[4] = {block.first_row, block.base, block.columns, block.batch};
+      EACH(i, 4) store_shared_word(word(i), static_cast<uint32_t>(numbers[i]));
+    }
+    sync_warp();
+  }
+
+  static DEVICE int number(int i) { return static_cast<int>(load_shared_word(word(i))); }
+
+  static DEVICE BlockInfo load(const Call& call) {
+    BlockInfo block;
+    block.first_row = number(0), block.base = number(1), block.columns = number(2), block.batch = number(3);
+    block.head = block_y(), block.outside = false;
+    block.rows = call.ends == nullptr ? call.query.length : block.columns;
+    return block;
+  }
+};
+
 struct Nothing {
   const Call& call;
-  const BlockInfo& block;
 };
 
 template <class T, class S, bool dropout>
@@ -44,7 +68,7 @@ struct Mainloop {
 
   const ForwardCall& arguments;
   const Call& call;
-  const BlockInfo block;
+  const StoredBlock<S> stored;
   const Dropout mask;
   uint32_t query[M::kRowsInRegisters ? kSteps : 1][kFragments][4];
   float output[kFragments][S::kSize / 8][4] = {};
@@ -52,15 +76,8 @@ struct Mainloop {
   float row_max[kFragments][2], row_sum[kFragments][2] = {}, constant[kFragments][2];
 
   DEVICE Mainloop(const ForwardCall& arguments, const BlockInfo& block)
-      : arguments(arguments), call(arguments.call), block(block), mask(call, block.batch, block.head) {
+      : arguments(arguments), call(arguments.call), stored(block), mask(call, block.batch, block.head) {
     EACH(f, kFragments) row_max[f][0] = row_max[f][1] = kLowest;
-  }
-
-  // The block, with its number of rows computed again: no register holds it while tiles are processed.
-  DEVICE BlockInfo whole_block() const {
-    BlockInfo whole = block;
-    whole.rows = call.ends == nullptr ? call.query.length : block.columns;
-    return whole;
   }
 
   DEVICE void left(uint32_t (&a)[4], int f, int step) const {
@@ -77,7 +94,7 @@ struct Mainloop {
   template <bool near>
   DEVICE void take_rows(int far_row) {
     sync_warp();
-    if (!near) shift_rows<T, S>(M::stage(), call, block, call.query, call.key, far_row);
+    if (!near) shift_rows<T, S>(M::stage(), call, stored.load(call), call.query, call.key, far_row);
     EACH(f, kFragments) {
       if (!near)
         EACH(half, 2) {
@@ -90,7 +107,7 @@ struct Mainloop {
     }
   }
 
-  DEVICE void load_tile(int tile) const {
+  DEVICE void load_tile(const BlockInfo& block, int tile) const {
     const uint64_t exists = visible_in_tile<S>(call, block, tile);
     char* to = M::tiles() + next;
     load_columns<S>(to, call.key.x, call, block, tile * S::kBlockN, exists);
@@ -100,43 +117,45 @@ struct Mainloop {
 
   template <bool near>
   DEVICE void process_tiles(int tile, const int end, int far_row) {
+    BlockInfo block = stored.load(call);
     tile = next_tile<S>(call, block, tile, end);
     if (tile >= end) return;
     if (!M::kRowsInRegisters) sync_warp();  // all lanes have read Q of the tiles before
-    load_own_rows<S>(M::stage(), call.query.x, call, block, own_rows<S>(whole_block()));
-    load_tile(tile);
+    load_own_rows<S>(M::stage(), call.query.x, call, block, own_rows<S>(block));
+    load_tile(block, tile);
     wait_copies<0>();
     take_rows<near>(far_row);
     if (near && !S::kAlone) clear_absent_bands();
     // Where warps make position scores alone, half a tile at a time: registers do not hold scores of a whole one besides.
     constexpr bool alone = near && S::kAlone;
     constexpr int parts = alone ? 2 : 1, products = S::kBlockN / 8 / parts;
-    std::conditional_t<alone, NearScores<T, S>, Nothing> positions = {call, block};
+    std::conditional_t<alone, NearScores<T, S>, Nothing> positions = {call};
     bool follows = false;
     while (tile < end) {
       wait_copies<0>();
       sync_block();  // K and V have arrived; all warps have read the tile before
       const char *keys = M::tiles() + next, *values = keys + S::kTileBytes;
       next = M::kPairBytes - next;
+      block = stored.load(call);
       const int following = next_tile<S>(call, block, tile + 1, end);
-      if (following < end) load_tile(following);
+      if (following < end) load_tile(block, following);
+      const bool whole = call.visible == nullptr && (tile + 1) * S::kBlockN <= block.columns;
       const auto rows = [&](auto& a, auto... place) { left(a, place...); };
-      if constexpr (alone) positions.begin(tile * S::kBlockN, follows, rows);
+      if constexpr (alone) positions.begin(tile * S::kBlockN - block.first_row - warp() * S::kWarpRows, follows, rows);
       KEEP_ROLLED
       for (int part = 0; part < parts; ++part) {
         float scores[kFragments][products][4];
         if constexpr (alone) {
           EACH(i, 2) positions.multiply(scores, i, 2 * part + i, keys, rows);
         } else {
-          begin<near>(scores, keys, tile, follows);
+          begin<near>(scores, block, keys, tile, follows);
           EACH(step, kSteps) {
             uint32_t a[kFragments][4];
             left(a, step);
             add_products<T, S>(scores, a, keys, step);
           }
         }
-        const uint64_t exists = visible_in_tile<S>(call, block, tile);
-        if (exists != first_bits(S::kBlockN)) hide(scores, exists >> (32 * part));
+        if (!whole) hide(scores, visible_in_tile<S>(call, stored.load(call), tile) >> (32 * part));
         online_softmax<near>(scores, tile * S::kBlockN + 32 * part);
         EACH(step, products / 2) {
           uint32_t p[kFragments][4];
@@ -156,7 +175,7 @@ struct Mainloop {
 
   // Sets scores to the position scores that bands hold, or to zero in a far tile.
   template <bool near>
-  DEVICE void begin(float (&scores)[kFragments][S::kBlockN / 8][4], const char* keys, int tile, bool follows) const {
+  DEVICE void begin(float (&scores)[kFragments][S::kBlockN / 8][4], const BlockInfo& block, const char* keys, int tile, bool follows) const {
     if constexpr (near) {
       if (call.key.score_table != nullptr)
         write_column_band<T, S>(M::column_band(), call, block, call.key, keys, tile * S::kBlockN, tile);
@@ -226,7 +245,7 @@ struct Mainloop {
             score = exp2_fast(fused_multiply_add(slope, score, origin));
             row_sum[f][half] += score;
           }
-        if (dropout) drop(scores[f], half, first_key, own_row<S>(block, f, half));
+        if (dropout) drop(scores[f], half, first_key, own_row<S>(stored.load(call), f, half));
       }
   }
 
@@ -253,7 +272,7 @@ struct Mainloop {
   }
 
   DEVICE void finish() {
-    const BlockInfo block = whole_block();
+    const BlockInfo block = stored.load(call);
     float factors[kFragments][2];
     EACH(f, kFragments)
       EACH(half, 2) {

@@ -32,7 +32,6 @@ struct NearScores {
   static_assert(S::kAlone && S::kWarpRows == 32);
 
   const Call& call;
-  const BlockInfo& block;
   // Packed C of the last 16 columns of fragment 0, and of the last 16 and the 16 before these of fragment 1. Words are
   // those of rows 8 half and of position 8 k.
   uint32_t before[3][2][2];
@@ -47,12 +46,19 @@ struct NearScores {
   // Whether a score of this lane in position 8 k passes the end of eight columns (C) or rows (T).
   static DEVICE bool wraps(int k) { return g() + 2 * t() + k >= 8; }
 
+  // A block that tells table_block the head.
+  static DEVICE BlockInfo here() {
+    BlockInfo block;
+    block.head = block_y();
+    return block;
+  }
+
   // ---- c2p.
 
   // C of 16 distances, which begin at this one.
   template <class Left>
   DEVICE void content_to_position(uint32_t (&words)[2][2][2], int distance, Left left) const {
-    const char* table = opaque(table_block<S>(call.query.score_table, call.query, block, distance) + 16 * lane());
+    const char* table = opaque(table_block<S>(call.query.score_table, call.query, here(), distance) + 16 * anew(lane()));
     float sums[2][2][4] = {};
     EACH(step, kSteps) {
       const Vec16 b = load_global(table + 512 * step);
@@ -96,11 +102,11 @@ struct NearScores {
 
   // ---- Scores.
 
-  // Call at the beginning of a tile. `follows` says that the tile before this one was the last. left(a, f, step) gives
+  // Call at the beginning of a tile with the distance of its first column and row 0. `follows` says that the tile before this one was the last. left(a, f, step) gives
   // elements 16 step to 16 step + 15 of fragment f of Q.
   template <class Left>
-  DEVICE void begin(int first_column, bool follows, Left left) {
-    distance = first_column - block.first_row - warp() * S::kWarpRows;
+  DEVICE void begin(int first, bool follows, Left left) {
+    distance = first;
     if (!follows)
       EACH(i, 2) {
         uint32_t words[2][2][2];
@@ -112,8 +118,8 @@ struct NearScores {
 
   // Loads the left operand of T for the distances 16 part to 16 part + 15, row minus column, counted from -64.
   DEVICE void load(int slot, int part) {
-    const char* table = table_block<S>(call.key.score_table, call.key, block, -distance - S::kBlockN);
-    const char* from = opaque(table + 16 * lane());
+    const char* table = table_block<S>(call.key.score_table, call.key, here(), -distance - S::kBlockN);
+    const char* from = opaque(table + 16 * anew(lane()));
     EACH(step, kSteps) {
       const Vec16 words = load_global(from + 512 * (part * kSteps + step));
       EACH(w, 4) distances[slot][step][w] = words.x[w];
@@ -124,7 +130,6 @@ struct NearScores {
   // 2 i and 2 i + 1 of half a tile: i = n % 2, which the compiler knows.
   template <class Left>
   DEVICE void multiply(float (&scores)[2][S::kBlockN / 16][4], int i, int n, const char* keys, Left left) {
-    const float unscale = band_factor<T>(1 / call.band_scale);
     uint32_t words[2][2][2], c2p[2][2][2], key[kSteps][4];
     content_to_position(words, distance + 16 * n, left);
     take(c2p, words);
@@ -157,8 +162,8 @@ struct NearScores {
       EACH(half, 2)
         EACH(k, 2) {
           const uint32_t pair = add_pairs<T>(c2p[f][half][k], p2c[half][k]);
-          scores[f][product + k][2 * half] = unscale * low<T>(pair);
-          scores[f][product + k][2 * half + 1] = unscale * high<T>(pair);
+          scores[f][product + k][2 * half] = band_factor<T>(1 / call.band_scale) * low<T>(pair);
+          scores[f][product + k][2 * half + 1] = band_factor<T>(1 / call.band_scale) * high<T>(pair);
         }
       EACH(step, kSteps) {
         uint32_t q[4];
