@@ -36,7 +36,9 @@ struct Memory {
 // because registers are full.
 template <class S>
 struct StoredBlock {
-  static DEVICE char* word(int i) { return Memory<S>::stage() + i / 3 * S::kPitch + kHalf * S::kSize + 4 * (1 + i % 3); }
+  static DEVICE char* word(int i) {
+    return Memory<S>::stage() + i / 3 * S::kPitch + kHalf * S::kSize + 4 * (1 + i % 3);
+  }
 
   DEVICE explicit StoredBlock(const BlockInfo& block) {
     if (lane() == 0) {
@@ -88,7 +90,9 @@ struct Mainloop {
     }
   }
 
-  DEVICE void left(uint32_t (&a)[kFragments][4], int step) const { EACH(f, kFragments) left(a[f], f, step); }
+  DEVICE void left(uint32_t (&a)[kFragments][4], int step) const {
+    EACH(f, kFragments) left(a[f], f, step);
+  }
 
   // Takes Q, which has arrived in the stage, and shifts it for far tiles.
   template <bool near>
@@ -175,7 +179,8 @@ struct Mainloop {
 
   // Sets scores to the position scores that bands hold, or to zero in a far tile.
   template <bool near>
-  DEVICE void begin(float (&scores)[kFragments][S::kBlockN / 8][4], const BlockInfo& block, const char* keys, int tile, bool follows) const {
+  DEVICE void begin(float (&scores)[kFragments][S::kBlockN / 8][4], const BlockInfo& block, const char* keys, int tile,
+                    bool follows) const {
     if constexpr (near) {
       if (call.key.score_table != nullptr)
         write_column_band<T, S>(M::column_band(), call, block, call.key, keys, tile * S::kBlockN, tile);

@@ -58,7 +58,8 @@ struct NearScores {
   // C of 16 distances, which begin at this one.
   template <class Left>
   DEVICE void content_to_position(uint32_t (&words)[2][2][2], int distance, Left left) const {
-    const char* table = opaque(table_block<S>(call.query.score_table, call.query, here(), distance) + 16 * anew(lane()));
+    const char* table =
+        opaque(table_block<S>(call.query.score_table, call.query, here(), distance) + 16 * anew(lane()));
     float sums[2][2][4] = {};
     EACH(step, kSteps) {
       const Vec16 b = load_global(table + 512 * step);
@@ -70,8 +71,7 @@ struct NearScores {
     }
     EACH(f, 2)
       EACH(half, 2)
-        EACH(k, 2)
-          words[f][half][k] = pack_scaled<T>(sums[f][k][2 * half], sums[f][k][2 * half + 1], call.band_scale);
+        EACH(k, 2) words[f][half][k] = pack_scaled<T>(sums[f][k][2 * half], sums[f][k][2 * half + 1], call.band_scale);
   }
 
   // Moves C to the scores of rows 8 half. `last` has the columns in which the rows' diagonal begins, `first` the 16
