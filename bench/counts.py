@@ -27,7 +27,7 @@ UNIT = 128 * 64  # pairs
 OFFSETS = {"near": 0, "far": 1 << 20}  # of the queries; makes every pair of a small call near or far
 LENGTHS = 128, 256
 CAPABILITY = 90
-COLLECTIVES = ("shuffle_xor", "ballot", "sync_warp", "sync_block", "multiply_add")
+COLLECTIVES = ("shuffle_xor", "shuffle", "ballot", "sync_warp", "sync_block", "multiply_add")
 LEGEND = (
     "Per 128 x 64 pairs. shared: wavefronts of shared memory, copies into it included; ideal: without bank "
     "conflicts. tables: wavefronts of 128 bytes that are read through the first-level cache, 16 bytes a lane. copied, "
@@ -39,7 +39,7 @@ LEGEND = (
 
 
 class Launch(NamedTuple):
-    kernel: str  # forward_kernel<Bfloat16, 64, false, false>
+    kernel: str  # forward_kernel<Bfloat16, 64, false>
     grid: tuple[int, int]
     threads: int
     shared: int  # bytes
@@ -158,14 +158,17 @@ def per_unit(emulator: Emulator, size: int = SIZE) -> Iterator[Tiles]:
 def _fit(kernel: str, calls: dict[tuple[int, int], list[Launch]]) -> tuple[dict[str, float], dict[str, float]]:
     """Returns x and y of counts = x units + y blocks, by kind.
 
+    backward_query has besides blocks of queries others, which own squares of pairs. Its y is for the former.
+
     Raises:
         RuntimeError: the counts are not of this form, so the numbers would say nothing.
     """
     used = {lengths: [x for x in launches if x.kernel == kernel] for lengths, launches in calls.items()}
-    known = torch.tensor(
-        [[queries * keys / UNIT, sum(x.blocks for x in own)] for (queries, keys), own in used.items()],
-        dtype=torch.float64,
-    )
+    rows = [[queries * keys / UNIT, sum(x.blocks for x in own)] for (queries, keys), own in used.items()]
+    several = [blocks - queries // 128 for (queries, _), (_, blocks) in zip(used, rows, strict=True)]
+    if kernel.startswith("backward_query") and any(several):
+        rows = [[units, blocks - others, others] for (units, blocks), others in zip(rows, several, strict=True)]
+    known = torch.tensor(rows, dtype=torch.float64)
     kinds = sorted({kind for own in used.values() for x in own for kind in x.counts})
     per_unit, per_block = {}, {}
     for kind in kinds:
@@ -174,7 +177,7 @@ def _fit(kernel: str, calls: dict[tuple[int, int], list[Launch]]) -> tuple[dict[
         error = (known @ found - counts).abs().max().item()
         if error > 0.02 * counts.max().item():
             raise RuntimeError(f"{kernel}: {kind} is not linear in blocks and pairs, {counts.flatten().tolist()}")
-        per_unit[kind], per_block[kind] = (round(x, 2) + 0.0 for x in found.flatten().tolist())
+        per_unit[kind], per_block[kind] = (round(x, 2) + 0.0 for x in found.flatten().tolist()[:2])
     return per_unit, per_block
 
 
@@ -203,7 +206,7 @@ def rows_of_tiles(counted: list[Tiles], code: dict[str, str]) -> list[dict]:
                 "copied": n["copied"] / 1024,
                 "written": n["written"] / 1024,
                 "mma": n["multiply_add"],
-                "shuffles": n["shuffle_xor"] + n["ballot"],
+                "shuffles": n["shuffle_xor"] + n["shuffle"] + n["ballot"],
                 "sync_warp": n["sync_warp"],
                 "sync_block": n["sync_block"],
                 "instr/pair": instructions(code[x.kernel], x) if code else None,
@@ -216,9 +219,8 @@ def rows_of_tiles(counted: list[Tiles], code: dict[str, str]) -> list[dict]:
 
 
 def _plain(kernel: str) -> str:
-    """Shortens to forward_kernel; a last flag that tells two kernels of the table apart stays."""
-    name, _, flags = kernel.partition("<")
-    return f"{name} {'keys' if flags.endswith(', true>') else 'queries'}" if flags.count(",") == 2 else name
+    """Shortens to forward_kernel."""
+    return kernel.partition("<")[0]
 
 
 def passes_over_dscores(emulator: Emulator) -> dict[str, float]:

@@ -21,7 +21,7 @@ COUNTED = timing.REPOSITORY / "bench/results/compile/counts.md"
 UNIT = 128 * 64  # pairs that a row of the counts is for
 ROWS = 128  # of a block, in all kernels
 COLUMNS = {"forward": 64, "backward": 128}  # that are near or far together
-NEAR_BYTES = 160 << 20  # of dA at once, csrc/cuda/plan.cpp
+NEAR_BYTES, FILLING, MOST_BYTES = 32 << 20, 256, 160 << 20  # of dA at once, and blocks: csrc/cuda/plan.cpp
 FLOPS_OF_MMA = 2 * 16 * 8 * 16
 LAUNCH = 2.5e-6  # seconds from one kernel's last block to the next one's first, where launches are queued; a guess
 
@@ -167,7 +167,7 @@ def bound(chip: Chip, counted: Counted, length: int, way: str, tokens: int = TOK
             for name, seconds in _seconds(chip, row, units[row.tiles], blocks if units[row.tiles] else 0).items():
                 parts[name] = parts.get(name, 0) + seconds
     per_head = units["near"] * UNIT * 2 / heads if way == "backward" and counted.passes[0] else 0.0
-    groups = -(-heads // max(1, min(heads, int(NEAR_BYTES // per_head)))) if per_head else 1
+    groups = -(-heads // _heads_at_once(per_head, blocks // heads)) if per_head else 1
     launches = counted.launches[way] + (groups - 1) * (counted.launches["group"] if way == "backward" else 0)
     traffic = _traffic(chip, counted, way, tokens * heads * SIZE * 2, per_head * heads, per_head * heads / groups)
     # Its traffic is divided among the kernels evenly.
@@ -183,6 +183,12 @@ def bound(chip: Chip, counted: Counted, length: int, way: str, tokens: int = TOK
     totals["launches"] = binding["launches"] = launches * LAUNCH
     binds = max(binding, key=lambda name: binding[name])
     return Bound(totals, kernels, sum(binding.values()), binds, near / (near + far), launches)
+
+
+def _heads_at_once(bytes_of_head: float, blocks_of_head: int) -> int:
+    """As in csrc/cuda/plan.cpp: what the second-level cache should hold, or enough blocks to fill a GPU."""
+    filling = min(-(-FILLING // blocks_of_head), MOST_BYTES // bytes_of_head)
+    return max(1, int(max(NEAR_BYTES // bytes_of_head, filling)))
 
 
 def _seconds(chip: Chip, row: Counts, units: float, blocks: int) -> dict[str, float]:

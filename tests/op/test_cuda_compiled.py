@@ -46,9 +46,10 @@ def test_all_kernels_are_there(kernels, passes):
 
 
 def test_no_spills(kernels):
-    """Without dropout only backward_key spills, at most a few registers at head size 128; with it a few kernels do."""
+    """Without dropout only backward_key at head size 128 and forward in float16 spill a few registers; more do with it."""
     spilled = {(x.name, x.capability): max(x.spill_stores, x.spill_loads) for x in kernels}
-    most = lambda name: 256 if ", true" in name else 32 if name.startswith("backward_key") else 0
+    few = ("backward_key_kernel<Bfloat16, 128", "backward_key_kernel<Float16, 128", "forward_kernel<Float16, 64")
+    most = lambda name: 256 if ", true" in name else 32 if name.startswith(few) else 0
     assert {key: n for key, n in spilled.items() if n > most(key[0])} == {}
 
 
@@ -62,26 +63,26 @@ def test_shared_memory(passes):
 # products on tensor cores are the same for all four.
 INSTRUCTIONS = {
     "forward_kernel": {
-        32: (5344, 6529, 5540, 6771),
-        64: (6498, 7752, 6708, 7965),
-        96: (5669, 6355, 5795, 6530),
-        128: (5920, 6604, 6053, 6780),
+        32: (5126, 6520, 5286, 6732),
+        64: (6470, 7935, 6672, 8135),
+        96: (5847, 6529, 5981, 6707),
+        128: (6272, 6950, 6407, 7132),
     },
     "backward_key_kernel": {
-        32: (5421, 7127, 5650, 7314),
-        64: (6921, 8774, 7178, 9003),
-        96: (5772, 6740, 5926, 6891),
-        128: (6410, 7413, 6583, 7585),
+        32: (5422, 6735, 5650, 6927),
+        64: (6913, 8428, 7170, 8594),
+        96: (5764, 6581, 5918, 6731),
+        128: (6402, 7279, 6575, 7428),
     },
     "backward_query_kernel": {
-        32: (6811, 7346, 6811, 7346),
-        64: (8595, 9136, 8595, 9136),
-        96: (7115, 7422, 7115, 7422),
-        128: (7650, 7959, 7650, 7959),
+        32: (6811, 7243, 6811, 7243),
+        64: (8595, 9010, 8595, 9010),
+        96: (7115, 7371, 7115, 7371),
+        128: (7650, 7899, 7650, 7899),
     },
 }
 MMA = {
-    "forward_kernel": {32: 256, 64: 512, 96: 408, 128: 544},
+    "forward_kernel": {32: 212, 64: 424, 96: 408, 128: 544},
     "backward_key_kernel": {32: 272, 64: 544, 96: 432, 128: 576},
     "backward_query_kernel": {32: 224, 64: 448, 96: 264, 128: 352},
 }
