@@ -55,10 +55,12 @@ def test_memory_and_launches():
     assert found.binds == "memory" and found.parts["memory"] == pytest.approx(4 * 16384 * 768 * 2 / 2.039e12)
     rows = [row._replace(kernel="backward_key_kernel") for row in counted().rows]
     stored = Counted(rows, dict(forward=1, backward=9, group=6), (1.0, 3.0))
-    one, other = (limits.bound(CHIPS[name], stored, 128, "backward") for name in ("A100", "B200"))
+    one, other = (limits.bound(CHIPS[name], stored, 2048, "backward") for name in ("A100", "B200"))
     more = one.parts["memory"] * 2.039e12 - other.parts["memory"] * 8e12
-    assert more == pytest.approx(4 * 12 * 128 * 128 * 128 * 2)  # 50 MB of dA four times, which B200's cache holds
-    assert one.launches == 9 and limits.bound(CHIPS["A100"], stored, 2048, "backward").launches > 9
+    near, _ = limits.tiles_of(2048, 128, 128, slot_table(256, 512))
+    scores = 8 * 12 * near * 128 * 128 * 2
+    assert more == pytest.approx(4 * scores)  # dA of two heads is 67 MB, which B200's cache holds
+    assert one.launches == 9 + 6 * 5 and limits.bound(CHIPS["A100"], stored, 128, "backward").launches == 9 + 6
 
 
 def test_bounds_rise_with_length():

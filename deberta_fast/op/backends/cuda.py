@@ -13,7 +13,7 @@ from .gpu import properties_of
 
 CAPABILITY = (8, 0)
 LARGEST_HEAD = 128
-SHARED_BYTES = {32: 78848, 64: 101376, 96: 124416, 128: 146944}  # per block, by the head size rounded up
+SHARED_BYTES = {32: 78848, 64: 101376, 96: 130560, 128: 155136}  # per block, by the head size rounded up
 LARGEST_STRIDE = 1 << 24  # from row to row, in elements
 LONGEST = 1 << 28  # positions and distances are 32-bit numbers in the kernels
 
