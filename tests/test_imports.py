@@ -21,6 +21,7 @@ RANKS = [
     {"op.backends.eager.chunk"},
     {f"op.backends.triton.{name}" for name in ("configuration", "kernels", "kernels.tile")},
     {f"op.backends.triton.kernels.{path.stem}" for path in (PACKAGE / "op/backends/triton/kernels").glob("[a-s]*.py")},
+    {"op.backends.triton.launch"},
     {"op.backends.triton.plan"},
     {f"op.backends.{name}" for name in ("reference", "eager", "cpu", "cuda", "triton")},
     {"op.backends"},
