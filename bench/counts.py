@@ -127,7 +127,7 @@ def launches_of_call(emulator: Emulator, *shape: int, **options: int) -> dict[st
 
 
 class Tiles(NamedTuple):
-    """What a kernel does for one unit of pairs."""
+    """Says what a kernel does for one unit of pairs."""
 
     kernel: str
     tiles: str  # near or far

@@ -15,7 +15,7 @@ _TARGET = re.compile(r"(.*)\b0x([0-9a-f]+)\s*$")
 
 
 class Work(NamedTuple):
-    """What identifies a loop: instructions of a warp."""
+    """Identifies a loop by the instructions that a warp executes in it."""
 
     products: float  # on tensor cores
     copies: float  # asynchronous ones, of 16 bytes a lane

@@ -62,7 +62,7 @@ inline const int64_t* seed_of(const Given& given) {
 inline uint32_t drop_below(double dropout_p) {
   return static_cast<uint32_t>(std::clamp(std::nearbyint(dropout_p * 0x1p16), 1.0, 0x1p16 - 1));
 }
-// Of the probability that is really used.
+// Kept probabilities are divided by the probability of keeping that is really used.
 inline float keep_scale(double dropout_p) { return 0x1p16f / static_cast<float>(0x10000 - drop_below(dropout_p)); }
 
 }  // namespace deberta_fast

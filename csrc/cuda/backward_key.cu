@@ -20,7 +20,7 @@ struct Memory {
 
   char *queries, *statistics, *dout, *column_band, *keys, *values, *row_band, *gradient_band;
 
-  // With the buffers of this tile.
+  // Takes the buffers of this tile.
   DEVICE Memory(char* shared, int tile) {
     queries = shared + tile % 2 * kBufferBytes, statistics = queries + S::kTileBytes;
     dout = shared + 2 * kBufferBytes, column_band = dout + S::kTileBytes;
@@ -30,8 +30,8 @@ struct Memory {
   }
 };
 
-// The block and its near tiles, in the padding of two rows of each warp's V. They are read from there again each time,
-// because registers are full.
+// Keeps the place of the block and its near tiles in the padding of two rows of each warp's V. They are read from there
+// again each time, because registers are full.
 template <class S>
 struct StoredBlock {
   static DEVICE char* words(int i) {

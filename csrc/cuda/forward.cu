@@ -32,8 +32,8 @@ struct Memory {
   static DEVICE char* row_band() { return stage() + S::kStageBytes + kHalf * kRowBandMargin; }
 };
 
-// The place of a block, in the padding of the first two rows of a warp's stage. It is read from there again for each tile,
-// because registers are full.
+// Keeps the place of a block in the padding of the first two rows of a warp's stage. It is read from there again for each
+// tile, because registers are full.
 template <class S>
 struct StoredBlock {
   static DEVICE char* word(int i) {
@@ -59,6 +59,7 @@ struct StoredBlock {
   }
 };
 
+// Stands for NearScores where a tile has none.
 struct Nothing {
   const Call& call;
 };

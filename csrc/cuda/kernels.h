@@ -75,7 +75,7 @@ const char* backward_query(const TableCall& arguments, void* stream);
 // Adds the gradients of distances (11) and the sums over far pairs (10) to rows of the grad_tables.
 const char* backward_by_row(const TableCall& arguments, void* stream);
 
-// What the other kernels read.
+// The other kernels read what this launch prepares.
 struct Preparation {
   Request request;
   TableCall table = {};  // forward needs only table.backward.call, whose tables have `blocks` blocks each

@@ -1,6 +1,6 @@
 // Scores of a near tile (6) that a warp of 32 rows makes without the other warps: forward at head sizes up to 64.
 //
-// With rows i, columns j and distances e = j - i, the tensor cores give
+// The tensor cores give, for rows i, columns j and distances e = j - i,
 //
 //     C[i, e] = q_i K^e      and the score of row i and column j needs C[i, j - i]
 //     T[e, j] = Q^e k_j      and the score of row i and column j needs T[j - i, j]                                (6)
@@ -20,7 +20,7 @@
 
 namespace deberta_fast::cuda {
 
-// x = factor * scores in float16; bfloat16 needs no factor.
+// Multiplies by the factor in float16 only: bfloat16 needs none.
 template <class T>
 DEVICE uint32_t pack_scaled(float low, float high, float factor) {
   return pack<T>(band_factor<T>(factor) * low, band_factor<T>(factor) * high);
@@ -46,7 +46,7 @@ struct NearScores {
   // Whether a score of this lane in position 8 k passes the end of eight columns (C) or rows (T).
   static DEVICE bool wraps(int k) { return g() + 2 * t() + k >= 8; }
 
-  // A block that tells table_block the head.
+  // Returns a block that tells table_block the head.
   static DEVICE BlockInfo here() {
     BlockInfo block;
     block.head = block_y();
@@ -55,7 +55,7 @@ struct NearScores {
 
   // ---- c2p.
 
-  // C of 16 distances, which begin at this one.
+  // Computes C of the 16 distances from this one on.
   template <class Left>
   DEVICE void content_to_position(uint32_t (&words)[2][2][2], int distance, Left left) const {
     const char* table =
@@ -136,7 +136,8 @@ struct NearScores {
     EACH(step, kSteps)
       load_matrices(key[step],
                     keys + (16 * n + 8 * (lane() / 16) + lane() % 8) * S::kPitch + 32 * step + 16 * (lane() / 8 % 2));
-    // Of the 16 distances after: the packed scores of the last eight, and of the first eight the first column's own.
+    // These are kept from the 16 distances after: the packed scores of the last eight, and the first column's of the
+    // first eight.
     uint32_t last[2] = {};
     float own[2] = {};
     EACH(part, 3) {

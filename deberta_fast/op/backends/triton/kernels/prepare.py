@@ -1,4 +1,4 @@
-"""What a call needs first: tables by distance, key spans of a padding mask, and per-query vectors of backward."""
+"""Prepares what a call needs first: tables by distance, key spans of a mask, and per-query vectors of backward."""
 
 import triton
 import triton.language as tl
