@@ -6,7 +6,7 @@ and each wait for copies is left out in turn, which must be found.
 
 sentryward 0.1.1 does not compute addresses through bfi, so shifts replace it first. Limits of shared memory are not
 checked, and what branches depend on must be in the arguments: masks, cu_seqlens and the first shares of diagonals are
-not. So code for masked tiles is not reached, and near calls of backward_query are "unsupported", which counts as a failure.
+not. So code for masked tiles is not reached, and near calls of backward_query are "unsupported", a failure.
 """
 
 import argparse
